@@ -1,0 +1,49 @@
+"""Compiles every .pyx of the package, each to an extension of its own, and assembles the guests it ships."""
+
+import subprocess
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+UNITS = sorted(p.relative_to(HERE) for p in (HERE / "pyvmm").rglob("*.pyx"))
+
+
+def assemble(source: Path) -> None:
+    """guests/x.S -> guests/x.bin: a flat image linked at the address its first comment line states."""
+    address = source.read_text().split("linked at ", 1)[1].split(None, 1)[0].rstrip(".,:")
+    obj, elf = source.with_suffix(".o"), source.with_suffix(".elf")
+    subprocess.run(["as", "--64", "-I", source.parent, "-o", obj, source], check=True)
+    subprocess.run(["ld", "-m", "elf_x86_64", "-N", "-e", "0", "-Ttext", address, "-o", elf, obj], check=True)
+    subprocess.run(["objcopy", "-O", "binary", elf, source.with_suffix(".bin")], check=True)
+    obj.unlink()
+    elf.unlink()
+
+
+class BuildPy(build_py):
+    """The guests are data of the package: they must stand there before the files are collected."""
+
+    def run(self) -> None:
+        for source in sorted((HERE / "pyvmm" / "guests").glob("*.S")):
+            assemble(source)
+        super().run()
+
+
+setup(
+    cmdclass={"build_py": BuildPy},
+    ext_modules=cythonize(
+        [
+            Extension(
+                ".".join(p.with_suffix("").parts),
+                [str(p)],
+                # The run loop must stay small in the caches that an exit leaves cold: no PLT, no stack protector.
+                extra_compile_args=["-O2", "-g1", "-fno-plt", "-fno-semantic-interposition", "-Wall", "-Wno-unused-function"],
+                extra_link_args=["-Wl,-z,now"],
+            )
+            for p in UNITS
+        ],
+        compiler_directives={"language_level": "3", "freethreading_compatible": True},
+    ),
+)
