@@ -39,7 +39,7 @@ setup(
                 ".".join(p.with_suffix("").parts),
                 [str(p)],
                 # The run loop must stay small in the caches that an exit leaves cold: no PLT, no stack protector.
-                extra_compile_args=["-O2", "-g1", "-fno-plt", "-fno-semantic-interposition", "-Wall", "-Wno-unused-function"],
+                extra_compile_args=["-O2", "-g1", "-fno-plt", "-fno-semantic-interposition", "-Wno-unused-function"],
                 extra_link_args=["-Wl,-z,now"],
             )
             for p in UNITS

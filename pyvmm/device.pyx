@@ -1,0 +1,106 @@
+"""The Device contract, its lock, and the interrupt line: all a device model sees of the machine around it.
+
+A device answers reads and writes at offsets inside its region and drives IrqLine objects. It knows no address,
+no KVM and no thread. The bus (address_space.pyx) holds ``device.lock`` around every handler.
+"""
+
+
+cdef class DeviceLock:
+    """A recursive lock on a real mutex: it excludes vCPU threads that run without the GIL, or where there is none.
+
+    Use it as a context manager. It never blocks while holding the GIL, so a thread that owns the lock and waits
+    for the GIL cannot deadlock with one that waits for the lock.
+    """
+
+    def __cinit__(self):
+        cdef pthread_mutexattr_t attr
+        pthread_mutexattr_init(&attr)
+        pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_RECURSIVE)
+        pthread_mutex_init(&self.mutex, &attr)
+        pthread_mutexattr_destroy(&attr)
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.mutex)
+
+    def acquire(self):
+        """Take the lock, or take it once more where this thread has it already."""
+        if pthread_mutex_trylock(&self.mutex) != 0:
+            with nogil:
+                pthread_mutex_lock(&self.mutex)
+
+    def release(self):
+        """Give the lock back; RuntimeError where this thread does not hold it."""
+        if pthread_mutex_unlock(&self.mutex) != 0:
+            raise RuntimeError("release of a device lock that this thread does not hold")
+
+    def __enter__(self):
+        self.acquire()
+        return self
+
+    def __exit__(self, *exc):
+        self.release()
+
+
+cdef class Device:
+    """Base of every device model. Subclass it, write ``read`` and ``write``, map it into an address space.
+
+    ``valid_sizes`` is the (min, max) of access sizes in bytes that the bus lets through, ``impl_sizes`` of those the
+    handlers are called with: the bus splits and widens between the two. ``unaligned`` says whether handlers take
+    unaligned offsets; where not, the bus splits such an access. (QEMU docs/devel/memory.rst, "MMIO Operations".)
+
+    Handlers run on vCPU threads, one at a time. They must not raise for what a guest does; an exception stops the
+    machine with a dump.
+    """
+
+    valid_sizes = (1, 4)
+    impl_sizes = (1, 4)
+    unaligned = False
+
+    def __cinit__(self, *args, **kwargs):
+        self.lock = DeviceLock()
+
+    def read(self, offset, size):
+        """The value a guest reads at ``offset`` (bytes from the region's start), ``size`` bytes, little endian."""
+        return (1 << (8 * size)) - 1
+
+    def write(self, offset, size, value):
+        """A guest wrote ``value`` of ``size`` bytes at ``offset``."""
+
+    def reset(self):
+        """Back to the power-on state. The vCPUs are parked."""
+
+    def save(self):
+        """The state as plain data (ints, bytes, strings, lists, dicts): enough to go on exactly."""
+        return {}
+
+    def load(self, state):
+        """Take over what ``save`` gave."""
+
+
+class IrqLine:
+    """One interrupt line: the device end. ``set_level(level)`` is called on a change of level only."""
+
+    __slots__ = ("gsi", "level", "_set_level")
+
+    def __init__(self, set_level=None, gsi=-1):
+        self.gsi = gsi
+        self.level = 0
+        self._set_level = set_level
+
+    def set(self, level):
+        """Drive the line to ``level`` (0 or 1)."""
+        if level != self.level:
+            self.level = level
+            if self._set_level is not None:
+                self._set_level(level)
+
+    def raise_(self):
+        self.set(1)
+
+    def lower(self):
+        self.set(0)
+
+    def pulse(self):
+        """An edge: up, and down again."""
+        self.set(1)
+        self.set(0)

@@ -1,0 +1,167 @@
+"""Guest RAM: host mappings laid out in guest-physical space, and bounds-checked views of them.
+
+A view goes straight into os.preadv/os.pwritev as an iovec, so a disk transfer is copied once, by the kernel.
+A mapping lives as long as the last view of it; closing a machine cannot pull memory from under a transfer.
+"""
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
+from libc.errno cimport errno
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE,
+                         mmap, munmap)
+from posix.unistd cimport close, ftruncate
+
+import os
+
+from pyvmm.errors import BusError, ConfigError, StateError
+
+cdef extern from "<sys/mman.h>" nogil:
+    int memfd_create(const char *, unsigned int)
+    int madvise(void *, size_t, int)
+    unsigned int MFD_CLOEXEC, MFD_HUGETLB, MFD_HUGE_2MB, MFD_HUGE_1GB
+    int MAP_HUGETLB, MADV_HUGEPAGE, MADV_DONTDUMP
+
+cdef char *BYTE_FORMAT = b"B"   # what memoryview calls an unsigned byte
+
+PAGE_BYTES = 4096
+# Where RAM stops below 4 GiB: PCI windows, IOAPIC, LAPIC and the firmware's ROM live above (as QEMU's microvm and pc).
+RAM_HOLE_BASE = 0xC000_0000
+RAM_HIGH_BASE = 0x1_0000_0000
+
+_HUGE = {None: 0, "transparent": 0, "2M": MFD_HUGETLB | MFD_HUGE_2MB, "1G": MFD_HUGETLB | MFD_HUGE_1GB}
+
+
+cdef class RamRegion:
+    """One host mapping that stands at ``gpa`` in the guest. Exports its bytes through the buffer protocol."""
+
+    def __cinit__(self, uint64_t gpa, Py_ssize_t length, *, bint shared=False, huge_pages=None,
+                  bint readonly=False, str name="ram"):
+        if length <= 0 or length % PAGE_BYTES or gpa % PAGE_BYTES:
+            raise ConfigError(f"{name}: address {gpa:#x} and size {length:#x} must be multiples of {PAGE_BYTES} bytes")
+        if huge_pages not in _HUGE:
+            raise ConfigError(f"huge_pages={huge_pages!r}: use None, 'transparent', '2M' or '1G'")
+        self.fd = -1
+        self.hva = NULL
+        self.gpa = gpa
+        self.length = length
+        self.readonly = readonly
+        self.name = name
+        cdef unsigned int huge = _HUGE[huge_pages]
+        cdef int flags = MAP_NORESERVE
+        if shared or huge:
+            self.fd = memfd_create(b"pyvmm-ram", MFD_CLOEXEC | huge)
+            if self.fd < 0 or ftruncate(self.fd, length) < 0:
+                raise ConfigError(f"{name}: no memory file of {length >> 20} MiB: {os.strerror(errno)}"
+                                  + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge else ""))
+            # Hugetlb pages must be reserved now: a page missing later would be a SIGBUS inside a guest's access.
+            flags = MAP_SHARED if huge else MAP_SHARED | MAP_NORESERVE
+        else:
+            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+        cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, self.fd, 0)
+        if p == MAP_FAILED:
+            raise ConfigError(f"{name}: can't map {length >> 20} MiB: {os.strerror(errno)}"
+                              + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge else "; ask for less memory"))
+        self.hva = <uint8_t *>p
+        # Advice only: a kernel without transparent huge pages says EINVAL and the guest runs all the same.
+        if huge_pages == "transparent":
+            madvise(p, length, MADV_HUGEPAGE)
+        madvise(p, length, MADV_DONTDUMP)
+
+    def __dealloc__(self):
+        if self.hva != NULL:
+            munmap(self.hva, self.length)
+        if self.fd >= 0:
+            close(self.fd)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.shape[0] = self.length
+        self.strides[0] = 1
+        buffer.buf = self.hva
+        buffer.obj = self
+        buffer.len = self.length
+        buffer.itemsize = 1
+        buffer.readonly = 0
+        buffer.ndim = 1
+        buffer.format = BYTE_FORMAT if flags & PyBUF_FORMAT else NULL
+        buffer.shape = self.shape if flags & PyBUF_ND else NULL
+        buffer.strides = self.strides if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+
+    @property
+    def size_bytes(self):
+        return self.length
+
+    @property
+    def host_address(self):
+        """The hva of the first byte: what KVM_SET_USER_MEMORY_REGION takes."""
+        return <uint64_t>self.hva
+
+
+cdef class GuestMemory:
+    """The RAM of one machine.
+
+    GuestMemory(size_bytes) puts RAM at 0 up to 0xC000_0000 and what is left at 4 GiB. ``shared`` backs it by a memfd
+    (another process can map it), ``huge_pages`` is None, 'transparent', '2M' or '1G'. ConfigError where it can't be had.
+    """
+
+    def __init__(self, size_bytes, *, bint shared=False, huge_pages=None):
+        if size_bytes <= 0 or size_bytes % PAGE_BYTES:
+            raise ConfigError(f"memory of {size_bytes} bytes: give a positive multiple of {PAGE_BYTES}")
+        self.ram = []
+        self._views = []
+        low = min(size_bytes, RAM_HOLE_BASE)
+        self.add(RamRegion(0, low, shared=shared, huge_pages=huge_pages, name="ram"))
+        if size_bytes > low:
+            self.add(RamRegion(RAM_HIGH_BASE, size_bytes - low, shared=shared, huge_pages=huge_pages, name="ram-high"))
+
+    def add(self, RamRegion region):
+        """One more region (a ROM, say). ConfigError where it overlaps one that is there, naming both."""
+        for other in self.ram:
+            if region.gpa < other.gpa + other.size_bytes and other.gpa < region.gpa + region.size_bytes:
+                raise ConfigError(f"{region.name} at {region.gpa:#x}+{region.size_bytes:#x} overlaps "
+                                  f"{other.name} at {other.gpa:#x}+{other.size_bytes:#x}")
+        self.ram.append(region)
+        self._views.append(memoryview(region))
+        self.size_bytes += region.size_bytes
+
+    @property
+    def regions(self):
+        """(gpa, size_bytes) of each writable region, lowest first."""
+        return sorted((r.gpa, r.size_bytes) for r in self.ram if not r.readonly)
+
+    cdef uint8_t *host(self, uint64_t gpa, uint64_t size) noexcept:
+        """The host address of a guest range wholly inside one region, or NULL."""
+        cdef RamRegion region
+        for region in self.ram:
+            # Written so that no sum can wrap: gpa and size come from the guest.
+            if gpa >= region.gpa and gpa - region.gpa < <uint64_t>region.length \
+                    and size <= <uint64_t>region.length - (gpa - region.gpa):
+                return region.hva + (gpa - region.gpa)
+        return NULL
+
+    def view(self, gpa, size):
+        """A writable memoryview ('B') of ``size`` bytes at ``gpa``. BusError where it is not all in one region."""
+        cdef RamRegion region
+        cdef Py_ssize_t i
+        if not self.ram:
+            raise StateError("guest memory is closed")
+        for i in range(len(self.ram)):
+            region = <RamRegion>self.ram[i]
+            if region.gpa <= gpa and gpa + size <= region.gpa + region.length and size >= 0:
+                start = gpa - region.gpa
+                return self._views[i][start:start + size]
+        raise BusError(f"{size:#x} bytes at guest-physical {gpa:#x} are not inside RAM")
+
+    def read(self, gpa, size):
+        """A copy of ``size`` bytes at ``gpa``."""
+        return bytes(self.view(gpa, size))
+
+    def write(self, gpa, data):
+        """Copy a bytes-like object to ``gpa``."""
+        source = memoryview(data).cast("B")
+        self.view(gpa, source.nbytes)[:] = source
+
+    def close(self):
+        """Let go of the mappings; each is unmapped when the last view of it is gone."""
+        self._views.clear()
+        self.ram.clear()
