@@ -17,8 +17,11 @@ from pyvmm.errors import BusError, ConfigError, StateError
 cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *, unsigned int)
     int madvise(void *, size_t, int)
-    unsigned int MFD_CLOEXEC, MFD_HUGETLB, MFD_HUGE_2MB, MFD_HUGE_1GB
-    int MAP_HUGETLB, MADV_HUGEPAGE, MADV_DONTDUMP
+    unsigned int MFD_CLOEXEC
+    int MADV_HUGEPAGE, MADV_DONTDUMP
+
+cdef extern from "<linux/memfd.h>" nogil:
+    unsigned int MFD_HUGETLB, MFD_HUGE_2MB, MFD_HUGE_1GB
 
 cdef char *BYTE_FORMAT = b"B"   # what memoryview calls an unsigned byte
 
