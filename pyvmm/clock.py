@@ -1,0 +1,170 @@
+"""Guest time and timers: the contract a device sees, the queue of armed timers, and a clock moved by hand.
+
+Guest time is in nanoseconds from the machine's start and stands still while the machine is paused. The clock
+of a running machine is in event_loop.py.
+"""
+
+from __future__ import annotations
+
+import time
+from heapq import heapify, heappop, heappush
+from threading import Lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Clock:
+    """What a device may ask of time."""
+
+    __slots__ = ("__weakref__",)
+
+    def now_ns(self) -> int:
+        """Guest time, in nanoseconds. It never goes back and stops while the machine is paused."""
+        raise NotImplementedError
+
+    def wall_ns(self) -> int:
+        """The host's wall clock, in nanoseconds since the UNIX epoch (UTC)."""
+        return time.time_ns()
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        """A disarmed timer. Each time it expires ``callback`` is called: no arguments, no lock held."""
+        raise NotImplementedError
+
+
+class Timer:
+    """A one-shot alarm on a clock; arm it again for the next time. Any thread may arm and disarm.
+
+    ``disarm`` does not wait for a callback that has begun: a callback takes its device's lock and then looks
+    whether there is still something to do.
+    """
+
+    __slots__ = ("_callback", "_entry", "_queue", "deadline_ns")
+
+    def __init__(self, queue: TimerQueue, callback: Callable[[], None]) -> None:
+        self._queue = queue
+        self._callback = callback
+        self._entry = 0  # number of its valid entry in the queue's heap, 0 while disarmed
+        self.deadline_ns = 0
+        """Guest time it was last armed for; it keeps the value after the timer expired."""
+
+    @property
+    def armed(self) -> bool:
+        """True from ``arm`` until the callback is about to run."""
+        return self._entry != 0
+
+    def arm(self, deadline_ns: int) -> None:
+        """Expire at ``deadline_ns`` of guest time, at once where that is past. A former deadline is void."""
+        self._queue.arm(self, deadline_ns)
+
+    def disarm(self) -> None:
+        self._queue.disarm(self)
+
+    def __repr__(self) -> str:
+        return f"<Timer {f'due at {self.deadline_ns} ns' if self._entry else 'disarmed'}>"
+
+
+class TimerQueue:
+    """The armed timers of one clock, earliest first, those with equal deadlines in the order of arming.
+
+    The heap holds (deadline, entry number, timer). Arming a timer again leaves its old entry in the heap,
+    told by its number; when most of the heap is such leftovers it is built anew.
+    """
+
+    __slots__ = ("_count", "_heap", "_last_entry", "_on_earliest", "lock")
+
+    def __init__(self, lock: Lock | None = None, on_earliest: Callable[[], None] | None = None) -> None:
+        """``on_earliest`` is called, under ``lock``, when a timer became the earliest one."""
+        self.lock = lock or Lock()
+        self._heap: list[tuple[int, int, Timer]] = []
+        self._last_entry = 0
+        self._count = 0
+        self._on_earliest = on_earliest
+
+    def __len__(self) -> int:
+        """How many timers are armed."""
+        return self._count
+
+    def arm(self, timer: Timer, deadline_ns: int) -> None:
+        with self.lock:
+            if not timer._entry:
+                self._count += 1
+            self._last_entry += 1
+            timer._entry = self._last_entry
+            timer.deadline_ns = deadline_ns
+            heap = self._heap
+            if len(heap) > 2 * self._count + 16:
+                self._heap = heap = [entry for entry in heap if entry[2]._entry == entry[1]]
+                heapify(heap)
+            heappush(heap, (deadline_ns, timer._entry, timer))
+            if heap[0][2] is timer and self._on_earliest is not None:
+                self._on_earliest()
+
+    def disarm(self, timer: Timer) -> None:
+        with self.lock:
+            if timer._entry:
+                timer._entry = 0
+                self._count -= 1
+
+    def next_deadline_ns(self) -> int | None:
+        """The earliest deadline, None without an armed timer. The caller holds ``lock``."""
+        heap = self._heap
+        while heap and heap[0][2]._entry != heap[0][1]:
+            heappop(heap)
+        return heap[0][0] if heap else None
+
+    def pop_due(self, now_ns: int) -> Callable[[], None] | None:
+        """Disarm the earliest timer that is due and give its callback. The caller holds ``lock``."""
+        deadline_ns = self.next_deadline_ns()
+        if deadline_ns is None or deadline_ns > now_ns:
+            return None
+        timer = heappop(self._heap)[2]
+        timer._entry = 0
+        self._count -= 1
+        return timer._callback
+
+
+class VirtualClock(Clock):
+    """A clock that stands still until ``step`` moves it: for tests and for machines driven from outside."""
+
+    __slots__ = ("_now_ns", "_queue", "_wall_at_zero_ns")
+
+    def __init__(self, now_ns: int = 0, wall_ns: int = 0) -> None:
+        """``wall_ns`` is what the wall clock says now; it moves with the clock."""
+        self._now_ns = now_ns
+        self._wall_at_zero_ns = wall_ns - now_ns
+        self._queue = TimerQueue()
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def wall_ns(self) -> int:
+        return self._wall_at_zero_ns + self._now_ns
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        return Timer(self._queue, callback)
+
+    @property
+    def next_deadline_ns(self) -> int | None:
+        """Guest time of the next timer to expire, None without one."""
+        with self._queue.lock:
+            return self._queue.next_deadline_ns()
+
+    def step(self, ns: int) -> None:
+        """Move on by ``ns`` nanoseconds. Timers due on the way run in order, each at its own deadline's time,
+        on this thread, and may arm further ones. What a callback raises comes out here,
+        the clock at that time.
+        """
+        if ns < 0:
+            raise ValueError("time does not go back")
+        target_ns = self._now_ns + ns
+        while True:
+            with self._queue.lock:
+                deadline_ns = self._queue.next_deadline_ns()
+                callback = self._queue.pop_due(target_ns)
+                if callback is None or deadline_ns is None:
+                    break
+                self._now_ns = max(self._now_ns, deadline_ns)
+            callback()
+        self._now_ns = target_ns
