@@ -1,0 +1,134 @@
+"""Load a kernel of any kind and say in what state the first processor enters it."""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+from pyvmm.x86 import cpu_state, image, layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+    from pyvmm.guest_memory import GuestMemory
+    from pyvmm.x86.cpu_state import State
+
+
+class BootState:
+    """The registers of the first processor at a kernel's entry.
+
+    ``protocol`` bzimage, pvh, multiboot or flat; ``mode`` real16, protected32 or long64; ``rip`` an offset in
+    ``cs`` in real16, else an address; ``regs`` the general registers that are not zero but for rsp; ``image``
+    (start, end) of the kernel in guest memory.
+    """
+
+    __slots__ = ("cs", "gdt_gpa", "image", "mode", "protocol", "regs", "rip", "rsp")
+
+    def __init__(
+        self,
+        protocol: str,
+        mode: str,
+        rip: int,
+        *,
+        rsp: int = 0,
+        regs: dict[str, int] | None = None,
+        cs: int = 0,
+        gdt_gpa: int = layout.BOOT_GDT,
+        image: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.protocol = protocol
+        self.mode = mode
+        self.rip = rip
+        self.rsp = rsp
+        self.regs = regs or {}
+        self.cs = cs
+        self.gdt_gpa = gdt_gpa
+        self.image = image
+
+    def apply(self, regs: State, sregs: State) -> None:
+        """Fill the dicts of KVM_GET_REGS and KVM_GET_SREGS; KVM's own (the APIC base) stays."""
+        if self.mode == "real16":
+            cpu_state.real_mode(regs, sregs, self.cs, self.rip, data=self.cs, sp=self.rsp)
+        elif self.mode == "protected32":
+            cpu_state.protected_mode(regs, sregs, self.rip, esp=self.rsp, gdt_gpa=self.gdt_gpa)
+        else:
+            cpu_state.long_mode(regs, sregs, self.rip, rsp=self.rsp, gdt_gpa=self.gdt_gpa)
+        regs.update(self.regs)
+
+
+def load(
+    memory: GuestMemory,
+    kernel: Buffer,
+    *,
+    name: str = "kernel",
+    initrd: Buffer | list[tuple[Buffer, str]] | None = None,
+    append: str = "",
+    acpi_rsdp: int = 0,
+    flat_address: int | None = None,
+    flat_mode: str = "real16",
+    clean: bool = False,
+) -> BootState:
+    """Put ``kernel`` (bytes, or an mmap of the file: it is copied once) into guest memory, ready to be entered.
+
+    The kind is told by the image: a bzImage, an ELF with a PVH note, a multiboot v1 kernel; ``flat_address``
+    says that it is a flat binary to be started there in ``flat_mode`` (real16, protected32, long64). ``name``
+    is for messages and is a multiboot kernel's first word. ``initrd`` is one image, or a list of (image,
+    command line) where the protocol has modules. ``acpi_rsdp`` is the root pointer's address, 0 for none.
+    ``clean`` says that the memory is known to be zero.
+
+    ConfigError, in one sentence with the remedy, for everything that can be wrong with the images or the
+    memory.
+    """
+    view = image.as_bytes_view(kernel)
+    modules = _modules(initrd)
+    if flat_address is not None:
+        from pyvmm.x86 import flat
+
+        if modules or append:
+            raise ConfigError(
+                f"{name} is a flat binary and takes no initrd and no command line: leave them out"
+            )
+        return flat.load(memory, view, address=flat_address, mode=flat_mode, name=name)
+    image.require_ram(memory, 0, layout.MIB, name)
+
+    from pyvmm.x86 import bzimage
+
+    if bzimage.is_bzimage(view):
+        return bzimage.load(memory, view, name=name, modules=modules, append=append, acpi_rsdp=acpi_rsdp)
+    return _load_other(memory, view, name, modules, append, acpi_rsdp, clean)
+
+
+def _load_other(
+    memory: GuestMemory,
+    view: memoryview,
+    name: str,
+    modules: Sequence[tuple[Buffer, str]],
+    append: str,
+    acpi_rsdp: int,
+    clean: bool,
+) -> BootState:
+    """ELF and multiboot. A multiboot header wins over a PVH note, as in QEMU; but it must be ELF32."""
+    from pyvmm.x86 import elf, multiboot, pvh
+
+    header = multiboot.find_header(view)
+    parsed = elf.Elf(view, name) if view[:4] == elf.MAGIC else None
+    by_address = header is not None and header.flags & multiboot.ADDRESS_FIELDS
+    if parsed is not None and not by_address and parsed.bits == 64 and parsed.pvh_entry() is not None:
+        header = None
+    if header is not None and (parsed is not None or by_address):
+        return multiboot.load(memory, view, header, name=name, modules=modules, append=append, clean=clean)
+    if parsed is not None:
+        return pvh.load(memory, parsed, modules=modules, append=append, acpi_rsdp=acpi_rsdp, clean=clean)
+    if not view.nbytes:
+        raise ConfigError(f"{name} is empty: give a kernel image")
+    raise ConfigError(
+        f"{name} is no kernel pyvmm knows (bzImage, ELF with a PVH note, multiboot v1): "
+        "give one of these, or say that it is a flat binary and at which address it starts"
+    )
+
+
+def _modules(initrd: Buffer | list[tuple[Buffer, str]] | None) -> Sequence[tuple[Buffer, str]]:
+    if initrd is None:
+        return ()
+    return initrd if isinstance(initrd, list) else ((initrd, ""),)
