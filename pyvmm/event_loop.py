@@ -1,0 +1,370 @@
+"""The main loop of one machine: readiness of descriptors, timers in guest time, calls from other threads.
+
+One daemon thread runs all callbacks, one after the other, with no lock held. It is started by the first
+descriptor, timer or call: a machine whose devices need none of them has no thread and no descriptor here.
+
+Each turn goes: sleep in epoll_wait until something is ready or the next timer is due, run the callbacks of
+ready descriptors, then the calls, then the due timers. Other threads end the sleep through an eventfd, and
+only if the loop sleeps too long for what they bring.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import deque
+from time import monotonic_ns
+
+from pyvmm.clock import Clock, Timer, TimerQueue
+from pyvmm.errors import StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NS_PER_MS = 1_000_000
+LONGEST_SLEEP_MS = 86_400_000  # epoll_wait takes an int of milliseconds
+READ_EVENTS = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
+WRITE_EVENTS = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+
+
+class LoopClock(Clock):
+    """Guest time of a machine, from 0: the host's monotonic clock less the time the machine was paused."""
+
+    __slots__ = ("_loop", "_offset_ns", "_stopped_at_ns")
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+        self._offset_ns = monotonic_ns()
+        self._stopped_at_ns: int | None = None
+
+    def now_ns(self) -> int:
+        stopped_at_ns = self._stopped_at_ns
+        return monotonic_ns() - self._offset_ns if stopped_at_ns is None else stopped_at_ns
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        return Timer(self._loop._timers, callback)
+
+    @property
+    def running(self) -> bool:
+        return self._stopped_at_ns is None
+
+    def stop(self) -> None:
+        """Stop guest time. No timer callback runs after the return, until ``resume``; armed timers stay
+        armed.
+
+        It waits for a timer callback that is under way (unless called from the loop's own thread), so the
+        caller must not hold a device's lock.
+        """
+        loop = self._loop
+        with loop._lock:
+            if self._stopped_at_ns is None:
+                self._stopped_at_ns = self.now_ns()
+            while loop._in_timer and threading.current_thread() is not loop._thread:
+                loop._timer_done.wait()
+
+    def resume(self) -> None:
+        """Let guest time go on from where it stopped: armed timers keep the time they had left."""
+        loop = self._loop
+        with loop._lock:
+            if self._stopped_at_ns is not None:
+                # The offset first: a reader without the lock sees the stopped time until both are right.
+                self._offset_ns = monotonic_ns() - self._stopped_at_ns
+                self._stopped_at_ns = None
+                loop._wake_locked()
+
+
+class EventLoop:
+    """Runs callbacks for one machine on one thread. Every method may be called from any thread.
+
+    ``on_error(exc)`` is called on the loop's thread with whatever a callback raised; the callback of a
+    descriptor that raised is not called again (it would be ready, and raise, for ever).
+    """
+
+    def __init__(self, on_error: Callable[[BaseException], None], *, name: str = "pyvmm-loop") -> None:
+        self._on_error = on_error
+        self._name = name
+        self._lock = threading.Lock()
+        self._timer_done = threading.Condition(self._lock)
+        self._in_timer = False
+        self._timers = TimerQueue(self._lock, self._on_earliest_timer)
+        self._calls: deque[Callable[[], None]] = deque()
+        self._readers: dict[int, Callable[[], None]] = {}
+        self._writers: dict[int, Callable[[], None]] = {}
+        self._edge: set[int] = set()  # descriptors watched edge-triggered
+        self._watched: dict[int, int] = {}  # what epoll was told: descriptor -> events
+        self._always_ready: set[int] = set()  # descriptors epoll refuses: regular files
+        self._gone: set[int] = set()  # no longer watched, but perhaps in the batch under way
+        self._epoll: select.epoll | None = None
+        self._wake_fd = -1
+        self._thread: threading.Thread | None = None
+        self._asleep = False  # the thread sleeps, and nobody has woken it yet
+        self._sleeps_until_ns: int | None = None  # guest time; None: no timer ends this sleep
+        self._closed = False
+        self.clock = LoopClock(self)
+
+    # -- registration
+    # ------------------------------------------------------------------------------------------
+
+    def add_reader(self, fd: int, callback: Callable[[], None], *, edge: bool = False) -> None:
+        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former
+        one.
+
+        ``edge``: only when readiness changes (EPOLLET), and once after each call of ``add_reader``. A
+        callback may find nothing to read: the readiness it was called for may be gone. OSError where the
+        descriptor is no good.
+        """
+        with self._lock:
+            self._start_locked()
+            (self._edge.add if edge else self._edge.discard)(fd)
+            self._readers[fd] = callback
+            self._watch_locked(fd)
+
+    def add_writer(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` while ``fd`` takes output or is in error; it takes the place of a former one."""
+        with self._lock:
+            self._start_locked()
+            self._writers[fd] = callback
+            self._watch_locked(fd)
+
+    def remove_reader(self, fd: int) -> bool:
+        """Whether there was one. A callback that began before may still be running on return."""
+        with self._lock:
+            self._edge.discard(fd)
+            return self._remove_locked(self._readers, fd)
+
+    def remove_writer(self, fd: int) -> bool:
+        """As ``remove_reader``."""
+        with self._lock:
+            return self._remove_locked(self._writers, fd)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once on the loop's thread, in the order of asking; dropped after ``close``."""
+        with self._lock:
+            if not self._closed:
+                self._start_locked()
+                self._calls.append(callback)
+                self._wake_locked()
+
+    def on_loop_thread(self) -> bool:
+        """Whether the caller is one of the loop's callbacks."""
+        return threading.current_thread() is self._thread
+
+    def close(self) -> None:
+        """Stop: no callback starts after the return, the thread has ended, its descriptors are closed.
+
+        From inside a callback it does not wait: all that holds once that callback has returned. Calling it
+        again is fine. Descriptors that were registered stay open: they belong to whoever registered them.
+        """
+        with self._lock:
+            self._closed = True
+            self._calls.clear()
+            self._wake_locked()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    # -- under the lock
+    # ----------------------------------------------------------------------------------------
+
+    def _start_locked(self) -> None:
+        """Make the thread and its two descriptors, unless they are there."""
+        if self._closed:
+            raise StateError("the event loop is closed")
+        if self._thread is None:
+            wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            try:
+                self._epoll = select.epoll()
+                self._epoll.register(wake_fd, select.EPOLLIN)
+                self._wake_fd = wake_fd
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            except BaseException:
+                self._thread = None
+                if self._epoll is not None:
+                    self._epoll.close()
+                    self._epoll = None
+                os.close(wake_fd)
+                raise
+
+    def _wake_locked(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _on_earliest_timer(self) -> None:
+        if self._closed:
+            return  # a vCPU on its way out may still arm timers: they never expire
+        self._start_locked()
+        deadline_ns = self._timers.next_deadline_ns()
+        until_ns = self._sleeps_until_ns
+        if until_ns is None or (deadline_ns is not None and deadline_ns < until_ns):
+            self._wake_locked()
+
+    def _watch_locked(self, fd: int) -> None:
+        """Tell epoll what the tables now say about ``fd``."""
+        assert self._epoll is not None
+        events = select.EPOLLIN if fd in self._readers else 0
+        events |= select.EPOLLOUT if fd in self._writers else 0
+        if events and fd in self._edge:
+            events |= select.EPOLLET
+        try:
+            if fd in self._always_ready:
+                if not events:
+                    self._always_ready.discard(fd)
+            elif not events:
+                if self._watched.pop(fd, 0):
+                    self._gone.add(fd)
+                    self._epoll.unregister(fd)
+            elif fd in self._watched:
+                try:
+                    self._epoll.modify(fd, events)
+                except FileNotFoundError:  # closed without a word, and its number used again
+                    self._epoll.register(fd, events)
+                self._watched[fd] = events
+            else:
+                self._epoll.register(fd, events)
+                self._watched[fd] = events
+        except PermissionError:  # a regular file: always ready
+            self._always_ready.add(fd)
+            self._wake_locked()
+        except OSError:
+            self._watched.pop(fd, None)
+            if events:
+                self._readers.pop(fd, None)
+                self._writers.pop(fd, None)
+                self._edge.discard(fd)
+                raise
+            # Taking out one that was closed already is no error: the kernel has forgotten it by itself.
+
+    def _remove_locked(self, table: dict[int, Callable[[], None]], fd: int) -> bool:
+        if table.pop(fd, None) is None:
+            return False
+        if self._epoll is not None:
+            self._watch_locked(fd)
+        return True
+
+    # -- the thread
+    # --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        epoll = self._epoll
+        assert epoll is not None
+        try:
+            while self._turn(epoll):
+                pass
+        finally:
+            with self._lock:
+                self._closed = True
+                self._asleep = False
+                for table in (self._readers, self._writers, self._watched):
+                    table.clear()
+                self._always_ready.clear()
+                epoll.close()
+                self._epoll = None
+                os.close(self._wake_fd)
+                self._wake_fd = -1
+
+    def _turn(self, epoll: select.epoll) -> bool:
+        """One sleep and what it brought. False: the loop is closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._gone.clear()
+            sleep_ns = self._sleep_ns_locked()
+            self._asleep = True
+        events = wait(epoll, sleep_ns)
+        with self._lock:
+            self._asleep = False
+            self._sleeps_until_ns = None
+            events += [(fd, select.EPOLLIN | select.EPOLLOUT) for fd in self._always_ready]
+        for fd, mask in events:
+            self._on_ready(epoll, fd, mask)
+        for _ in range(len(self._calls)):
+            try:
+                callback = self._calls.popleft()
+            except IndexError:  # closed meanwhile
+                break
+            self._call(callback)
+        # As many as there are now: one that arms itself for the past must not starve the descriptors.
+        for _ in range(len(self._timers)):
+            if not self._run_due_timer():
+                break
+        return True
+
+    def _sleep_ns_locked(self) -> int | None:
+        """How long there is nothing to do, in nanoseconds; None: until woken."""
+        if self._calls or self._always_ready:
+            return 0
+        deadline_ns = self._timers.next_deadline_ns() if self.clock.running else None
+        self._sleeps_until_ns = deadline_ns
+        return None if deadline_ns is None else max(0, deadline_ns - self.clock.now_ns())
+
+    def _on_ready(self, epoll: select.epoll, fd: int, mask: int) -> None:
+        if fd == self._wake_fd:
+            os.eventfd_read(fd)
+            return
+        with self._lock:
+            if self._closed:
+                return
+            if fd in self._gone:
+                # The event may be of the descriptor that had this number before. Ask again for the present
+                # one.
+                if fd in self._watched:
+                    epoll.modify(fd, self._watched[fd])
+                return
+            reader = self._readers.get(fd) if mask & READ_EVENTS else None
+            writer = self._writers.get(fd) if mask & WRITE_EVENTS else None
+        for table, callback in ((self._readers, reader), (self._writers, writer)):
+            if callback is not None and not self._call(callback):
+                with self._lock:
+                    if table.get(fd) is callback:
+                        self._remove_locked(table, fd)
+
+    def _run_due_timer(self) -> bool:
+        with self._lock:
+            if self._closed or not self.clock.running:
+                return False
+            callback = self._timers.pop_due(self.clock.now_ns())
+            if callback is None:
+                return False
+            self._in_timer = True
+        self._call(callback)
+        with self._lock:
+            self._in_timer = False
+            self._timer_done.notify_all()
+        return True
+
+    def _call(self, callback: Callable[[], None]) -> bool:
+        """Whether it returned. What it raised goes to on_error; what that raises, to threading.excepthook."""
+        if self._closed:
+            return True
+        try:
+            callback()
+            return True
+        except BaseException as exc:
+            try:
+                self._on_error(exc)
+            except BaseException as worse:
+                threading.excepthook(
+                    threading.ExceptHookArgs((type(worse), worse, worse.__traceback__, self._thread))
+                )
+            return False
+
+
+def wait(epoll: select.epoll, sleep_ns: int | None) -> list[tuple[int, int]]:
+    """epoll_wait for at most ``sleep_ns`` (None: for ever), perhaps less.
+
+    epoll_wait counts milliseconds, too coarse for a serial line or a 1024 Hz clock: whole ones are slept
+    there, and in a next call the rest outside, where a descriptor has to wait for less than a millisecond.
+    """
+    if sleep_ns is None:
+        return epoll.poll()
+    sleep_ms = min(sleep_ns // NS_PER_MS, LONGEST_SLEEP_MS)
+    if sleep_ms:
+        return epoll.poll((sleep_ms - 0.5) / 1000)  # it rounds up
+    if sleep_ns:
+        time.sleep(sleep_ns / 1e9)
+    return epoll.poll(0)
