@@ -1,0 +1,190 @@
+# The hot half of an address space: C structures and inline functions shared by address_space.pyx (host-side accesses)
+# and cpu_exec.pyx (vCPU exits). Inline, because after an exit caches and TLB are cold: a call into another shared
+# object costs more in misses than the lookup itself.
+#
+# Everything here is C and runs without the GIL; where a Python device must be called, the thread state handed in
+# is restored around that one call (or, where it is NULL, the caller holds the GIL already).
+
+from cpython.object cimport PyObject
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from pyvmm.device cimport pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock
+
+
+cdef extern from "Python.h" nogil:
+    # Declared nogil: the callers below take and give the GIL by hand.
+    ctypedef struct PyThreadState:
+        pass
+    PyThreadState *PyEval_SaveThread()
+    void PyEval_RestoreThread(PyThreadState *)
+    PyObject *PyObject_Vectorcall(PyObject *, PyObject **, size_t, PyObject *)
+    size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+    PyObject *PyLong_FromUnsignedLongLong(unsigned long long)
+    unsigned long long PyLong_AsUnsignedLongLongMask(PyObject *)
+    PyObject *PyErr_Occurred()
+    void Py_DECREF(PyObject *)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int, const void *, size_t)
+
+cdef extern from *:
+    void prefetch "__builtin_prefetch" (const void *) noexcept nogil
+
+
+cdef enum region_kind:
+    REGION_PYTHON       # read/write are Python callables
+    REGION_LATCH        # reads give the last value written (or a constant), GIL-free
+    REGION_SINK         # written bytes are gathered, GIL-free until the buffer is full or a line ends
+    REGION_FIFO         # a window over a buffer: accesses move through it, one Python call at its end
+    REGION_EVENT        # a write signals an eventfd
+    REGION_BUFFER       # plain memory
+
+
+cdef enum bus_result:
+    BUS_OK = 0
+    BUS_RAISED = -1     # a handler raised: the Python error indicator of this thread is set
+    BUS_UNMAPPED = -2   # the region went away between lookup and call: look again
+
+
+cdef struct region_t:
+    uint64_t base
+    uint64_t last           # inclusive
+    int kind
+    bint mapped             # cleared under the lock by unmap: after that no handler runs
+    uint16_t direct_sizes   # bit n: an aligned access of n bytes goes to the handler as it is
+    uint8_t valid_min
+    uint8_t valid_max
+    uint8_t impl_min
+    uint8_t impl_max
+    uint8_t unaligned
+    uint8_t writable        # LATCH: keeps what is written
+    pthread_mutex_t *lock
+    PyObject *device        # first argument of the handlers, or NULL where they are bound
+    PyObject *read_func
+    PyObject *write_func
+    PyObject *end_func      # FIFO: called at the window's end; SINK: called with the bytes gathered
+    uint8_t *memory         # FIFO, SINK, BUFFER
+    uint64_t memory_size
+    uint64_t position
+    uint64_t value          # LATCH
+    uint64_t count          # accesses served without Python
+    int fd                  # EVENT
+    int direction           # FIFO: 1 the guest reads, 2 it writes, 0 closed
+
+
+cdef struct flat_view_t:
+    int count
+    uint64_t *bases         # ascending
+    region_t **regions
+
+
+cdef inline region_t *flat_view_find(flat_view_t *view, uint64_t addr) noexcept nogil:
+    """The region that holds ``addr``, or NULL. Binary search over the bases only: few cache lines."""
+    cdef int low = 0, high = view.count, mid
+    cdef region_t *region
+    while low < high:
+        mid = (low + high) >> 1
+        if view.bases[mid] <= addr:
+            low = mid + 1
+        else:
+            high = mid
+    if low == 0:
+        return NULL
+    region = view.regions[low - 1]
+    return region if addr <= region.last else NULL
+
+
+cdef inline uint64_t ones(int size) noexcept nogil:
+    return <uint64_t>-1 if size >= 8 else (<uint64_t>1 << (8 * size)) - 1
+
+
+cdef inline bint goes_direct(region_t *region, uint64_t offset, int size) noexcept nogil:
+    """True where the handler takes this very access: no splitting, no widening, wholly inside."""
+    return (region.direct_sizes >> size) & 1 and (region.unaligned or not offset & (size - 1)) \
+        and offset + size - 1 <= region.last - region.base
+
+
+cdef inline void take_lock(region_t *region, PyThreadState *ts) noexcept nogil:
+    """The device's lock. Never waits for it with the GIL held: its owner may be waiting for the GIL."""
+    cdef PyThreadState *own
+    if ts != NULL:
+        pthread_mutex_lock(region.lock)
+    elif pthread_mutex_trylock(region.lock) != 0:
+        own = PyEval_SaveThread()
+        pthread_mutex_lock(region.lock)
+        PyEval_RestoreThread(own)
+
+
+cdef inline int python_read(region_t *region, uint64_t offset, int size, uint64_t *value,
+                            PyThreadState *ts) noexcept nogil:
+    """region.read_func([device,] offset, size) under the device's lock and, ts not NULL, with the GIL taken for it."""
+    cdef PyObject *args[4]
+    cdef PyObject *result
+    cdef int rc = BUS_OK
+    prefetch(region.device)
+    prefetch(region.read_func)
+    take_lock(region, ts)
+    if not region.mapped:
+        pthread_mutex_unlock(region.lock)
+        return BUS_UNMAPPED
+    if ts != NULL:
+        PyEval_RestoreThread(ts)
+    args[0] = NULL
+    args[1] = region.device
+    args[2] = PyLong_FromUnsignedLongLong(offset)
+    args[3] = PyLong_FromUnsignedLongLong(size)
+    if region.device != NULL:
+        result = PyObject_Vectorcall(region.read_func, &args[1], 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+    else:
+        result = PyObject_Vectorcall(region.read_func, &args[2], 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+    Py_DECREF(args[2])
+    Py_DECREF(args[3])
+    if result != NULL:
+        value[0] = PyLong_AsUnsignedLongLongMask(result)
+        Py_DECREF(result)
+        # The mask conversion reports an error (a read that returned None, say) as all ones and the indicator.
+        if value[0] == <uint64_t>-1 and PyErr_Occurred() != NULL:
+            rc = BUS_RAISED
+    else:
+        rc = BUS_RAISED
+    if ts != NULL:
+        PyEval_SaveThread()
+    pthread_mutex_unlock(region.lock)
+    return rc
+
+
+cdef inline int python_write(region_t *region, uint64_t offset, int size, uint64_t value,
+                             PyThreadState *ts) noexcept nogil:
+    """region.write_func([device,] offset, size, value), as python_read."""
+    cdef PyObject *args[5]
+    cdef PyObject *result
+    cdef int rc = BUS_OK
+    prefetch(region.device)
+    prefetch(region.write_func)
+    take_lock(region, ts)
+    if not region.mapped:
+        pthread_mutex_unlock(region.lock)
+        return BUS_UNMAPPED
+    if ts != NULL:
+        PyEval_RestoreThread(ts)
+    args[0] = NULL
+    args[1] = region.device
+    args[2] = PyLong_FromUnsignedLongLong(offset)
+    args[3] = PyLong_FromUnsignedLongLong(size)
+    args[4] = PyLong_FromUnsignedLongLong(value)
+    if region.device != NULL:
+        result = PyObject_Vectorcall(region.write_func, &args[1], 4 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+    else:
+        result = PyObject_Vectorcall(region.write_func, &args[2], 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+    Py_DECREF(args[2])
+    Py_DECREF(args[3])
+    Py_DECREF(args[4])
+    if result != NULL:
+        Py_DECREF(result)
+    else:
+        rc = BUS_RAISED
+    if ts != NULL:
+        PyEval_SaveThread()
+    pthread_mutex_unlock(region.lock)
+    return rc

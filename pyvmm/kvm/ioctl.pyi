@@ -1,0 +1,1 @@
+REMEDIES: dict[tuple[str, int], str]
