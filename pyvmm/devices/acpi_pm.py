@@ -1,0 +1,168 @@
+"""ACPI fixed hardware: power management events, sleep control, the PM timer and the power button.
+
+ACPI Specification 6.5, sections 4.8.2 (PM timer, power button) and 4.8.3 (PM1a_EVT, PM1a_CNT, PM_TMR). The
+FADT names the block's ports; it states no SMI command port, so the machine is in ACPI mode from the start and
+SCI_EN reads as 1 always.
+"""
+
+from __future__ import annotations
+
+from pyvmm.device import Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.clock import Clock
+    from pyvmm.device import IrqLine
+
+PM_TIMER_HZ = 3_579_545
+NS_PER_SECOND = 1_000_000_000
+
+# Offsets in the block, which is BLOCK_BYTES long.
+PM1_STS = 0
+PM1_EN = 2
+PM1_CNT = 4
+PM_TMR = 8
+BLOCK_BYTES = 12
+
+# PM1 status and enable have the same bit for the same event.
+TMR = 0x0001
+GBL = 0x0020
+PWRBTN = 0x0100
+SLPBTN = 0x0200
+RTC = 0x0400
+EVENTS = TMR | GBL | PWRBTN | SLPBTN | RTC
+
+# PM1 control.
+SCI_EN = 0x0001
+BM_RLD = 0x0002
+SLP_TYP_SHIFT = 10
+SLP_TYP = 0x1C00
+SLP_EN = 0x2000  # write only
+CNT_KEPT = BM_RLD | SLP_TYP
+
+
+class AcpiPm(Device):
+    """The PM block: map 12 bytes of ports.
+
+    ``sci`` is the level-triggered SCI. ``on_shutdown()`` is called when the guest enters S5, on its vCPU
+    thread with ``lock`` held. ``s5_type`` is the SLP_TYP that the DSDT's \\_S5 names. ``timer_bits`` is 24 or 32:
+    the FADT's TMR_VAL_EXT says which.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        sci: IrqLine,
+        on_shutdown: Callable[[], None],
+        *,
+        s5_type: int,
+        timer_bits: int = 32,
+    ) -> None:
+        self._clock = clock
+        self._sci = sci
+        self._on_shutdown = on_shutdown
+        self._s5_type = s5_type
+        self._timer_mask = (1 << timer_bits) - 1
+        self._half = 1 << (timer_bits - 1)
+        self._timer = clock.timer(self._on_timer)
+        self._ticks_offset = 0
+        self._power_on()
+
+    def _power_on(self) -> None:
+        self._status = 0
+        self._enable = 0
+        self._control = 0
+        self._toggle = self._next_toggle()
+
+    def _ticks(self) -> int:
+        """The PM timer, not yet cut to its width."""
+        return self._clock.now_ns() * PM_TIMER_HZ // NS_PER_SECOND + self._ticks_offset
+
+    def _next_toggle(self) -> int:
+        """The tick at which the timer's highest bit changes next."""
+        return (self._ticks() // self._half + 1) * self._half
+
+    # Registers
+
+    def read(self, offset: int, size: int) -> int:
+        if offset == PM_TMR:
+            # The hot one: kernels poll it, and nothing else depends on its being read.
+            return self._ticks() & self._timer_mask & ((1 << 8 * size) - 1)
+        self._update()
+        block = self._status | self._enable << 8 * PM1_EN | (self._control | SCI_EN) << 8 * PM1_CNT
+        block |= (self._ticks() & self._timer_mask) << 8 * PM_TMR
+        return block >> 8 * offset & ((1 << 8 * size) - 1)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        # The block as one number: any size at any offset touches the registers it covers, and only their
+        # bytes.
+        mask = ((1 << 8 * size) - 1) << 8 * offset
+        value = value << 8 * offset & mask
+        self._update()
+        self._status &= ~value  # write 1 to clear
+        enable_mask = mask >> 8 * PM1_EN & EVENTS
+        self._enable = self._enable & ~enable_mask | value >> 8 * PM1_EN & enable_mask
+        self._update()
+        control_mask = mask >> 8 * PM1_CNT & 0xFFFF
+        if control_mask:
+            self._write_control(value >> 8 * PM1_CNT & 0xFFFF, control_mask)
+
+    def _write_control(self, value: int, mask: int) -> None:
+        kept = mask & CNT_KEPT
+        self._control = self._control & ~kept | value & kept
+        # S5 is the only sleep state the DSDT offers; a guest that asks for another stays awake.
+        if value & SLP_EN and (self._control & SLP_TYP) >> SLP_TYP_SHIFT == self._s5_type:
+            self._on_shutdown()
+
+    def _update(self) -> None:
+        """See what the clock has done since; drive SCI; have the timer call when it must be driven again."""
+        if self._ticks() >= self._toggle:
+            self._status |= TMR
+            self._toggle = self._next_toggle()
+        self._sci.set(int(self._status & self._enable != 0))
+        if self._enable & ~self._status & TMR:
+            ticks = self._toggle - self._ticks_offset
+            self._timer.arm(-(-ticks * NS_PER_SECOND // PM_TIMER_HZ))
+        else:
+            self._timer.disarm()
+
+    def _on_timer(self) -> None:
+        with self.lock:
+            self._update()
+
+    # The host's side
+
+    def press(self) -> None:
+        """The power button, pressed and let go. From any thread. The guest decides what to do about it."""
+        with self.lock:
+            self._status |= PWRBTN
+            self._update()
+
+    def reset(self) -> None:
+        with self.lock:
+            self._power_on()
+            self._update()
+
+    def save(self) -> dict[str, Any]:
+        with self.lock:
+            self._update()
+            return {
+                "status": self._status,
+                "enable": self._enable,
+                "control": self._control,
+                "ticks": self._ticks(),
+                "toggle": self._toggle,
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from ``save``: the PM timer too, whatever time the clock shows now."""
+        with self.lock:
+            self._status = state["status"]
+            self._enable = state["enable"]
+            self._control = state["control"]
+            self._ticks_offset += state["ticks"] - self._ticks()
+            self._toggle = state["toggle"]
+            self._update()
