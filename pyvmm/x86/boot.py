@@ -69,7 +69,7 @@ def load(
     flat_mode: str = "real16",
     clean: bool = False,
 ) -> BootState:
-    """Put ``kernel`` (bytes, or an mmap of the file: it is copied once) into guest memory, ready to be entered.
+    """Put ``kernel`` (bytes, or an mmap of the file: it is copied once) into guest memory.
 
     The kind is told by the image: a bzImage, an ELF with a PVH note, a multiboot v1 kernel; ``flat_address``
     says that it is a flat binary to be started there in ``flat_mode`` (real16, protected32, long64). ``name``

@@ -109,7 +109,7 @@ def flat_segments(long_mode: bool) -> tuple[State, State, State]:
 
 
 def gdt(long_mode: bool) -> bytes:
-    """Two empty descriptors, code, data, TSS (16 bytes in long mode: the upper half, its high base, is zero)."""
+    """Two empty descriptors, code, data, TSS (16 bytes in long mode, the upper half zero)."""
     code, data, tss = flat_segments(long_mode)
     return pack("<6Q", 0, 0, descriptor(code), descriptor(data), descriptor(tss), 0)
 

@@ -249,6 +249,7 @@ def _find_room(memory: GuestMemory, size: int, spans: Sequence[tuple[int, int]],
     """A page-aligned place for the information: 0x7000 if it can be, else the first conventional page."""
     taken = [*spans, layout.MULTIBOOT_KEEP_CLEAR]
     end = min(layout.EBDA, image.low_ram_end(memory))
+    gpa: int
     for gpa in (layout.MULTIBOOT_INFO, *range(layout.PAGE_BYTES, end, layout.PAGE_BYTES)):
         if gpa + size <= end and not any(gpa < high and low < gpa + size for low, high in taken):
             return gpa

@@ -1,0 +1,259 @@
+"""The ACPI tables of a machine without firmware: RSDP, RSDT, XSDT, FADT, FACS, MADT, DSDT.
+
+They say what there is and nothing more: a PC with the fixed ACPI hardware at layout.PORT_PM (not
+hardware-reduced), a reset register, ISA devices, processors, and where irqchip is on LAPICs and an IOAPIC.
+
+ACPI 6.5: 5.2.5 (RSDP), 5.2.7 and 5.2.8 (RSDT, XSDT), 5.2.9 (FADT), 5.2.10 (FACS), 5.2.12 (MADT), 7.4 (sleep
+objects).
+"""
+
+from __future__ import annotations
+
+from struct import pack
+
+from pyvmm.errors import ConfigError
+from pyvmm.x86 import aml, layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pyvmm.guest_memory import GuestMemory
+
+OEM_ID = b"PYVMM "
+OEM_TABLE_ID = b"PYVMMVM "
+OEM_REVISION = 1
+CREATOR_ID = b"PYVM"
+CREATOR_REVISION = 1
+HEADER_BYTES = 36
+RSDP_BYTES = 36
+RSDP_V1_BYTES = 20  # what its first checksum covers
+FACS_BYTES = 64
+FADT_BYTES = 276
+FADT_REVISION = 6
+FADT_MINOR_REVISION = 5
+
+# FADT flags (table 5.10). Fixed power button present: its bit 4 is clear.
+WBINVD = 1 << 0
+PROC_C1 = 1 << 2
+SLP_BUTTON_ABSENT = 1 << 5
+FIX_RTC_ABSENT = 1 << 6  # no RTC wake status in the fixed registers
+RESET_REG_SUP = 1 << 10
+# IAPC_BOOT_ARCH (table 5.11).
+LEGACY_DEVICES = 1 << 0
+HAS_8042 = 1 << 1
+VGA_NOT_PRESENT = 1 << 2
+# A latency above these says that the state is not there (5.2.9: P_LVL2_LAT, P_LVL3_LAT).
+NO_C2 = 101
+NO_C3 = 1001
+CMOS_CENTURY = 0x32
+PROFILE_UNSPECIFIED = 0
+
+SYSTEM_IO = 1  # address space of a Generic Address Structure
+BYTE_ACCESS = 1
+WORD_ACCESS = 2
+DWORD_ACCESS = 3
+
+# MADT (5.2.12).
+PCAT_COMPAT = 1 << 0  # a PIC pair is there too
+ENABLED = 1 << 0
+LOCAL_APIC = 0
+IO_APIC = 1
+SOURCE_OVERRIDE = 2
+LOCAL_APIC_NMI = 4
+LOCAL_X2APIC = 9
+LOCAL_X2APIC_NMI = 0xA
+MAX_XAPIC_ID = 254  # 255 is the broadcast; processors beyond are x2APICs
+ALL_PROCESSORS = 0xFF
+ALL_X2_PROCESSORS = 0xFFFF_FFFF
+LINT1 = 1
+# MPS INTI flags (table 5.29).
+CONFORMS = 0
+ACTIVE_HIGH = 0b01
+LEVEL = 0b11 << 2
+
+
+class AcpiTables:
+    """Built tables and where they go. ``rsdp`` is the root pointer's address; ``tables`` maps a signature to
+    (gpa, bytes).
+    """
+
+    __slots__ = ("rsdp", "tables")
+
+    def __init__(self, rsdp: int, tables: dict[str, tuple[int, bytes]]) -> None:
+        self.rsdp = rsdp
+        self.tables = tables
+
+    def write(self, memory: GuestMemory) -> None:
+        """Put them into guest memory. BusError where there is less than 1 MiB of it."""
+        for gpa, data in self.tables.values():
+            memory.write(gpa, data)
+
+
+def build(
+    cpus: int,
+    *,
+    irqchip: bool = True,
+    devices: Iterable[bytes] = (),
+    rsdp: int = layout.ACPI_RSDP,
+    base: int = layout.ACPI_TABLES,
+    end: int = layout.ACPI_TABLES_END,
+) -> AcpiTables:
+    """The tables for that many processors with APIC ids 0, 1, ...
+
+    ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are
+    aml.device terms for \\_SB beside the ISA devices. The tables follow one another from ``base``, the RSDP
+    is at ``rsdp``. ConfigError when they do not fit below ``end``.
+    """
+    tables: dict[str, tuple[int, bytes]] = {}
+    at = base
+
+    def place(signature: str, data: bytes, alignment: int = 16) -> int:
+        nonlocal at
+        gpa = (at + alignment - 1) & -alignment
+        at = gpa + len(data)
+        tables[signature] = (gpa, data)
+        return gpa
+
+    facs_gpa = place("FACS", facs(), 64)
+    dsdt_gpa = place("DSDT", dsdt(cpus, devices))
+    roots = [place("FACP", fadt(facs_gpa, dsdt_gpa))]
+    if irqchip:
+        roots.append(place("APIC", madt(cpus)))
+    rsdt_gpa = place("RSDT", table(b"RSDT", 1, pack(f"<{len(roots)}I", *roots)))
+    xsdt_gpa = place("XSDT", table(b"XSDT", 1, pack(f"<{len(roots)}Q", *roots)))
+    if at > end:
+        raise ConfigError(f"the ACPI tables of {cpus} processors are {at - end} bytes too long: use fewer")
+    tables["RSDP"] = (rsdp, root_pointer(rsdt_gpa, xsdt_gpa))
+    return AcpiTables(rsdp, tables)
+
+
+def table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """A description table: the common 36-byte header with its checksum, then ``body``."""
+    header = pack(
+        "<4sIBB6s8sI4sI",
+        signature,
+        HEADER_BYTES + len(body),
+        revision,
+        0,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+        CREATOR_ID,
+        CREATOR_REVISION,
+    )
+    data = bytearray(header + body)
+    data[9] = checksum(data)
+    return bytes(data)
+
+
+def checksum(data: bytes | bytearray) -> int:
+    """The byte that makes the sum of all zero, where its own place holds zero."""
+    return -sum(data) & 0xFF
+
+
+def root_pointer(rsdt: int, xsdt: int) -> bytes:
+    """The RSDP, revision 2: a checksum of the first 20 bytes for ACPI 1.0, one of all 36."""
+    data = bytearray(pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, rsdt, RSDP_BYTES, xsdt, 0))
+    data[8] = checksum(data[:RSDP_V1_BYTES])
+    data[32] = checksum(data)
+    return bytes(data)
+
+
+def facs() -> bytes:
+    """Firmware Control Structure, version 2: no header, no checksum; nothing but its size, since there is no
+    S3.
+    """
+    return pack("<4sI24xB", b"FACS", FACS_BYTES, 2).ljust(FACS_BYTES, b"\0")
+
+
+def gas(port: int, size_bytes: int, access: int) -> bytes:
+    """A Generic Address Structure for an I/O port range."""
+    return pack("<BBBBQ", SYSTEM_IO, size_bytes * 8, 0, access, port)
+
+
+def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
+    """Fixed ACPI Description Table. No SMI command: the machine is in ACPI mode from the start (SCI_EN reads
+    one).
+    """
+    pm1a_evt = layout.PORT_PM + layout.PM1A_EVT
+    pm1a_cnt = layout.PORT_PM + layout.PM1A_CNT
+    pm_tmr = layout.PORT_PM + layout.PM_TMR
+    parts = (
+        pack("<IIxBH", facs_gpa, dsdt_gpa, PROFILE_UNSPECIFIED, layout.IRQ_SCI),
+        pack("<I4B", 0, 0, 0, 0, 0),  # SMI_CMD, ACPI_ENABLE, ACPI_DISABLE, S4BIOS_REQ, PSTATE_CNT
+        pack(
+            "<8I", pm1a_evt, 0, pm1a_cnt, 0, 0, pm_tmr, 0, 0
+        ),  # 1a/1b event, 1a/1b control, PM2, timer, GPE0, GPE1
+        pack("<4B", layout.PM1A_EVT_BYTES, layout.PM1A_CNT_BYTES, 0, layout.PM_TMR_BYTES),
+        pack("<4B", 0, 0, 0, 0),  # GPE0 and GPE1 length, GPE1 base, CST_CNT
+        pack("<HHHHBB", NO_C2, NO_C3, 0, 0, 0, 0),  # latencies, cache flush size and stride, duty cycle
+        pack("<BBB", 0, 0, CMOS_CENTURY),  # RTC alarm's day and month: not there
+        pack("<Hx", LEGACY_DEVICES | HAS_8042 | VGA_NOT_PRESENT),
+        pack("<I", WBINVD | PROC_C1 | SLP_BUTTON_ABSENT | FIX_RTC_ABSENT | RESET_REG_SUP),
+        gas(layout.PORT_RESET, 1, BYTE_ACCESS),
+        pack("<BHB", layout.RESET_VALUE, 0, FADT_MINOR_REVISION),  # then ARM boot flags
+        pack("<QQ", 0, dsdt_gpa),  # X_FIRMWARE_CTRL is zero where the 32-bit field is used
+        gas(pm1a_evt, layout.PM1A_EVT_BYTES, WORD_ACCESS),
+        bytes(12),
+        gas(pm1a_cnt, layout.PM1A_CNT_BYTES, WORD_ACCESS),
+        bytes(12 + 12),  # PM1b control, PM2 control
+        gas(pm_tmr, layout.PM_TMR_BYTES, DWORD_ACCESS),
+        bytes(12 + 12),  # GPE0, GPE1
+        bytes(12 + 12 + 8),  # sleep registers of hardware-reduced machines, hypervisor vendor
+    )
+    return table(b"FACP", FADT_REVISION, b"".join(parts))
+
+
+def madt(cpus: int) -> bytes:
+    """Multiple APIC Description Table. Processor n has APIC id n and ACPI UID n."""
+    entries = [pack("<II", layout.LAPIC, PCAT_COMPAT)]
+    for n in range(cpus):
+        if n <= MAX_XAPIC_ID:
+            entries.append(pack("<BBBBI", LOCAL_APIC, 8, n, n, ENABLED))
+        else:
+            entries.append(pack("<BBHIII", LOCAL_X2APIC, 16, 0, n, ENABLED, n))
+    entries.append(pack("<BBBxII", IO_APIC, 12, 0, layout.IOAPIC, 0))
+    entries.append(_override(layout.IRQ_TIMER, layout.GSI_TIMER, CONFORMS))
+    entries.append(_override(layout.IRQ_SCI, layout.IRQ_SCI, ACTIVE_HIGH | LEVEL))
+    entries.append(pack("<BBBHB", LOCAL_APIC_NMI, 6, ALL_PROCESSORS, CONFORMS, LINT1))
+    if cpus > MAX_XAPIC_ID + 1:
+        entries.append(pack("<BBHIB3x", LOCAL_X2APIC_NMI, 12, CONFORMS, ALL_X2_PROCESSORS, LINT1))
+    return table(b"APIC", 5, b"".join(entries))
+
+
+def _override(isa_irq: int, gsi: int, flags: int) -> bytes:
+    """An ISA interrupt that is not plainly GSI = its number, edge, active high."""
+    return pack("<BBBBIH", SOURCE_OVERRIDE, 10, 0, isa_irq, gsi, flags)
+
+
+def dsdt(cpus: int, devices: Iterable[bytes] = ()) -> bytes:
+    """Differentiated System Description Table, revision 2: integers have 64 bits."""
+    body = aml.scope("_SB", *processors(cpus), *isa_devices(), *devices)
+    # Two of the four numbers count: SLP_TYP for PM1a and PM1b control (7.4.2).
+    s5 = aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
+    return table(b"DSDT", 2, body + s5)
+
+
+def processors(cpus: int) -> list[bytes]:
+    """One ACPI0007 device for each MADT entry, matched by _UID."""
+    return [aml.device(f"C{n:03X}", aml.name("_HID", "ACPI0007"), aml.name("_UID", n)) for n in range(cpus)]
+
+
+def isa_devices() -> list[bytes]:
+    """The ISA devices an operating system learns of, or is sure of, by ACPI only."""
+    keyboard = aml.resources(
+        aml.io(layout.PORT_I8042_DATA, 1), aml.io(layout.PORT_I8042_COMMAND, 1), aml.irq(layout.IRQ_KEYBOARD)
+    )
+    return [
+        _isa("RTC0", "PNP0B00", aml.resources(aml.io(layout.PORT_RTC, 2), aml.irq(layout.IRQ_RTC))),
+        _isa("KBD0", "PNP0303", keyboard),
+        _isa("COM1", "PNP0501", aml.resources(aml.io(layout.PORT_COM1, 8), aml.irq(layout.IRQ_COM1)), uid=1),
+    ]
+
+
+def _isa(path: str, hid: str, crs: bytes, uid: int | None = None) -> bytes:
+    terms = [aml.name("_HID", aml.eisa_id(hid))]
+    if uid is not None:
+        terms.append(aml.name("_UID", uid))
+    return aml.device(path, *terms, aml.name("_CRS", crs))
