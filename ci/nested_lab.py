@@ -3,8 +3,8 @@
 Outside: QEMU's TCG emulates an AMD processor with SVM and nested paging. Debian's generic kernel boots on it from its
 uncompressed image by PVH (half the time of the bzImage, and the decompressor is where boots were seen to wedge) and loads
 kvm-amd. Inside: the host's / over 9p, read-only, under a tmpfs overlay (writes work and vanish); fresh /proc, /sys, /dev,
-/dev/pts, /dev/shm, /run and /tmp; `lo` up, tun loaded; root; the caller's directory, PATH, LANG, TERM and PYVMM_*
-variables. PYVMM_LAB=1 tells a program that it is in the lab. LAB_SCRATCH names a directory shared with the host, under
+/dev/pts, /dev/shm, /run and /tmp (of the host's /tmp only what the checkout, the current directory or a word of the command
+lies in); `lo` up, tun loaded; root; the caller's directory, PATH, LANG, TERM and PYVMM_* variables. PYVMM_LAB=1 tells a program that it is in the lab. LAB_SCRATCH names a directory shared with the host, under
 the same path on both sides: what is written there stays.
 
 The command's standard output and error pass through pipes into files on a second share, which are followed here: they
@@ -50,7 +50,7 @@ SHARE = "trans=virtio,version=9p2000.L,msize=512000"
 PASSED_VARIABLES = ("HOME", "LANG", "LOGNAME", "PATH", "TERM", "USER", "VIRTUAL_ENV")
 PASSED_PREFIXES = ("LC_", "PYVMM_", "PYTEST_", "PYTHON", "HYPOTHESIS_")
 
-# Process 1 of the lab. /lab is the control share: `command` comes in; up, beat, stdout, stderr and status go out.
+# Process 1 of the lab. /lab is the control share: `command`, `settings` and `kept-in-tmp` come in; up, beat, stdout, stderr and status go out.
 INIT = f"""\
 mkdir -p /lab /host /over /new
 mount -t 9p -o {SHARE},cache=none control /lab
@@ -63,7 +63,13 @@ mount -t sysfs sysfs /new/sys
 mount -t devtmpfs devtmpfs /new/dev
 mkdir -p /new/dev/pts /new/dev/shm /new/dev/net
 mount -t devpts -o mode=600,ptmxmode=666 devpts /new/dev/pts
+mkdir /over/tmp
+mount --bind /new/tmp /over/tmp
 for place in /new/dev/shm /new/run /new/tmp; do mount -t tmpfs -o mode=1777 tmpfs $place; done
+while IFS= read -r name; do
+    mkdir "/new/tmp/$name"
+    mount --bind "/over/tmp/$name" "/new/tmp/$name"
+done < /lab/kept-in-tmp
 chmod 666 /dev/kvm
 ip link set lo up
 hostname lab
@@ -75,8 +81,9 @@ cp /lab/command /new/run/lab/command
 echo > /lab/up
 ( while sleep 5; do date > /lab/beat; done ) &
 if [ -n "$LAB_TERMINAL" ]; then
-    stty -F /dev/ttyS1 $LAB_TERMINAL
-    setsid -c chroot /new /bin/sh /run/lab/command <>/dev/ttyS1 >&0 2>&1
+    exec 3<>/dev/ttyS1 # held open: its settings go with the last close
+    stty $LAB_TERMINAL <&3
+    setsid -c chroot /new /bin/sh /run/lab/command <&3 >&3 2>&3
     status=$?
 else
     mkfifo /run/stdout /run/stderr
@@ -141,6 +148,7 @@ class Lab:
         self.console.touch()
         (self.control / "command").write_text(self._command_script())
         (self.control / "settings").write_text(self._settings())
+        (self.control / "kept-in-tmp").write_text("".join(f"{name}\n" for name in self._kept_in_tmp()))
         for stream in ("stdout", "stderr"):
             (self.control / stream).touch()
         # Its own session, so that a ctrl-C of the terminal comes to this process alone, which then ends QEMU in order;
@@ -175,7 +183,7 @@ class Lab:
                     return int((self.control / "status").read_text())
                 now = time.monotonic()
                 if now > deadline:
-                    say(f"time limit: the command was ended after {self.options.timeout} s")
+                    say(f"time limit: the command was ended after {self.options.timeout:g} s")
                     return STATUS_TIMEOUT
                 with contextlib.suppress(FileNotFoundError):
                     modified = (self.control / "beat").stat().st_mtime_ns
@@ -213,6 +221,14 @@ class Lab:
         lines.append(f"cd {shlex.quote(os.getcwd())} || exit {STATUS_LAB_FAILED}")
         lines.append(f"exec {shlex.join(self.options.command)}")
         return "\n".join(lines) + "\n"
+
+    def _kept_in_tmp(self) -> list[str]:
+        """The directories right under the host's /tmp that the command needs: a checkout may well be there."""
+        venv = os.environ.get("PYVMM_VENV", ROOT)
+        needed = [os.getcwd(), ROOT, venv, boot_assets.CACHE, self.scratch]
+        needed += [word for word in self.options.command if word.startswith("/tmp/")]
+        parts = [Path(path).resolve().parts for path in needed]
+        return sorted({part[2] for part in parts if part[:2] == ("/", "tmp") and Path(*part[:3]).is_dir()})
 
     def _settings(self) -> str:
         size = os.get_terminal_size() if self.terminal else None
