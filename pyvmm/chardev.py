@@ -1,0 +1,516 @@
+"""The host's end of a byte stream (a serial port, a debug console): terminal, pty, file, Python callable.
+
+Two threads meet here. A vCPU thread writes, with its device's lock held, and must never wait for whoever
+reads at the other end: what a descriptor does not take at once is queued, and the event loop sends it on. The
+event loop's thread brings input, and only as much as the device has room for.
+
+Lock order: device, then chardev, then event loop. A chardev calls its device with none of its own locks held.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+from collections import deque
+from threading import Lock
+from time import monotonic
+
+from pyvmm.errors import ConfigError, StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.event_loop import EventLoop
+
+QUEUE_LIMIT_BYTES = 65536
+FLUSH_LIMIT_S = 1.0  # how long close() waits for a reader
+READ_BYTES = 4096
+
+BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at the other end (any more, or yet)
+
+CTRL_A = 0x01
+ESCAPE_HELP = b"""\r
+Ctrl-A h       this help\r
+Ctrl-A x       quit\r
+Ctrl-A b       send a break\r
+Ctrl-A Ctrl-A  send Ctrl-A\r
+"""
+
+
+class Chardev:
+    """Base, and the contract. One device is at the other side; one thread at a time calls ``write``.
+
+    ``can_write`` turns False when the queue is full: a device that can hold back does so until it is told by
+    the callback of ``set_writable``; what is written all the same may be lost.
+    """
+
+    can_write = True
+
+    def __init__(self) -> None:
+        self._receive: Callable[[bytes], None] | None = None
+        self._room: Callable[[], int] = lambda: READ_BYTES
+        self._on_break: Callable[[], None] | None = None
+        self._on_writable: Callable[[], None] | None = None
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` to the host's side. Never blocks."""
+        raise NotImplementedError
+
+    def set_receiver(
+        self,
+        receive: Callable[[bytes], None] | None,
+        room: Callable[[], int] | None = None,
+        on_break: Callable[[], None] | None = None,
+    ) -> None:
+        """Send input to ``receive(data)``, never more than ``room()`` bytes (default: any amount) at a time.
+
+        After ``room()`` gave 0 no input comes until the device calls ``accept_input``. ``on_break`` is called
+        for a break condition on the line. None as receiver stops the input.
+        """
+        self._receive = receive
+        self._room = room or (lambda: READ_BYTES)
+        self._on_break = on_break
+
+    def accept_input(self) -> None:
+        """The device said it had no room, and has some again. It may hold its lock."""
+
+    def set_writable(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` when ``can_write`` turned True again: on the loop's thread, with no lock held."""
+        self._on_writable = callback
+
+    def close(self) -> None:
+        """Send the queue, if somebody takes it within a second, and give everything back. Idempotent."""
+
+
+class NullChardev(Chardev):
+    """Nobody there: output is lost, input never comes."""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+
+class CallableChardev(Chardev):
+    """Output goes to a Python callable, on the vCPU's thread; input comes from ``feed``.
+
+    What the callable raises stops the machine as any error of a device does.
+    """
+
+    def __init__(self, fn: Callable[[bytes], object]) -> None:
+        super().__init__()
+        self._fn = fn
+        self._lock = Lock()
+        self._input: deque[bytes] = deque()
+        self._delivering = False
+        self._look_again = False
+
+    def write(self, data: bytes) -> None:
+        self._fn(data)
+
+    def feed(self, data: bytes) -> None:
+        """Input for the guest, any amount, from any thread; the device takes it at its own pace."""
+        with self._lock:
+            self._input.append(bytes(data))
+        self._deliver()
+
+    def set_receiver(
+        self,
+        receive: Callable[[bytes], None] | None,
+        room: Callable[[], int] | None = None,
+        on_break: Callable[[], None] | None = None,
+    ) -> None:
+        super().set_receiver(receive, room, on_break)
+        self._deliver()
+
+    def accept_input(self) -> None:
+        self._deliver()
+
+    def send_break(self) -> None:
+        """A break condition on the line (Linux: the next character is a SysRq command)."""
+        if self._on_break is not None:
+            self._on_break()
+
+    def _deliver(self) -> None:
+        """Hand over as much as there is room for.
+
+        One thread does it at a time, without the lock. Another one only leaves word that there may be more:
+        so the order of bytes holds, and no two locks cross.
+        """
+        with self._lock:
+            self._look_again = True
+            if self._delivering:
+                return
+            self._delivering = True
+        try:
+            while True:
+                with self._lock:
+                    if not self._look_again:
+                        self._delivering = False
+                        return
+                    self._look_again = False
+                self._deliver_while_room()
+        except BaseException:
+            with self._lock:
+                self._delivering = False
+            raise
+
+    def _deliver_while_room(self) -> None:
+        while self._input and (receive := self._receive) is not None and (room := self._room()) > 0:
+            with self._lock:
+                data = self._input.popleft()
+                if len(data) > room:
+                    self._input.appendleft(data[room:])
+            if data:
+                receive(data[:room])
+
+
+class FdChardev(Chardev):
+    """Common to those on descriptors: the output queue, reading with room in mind, an orderly end.
+
+    A descriptor may be shared with other processes, so it stays blocking: before each write it is asked
+    whether it takes some, and never gets more than a write is then sure to take.
+    """
+
+    def __init__(self, loop: EventLoop | None, *, in_fd: int = -1, out_fd: int = -1) -> None:
+        """Without a loop the queue is sent on at the next write and on close. -1: no such side."""
+        super().__init__()
+        self._loop = loop
+        self._in_fd = in_fd
+        self._out_fd = out_fd
+        self._lock = Lock()
+        self._queue = bytearray()
+        self._closed = False
+        self._out_poll: select.poll | None = None  # None: a regular file, which takes everything
+        self._chunk = QUEUE_LIMIT_BYTES
+        self._edge = False
+        self.lost_bytes = 0
+        """Output dropped because the queue was full."""
+        if out_fd >= 0:
+            try:
+                mode = os.fstat(out_fd).st_mode
+            except OSError:
+                self._out_fd = -1
+            else:
+                if not stat.S_ISREG(mode):
+                    self._out_poll = select.poll()
+                    self._out_poll.register(out_fd, select.POLLOUT)
+                    # POLLOUT promises PIPE_BUF bytes on a pipe, but on a terminal no more than one.
+                    self._chunk = 1 if os.isatty(out_fd) else select.PIPE_BUF
+
+    # -- output
+    # ------------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            if self._queue:
+                self._enqueue(data)
+                self._send_queue()
+                return
+            sent = self._send(data)
+            if sent < len(data):
+                self._enqueue(data[sent:])
+                if self._loop is not None and not self._closed:
+                    try:
+                        self._loop.add_writer(self._out_fd, self._on_writable_fd)
+                    except StateError:
+                        pass  # the machine is on its way out: close() sends it
+
+    def _enqueue(self, data: bytes) -> None:
+        room = QUEUE_LIMIT_BYTES - len(self._queue)
+        self._queue += data[:room]
+        if len(data) >= room:
+            self.can_write = False
+            self.lost_bytes += len(data) - room
+
+    def _send(self, data: bytes | bytearray) -> int:
+        """How many bytes the descriptor took, or swallowed for want of a reader, without waiting."""
+        sent = 0
+        fd, poll, chunk = self._out_fd, self._out_poll, self._chunk
+        if fd < 0:
+            return len(data)
+        while sent < len(data):
+            if poll is not None:
+                ready = poll.poll(0)
+                if not ready:
+                    break
+                if ready[0][1] & BROKEN:
+                    return len(data)  # a write would fail, and kill a process with the default SIGPIPE
+            try:
+                sent += os.write(fd, data[sent : sent + chunk])
+            except BlockingIOError:
+                break
+            except OSError:  # EPIPE, EIO of a vanished terminal, ENOSPC
+                return len(data)
+        return sent
+
+    def _send_queue(self) -> bool:
+        """Whether ``can_write`` turned True. The lock is held."""
+        del self._queue[: self._send(self._queue)]
+        if not self._queue and self._loop is not None:
+            self._loop.remove_writer(self._out_fd)
+        if not self.can_write and len(self._queue) <= QUEUE_LIMIT_BYTES // 2:
+            self.can_write = True
+            return True
+        return False
+
+    def _on_writable_fd(self) -> None:
+        with self._lock:
+            if self._closed or not self._send_queue():
+                return
+        if self._on_writable is not None:
+            self._on_writable()
+
+    def _flush(self, limit_s: float) -> None:
+        """Wait until the queue is sent, nobody reads it any more, or the time is over. The lock is held."""
+        end = monotonic() + limit_s
+        while self._queue:
+            self._send_queue()
+            left_s = end - monotonic()
+            if left_s <= 0:
+                self._queue.clear()
+            elif self._queue and self._out_poll is not None:
+                self._out_poll.poll(left_s * 1000)
+
+    # -- input
+    # -------------------------------------------------------------------------------------------------
+
+    def set_receiver(
+        self,
+        receive: Callable[[bytes], None] | None,
+        room: Callable[[], int] | None = None,
+        on_break: Callable[[], None] | None = None,
+    ) -> None:
+        super().set_receiver(receive, room, on_break)
+        if self._loop is not None and self._in_fd >= 0:
+            if receive is None:
+                self._loop.remove_reader(self._in_fd)
+            else:
+                self._watch_input()
+
+    def accept_input(self) -> None:
+        # On the loop's thread, so that it comes after the removal of the reader that made it necessary.
+        if self._loop is not None:
+            self._loop.call_soon(self._watch_input)
+
+    def _watch_input(self) -> None:
+        with self._lock:
+            if self._loop is None or self._in_fd < 0 or self._closed or self._receive is None:
+                return
+            try:
+                self._loop.add_reader(self._in_fd, self._on_readable, edge=self._edge)
+            except StateError:
+                pass  # the loop closes: no more input
+            except OSError:
+                self._in_fd = -1  # a process may be started with its standard input closed
+
+    def _on_readable(self) -> None:
+        """On the loop's thread: take in what there is room for; all of it where only an edge is reported."""
+        while self._take_in() and self._edge:
+            pass
+
+    def _take_in(self) -> bool:
+        receive = self._receive
+        if receive is None or self._loop is None:
+            return False
+        room = self._room()
+        if room <= 0:
+            self._loop.remove_reader(self._in_fd)  # until accept_input
+            return False
+        with self._lock:
+            data = None if self._closed else self._read(min(room, READ_BYTES))
+            if data == b"":
+                self._loop.remove_reader(self._in_fd)
+        if not data:
+            return False
+        data = self._filter_input(data)
+        if data:
+            receive(data)
+        return True
+
+    def _read(self, size_bytes: int) -> bytes | None:
+        """None where there is nothing now; empty at the end."""
+        poll = select.poll()
+        poll.register(self._in_fd, select.POLLIN)
+        if not poll.poll(0):
+            return None  # somebody who shares the descriptor was faster
+        try:
+            return os.read(self._in_fd, size_bytes)
+        except BlockingIOError:
+            return None
+        except OSError:  # EIO: the terminal went away
+            return b""
+
+    def _filter_input(self, data: bytes) -> bytes:
+        return data
+
+    # -- the end
+    # -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._loop is not None:
+                self._loop.remove_reader(self._in_fd)
+                self._loop.remove_writer(self._out_fd)
+            self._flush(FLUSH_LIMIT_S)
+            self._release()
+            self._in_fd = self._out_fd = -1
+
+    def _release(self) -> None:
+        """Close what is the chardev's own. The lock is held; no callback uses the descriptors any more."""
+
+
+class StdioChardev(FdChardev):
+    """The process's terminal, or whatever its standard input and output are.
+
+    Ctrl-A is an escape, as in QEMU: x calls ``on_quit`` (on the loop's thread), b sends a break, h shows
+    help, Ctrl-A or a sends one Ctrl-A. ``raw`` turns off the terminal's own handling of keys, Ctrl-C
+    included; without a terminal on standard input it does nothing.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        *,
+        raw: bool = False,
+        escape: bool = True,
+        on_quit: Callable[[], None] | None = None,
+        in_fd: int = 0,
+        out_fd: int = 1,
+    ) -> None:
+        super().__init__(loop, in_fd=in_fd, out_fd=out_fd)
+        self._escape = escape
+        self._escaped = False  # the last byte was the escape
+        self._on_quit = on_quit
+        self._saved_tty: list[int | list[bytes | int]] | None = None
+        self._tty_fd = in_fd
+        if raw and os.isatty(in_fd):
+            self._set_raw()
+
+    def _set_raw(self) -> None:
+        import atexit
+        import termios as t
+
+        self._saved_tty = t.tcgetattr(self._tty_fd)
+        iflag, oflag, cflag, lflag, ispeed, ospeed, chars = t.tcgetattr(self._tty_fd)
+        iflag &= ~(t.IGNBRK | t.BRKINT | t.PARMRK | t.ISTRIP | t.INLCR | t.IGNCR | t.ICRNL | t.IXON)
+        oflag |= t.OPOST  # what this process prints itself still needs its line ends
+        cflag = cflag & ~(t.CSIZE | t.PARENB) | t.CS8
+        lflag &= ~(t.ECHO | t.ECHONL | t.ICANON | t.IEXTEN | t.ISIG)
+        chars[t.VMIN], chars[t.VTIME] = 1, 0
+        atexit.register(self.restore_terminal)
+        t.tcsetattr(self._tty_fd, t.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, chars])
+
+    def restore_terminal(self) -> None:
+        """Give the terminal back as it was. Idempotent; takes no lock: a signal handler may call it."""
+        saved, self._saved_tty = self._saved_tty, None
+        if saved is not None:
+            import atexit
+            import termios
+
+            try:
+                termios.tcsetattr(self._tty_fd, termios.TCSANOW, saved)
+            except (OSError, termios.error):
+                pass  # hung up: nothing to restore
+            atexit.unregister(self.restore_terminal)
+
+    def _filter_input(self, data: bytes) -> bytes:
+        if not self._escape or (CTRL_A not in data and not self._escaped):
+            return data
+        kept = bytearray()
+        for byte in data:
+            if not self._escaped:
+                self._escaped = byte == CTRL_A
+                if not self._escaped:
+                    kept.append(byte)
+                continue
+            self._escaped = False
+            if byte in b"\x01a":
+                kept.append(CTRL_A)
+            else:
+                self._command(byte)
+        return bytes(kept)
+
+    def _command(self, byte: int) -> None:
+        if byte in b"xX":
+            if self._on_quit is not None:
+                self._on_quit()
+        elif byte in b"bB":
+            if self._on_break is not None:
+                self._on_break()
+        elif byte in b"hH?":
+            self.write(ESCAPE_HELP)
+
+    def _release(self) -> None:
+        self.restore_terminal()
+
+
+class PtyChardev(FdChardev):
+    """A pseudo-terminal: a client (screen, minicom, socat) opens ``path``, goes away and comes back as it
+    likes.
+
+    While no client has it open, output is lost, as on an unplugged line.
+    """
+
+    def __init__(self, loop: EventLoop) -> None:
+        import tty
+
+        try:
+            master_fd, slave_fd = os.openpty()
+        except OSError as exc:
+            raise ConfigError(
+                f"no pseudo-terminal to be had ({exc.strerror}): mount devpts, or use a file"
+            ) from exc
+        self.path = os.ttyname(slave_fd)
+        """The device file for the client."""
+        tty.setraw(slave_fd)
+        # With our own end open the kernel would never report a client's absence (POLLHUP).
+        os.close(slave_fd)
+        os.set_blocking(master_fd, False)  # nobody shares it
+        super().__init__(loop, in_fd=master_fd, out_fd=master_fd)
+        self._chunk = select.PIPE_BUF
+        # A hang-up lasts until the next client: level-triggered, it would keep the loop spinning.
+        self._edge = True
+
+    def _read(self, size_bytes: int) -> bytes | None:
+        try:
+            return os.read(self._in_fd, size_bytes)
+        except OSError:  # EIO: no client; it is no end, there may come another
+            return None
+
+    def _release(self) -> None:
+        os.close(self._out_fd)
+
+
+class FileChardev(FdChardev):
+    """Output is appended to a file, a FIFO or a device by path, or goes to an open descriptor, which stays
+    open.
+
+    ConfigError where the path can't be opened. A FIFO must have its reader already.
+    """
+
+    def __init__(self, target: str | os.PathLike[str] | int, loop: EventLoop | None = None) -> None:
+        self._owned = not isinstance(target, int)
+        if isinstance(target, int):
+            fd = target
+            try:
+                os.fstat(fd)
+            except OSError as exc:
+                raise ConfigError(f"descriptor {fd} is not open: give one that is, or a path") from exc
+        else:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+            try:
+                fd = os.open(target, flags, 0o666)
+            except OSError as exc:
+                raise ConfigError(
+                    f"can't write to {os.fspath(target)!r} ({exc.strerror}): give the path of a file"
+                    " that may be created or appended to"
+                ) from exc
+        super().__init__(loop, out_fd=fd)
+
+    def _release(self) -> None:
+        if self._owned:
+            os.close(self._out_fd)
