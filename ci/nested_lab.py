@@ -67,7 +67,7 @@ mkdir /over/tmp
 mount --bind /new/tmp /over/tmp
 for place in /new/dev/shm /new/run /new/tmp; do mount -t tmpfs -o mode=1777 tmpfs $place; done
 while IFS= read -r name; do
-    mkdir "/new/tmp/$name"
+    if [ -d "/over/tmp/$name" ]; then mkdir "/new/tmp/$name"; else : > "/new/tmp/$name"; fi
     mount --bind "/over/tmp/$name" "/new/tmp/$name"
 done < /lab/kept-in-tmp
 chmod 666 /dev/kvm
@@ -223,12 +223,12 @@ class Lab:
         return "\n".join(lines) + "\n"
 
     def _kept_in_tmp(self) -> list[str]:
-        """The directories right under the host's /tmp that the command needs: a checkout may well be there."""
+        """The names right under the host's /tmp that the command needs: a checkout may well be there."""
         venv = os.environ.get("PYVMM_VENV", ROOT)
         needed = [os.getcwd(), ROOT, venv, boot_assets.CACHE, self.scratch]
         needed += [word for word in self.options.command if word.startswith("/tmp/")]
-        parts = [Path(path).resolve().parts for path in needed]
-        return sorted({part[2] for part in parts if part[:2] == ("/", "tmp") and Path(*part[:3]).is_dir()})
+        below = [path.relative_to("/tmp") for path in map(Path, needed) if path.is_relative_to("/tmp") and path.exists()]
+        return sorted({path.parts[0] for path in below if path.parts})
 
     def _settings(self) -> str:
         size = os.get_terminal_size() if self.terminal else None
