@@ -49,7 +49,7 @@ ALL_LAPICS = 0xFF
 
 
 def build(cpus: int, *, gpa: int = layout.MP_TABLE, signature: int = 0x600, features: int = 0x201) -> bytes:
-    """Floating pointer and configuration table for APIC ids 0 ... cpus - 1, to stand at ``gpa`` (16-byte aligned).
+    """Floating pointer and configuration table for APIC ids from 0 up, to stand at ``gpa`` (16-byte aligned).
 
     ``signature`` and ``features`` are CPUID leaf 1's EAX and EDX. Processors past 255 are ACPI's alone.
     """
