@@ -1,7 +1,7 @@
 """The PC's pair of interrupt controllers: two 8259A chips in cascade, and the edge/level registers.
 
-Intel 8259A data sheet (231468-003) for the chips; Intel 82371AB (PIIX4) data sheet, "ELCR", for the edge/level
-registers. The machine uses it where interrupts stay in user space; an in-kernel irqchip has a pair of its own.
+Intel 8259A data sheet (231468-003) for the chips; Intel 82371AB (PIIX4) data sheet, "ELCR", for the
+edge/level registers. For machines whose interrupts stay in user space; KVM's irqchip has a pair of its own.
 
 One lock excludes both chips and the ELCR from each other: an access to one moves the state of another through
 the cascade. It is the pair's; each port's Device takes it inside its own, never the other way round.

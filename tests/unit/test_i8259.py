@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.address_space import AddressSpace
@@ -34,10 +34,10 @@ class Bench:
         self.pio.map(0x4D0, 2, self.pair.elcr)
 
     def initialise(self, master_icw4: int = 0x01, slave_icw4: int = 0x01, icw1: int = 0x11) -> Bench:
-        for port, base, icw3, icw4 in ((0x20, MASTER_BASE, 4, master_icw4), (0xA0, SLAVE_BASE, 2, slave_icw4)):
+        for port, words in ((0x20, (MASTER_BASE, 4, master_icw4)), (0xA0, (SLAVE_BASE, 2, slave_icw4))):
             self.out(port, icw1)
-            for value in (base, icw3, icw4):
-                self.out(port + 1, value)
+            for word in words:
+                self.out(port + 1, word)
         return self
 
     def out(self, port: int, value: int) -> None:
@@ -493,6 +493,7 @@ def test_reset_lowers_intr_and_keeps_the_levels_of_the_lines(bench: Bench) -> No
 # Priorities, against the data sheet's rule written down plainly
 
 
+@settings(deadline=None)
 @given(
     irr=st.integers(0, 255),
     imr=st.integers(0, 255),
@@ -527,6 +528,7 @@ def test_the_winner_is_the_first_unmasked_request_above_all_in_service(
     assert pic.intr == (expected >= 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["out", "line", "ack"]), st.integers(0, 5), st.integers(0, 255))))
 def test_no_sequence_of_accesses_raises_or_leaves_intr_wrong(ops: list[tuple[str, int, int]]) -> None:
     bench = Bench().initialise()
