@@ -3,9 +3,9 @@
 Intel 8254 data sheet (231164-005): programming, read-back, the six modes and their timing diagrams. Port 0x61
 is the IBM PC/AT's "system control port B": Intel 82371SB (PIIX3) data sheet, "NMI Status and Control".
 
-A counter is never ticked. It holds its state at one clock pulse and moves to another in closed form, so a read
-costs the same after a microsecond and after a week. Pulses are counted from the start of the guest's virtual
-clock: everything a guest can measure (Linux and SeaBIOS calibrate the TSC on it) follows from that clock alone.
+A counter is never ticked. It holds its state at one clock pulse and moves to another in closed form, so a
+read costs the same after a microsecond and after a week. Pulses are counted from the start of the guest's
+virtual clock: what a guest measures here (Linux and SeaBIOS calibrate their TSC by it) is that clock alone.
 """
 
 from __future__ import annotations
@@ -367,6 +367,7 @@ class I8254(Device):
         self._clock = clock
         self._irq0 = irq0
         self._timer = clock.timer(self._on_timer)
+        self._quiet_until_ns = 0
         self.speaker = SpeakerPort(self)
         self._power_on()
 
@@ -422,27 +423,29 @@ class I8254(Device):
         rose = counter.advance(self.pulse())
         if counter is self.counters[0]:
             if rose:
+                self._quiet_until_ns = self._clock.now_ns() + MIN_INTERVAL_NS
                 self._irq0.set(0)
                 self._irq0.set(1)
             self._irq0.set(counter.out)
 
-    def _settle(self, not_before_ns: int = 0) -> None:
+    def _settle(self) -> None:
         """Counter 0 has been touched: the line shows its output, the timer waits for the next change."""
         counter = self.counters[0]
         self._irq0.set(counter.out)
         pulse = counter.next_change()
         if pulse < 0:
             self._timer.disarm()
-        else:
-            # The first nanosecond that belongs to that pulse.
-            self._timer.arm(max(-(-pulse * NS_PER_SECOND // FREQUENCY_HZ), not_before_ns))
+            return
+        # The first nanosecond that belongs to that pulse.
+        deadline_ns = -(-pulse * NS_PER_SECOND // FREQUENCY_HZ)
+        if counter.mode in (RATE, SQUARE):
+            deadline_ns = max(deadline_ns, self._quiet_until_ns)
+        self._timer.arm(deadline_ns)
 
     def _on_timer(self) -> None:
         with self.lock:
-            counter = self.counters[0]
-            self._advance(counter)
-            periodic = counter.mode in (RATE, SQUARE)
-            self._settle(self._clock.now_ns() + MIN_INTERVAL_NS if periodic else 0)
+            self._advance(self.counters[0])
+            self._settle()
 
     def reset(self) -> None:
         with self.lock:
@@ -463,4 +466,5 @@ class I8254(Device):
                 counter.restore(saved)
                 counter.pulse = pulse
             self.port_b = state["port_b"]
+            self._quiet_until_ns = 0
             self._settle()
