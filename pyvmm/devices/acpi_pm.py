@@ -48,8 +48,8 @@ class AcpiPm(Device):
     """The PM block: map 12 bytes of ports.
 
     ``sci`` is the level-triggered SCI. ``on_shutdown()`` is called when the guest enters S5, on its vCPU
-    thread with ``lock`` held. ``s5_type`` is the SLP_TYP that the DSDT's \\_S5 names. ``timer_bits`` is 24 or 32:
-    the FADT's TMR_VAL_EXT says which.
+    thread with ``lock`` held. ``s5_type`` is the SLP_TYP that the DSDT's \\_S5 names. ``timer_bits`` is 24 or
+    32: the FADT's TMR_VAL_EXT says which.
     """
 
     def __init__(

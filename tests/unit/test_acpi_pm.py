@@ -1,0 +1,234 @@
+"""ACPI fixed hardware: events and SCI, sleep control, the PM timer, the power button."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyvmm.address_space import AddressSpace
+from pyvmm.clock import VirtualClock
+from pyvmm.device import IrqLine
+from pyvmm.devices.acpi_pm import EVENTS, GBL, PM_TIMER_HZ, PWRBTN, RTC, SLPBTN, TMR, AcpiPm
+
+SECOND = 1_000_000_000
+BASE = 0x600
+STS, EN, CNT, TIMER = BASE, BASE + 2, BASE + 4, BASE + 8
+SLP_EN = 0x2000
+
+
+def ticks_to_ns(ticks: int) -> int:
+    return -(-ticks * SECOND // PM_TIMER_HZ)
+
+
+class Bench:
+    def __init__(self, s5_type: int = 5, timer_bits: int = 32) -> None:
+        self.clock = VirtualClock()
+        self.sci: list[int] = []
+        self.shutdowns = 0
+        self.pm = AcpiPm(
+            self.clock, IrqLine(self.sci.append), self.shut_down, s5_type=s5_type, timer_bits=timer_bits
+        )
+        self.pio = AddressSpace("pio", 0x10000)
+        self.pio.map(BASE, 12, self.pm)
+
+    def shut_down(self) -> None:
+        self.shutdowns += 1
+
+    def inb(self, port: int) -> int:
+        return self.pio.read(port, 1)
+
+    def inw(self, port: int) -> int:
+        return self.pio.read(port, 2)
+
+    def inl(self, port: int) -> int:
+        return self.pio.read(port, 4)
+
+    def outw(self, port: int, value: int) -> None:
+        self.pio.write(port, 2, value)
+
+    def to_tick(self, tick: int) -> None:
+        self.clock.step(ticks_to_ns(tick) - self.clock.now_ns())
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_power_on(bench: Bench) -> None:
+    assert (bench.inl(BASE), bench.inl(CNT), bench.inl(TIMER)) == (0, 1, 0)
+    assert bench.sci == []
+
+
+# Events and the SCI
+
+
+def test_power_button_sets_its_status_and_interrupts_once_enabled(bench: Bench) -> None:
+    bench.pm.press()
+    assert bench.inw(STS) == PWRBTN
+    assert bench.sci == []
+    bench.outw(EN, PWRBTN)
+    assert bench.sci == [1]
+    bench.outw(STS, PWRBTN)
+    assert bench.inw(STS) == 0
+    assert bench.sci == [1, 0]
+    bench.pm.press()
+    assert bench.sci == [1, 0, 1]
+
+
+def test_status_is_cleared_only_where_ones_are_written(bench: Bench) -> None:
+    bench.pm.press()
+    bench.outw(STS, 0xFFFF & ~PWRBTN)
+    bench.pio.write(STS, 1, 0xFF)
+    assert bench.inw(STS) == PWRBTN
+    bench.pio.write(STS + 1, 1, 0x01)
+    assert bench.inw(STS) == 0
+
+
+def test_enable_keeps_the_bits_of_real_events(bench: Bench) -> None:
+    bench.outw(EN, 0xFFFF)
+    assert bench.inw(EN) == EVENTS == TMR | GBL | PWRBTN | SLPBTN | RTC
+    bench.pio.write(EN, 1, 0)
+    assert bench.inw(EN) == EVENTS & 0xFF00
+    bench.outw(EN, 0)
+    assert bench.inw(EN) == 0
+
+
+def test_a_dword_covers_status_and_enable(bench: Bench) -> None:
+    bench.pm.press()
+    bench.pio.write(STS, 4, PWRBTN << 16)
+    assert bench.inl(STS) == PWRBTN << 16 | PWRBTN
+    bench.pio.write(STS, 4, PWRBTN)
+    assert bench.inl(STS) == 0
+    assert bench.sci == [1, 0]
+
+
+# Sleep control
+
+
+def test_control_keeps_the_sleep_type_but_not_the_command(bench: Bench) -> None:
+    bench.outw(CNT, 0xDFFE)
+    assert bench.inw(CNT) == 0x1C03
+    bench.outw(CNT, 0)
+    assert bench.inw(CNT) == 1, "SCI_EN cannot be cleared: there is no other mode"
+
+
+@pytest.mark.parametrize("s5_type", [0, 5])
+def test_sleep_enable_with_the_type_of_s5_shuts_down(s5_type: int) -> None:
+    bench = Bench(s5_type=s5_type)
+    for kind in range(8):
+        bench.outw(CNT, kind << 10)
+        assert bench.shutdowns == 0
+        if kind != s5_type:
+            bench.outw(CNT, kind << 10 | SLP_EN)
+    assert bench.shutdowns == 0, "no other state is offered"
+    bench.outw(CNT, s5_type << 10 | SLP_EN)
+    assert bench.shutdowns == 1
+
+
+def test_sleep_by_bytes(bench: Bench) -> None:
+    bench.pio.write(CNT, 1, 0xFF)
+    assert bench.shutdowns == 0
+    bench.pio.write(CNT + 1, 1, (5 << 10 | SLP_EN) >> 8)
+    assert bench.shutdowns == 1
+
+
+def test_writes_around_the_control_register_do_not_shut_down() -> None:
+    bench = Bench(s5_type=0)
+    for port in (STS, EN, BASE + 6, TIMER, TIMER + 2):
+        bench.outw(port, 0xFFFF)
+    assert bench.shutdowns == 0
+    assert bench.inw(BASE + 6) == 0
+
+
+# The PM timer
+
+
+def test_timer_runs_at_its_frequency_and_is_read_only(bench: Bench) -> None:
+    bench.clock.step(SECOND)
+    assert bench.inl(TIMER) == PM_TIMER_HZ
+    bench.pio.write(TIMER, 4, 0)
+    assert bench.inl(TIMER) == PM_TIMER_HZ
+    assert [bench.inb(TIMER + n) for n in range(4)] == list(PM_TIMER_HZ.to_bytes(4, "little"))
+    assert bench.inw(TIMER + 2) == PM_TIMER_HZ >> 16
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**13), st.sampled_from([24, 32]))
+def test_timer_value_at_any_time(now_ns: int, bits: int) -> None:
+    bench = Bench(timer_bits=bits)
+    bench.clock.step(now_ns)
+    assert bench.inl(TIMER) == now_ns * PM_TIMER_HZ // SECOND % (1 << bits)
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_status_is_set_when_the_highest_bit_changes_either_way(bits: int) -> None:
+    bench = Bench(timer_bits=bits)
+    half = 1 << (bits - 1)
+    for n in range(1, 4):
+        bench.to_tick(n * half - 1)
+        assert bench.inw(STS) == 0
+        bench.to_tick(n * half)
+        assert bench.inw(STS) == TMR
+        bench.outw(STS, TMR)
+        assert bench.inw(STS) == 0
+    assert bench.sci == []
+
+
+def test_overflow_interrupts_at_its_tick_and_again_after_each_clear() -> None:
+    bench = Bench(timer_bits=24)
+    bench.outw(EN, TMR)
+    half = 1 << 23
+    for n in range(1, 4):
+        bench.to_tick(n * half - 1)
+        assert bench.sci == [1, 0] * (n - 1)
+        bench.to_tick(n * half)
+        assert bench.sci == [1, 0] * (n - 1) + [1]
+        bench.outw(STS, TMR)
+    assert bench.sci == [1, 0] * 3
+    bench.outw(EN, 0)
+    assert bench.clock.next_deadline_ns is None
+
+
+def test_enabling_after_the_overflow_interrupts_at_once() -> None:
+    bench = Bench(timer_bits=24)
+    bench.to_tick(1 << 23)
+    bench.outw(EN, TMR)
+    assert bench.sci == [1]
+    assert bench.clock.next_deadline_ns is None, "nothing more to tell until it is cleared"
+
+
+# State
+
+
+def test_reset(bench: Bench) -> None:
+    bench.outw(EN, PWRBTN | TMR)
+    bench.outw(CNT, 3 << 10)
+    bench.pm.press()
+    bench.pm.reset()
+    assert (bench.inl(BASE), bench.inl(CNT)) == (0, 1)
+    assert bench.sci == [1, 0]
+    assert bench.clock.next_deadline_ns is None
+
+
+def test_save_and_load_go_on_at_another_time() -> None:
+    bench = Bench(timer_bits=24)
+    bench.outw(EN, TMR | PWRBTN)
+    bench.outw(CNT, 2 << 10)
+    bench.to_tick((1 << 23) - 1000)
+    other = Bench(timer_bits=24)
+    other.clock.step(123 * SECOND)
+    other.pm.load(bench.pm.save())
+    assert (other.inl(BASE), other.inl(CNT), other.inl(TIMER)) == (
+        (TMR | PWRBTN) << 16,
+        1 | 2 << 10,
+        (1 << 23) - 1000,
+    )
+    other.clock.step(ticks_to_ns(998))
+    assert other.sci == []
+    other.clock.step(ticks_to_ns(3))
+    assert other.sci == [1]
+    again = Bench(timer_bits=24)
+    again.pm.load(other.pm.save())
+    assert again.sci == [1]
