@@ -170,9 +170,9 @@ class Serial(Device):
     # --------------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:
-        if offset == LSR:
+        if offset == 5:  # LSR: as numbers here, each global is a cold line of cache
             lsr = self._lsr
-            if lsr & LSR_ERRORS:
+            if lsr & 0x1E:  # LSR_ERRORS
                 self._clear_errors()
             return lsr
         if offset == IIR:
@@ -190,7 +190,7 @@ class Serial(Device):
         return self._scr
 
     def write(self, offset: int, size: int, value: int) -> None:
-        if offset == THR:
+        if offset == 0:  # THR
             if self._thr_open:
                 self._put(BYTES[value])
                 if not self._chardev.can_write:
