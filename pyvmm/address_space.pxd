@@ -21,12 +21,18 @@ cdef class FlatView:
     cdef readonly list regions
 
 
+cdef class ViewUser:
+    cdef int stale                  # set after a new view is in place; a vCPU looks at it on every exit
+
+
 cdef class AddressSpace:
     cdef readonly str name
     cdef readonly uint64_t size
     cdef readonly FlatView view
-    cdef uint64_t generation        # bumped after a new view is in place; vCPUs compare it on every exit
+    cdef list users
     cdef object _change
+    cdef int attach(self, ViewUser user) except -1
+    cdef int detach(self, ViewUser user) except -1
 
 
 # Any access, GIL-free: splits it as the regions ask, all ones where nobody answers. BUS_OK or BUS_RAISED.

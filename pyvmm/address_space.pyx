@@ -4,8 +4,8 @@ The semantics are those of QEMU's docs/devel/memory.rst: a region states which a
 which its implementation takes; the bus splits, widens and aligns in between (``access_with_adjusted_size``). An
 address nobody claims reads as all ones and swallows writes. Regions never overlap: adding one that would names both.
 
-vCPU threads look regions up without the GIL in an immutable FlatView. A change builds a new view and bumps the
-generation; every vCPU takes the new view at its next exit. ``unmap`` waits for a handler under way, and none runs
+vCPU threads look regions up without the GIL in an immutable FlatView. A change builds a new view and tells every
+vCPU that its own is stale; each takes the new one at its next exit. ``unmap`` waits for a handler under way, and none runs
 after it has returned.
 """
 
@@ -18,6 +18,7 @@ from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_BUFFER, REGION_
                         REGION_PYTHON, REGION_SINK, PY_VECTORCALL_ARGUMENTS_OFFSET, Py_DECREF, PyEval_RestoreThread,
                         PyEval_SaveThread, PyLong_FromUnsignedLongLong, PyObject_Vectorcall, PyThreadState, flat_view_find,
                         flat_view_t, goes_direct, ones, python_read, python_write, region_t, take_lock, write)
+from pyvmm.atomic cimport ATOMIC_SEQ_CST, atomic_store
 from pyvmm.device cimport Device, DeviceLock, pthread_mutex_unlock
 
 from types import MethodType
@@ -440,6 +441,10 @@ cdef class FlatView:
         free(self.c.bases)
 
 
+cdef class ViewUser:
+    """One that reads an AddressSpace's view without a lock, and is told when there is a newer one."""
+
+
 cdef class AddressSpace:
     """A space of ``size`` addresses: AddressSpace("pio", 1 << 16), AddressSpace("mmio", 1 << 52)."""
 
@@ -447,6 +452,7 @@ cdef class AddressSpace:
         self.name = name
         self.size = size
         self.view = FlatView([])
+        self.users = []
         self._change = DeviceLock()
 
     def add(self, base, MemoryRegion region):
@@ -486,8 +492,22 @@ cdef class AddressSpace:
             region.space = None
 
     def _publish(self, regions):
+        cdef ViewUser user
         self.view = FlatView(regions)
-        self.generation += 1
+        for user in self.users:
+            # Pairs with the exchange in CpuExec.refresh_views: the view is in place before the flag is seen.
+            atomic_store(&user.stale, 1, ATOMIC_SEQ_CST)
+
+    cdef int attach(self, ViewUser user) except -1:
+        with self._change:
+            self.users.append(user)
+        return 0
+
+    cdef int detach(self, ViewUser user) except -1:
+        with self._change:
+            if user in self.users:
+                self.users.remove(user)
+        return 0
 
     @property
     def regions(self):

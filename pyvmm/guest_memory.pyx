@@ -6,8 +6,8 @@ A mapping lives as long as the last view of it; closing a machine cannot pull me
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 from libc.errno cimport errno
-from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE,
-                         mmap, munmap)
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE,
+                         mmap, mprotect, munmap)
 from posix.unistd cimport close, ftruncate
 
 import os
@@ -142,8 +142,11 @@ cdef class GuestMemory:
                 return region.hva + (gpa - region.gpa)
         return NULL
 
-    def view(self, gpa, size):
-        """A writable memoryview ('B') of ``size`` bytes at ``gpa``. BusError where it is not all in one region."""
+    def view(self, gpa, size, bint write=True):
+        """A memoryview ('B') of ``size`` bytes at ``gpa``. BusError where it is not all in one region.
+
+        A ROM is there for ``write=False`` only: devices do what guests ask, and a guest can't write it.
+        """
         cdef RamRegion region
         cdef Py_ssize_t i
         if not self.ram:
@@ -151,18 +154,29 @@ cdef class GuestMemory:
         for i in range(len(self.ram)):
             region = <RamRegion>self.ram[i]
             if region.gpa <= gpa and gpa + size <= region.gpa + region.length and size >= 0:
+                if write and region.readonly:
+                    break
                 start = gpa - region.gpa
                 return self._views[i][start:start + size]
         raise BusError(f"{size:#x} bytes at guest-physical {gpa:#x} are not inside RAM")
 
     def read(self, gpa, size):
         """A copy of ``size`` bytes at ``gpa``."""
-        return bytes(self.view(gpa, size))
+        return bytes(self.view(gpa, size, False))
 
     def write(self, gpa, data):
         """Copy a bytes-like object to ``gpa``."""
         source = memoryview(data).cast("B")
         self.view(gpa, source.nbytes)[:] = source
+
+    def drop_mapping(self, gpa):
+        """Make KVM forget how it maps the page at ``gpa``, content kept: its next access faults it in again."""
+        cdef uint8_t *page = self.host(gpa & ~0xFFF, PAGE_BYTES)
+        if page == NULL:
+            raise BusError(f"guest-physical {gpa:#x} is not inside RAM")
+        # The way of QEMU's pc-testdev: taking the rights away and giving them back goes through KVM's MMU notifier.
+        if mprotect(page, PAGE_BYTES, PROT_NONE) < 0 or mprotect(page, PAGE_BYTES, PROT_READ | PROT_WRITE) < 0:
+            raise OSError(errno, os.strerror(errno))
 
     def close(self):
         """Let go of the mappings; each is unmapped when the last view of it is gone."""

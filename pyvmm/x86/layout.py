@@ -123,8 +123,8 @@ PM1A_CNT = 4
 PM1A_CNT_BYTES = 2
 PM_TMR = 8
 PM_TMR_BYTES = 4
-PM_BYTES = 0x10
-SLP_TYP_S5 = 5  # written with SLP_EN to PM1a control it powers off; the DSDT's _S5 says the same
+PM_BYTES = 12
+SLP_TYP_S5 = 0  # written with SLP_EN to PM1a control it powers off, so outw(0x604, 0x2000) does, as on QEMU
 RESET_VALUE = 6  # written to PORT_RESET: full reset of the processors
 
 # Interrupt lines. GSI n is pin n of the IOAPIC, and ISA interrupt n, but for the timer: its wire goes to pin

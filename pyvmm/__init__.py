@@ -1,0 +1,56 @@
+"""pyvmm: a virtual machine monitor for x86-64 Linux with KVM.
+
+General layout, lowest layer first; a module imports only from those above it in this list:
+
+    errors          every exception
+    kvm/            the ioctls: /dev/kvm, VM, vCPU
+    guest_memory    RAM;  address_space  ports and MMIO;  device  the contract of a device model;  clock  guest time
+    cpu_exec        the run loop;  exit_stats  its profiler;  run_state, cpu  the vCPU threads;  dump  post-mortems
+    x86/            guest addresses, initial state, CPUID, boot protocols, ACPI and MP tables
+    event_loop      descriptors and timers;  chardev  host sides of consoles
+    devices/        one chip a file
+    config, builder, machine    from arguments to a running machine
+    cli/            the command
+
+One reading order: builder -> cpu_exec -> address_space -> devices/serial.
+"""
+
+from pyvmm.address_space import (
+    AddressSpace,
+    BufferRegion,
+    EventRegion,
+    FifoRegion,
+    LatchRegion,
+    MemoryRegion,
+    SinkRegion,
+)
+from pyvmm.config import MachineConfig
+from pyvmm.device import Device, IrqLine
+from pyvmm.errors import BusError, ConfigError, DeviceError, GuestError, KvmError, StateError, VmmError
+from pyvmm.machine import Machine
+from pyvmm.run_state import ExitStatus, RunState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AddressSpace",
+    "BufferRegion",
+    "BusError",
+    "ConfigError",
+    "Device",
+    "DeviceError",
+    "EventRegion",
+    "ExitStatus",
+    "FifoRegion",
+    "GuestError",
+    "IrqLine",
+    "KvmError",
+    "LatchRegion",
+    "Machine",
+    "MachineConfig",
+    "MemoryRegion",
+    "RunState",
+    "SinkRegion",
+    "StateError",
+    "VmmError",
+]

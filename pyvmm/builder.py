@@ -1,0 +1,423 @@
+"""The recipe: from a MachineConfig to a machine that is paused at its first instruction, top to bottom.
+
+The order is KVM's: memory slots before the irqchip (each slot change after it waits for an SRCU grace period), the
+irqchip before the vCPUs (which get their local APICs from it).
+"""
+
+from __future__ import annotations
+
+from pyvmm.cpu import Cpu
+from pyvmm.cpu_exec import CpuExec
+from pyvmm.device import IrqLine
+from pyvmm.errors import ConfigError
+from pyvmm.guest_memory import GuestMemory
+from pyvmm.kvm.system import Kvm
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.address_space import AddressSpace
+    from pyvmm.chardev import Chardev
+    from pyvmm.config import Image, Serial
+    from pyvmm.machine import Machine
+    from pyvmm.x86.boot import BootState
+
+PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
+
+
+class Images:
+    """The files a machine boots from, mapped as long as it lives: a reset loads them again."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, memoryview] = {}
+        self._maps: list[Any] = []
+
+    def get(self, image: Image, what: str) -> memoryview:
+        """The bytes of a path or a buffer. ConfigError where the file can't be read, or is empty."""
+        import os
+
+        if not isinstance(image, (str, os.PathLike)):
+            return memoryview(image).cast("B")
+        if id(image) not in self._open:
+            self._open[id(image)] = self._map(os.fspath(image), what)
+        return self._open[id(image)]
+
+    def _map(self, path: str, what: str) -> memoryview:
+        import mmap
+
+        try:
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise ConfigError(f"{what} {path}: {error.strerror}: give a file that can be read") from None
+        except ValueError:
+            raise ConfigError(f"{what} {path} is empty: give a whole image") from None
+        self._maps.append(mapped)
+        return memoryview(mapped)
+
+    def close(self) -> None:
+        for view in self._open.values():
+            view.release()
+        for mapped in self._maps:
+            mapped.close()
+        self._open.clear()
+        self._maps.clear()
+
+
+def build(m: Machine) -> None:
+    """All of it. On an error the machine is closed by its owner, whatever was made so far."""
+    config = m.config
+    m.memory = GuestMemory(
+        config.memory_mib * layout.MIB, shared=config.shared_memory, huge_pages=config.huge_pages
+    )
+    m.kvm = Kvm()
+    check_limits(m)
+    m.vm = m.kvm.create_vm()
+    m.vm.set_memory(m.memory)
+    if config.irqchip == "kernel":
+        make_kernel_irqchip(m)
+    make_devices(m)
+    boot = load_guest(m)
+    make_cpus(m)
+    if boot is not None:
+        enter_guest(m, boot)
+
+
+def check_limits(m: Machine) -> None:
+    limit = m.kvm.check_extension("KVM_CAP_MAX_VCPUS")
+    if m.config.cpus > limit:
+        raise ConfigError(f"{m.config.cpus} vCPUs: this host's KVM takes at most {limit}, ask for fewer")
+
+
+# -- interrupts ------------------------------------------------------------------------------------------------
+
+
+def make_kernel_irqchip(m: Machine) -> None:
+    m.vm.set_tss_address(layout.KVM_TSS)
+    m.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+    m.vm.create_irqchip()
+    m.vm.create_pit()
+    m.vm.set_gsi_routing(pc_routes())
+
+
+def pc_routes() -> list[tuple[int, str, int, int]]:
+    """GSI n to pin n of the PIC pair and of the IOAPIC; but the timer's wire goes to IOAPIC pin 2, as on a PC."""
+    routes = [
+        (gsi, "irqchip", PIC_MASTER if gsi < 8 else PIC_SLAVE, gsi & 7) for gsi in range(layout.ISA_IRQS)
+    ]
+    for gsi in range(layout.IOAPIC_PINS):
+        if gsi != layout.GSI_TIMER:
+            pin = layout.GSI_TIMER if gsi == layout.IRQ_TIMER else gsi
+            routes.append((gsi, "irqchip", IOAPIC, pin))
+    return routes
+
+
+def irq_line(m: Machine, irq: int) -> IrqLine:
+    """A line to ISA interrupt ``irq``, into whichever controller the machine has."""
+    if m.config.irqchip == "off":
+        from pyvmm.devices.i8259 import I8259Pair
+
+        pic = m.devices["pic"]
+        assert isinstance(pic, I8259Pair)
+        return IrqLine(lambda level: pic.set_irq(irq, level), irq)
+    set_level = m.vm.irq_line
+    return IrqLine(lambda level: set_level(irq, level), irq)
+
+
+# -- devices ---------------------------------------------------------------------------------------------------
+
+
+def make_devices(m: Machine) -> None:
+    """The board: what every PC-like guest expects to find, at the ports of layout.py."""
+    from pyvmm.devices.acpi_pm import AcpiPm
+    from pyvmm.devices.fw_cfg import FwCfg
+    from pyvmm.devices.reset_control import ResetControl
+    from pyvmm.devices.serial import Serial
+
+    pio, config = m.pio, m.config
+    if config.irqchip == "off":
+        make_user_irqchip(m)
+    serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial), m.clock)
+    pm = AcpiPm(m.clock, irq_line(m, layout.IRQ_SCI), m.guest_shutdown, s5_type=layout.SLP_TYP_S5)
+    reset = ResetControl(m.guest_reset)
+    fw_cfg = FwCfg(m.memory)
+    m.devices.update(serial=serial, acpi_pm=pm, reset_control=reset, fw_cfg=fw_cfg)
+    pio.map(layout.PORT_COM1, 8, serial, name="serial")
+    pio.map(layout.PORT_PM, 12, pm, name="acpi_pm")
+    pio.map(layout.PORT_RESET, 1, reset, name="reset")
+    pio.map(layout.PORT_FW_CFG, 2, fw_cfg, name="fw_cfg")
+    pio.map(layout.PORT_FW_CFG_DMA, 8, fw_cfg.dma, name="fw_cfg.dma")
+    make_legacy_devices(m)
+    make_debug_devices(m)
+    describe(m, fw_cfg)
+
+
+def make_legacy_devices(m: Machine) -> None:
+    from pyvmm.devices.i8042 import I8042
+    from pyvmm.devices.port92 import Port92
+    from pyvmm.devices.rtc import Rtc
+
+    low = min(m.memory.size_bytes, layout.RAM_HOLE)
+    rtc = Rtc(
+        irq_line(m, layout.IRQ_RTC),
+        m.clock,
+        ram_below_4g_bytes=low,
+        ram_above_4g_bytes=m.memory.size_bytes - low,
+        cpus=m.config.cpus,
+    )
+    i8042 = I8042(irq_line(m, layout.IRQ_KEYBOARD), m.guest_reset)
+    port92 = Port92(m.guest_reset)
+    m.devices.update(rtc=rtc, i8042=i8042, port92=port92)
+    m.pio.map(layout.PORT_RTC, 2, rtc, name="rtc")
+    m.pio.map(layout.PORT_I8042_DATA, 1, i8042, name="i8042.data")
+    m.pio.map(layout.PORT_I8042_COMMAND, 1, i8042.command, name="i8042.command")
+    m.pio.map(layout.PORT_FAST_A20, 1, port92, name="port92")
+
+
+def make_user_irqchip(m: Machine) -> None:
+    """irqchip='off': PIC pair and PIT in Python; their output reaches the one vCPU when that is made."""
+    from pyvmm.devices.i8254 import I8254
+    from pyvmm.devices.i8259 import I8259Pair
+
+    pic = I8259Pair(lambda level: m.cpus[0].exec.interrupt(level) if m.cpus else None)
+    m.devices["pic"] = pic
+    pit = I8254(m.clock, irq_line(m, layout.IRQ_TIMER))
+    m.devices["pit"] = pit
+    m.pio.map(layout.PORT_PIC_MASTER, 2, pic.master, name="pic.master")
+    m.pio.map(layout.PORT_PIC_SLAVE, 2, pic.slave, name="pic.slave")
+    m.pio.map(layout.PORT_PIC_ELCR, 2, pic.elcr, name="pic.elcr")
+    m.pio.map(layout.PORT_PIT, 4, pit, name="pit")
+    m.pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
+
+
+def make_debug_devices(m: Machine) -> None:
+    """POST codes, the debug console, isa-debug-exit and, asked for, pc-testdev."""
+    from pyvmm.devices.debug_exit import DebugExit
+    from pyvmm.devices.debugcon import DebugCon
+    from pyvmm.devices.port80 import Port80
+
+    config = m.config
+    port80 = Port80()
+    debugcon = DebugCon(chardev(m, config.debugcon))
+    m.devices.update(port80=port80, debugcon=debugcon)
+    m.pio.map(layout.PORT_POST, 1, port80, name="port80")
+    m.pio.map(layout.PORT_DEBUG_CONSOLE, 1, debugcon, name="debugcon")
+    if config.debug_exit is not None:
+        debug_exit = DebugExit(m.debug_exit)
+        m.devices["debug_exit"] = debug_exit
+        m.pio.map(config.debug_exit, 4, debug_exit, name="isa-debug-exit")
+    if config.testdev:
+        make_testdev(m)
+
+
+def make_testdev(m: Machine) -> None:
+    from pyvmm.address_space import BufferRegion
+    from pyvmm.devices.testdev import TestDev
+
+    lines = [irq_line(m, n) for n in range(layout.IOAPIC_PINS if m.vm.has_irqchip else layout.ISA_IRQS)]
+
+    def set_gsi(n: int, level: int) -> None:
+        if n < len(lines):
+            lines[n].set(level)
+
+    testdev = TestDev(m.memory.drop_mapping, set_gsi)
+    m.devices["testdev"] = testdev
+    m.pio.map(layout.PORT_TESTDEV, 4, testdev, name="testdev.latch")
+    m.pio.map(layout.PORT_TESTDEV + 4, 4, testdev.flush, name="testdev.flush")
+    m.pio.map(layout.PORT_TESTDEV + 8, 4, testdev.latch_bytes, name="testdev.bytes")
+    m.pio.map(layout.PORT_TESTDEV_IRQ, 24, testdev.irqs, name="testdev.irqs")
+    m.mmio.add(layout.TESTDEV_MEMORY, BufferRegion(testdev.memory, name="testdev.memory"))
+
+
+def describe(m: Machine, fw_cfg: Any) -> None:
+    """What firmware and kvm-unit-tests ask fw_cfg for."""
+    config = m.config
+    ranges = [(gpa, size, 1) for gpa, size in m.memory.regions]
+    fw_cfg.describe_machine(config.cpus, config.cpus, m.memory.size_bytes, ranges)
+    for name, data in config.fw_cfg.items():
+        fw_cfg.add_file(name, bytes(data))
+
+
+def chardev(m: Machine, spec: Serial) -> Chardev:
+    """The host's side of a console, from the words of MachineConfig.serial."""
+    from pyvmm import chardev as c
+
+    made: c.Chardev
+    if spec is None or spec == "none":
+        made = c.NullChardev()
+    elif isinstance(spec, c.Chardev):
+        return spec  # the embedder's: closed by the embedder
+    elif callable(spec):
+        made = c.CallableChardev(spec)
+    elif spec == "stdio":
+        made = c.StdioChardev(m.event_loop, escape=False)
+    elif spec == "pty":
+        made = c.PtyChardev(m.event_loop)
+    elif spec.startswith("file:") and len(spec) > len("file:"):
+        made = c.FileChardev(spec[len("file:") :], m.event_loop)
+    else:
+        raise ConfigError(f"serial {spec!r}: use none, stdio, pty or file:PATH")
+    m.chardevs.append(made)
+    return made
+
+
+# -- the guest -------------------------------------------------------------------------------------------------
+
+
+def load_guest(m: Machine, *, clean: bool = True) -> BootState | None:
+    """Tables and images into memory. None where there is neither kernel nor flat binary: the reset state stays."""
+    from pyvmm.x86 import boot
+
+    config, images = m.config, m._images
+    if config.flat is not None:
+        address = config.flat_address
+        if address is None:
+            address = layout.BOOT_SECTOR if config.flat_mode == "real16" else layout.KERNEL
+        return boot.load(
+            m.memory,
+            images.get(config.flat, "flat binary"),
+            name=image_name(config.flat, "flat binary"),
+            flat_address=address,
+            flat_mode=config.flat_mode,
+            clean=clean,
+        )
+    if config.kernel is None:
+        return None
+    kernel = images.get(config.kernel, "kernel")
+    modules = [(images.get(image, "module"), line) for image, line in config.modules]
+    initrd = images.get(config.initrd, "initrd") if config.initrd is not None else None
+    rsdp = write_tables(m) if config.memory_mib else 0
+    return boot.load(
+        m.memory,
+        kernel,
+        name=image_name(config.kernel, "kernel"),
+        initrd=modules or initrd,
+        append=config.append,
+        acpi_rsdp=rsdp,
+        clean=clean,
+    )
+
+
+def image_name(image: Image, otherwise: str) -> str:
+    """What to call it in messages, and a multiboot kernel's argv[0]."""
+    import os
+
+    return os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else otherwise
+
+
+def write_tables(m: Machine) -> int:
+    """ACPI and MP tables into the BIOS area; the ACPI root pointer's address."""
+    from pyvmm.x86 import acpi, mptable
+
+    irqchip = m.config.irqchip == "kernel"
+    tables = acpi.build(m.config.cpus, irqchip=irqchip)
+    tables.write(m.memory)
+    if irqchip:
+        mptable.write(m.memory, m.config.cpus)
+    return tables.rsdp
+
+
+def make_cpus(m: Machine) -> None:
+    from pyvmm.x86 import cpuid
+
+    config = m.config
+    user_irqchip = config.irqchip == "off"
+    supported = m.kvm.supported_cpuid()
+    deadline = bool(m.kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
+    for index in range(config.cpus):
+        vcpu = m.vm.create_vcpu(index)
+        vcpu.cpuid = cpuid.build(
+            supported,
+            spec=config.cpu,
+            apic_id=index,
+            cpus=config.cpus,
+            irqchip=not user_irqchip,
+            tsc_deadline=deadline and not user_irqchip,
+        )
+        loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=user_irqchip)
+        if user_irqchip:
+            loop.acknowledge = m.devices["pic"].acknowledge  # type: ignore[attr-defined]  # an I8259Pair
+        m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped))
+
+
+def cpu_vendor(m: Machine) -> str:
+    """CPUID's vendor string: whose exit codes a hardware exit reason is."""
+    for function, _index, _flags, _eax, ebx, ecx, edx in m.kvm.supported_cpuid():
+        if function == 0:
+            return b"".join(r.to_bytes(4, "little") for r in (ebx, edx, ecx)).decode("ascii", "replace")
+    return ""
+
+
+def enter_guest(m: Machine, boot: BootState) -> None:
+    """The first vCPU at the guest's entry; the others wait for INIT and SIPI, as KVM made them."""
+    vcpu = m.cpus[0].vcpu
+    regs, sregs = vcpu.regs, vcpu.sregs
+    boot.apply(regs, sregs)
+    vcpu.sregs = sregs
+    vcpu.regs = regs
+
+
+# -- reset and the end -----------------------------------------------------------------------------------------
+
+
+def power_on_state(m: Machine) -> dict[str, Any]:
+    """Taken once before the first run: what a reset brings back of the kernel's side of the machine."""
+    from pyvmm.x86 import vcpu_state
+
+    kernel_irqchip = m.vm.has_irqchip
+    indices = m.kvm.msr_indices()
+    state: dict[str, Any] = {
+        "vcpus": [vcpu_state.save(cpu.vcpu, indices, lapic=kernel_irqchip) for cpu in m.cpus]
+    }
+    if kernel_irqchip:
+        state["irqchips"] = [m.vm.get_irqchip(chip) for chip in (PIC_MASTER, PIC_SLAVE, IOAPIC)]
+        state["pit"] = m.vm.get_pit()
+    return state
+
+
+def reset(m: Machine) -> None:
+    """The kernel's side back to power-on, the guest's images loaded anew. Every vCPU is parked."""
+    from pyvmm.x86 import vcpu_state
+
+    state = m._pristine or power_on_state(m)
+    if m.vm.has_irqchip:
+        for chip in state["irqchips"]:
+            m.vm.set_irqchip(chip)
+        m.vm.set_pit(state["pit"])
+    for cpu, saved in zip(m.cpus, state["vcpus"], strict=True):
+        vcpu_state.load(cpu.vcpu, saved)
+        cpu.exec.halted = False
+    boot = load_guest(m, clean=False)
+    if boot is not None:
+        enter_guest(m, boot)
+
+
+def coalesce(m: Machine, space: AddressSpace, address: int, size: int) -> None:
+    """Register the zone, and have every vCPU drain the ring."""
+    offset = m.kvm.check_extension("KVM_CAP_COALESCED_PIO" if space is m.pio else "KVM_CAP_COALESCED_MMIO")
+    if not offset:
+        raise ConfigError(f"this host's KVM does not coalesce {space.name} writes: map the range without it")
+    page = m.kvm.check_extension("KVM_CAP_COALESCED_MMIO")
+    for cpu in m.cpus:
+        cpu.exec.coalesced_ring(page, m._ring_lock)
+    m.vm.coalesce(address, size, pio=space is m.pio)
+
+
+def tear_down(m: Machine) -> None:
+    """Close what build made, in the other order. The vCPU threads have ended."""
+    for made in m.chardevs:
+        made.close()
+    m.event_loop.close()
+    for cpu in m.cpus:
+        cpu.exec.close()
+        cpu.vcpu.close()
+    for name in ("vm", "kvm", "memory"):
+        if hasattr(m, name):
+            getattr(m, name).close()
+    m._images.close()
+    for space in (m.pio, m.mmio):
+        for region in space.regions:
+            space.unmap(region)
+    m.devices.clear()

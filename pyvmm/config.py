@@ -1,0 +1,148 @@
+"""What a machine is made of, checked: every wrong value is one sentence that says what to give instead."""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from typing_extensions import Buffer
+
+    from pyvmm.chardev import Chardev
+
+    # A file by its path, or its content.
+    Image = str | os.PathLike[str] | Buffer
+    Serial = str | Chardev | Callable[[bytes], object] | None
+
+FLAT_MODES = ("real16", "protected32", "long64")
+IRQCHIPS = ("kernel", "off")
+# isa-debug-exit's port as kvm-unit-tests expect it.
+DEBUG_EXIT_PORT = 0xF4
+
+
+class MachineConfig:
+    """The arguments of Machine, with their defaults.
+
+    memory_mib   RAM in MiB.
+    cpus         number of vCPUs.
+    kernel       bzImage, ELF with a PVH note, or multiboot v1 kernel: a path, or its bytes.
+    initrd       a path or bytes; for multiboot the first module.
+    modules      (path or bytes, command line) of multiboot modules, instead of initrd.
+    append       the kernel's command line.
+    flat         a flat binary, instead of kernel: loaded at flat_address and entered there in flat_mode.
+    cpu          "host", and features to hide: "host,-xsave,-cx16".
+    irqchip      "kernel", or "off": a PIC pair and a PIT in Python, one vCPU.
+    serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
+    debugcon     the same for the debug console at port 0x402.
+    no_reboot    a reset ends the run with status 6 instead of starting the guest again.
+    testdev      the registers of QEMU's pc-testdev.
+    debug_exit   port of isa-debug-exit, or None.
+    fw_cfg       {name: bytes} of more fw_cfg files.
+    shared_memory  RAM in a memfd that other processes can map.
+    huge_pages   None, "transparent", "2M" or "1G".
+    """
+
+    memory_mib: int = 256
+    cpus: int = 1
+    kernel: Image | None = None
+    initrd: Image | None = None
+    modules: Sequence[tuple[Image, str]] = ()
+    append: str = ""
+    flat: Image | None = None
+    flat_address: int | None = None
+    flat_mode: str = "real16"
+    cpu: str = "host"
+    irqchip: str = "kernel"
+    serial: Serial = None
+    debugcon: Serial = None
+    no_reboot: bool = False
+    testdev: bool = False
+    debug_exit: int | None = DEBUG_EXIT_PORT
+    fw_cfg: Mapping[str, bytes] = {}
+    shared_memory: bool = False
+    huge_pages: str | None = None
+
+    def __init__(self, **values: Any) -> None:
+        known = type(self).__annotations__
+        for name, value in values.items():
+            if name not in known:
+                import difflib
+
+                near = difflib.get_close_matches(name, known, 1)
+                raise ConfigError(f"there is no option {name!r}" + (f": did you mean {near[0]}?" if near else ""))
+            setattr(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """ConfigError for what can be told to be wrong without opening anything."""
+        if not is_int(self.memory_mib) or self.memory_mib < 1:
+            raise ConfigError(f"memory_mib={self.memory_mib!r}: give a whole number of MiB, at least 1")
+        if not is_int(self.cpus) or self.cpus < 1:
+            raise ConfigError(f"cpus={self.cpus!r}: give a whole number of vCPUs, at least 1")
+        if self.irqchip not in IRQCHIPS:
+            raise ConfigError(f"irqchip={self.irqchip!r}: use 'kernel' or 'off'")
+        if self.irqchip == "off" and self.cpus > 1:
+            raise ConfigError(f"irqchip='off' has no local APICs to start {self.cpus} vCPUs: use cpus=1, or irqchip='kernel'")
+        if self.kernel is not None and self.flat is not None:
+            raise ConfigError("both a kernel and a flat binary: give one of them")
+        if self.flat is not None and (self.initrd is not None or self.modules or self.append):
+            raise ConfigError("a flat binary takes no initrd, no modules and no command line: leave them out")
+        if self.kernel is None and (self.initrd is not None or self.modules or self.append):
+            raise ConfigError("an initrd, modules or a command line without a kernel: give the kernel too")
+        if self.initrd is not None and self.modules:
+            raise ConfigError("both an initrd and modules: the initrd is the first module, give one of them")
+        if self.flat_mode not in FLAT_MODES:
+            raise ConfigError(f"flat_mode={self.flat_mode!r}: use {', '.join(FLAT_MODES)}")
+        if self.debug_exit is not None and (not is_int(self.debug_exit) or not 0 <= self.debug_exit < 0xFFFF):
+            raise ConfigError(f"debug_exit={self.debug_exit!r}: give a port below 0xffff, or None")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def from_file(path: str) -> dict[str, Any]:
+    """The options in a TOML or JSON file, checked against the schema: for MachineConfig(**options)."""
+    import msgspec
+
+    schema = msgspec.defstruct(
+        "MachineFile",
+        [
+            (name, kind, msgspec.UNSET)
+            for name, kind in (
+                ("memory_mib", int),
+                ("cpus", int),
+                ("kernel", str),
+                ("initrd", str),
+                ("append", str),
+                ("flat", str),
+                ("flat_address", int),
+                ("flat_mode", str),
+                ("cpu", str),
+                ("irqchip", str),
+                ("serial", str),
+                ("debugcon", str),
+                ("no_reboot", bool),
+                ("testdev", bool),
+                ("debug_exit", int),
+                ("shared_memory", bool),
+                ("huge_pages", str),
+            )
+        ],
+        forbid_unknown_fields=True,
+    )
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}: give a TOML or JSON file that can be read") from None
+    decode = msgspec.json.decode if path.endswith(".json") else msgspec.toml.decode
+    try:
+        options = decode(data, type=schema)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: {error}") from None
+    return {name: value for name, value in msgspec.structs.asdict(options).items() if value is not msgspec.UNSET}

@@ -1,0 +1,564 @@
+"""The run loop: KVM_RUN, look at the exit, answer it, and back. The only reader of kvm_run's union.
+
+The loop (``_loop``) runs without the GIL. PIO and MMIO exits are answered in it: by compiled regions outright, by a
+Python device with the GIL taken around that one call (bus.pxd). Exits that need Python anyway, or that end the run,
+leave the loop for ``_handle``. One ``_exit_<reason>`` each; Linux Documentation/virt/kvm/api.rst, "5. The kvm_run
+structure", says what each means.
+
+Leaving a vCPU from outside: ``kick`` sets exit_request, then immediate_exit, then sends a signal whose handler does
+nothing. KVM completes a pending PIO or MMIO access at the start of the next KVM_RUN, before it looks at
+immediate_exit; the loop leaves at EINTR only, so an access is always complete when it does.
+"""
+
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from posix.unistd cimport close, getpid, read
+
+from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, bus_read, bus_write
+from pyvmm.atomic cimport (ATOMIC_ACQUIRE, ATOMIC_RELEASE, ATOMIC_SEQ_CST, atomic_exchange, atomic_fence, atomic_load,
+                           atomic_load_u32, atomic_store, atomic_store_u32, atomic_store_u8)
+from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_PYTHON, PyEval_RestoreThread, PyEval_SaveThread,
+                        flat_view_find, flat_view_t, goes_direct, ones, python_read, python_write, region_t, write)
+from pyvmm.device cimport DeviceLock, pthread_mutex_lock, pthread_mutex_unlock
+from pyvmm.exit_stats cimport (DIRECTION_IN, DIRECTION_NONE, DIRECTION_OUT, ExitStats, exit_key, exit_stat_add, rdtsc)
+from pyvmm.kvm cimport uapi
+from pyvmm.kvm.ioctl cimport ioctl
+from pyvmm.kvm.vcpu cimport Vcpu
+
+from enum import IntEnum
+
+from pyvmm.errors import ConfigError, StateError
+from pyvmm.kvm.exits import SUBERRORS, SYSTEM_EVENTS, exit_name
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <signal.h>
+    #include <string.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    static void pyvmm_kicked(int number) { (void)number; }
+
+    /* The first real-time signal nobody handles yet becomes the kick: its handler does nothing, and without SA_RESTART
+       KVM_RUN returns EINTR. Installed once a process, on the first run; 0 where none is free. */
+    static int pyvmm_install_kick(void)
+    {
+        struct sigaction old, mine;
+        for (int number = SIGRTMIN + 5; number <= SIGRTMAX; number++) {
+            if (sigaction(number, NULL, &old) == 0 && !(old.sa_flags & SA_SIGINFO) && old.sa_handler == SIG_DFL) {
+                memset(&mine, 0, sizeof mine);
+                mine.sa_handler = pyvmm_kicked;
+                if (sigaction(number, &mine, NULL) == 0)
+                    return number;
+            }
+        }
+        return 0;
+    }
+
+    /* A vCPU thread takes the kick and the signals of its own faults; all others go to the process's other threads. */
+    static void pyvmm_block_signals(int kick)
+    {
+        sigset_t set;
+        sigfillset(&set);
+        sigdelset(&set, kick);
+        sigdelset(&set, SIGSEGV); sigdelset(&set, SIGBUS); sigdelset(&set, SIGILL);
+        sigdelset(&set, SIGFPE); sigdelset(&set, SIGTRAP); sigdelset(&set, SIGABRT); sigdelset(&set, SIGSYS);
+        pthread_sigmask(SIG_SETMASK, &set, NULL);
+    }
+
+    static int pyvmm_gettid(void) { return (int)syscall(SYS_gettid); }
+    static void pyvmm_tgkill(int pid, int tid, int number) { syscall(SYS_tgkill, pid, tid, number); }
+    """
+    int pyvmm_install_kick() nogil
+    void pyvmm_block_signals(int) nogil
+    int pyvmm_gettid() nogil
+    void pyvmm_tgkill(int, int, int) nogil
+
+cdef extern from "<errno.h>" nogil:
+    int EHWPOISON
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+    int wait_on "poll" (pollfd *, unsigned long, int)
+    short POLLIN
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int, int)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef int kick_signal = 0
+
+# Where the kernel says in KVM_CAP_COALESCED_MMIO (pages from kvm_run) its ring stands.
+cdef enum:
+    PAGE_BYTES = 4096
+
+# What _loop returns: a KVM exit reason that _handle answers with the GIL, or one of these.
+cdef enum loop_code:
+    LOOP_KICKED = 1000
+    LOOP_DEVICE_RAISED
+    LOOP_RUN_FAILED
+    LOOP_INJECT
+    LOOP_GO_ON = -1
+
+
+class StopReason(IntEnum):
+    """Why ``CpuExec.run`` came back. ``detail`` has the rest."""
+
+    KICKED = 0          # somebody asked: kick()
+    SHUTDOWN = 1        # KVM_EXIT_SHUTDOWN: triple fault
+    SYSTEM_EVENT = 2    # the guest, through KVM: shutdown, reset or crash
+    DEBUG = 3           # a breakpoint or a single step
+    INTERNAL_ERROR = 4  # KVM can't go on
+    FAIL_ENTRY = 5      # the hardware refused the guest state
+    UNKNOWN = 6         # a hardware exit KVM has no name for
+    EXCEPTION = 7
+    MEMORY_FAULT = 8    # KVM could not resolve a guest-physical address
+    UNHANDLED = 9       # an exit reason this loop does not know
+    RUN_FAILED = 10     # KVM_RUN itself returned an errno
+    DEVICE_RAISED = 11  # a device's handler raised; run() raises that exception instead of returning
+
+
+cdef class CpuExec(ViewUser):
+    """The loop of one vCPU: CpuExec(vcpu, pio, mmio), then ``run()`` on the thread that is to be the vCPU.
+
+    With no Vcpu, ``page`` (a writable buffer of at least 8 KiB) stands for kvm_run and ``handle_exit`` answers the
+    exit that is written there: how the reasons that this host's KVM can't produce are tested.
+    """
+
+    def __init__(self, Vcpu vcpu, AddressSpace pio, AddressSpace mmio, *, page=None, bint user_irqchip=False):
+        self.vcpu = vcpu
+        self.pio = pio
+        self.mmio = mmio
+        self.stats = ExitStats()
+        self.wake_fd = -1
+        self.fd = -1
+        if vcpu is not None:
+            self.kvm_run = vcpu.run
+            self.fd = vcpu.fd
+        else:
+            self._page = memoryview(page).cast("B")
+            if self._page.nbytes < 2 * PAGE_BYTES or self._page.readonly:
+                raise ConfigError("a stand-in for kvm_run needs a writable buffer of at least 8192 bytes")
+            self.kvm_run = <uapi.kvm_run *><void *>page_start(self._page)
+        self.user_irqchip = user_irqchip
+        if user_irqchip:
+            self.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            if self.wake_fd < 0:
+                raise OSError(errno, "eventfd")
+        self.detail = {}
+        self._take_views()
+        pio.attach(self)
+        mmio.attach(self)
+
+    def __dealloc__(self):
+        if self.wake_fd >= 0:
+            close(self.wake_fd)
+
+    def close(self):
+        """Let go of the spaces. The vCPU must be out of ``run``."""
+        self.pio.detach(self)
+        self.mmio.detach(self)
+        self.acknowledge = self.msr_handler = self.on_hypercall = self.on_eoi = None
+
+    def coalesced_ring(self, int page_offset, DeviceLock lock):
+        """Drain KVM's coalesced ring, ``page_offset`` pages into the mapping; ``lock`` is the machine's one for it."""
+        self._ring_lock = lock
+        self.ring = <uapi.kvm_coalesced_mmio_ring *>(<char *>self.kvm_run + page_offset * PAGE_BYTES)
+
+    # -- from other threads ------------------------------------------------------------------------------------------
+
+    def kick(self):
+        """Make ``run`` return KICKED soon, wherever the vCPU is. Callable from any thread, and from a handler."""
+        atomic_store(&self.exit_request, 1, ATOMIC_SEQ_CST)
+        self._poke()
+
+    cpdef _poke(self):
+        # Order matters: exit_request (or intr) is set before immediate_exit, and the loop clears immediate_exit before
+        # it reads them; pairs with the EINTR arm of _loop.
+        atomic_store_u8(&self.kvm_run.immediate_exit, 1, ATOMIC_SEQ_CST)
+        cdef int tid = atomic_load(&self.tid, ATOMIC_SEQ_CST)
+        cdef uint64_t one = 1
+        # A tid that was reused meanwhile gets a signal that does nothing.
+        if tid and tid != pyvmm_gettid():
+            pyvmm_tgkill(getpid(), tid, kick_signal)
+        if self.wake_fd >= 0:
+            write(self.wake_fd, &one, 8)
+
+    def cancel_kick(self):
+        """Forget a kick that has not been seen yet; the caller knows that the vCPU is parked."""
+        atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
+
+    def interrupt(self, int level):
+        """The output of the user-space interrupt controller changed (irqchip off)."""
+        atomic_store(&self.intr, level, ATOMIC_SEQ_CST)
+        if level and atomic_load(&self.tid, ATOMIC_SEQ_CST) != pyvmm_gettid():
+            self._poke()
+
+    # -- the vCPU's own thread ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prepare_thread():
+        """Call first on a thread made to be a vCPU: it then takes no signal but the kick."""
+        install_kick()
+        pyvmm_block_signals(kick_signal)
+
+    def run(self):
+        """Run the guest until something stops it: the StopReason. What a device raised is raised here."""
+        cdef int code
+        if self.fd < 0:
+            raise StateError("there is no vCPU behind this loop")
+        install_kick()
+        atomic_store(&self.tid, pyvmm_gettid(), ATOMIC_SEQ_CST)
+        self.stat = NULL
+        try:
+            while True:
+                if self.halted:
+                    code = self._exit_hlt()
+                else:
+                    self.ts = PyEval_SaveThread()
+                    code = self._loop()
+                    PyEval_RestoreThread(self.ts)
+                    code = self._handle(code)
+                if code != LOOP_GO_ON:
+                    return StopReason(code)
+        finally:
+            self._account()
+            atomic_store(&self.tid, 0, ATOMIC_SEQ_CST)
+
+    def handle_exit(self):
+        """Answer the one exit that stands in kvm_run: the StopReason, or None where the guest would go on."""
+        cdef int code
+        self.ts = PyEval_SaveThread()
+        self.left_kvm = rdtsc()
+        self.stat = NULL
+        if self.stale:
+            take_views(self)
+        code = self._dispatch()
+        PyEval_RestoreThread(self.ts)
+        code = self._handle(code)
+        self._account()
+        return None if code == LOOP_GO_ON else StopReason(code)
+
+    def complete(self):
+        """Finish an access the guest has under way, run nothing more: after this the registers are whole.
+
+        For a vCPU whose handler raised; one that was kicked has done it already. Reads give what kvm_run holds.
+        """
+        cdef int rc, tries
+        for tries in range(16):
+            atomic_store_u8(&self.kvm_run.immediate_exit, 1, ATOMIC_SEQ_CST)
+            with nogil:
+                rc = ioctl(self.fd, uapi.KVM_RUN, 0)
+            if rc < 0:
+                break
+        atomic_store_u8(&self.kvm_run.immediate_exit, 0, ATOMIC_SEQ_CST)
+
+    # -- the loop, without the GIL -----------------------------------------------------------------------------------
+
+    cdef int _loop(self) noexcept nogil:
+        cdef int rc, code
+        while True:
+            if self.user_irqchip:
+                if atomic_load(&self.intr, ATOMIC_ACQUIRE):
+                    if self.kvm_run.ready_for_interrupt_injection:
+                        return LOOP_INJECT
+                    self.kvm_run.request_interrupt_window = 1
+                else:
+                    self.kvm_run.request_interrupt_window = 0
+            if self.stat != NULL:
+                exit_stat_add(self.stat, rdtsc() - self.left_kvm)
+            rc = ioctl(self.fd, uapi.KVM_RUN, 0)
+            self.left_kvm = rdtsc()
+            if self.stale:
+                take_views(self)
+            if rc == 0:
+                if self.ring != NULL and self.ring.first != self.ring.last:
+                    code = self._drain_ring()
+                    if code != LOOP_GO_ON:
+                        return code
+                code = self._dispatch()
+            else:
+                code = self._run_error(errno)
+            if code != LOOP_GO_ON:
+                return code
+
+    cdef int _run_error(self, int number) noexcept nogil:
+        """KVM_RUN returned -1: a kick or another signal, an AP that is not running yet, or a real error."""
+        cdef int code = LOOP_GO_ON
+        self.stat = NULL
+        if number == EINTR or number == EAGAIN:
+            self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_INTR, DIRECTION_NONE, 0))
+            if self.ring != NULL and self.ring.first != self.ring.last:
+                code = self._drain_ring()
+                if code != LOOP_GO_ON:
+                    return code
+            # Cleared before the request is read; pairs with _poke. A kick in between only costs one more EINTR.
+            atomic_store_u8(&self.kvm_run.immediate_exit, 0, ATOMIC_SEQ_CST)
+            return LOOP_KICKED if atomic_load(&self.exit_request, ATOMIC_SEQ_CST) else LOOP_GO_ON
+        self.error_number = number
+        if (number == EFAULT or number == EHWPOISON) and self.kvm_run.exit_reason == uapi.KVM_EXIT_MEMORY_FAULT:
+            return uapi.KVM_EXIT_MEMORY_FAULT
+        return LOOP_RUN_FAILED
+
+    cdef int _dispatch(self) noexcept nogil:
+        """The exit that stands in kvm_run: answered here (LOOP_GO_ON), or the code that _handle takes."""
+        cdef uint32_t reason = self.kvm_run.exit_reason
+        if reason == uapi.KVM_EXIT_IO:
+            return self._exit_io()
+        if reason == uapi.KVM_EXIT_MMIO:
+            return self._exit_mmio()
+        self.stat = self.stats.slot(exit_key(reason, DIRECTION_NONE, 0))
+        if reason == uapi.KVM_EXIT_IRQ_WINDOW_OPEN or reason == uapi.KVM_EXIT_INTR:
+            # The window's work is done at the top of the loop: the guest can take the interrupt now.
+            return LOOP_GO_ON
+        if reason == uapi.KVM_EXIT_SET_TPR or reason == uapi.KVM_EXIT_TPR_ACCESS:
+            # The new priority is in kvm_run.cr8, and KVM keeps it; accesses are reported for patching, which we don't do.
+            return LOOP_GO_ON
+        return <int>reason
+
+    cdef int _port_access(self, uint32_t port, int size, uint64_t *value, bint is_write) noexcept nogil:
+        """One unit of a PIO exit."""
+        cdef region_t *region = self.recent_port
+        cdef int rc
+        if region == NULL or port - region.base > region.last - region.base:
+            region = flat_view_find(self.pio_regions, port)
+            if region != NULL:
+                self.recent_port = region
+        if region != NULL and region.kind == REGION_PYTHON and goes_direct(region, port - region.base, size):
+            if is_write:
+                rc = python_write(region, port - region.base, size, value[0], self.ts)
+            else:
+                rc = python_read(region, port - region.base, size, value, self.ts)
+            if rc != BUS_UNMAPPED:
+                return rc
+            value[0] = ones(size)
+            return BUS_OK
+        if is_write:
+            return bus_write(self.pio_regions, port, size, value[0], self.ts)
+        return bus_read(self.pio_regions, port, size, value, self.ts)
+
+    cdef int _exit_io(self) noexcept nogil:
+        """KVM_EXIT_IO: ``count`` units of ``size`` bytes at one port; for string I/O the data moves, the port stays."""
+        cdef uapi.kvm_run *run = self.kvm_run
+        cdef uint8_t *data = <uint8_t *>run + run.io.data_offset
+        cdef uint32_t port = run.io.port, left = run.io.count
+        cdef int size = run.io.size
+        cdef bint is_write = run.io.direction == uapi.KVM_EXIT_IO_OUT
+        cdef uint64_t value
+        self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_IO, DIRECTION_OUT if is_write else DIRECTION_IN, port))
+        while left:
+            if is_write:
+                value = 0
+                memcpy(&value, data, size)
+            else:
+                value = ones(size)
+            if self._port_access(port, size, &value, is_write) != BUS_OK:
+                return LOOP_DEVICE_RAISED
+            if not is_write:
+                memcpy(data, &value, size)
+            data += size
+            left -= 1
+        return LOOP_GO_ON
+
+    cdef int _exit_mmio(self) noexcept nogil:
+        """KVM_EXIT_MMIO: up to 8 bytes at a guest-physical address that is no RAM."""
+        cdef uapi.kvm_run *run = self.kvm_run
+        cdef uint64_t addr = run.mmio.phys_addr, value = <uint64_t>-1
+        cdef int size = <int>run.mmio.len, rc
+        cdef bint is_write = run.mmio.is_write
+        self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_MMIO, DIRECTION_OUT if is_write else DIRECTION_IN, addr >> 12))
+        if is_write:
+            value = 0
+            memcpy(&value, run.mmio.data, size)
+            rc = bus_write(self.mmio_regions, addr, size, value, self.ts)
+        else:
+            rc = bus_read(self.mmio_regions, addr, size, &value, self.ts)
+            memcpy(run.mmio.data, &value, size)
+        return LOOP_GO_ON if rc == BUS_OK else LOOP_DEVICE_RAISED
+
+    cdef int _drain_ring(self) noexcept nogil:
+        """Writes that KVM gathered are older than this exit: they go first. One vCPU drains at a time."""
+        cdef uapi.kvm_coalesced_mmio *entry
+        cdef uint64_t value
+        cdef uint32_t first, size
+        cdef int rc = BUS_OK
+        pthread_mutex_lock(&self._ring_lock.mutex)
+        # Pairs with the kernel's barrier before it moves ``last``.
+        while rc == BUS_OK and self.ring.first != atomic_load_u32(&self.ring.last, ATOMIC_ACQUIRE):
+            first = self.ring.first
+            entry = <uapi.kvm_coalesced_mmio *>(<char *>self.ring + sizeof(uapi.kvm_coalesced_mmio_ring)) + first
+            size = entry.len
+            value = 0
+            memcpy(&value, entry.data, size if size < 8 else 8)
+            if entry.pio:
+                rc = self._port_access(<uint32_t>entry.phys_addr, size, &value, True)
+            else:
+                rc = bus_write(self.mmio_regions, entry.phys_addr, size, value, self.ts)
+            atomic_store_u32(&self.ring.first, first + 1 if first + 1 < uapi.COALESCED_ENTRIES else 0, ATOMIC_RELEASE)
+        pthread_mutex_unlock(&self._ring_lock.mutex)
+        return LOOP_GO_ON if rc == BUS_OK else LOOP_DEVICE_RAISED
+
+    cdef int _take_views(self) except -1:
+        # Cleared first: a change after this line sets it again. Pairs with AddressSpace._publish.
+        atomic_exchange(&self.stale, 0, ATOMIC_SEQ_CST)
+        self._pio_view = self.pio.view
+        self._mmio_view = self.mmio.view
+        self.pio_regions = &self._pio_view.c
+        self.mmio_regions = &self._mmio_view.c
+        self.recent_port = NULL
+        return 0
+
+    # -- exits answered with the GIL ---------------------------------------------------------------------------------
+
+    cdef void _account(self) noexcept nogil:
+        """Close the books on the exit under way: the loop is being left, or the vCPU goes to sleep."""
+        if self.stat != NULL:
+            exit_stat_add(self.stat, rdtsc() - self.left_kvm)
+            self.stat = NULL
+
+    cdef int _handle(self, int code) except -2:
+        """What _loop left: LOOP_GO_ON to go back into it, or the StopReason."""
+        if code == LOOP_GO_ON:
+            return LOOP_GO_ON
+        if code == LOOP_KICKED:
+            atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
+            return StopReason.KICKED
+        if code == LOOP_DEVICE_RAISED:
+            return raise_pending()
+        if code == LOOP_INJECT:
+            return self._exit_inject()
+        if code == uapi.KVM_EXIT_HLT:
+            self.halted = self.user_irqchip
+            return LOOP_GO_ON
+        if code == uapi.KVM_EXIT_HYPERCALL:
+            return self._exit_hypercall()
+        if code == uapi.KVM_EXIT_X86_RDMSR:
+            return self._exit_rdmsr()
+        if code == uapi.KVM_EXIT_X86_WRMSR:
+            return self._exit_wrmsr()
+        if code == uapi.KVM_EXIT_IOAPIC_EOI:
+            return self._exit_ioapic_eoi()
+        return self._stopped(code)
+
+    cdef int _exit_inject(self) except -2:
+        """The user-space PIC has an interrupt and the guest can take one: acknowledge it and hand the vector to KVM."""
+        vector = self.acknowledge()
+        if vector is not None and vector >= 0:
+            self.vcpu.interrupt(vector)
+        return LOOP_GO_ON
+
+    cdef int _exit_hlt(self) except -2:
+        """KVM_EXIT_HLT (irqchip off): sleep until the PIC has an interrupt this vCPU takes, or until a kick."""
+        cdef pollfd waiter
+        cdef uint64_t count
+        waiter.fd = self.wake_fd
+        waiter.events = POLLIN
+        self._account()     # the sleep is the guest's time, not ours
+        while True:
+            # The counter is emptied before the flags are read: what comes after that wakes the poll.
+            read(self.wake_fd, &count, 8)
+            if atomic_load(&self.exit_request, ATOMIC_SEQ_CST):
+                atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
+                atomic_store_u8(&self.kvm_run.immediate_exit, 0, ATOMIC_SEQ_CST)
+                return StopReason.KICKED
+            if atomic_load(&self.intr, ATOMIC_SEQ_CST) and self.kvm_run.if_flag:
+                self.halted = False
+                return LOOP_GO_ON
+            with nogil:
+                wait_on(&waiter, 1, -1)
+
+    cdef int _exit_hypercall(self) except -2:
+        """KVM_EXIT_HYPERCALL: ``on_hypercall(nr, args)`` answers; with none it is -ENOSYS, as KVM's own default."""
+        args = [self.kvm_run.hypercall.args[i] for i in range(6)]
+        result = -1000 if self.on_hypercall is None else self.on_hypercall(self.kvm_run.hypercall.nr, args)
+        self.kvm_run.hypercall.ret = <uint64_t><long long>result
+        return LOOP_GO_ON
+
+    cdef int _exit_rdmsr(self) except -2:
+        """KVM_EXIT_X86_RDMSR: ``msr_handler.read(index)`` gives the value, or None for a #GP in the guest."""
+        value = None if self.msr_handler is None else self.msr_handler.read(self.kvm_run.msr.index)
+        self.kvm_run.msr.error = value is None
+        self.kvm_run.msr.data = 0 if value is None else value & 0xFFFF_FFFF_FFFF_FFFF
+        return LOOP_GO_ON
+
+    cdef int _exit_wrmsr(self) except -2:
+        """KVM_EXIT_X86_WRMSR: ``msr_handler.write(index, value)`` takes it, or returns False for a #GP in the guest."""
+        taken = self.msr_handler is not None and self.msr_handler.write(self.kvm_run.msr.index, self.kvm_run.msr.data)
+        self.kvm_run.msr.error = not taken
+        return LOOP_GO_ON
+
+    cdef int _exit_ioapic_eoi(self) except -2:
+        """KVM_EXIT_IOAPIC_EOI (split irqchip): tell the user-space IOAPIC, where there is one."""
+        if self.on_eoi is not None:
+            self.on_eoi(self.kvm_run.eoi.vector)
+        return LOOP_GO_ON
+
+    cdef int _stopped(self, int code) except -2:
+        """An exit that ends the run: its fields into ``detail``, its StopReason."""
+        cdef uapi.kvm_run *run = self.kvm_run
+        cdef uapi.pyvmm_memory_fault *fault
+        reason = StopReason.UNHANDLED
+        detail = {"exit": exit_name(code), "exit_reason": code}
+        if code == uapi.KVM_EXIT_SHUTDOWN:
+            reason = StopReason.SHUTDOWN
+        elif code == uapi.KVM_EXIT_SYSTEM_EVENT:
+            reason = StopReason.SYSTEM_EVENT
+            detail["type"] = run.system_event.type
+            detail["event"] = SYSTEM_EVENTS.get(run.system_event.type, f"type {run.system_event.type}")
+            detail["data"] = [run.system_event.data[i] for i in range(min(run.system_event.ndata, 16))]
+        elif code == uapi.KVM_EXIT_DEBUG:
+            reason = StopReason.DEBUG
+            detail.update(exception=run.debug.arch.exception, pc=run.debug.arch.pc, dr6=run.debug.arch.dr6,
+                          dr7=run.debug.arch.dr7)
+        elif code == uapi.KVM_EXIT_INTERNAL_ERROR:
+            reason = StopReason.INTERNAL_ERROR
+            detail["suberror"] = run.internal.suberror
+            detail["suberror_name"] = SUBERRORS.get(run.internal.suberror, f"suberror {run.internal.suberror}")
+            detail["data"] = [run.internal.data[i] for i in range(min(run.internal.ndata, 16))]
+        elif code == uapi.KVM_EXIT_FAIL_ENTRY:
+            reason = StopReason.FAIL_ENTRY
+            detail["hardware_entry_failure_reason"] = run.fail_entry.hardware_entry_failure_reason
+            detail["cpu"] = run.fail_entry.cpu
+        elif code == uapi.KVM_EXIT_UNKNOWN:
+            reason = StopReason.UNKNOWN
+            detail["hardware_exit_reason"] = run.hw.hardware_exit_reason
+        elif code == uapi.KVM_EXIT_EXCEPTION:
+            reason = StopReason.EXCEPTION
+            detail.update(exception=run.ex.exception, error_code=run.ex.error_code)
+        elif code == uapi.KVM_EXIT_MEMORY_FAULT:
+            reason = StopReason.MEMORY_FAULT
+            fault = <uapi.pyvmm_memory_fault *>&run.hw
+            detail.update(flags=fault.flags, gpa=fault.gpa, size=fault.size)
+        elif code == LOOP_RUN_FAILED:
+            reason = StopReason.RUN_FAILED
+            detail.update(exit="KVM_RUN failed", errno=self.error_number)
+        self.detail = detail
+        return reason
+
+
+cdef void take_views(CpuExec cpu) noexcept with gil:
+    cpu._take_views()
+
+
+cdef int raise_pending() except -2:
+    # A handler left the error indicator of this thread set; returning the error value makes Cython raise it.
+    return -2
+
+
+cdef uint8_t *page_start(view) except NULL:
+    cdef uint8_t[::1] bytes_ = view
+    return &bytes_[0]
+
+
+cdef int install_kick() except -1:
+    global kick_signal
+    if kick_signal == 0:
+        kick_signal = pyvmm_install_kick()
+        if kick_signal == 0:
+            raise StateError("no real-time signal is free for the vCPU kick: leave one at its default disposition")
+    return 0

@@ -1,0 +1,278 @@
+"""Machine: one virtual machine, from its arguments to its end. What embedders use.
+
+    with pyvmm.Machine(memory_mib=256, cpus=2, kernel="vmlinuz", initrd="initrd.gz", append="console=ttyS0") as m:
+        status = m.run()
+
+builder.py makes what is in it; RunControl (run_state.py) starts and parks its vCPUs.
+"""
+
+from __future__ import annotations
+
+from pyvmm import builder
+from pyvmm.address_space import AddressSpace
+from pyvmm.config import MachineConfig
+from pyvmm.cpu_exec import StopReason
+from pyvmm.device import DeviceLock
+from pyvmm.errors import DeviceError, GuestError, StateError
+from pyvmm.event_loop import EventLoop
+from pyvmm.run_state import ExitStatus, RunControl, RunState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.chardev import Chardev
+    from pyvmm.cpu import Cpu
+    from pyvmm.device import Device, IrqLine
+    from pyvmm.exit_stats import ExitStat
+    from pyvmm.guest_memory import GuestMemory
+    from pyvmm.kvm.system import Kvm
+    from pyvmm.kvm.vm import Vm
+
+STATUS_SHUTDOWN = 0
+STATUS_RESET = 6
+
+
+class Machine:
+    """A machine, built and paused at its first instruction. The arguments are MachineConfig's.
+
+    ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
+    vCPUs, ``devices`` the board's devices by name, ``clock`` guest time. Raises ConfigError for what is asked wrongly
+    and KvmError for what the host refuses.
+    """
+
+    kvm: Kvm
+    vm: Vm
+    memory: GuestMemory
+    cpus: list[Cpu]
+
+    def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
+        self.config = config if config is not None else MachineConfig(**options)
+        self.pio = AddressSpace("pio", 1 << 16)
+        self.mmio = AddressSpace("mmio", 1 << 52)
+        self.event_loop = EventLoop(self._loop_raised)
+        self.clock = self.event_loop.clock
+        self.clock.stop()
+        self.control = RunControl(self._on_light)
+        self.devices: dict[str, Device] = {}
+        self.chardevs: list[Chardev] = []
+        self.cpus = []
+        self._ring_lock = DeviceLock()
+        self._tsc_khz = 0
+        self._pristine: dict[str, Any] | None = None
+        self._images = builder.Images()
+        try:
+            builder.build(self)
+        except BaseException:
+            self.close()
+            raise
+        self.control.cpus = self.cpus
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> RunState:
+        """What the machine is doing: RunState tells what each value means."""
+        return self.control.state
+
+    def run(self, timeout_s: float | None = None) -> ExitStatus:
+        """Run until the guest ends, and say how: an int, what ``pyvmm run`` would exit with, with its ``reason``.
+
+        GuestError where the guest can't go on, DeviceError where a device raised; both carry the dump. TimeoutError
+        after ``timeout_s`` seconds; the machine is paused then, and also when a signal's exception comes through.
+        """
+        self.resume()
+        try:
+            finished = self.wait(timeout_s)
+        except BaseException:
+            self.control.pause()
+            raise
+        if not finished:
+            self.control.pause()
+            # It may have ended while it was being paused.
+            if self.state in (RunState.PAUSED, RunState.RUNNING):
+                raise TimeoutError(f"the guest was still running after {timeout_s} s")
+        if self.control.error is not None:
+            raise self.control.error
+        return self.control.status or ExitStatus(STATUS_SHUTDOWN, "paused")
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the machine stops running, whatever the reason: True; False after ``timeout_s`` seconds."""
+        return self.control.wait(timeout_s)
+
+    def resume(self) -> None:
+        """Start, or go on after a pause, and return at once. StateError where the guest has ended."""
+        if self._pristine is None and self.state is RunState.PRELAUNCH:
+            self._pristine = builder.power_on_state(self)
+        for cpu in self.cpus:
+            cpu.start()
+        self.control.resume()
+
+    def pause(self) -> None:
+        """Park every vCPU, their accesses complete. Returns when they are; from a device's handler, when it returns."""
+        self.control.pause()
+
+    def reset(self) -> None:
+        """Power-on state, kernel loaded anew. A running machine goes on running, another is paused at the start."""
+        running = self.state is RunState.RUNNING
+
+        def reset() -> None:
+            self._reset()
+            if running:
+                self.control.go()
+            else:
+                self.control.state = RunState.PAUSED
+
+        if self.state is RunState.CLOSED:
+            raise StateError("the machine is closed")
+        self.control.request(reset)
+        self.control.settle()
+
+    def powerdown(self) -> None:
+        """Press the ACPI power button: a guest that listens shuts itself down."""
+        self.devices["acpi_pm"].press()  # type: ignore[attr-defined]  # builder made an AcpiPm
+
+    def nmi(self, cpu: int = 0) -> None:
+        """Send a non-maskable interrupt to one vCPU. The machine must be paused, or it arrives at the next exit."""
+        self.cpus[cpu].vcpu.nmi()
+
+    def stop(self, status: int = STATUS_SHUTDOWN, reason: str = "stopped") -> None:
+        """End the run with ``status``; callable from devices' handlers. What ``run`` returns."""
+        ended = ExitStatus(status, reason)
+        self.control.request(lambda: self.control.end(ended, None, RunState.SHUTDOWN))
+
+    # -- what devices and vCPUs tell -----------------------------------------------------------------------
+
+    def guest_shutdown(self) -> None:
+        """The guest powered itself off."""
+        self.stop(STATUS_SHUTDOWN, "shutdown")
+
+    def guest_reset(self, why: str = "reset") -> None:
+        """The guest asked for a reset, or fell into a triple fault."""
+        if self.config.no_reboot:
+            self.stop(STATUS_RESET, why)
+            return
+
+        def reset() -> None:
+            self._reset()
+            self.control.go()
+
+        self.control.request(reset)
+
+    def debug_exit(self, value: int) -> None:
+        """isa-debug-exit was written."""
+        self.stop((value << 1) | 1, "debug-exit")
+
+    def _cpu_stopped(self, cpu: Cpu, reason: StopReason, error: BaseException | None) -> None:
+        """On the vCPU's thread, before it parks."""
+        if error is not None:
+            self._raised(cpu, error)
+            return
+        detail = cpu.exec.detail
+        if reason is StopReason.SHUTDOWN:
+            self.guest_reset("triple fault")
+        elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "SHUTDOWN":
+            self.guest_shutdown()
+        elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "RESET":
+            self.guest_reset()
+        elif reason is StopReason.DEBUG:
+            stopped = ExitStatus(STATUS_SHUTDOWN, "debug")
+            self.control.request(lambda: self.control.end(stopped, None, RunState.DEBUG))
+        else:
+            from pyvmm.dump import dump, reason_text
+
+            text = reason_text(detail, builder.cpu_vendor(self))
+            self._fail(GuestError(text, dump(cpu.vcpu, self.memory, f"vCPU {cpu.index}: {text}")))
+
+    def _raised(self, cpu: Cpu, error: BaseException) -> None:
+        """A device's handler raised: dump with its traceback, then complete the access it left half done."""
+        import traceback
+
+        from pyvmm.dump import dump
+
+        text = f"a device raised {type(error).__name__}: {error}"
+        post_mortem = dump(cpu.vcpu, self.memory, f"vCPU {cpu.index}: {text}")
+        failure = DeviceError(text, post_mortem + "\n" + "".join(traceback.format_exception(error)).rstrip())
+        failure.__cause__ = error
+        cpu.exec.complete()
+        self._fail(failure)
+
+    def _loop_raised(self, error: BaseException) -> None:
+        """A timer or descriptor callback raised on the event loop's thread."""
+        import traceback
+
+        text = f"a device's callback raised {type(error).__name__}: {error}"
+        failure = DeviceError(text, text + "\n" + "".join(traceback.format_exception(error)).rstrip())
+        failure.__cause__ = error
+        self._fail(failure)
+
+    def _fail(self, failure: GuestError) -> None:
+        self.control.request(lambda: self.control.end(None, failure, RunState.INTERNAL_ERROR))
+
+    def _on_light(self, green: bool) -> None:
+        if green:
+            self.clock.resume()
+        else:
+            self.clock.stop()
+
+    def _reset(self) -> None:
+        """Every vCPU is parked: devices, interrupt controllers, memory image and vCPUs back to power-on."""
+        for device in self._all_devices():
+            with device.lock:
+                device.reset()
+        builder.reset(self)
+
+    def _all_devices(self) -> list[Device]:
+        """The board's, and whatever the embedder has mapped; each once."""
+        mapped = [r.device for space in (self.pio, self.mmio) for r in space.regions if r.device is not None]
+        return list({id(d): d for d in [*self.devices.values(), *mapped]}.values())
+
+    # -- wires and counters --------------------------------------------------------------------------------
+
+    def irq_line(self, irq: int) -> IrqLine:
+        """A line to ISA interrupt ``irq`` (GSI of the same number), for a device of your own."""
+        return builder.irq_line(self, irq)
+
+    def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
+        """Let KVM gather writes to this range (KVM_REGISTER_COALESCED_MMIO); they arrive, in order, at the next exit."""
+        builder.coalesce(self, space, address, size)
+
+    def exit_stats(self) -> list[ExitStat]:
+        """Per exit reason, port or page, and direction: count and user-space time, all vCPUs together."""
+        from pyvmm.exit_stats import merge
+
+        return merge([cpu.exec.stats.rows(self._khz()) for cpu in self.cpus])
+
+    def exit_stats_table(self) -> str:
+        """exit_stats() as text, with the regions' names."""
+        from pyvmm.exit_stats import format_table
+
+        rows = self.exit_stats()
+        names: dict[tuple[str, int | None], str] = {}
+        for row in rows:
+            if row.address is not None:
+                region = (self.pio if row.reason == "IO" else self.mmio).find(row.address)
+                names[row.reason, row.address] = region.name if region is not None else "(nobody)"
+        return format_table(rows, names)
+
+    def _khz(self) -> int:
+        if not self._tsc_khz:
+            self._tsc_khz = self.cpus[0].vcpu.tsc_khz
+        return self._tsc_khz
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End everything and give it back: threads, descriptors, memory. Idempotent."""
+        if self.state is RunState.CLOSED:
+            return
+        if self.cpus and self.control.state is not RunState.PRELAUNCH:
+            self._khz()
+        self.control.close()
+        builder.tear_down(self)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

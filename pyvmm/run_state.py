@@ -1,0 +1,224 @@
+"""The machine's run states, and RunControl: what starts, parks and releases all vCPUs together.
+
+A vCPU thread is either inside its loop or parked in ``RunControl.enter``. Whatever needs every vCPU out of the guest
+(pause, reset, power-off, an error) is a request: it takes the green light away, kicks the vCPUs, and the last one to
+park carries the request out. No thread of its own is needed for it, and a device may ask from inside a handler.
+
+Lock order: a device's lock may be held when RunControl's is taken, never the other way round; requests run with
+neither.
+"""
+
+from __future__ import annotations
+
+import threading
+from enum import Enum
+
+from pyvmm.errors import StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.cpu import Cpu
+
+
+class RunState(Enum):
+    """What a machine is doing; the values are QEMU's names where it has the state."""
+
+    PRELAUNCH = "prelaunch"
+    """Built, and not run yet."""
+    RUNNING = "running"
+    """vCPUs are in the guest, or on their way."""
+    PAUSED = "paused"
+    """Every vCPU is parked with its accesses complete; state may be read and changed; resume() goes on."""
+    DEBUG = "debug"
+    """As PAUSED, because a vCPU hit a breakpoint or finished a single step."""
+    SHUTDOWN = "shutdown"
+    """The guest ended: power-off, isa-debug-exit, or a reset with no_reboot. reset() makes it runnable again."""
+    INTERNAL_ERROR = "internal-error"
+    """KVM or a device can't go on; the dump tells. reset() makes it runnable again."""
+    CLOSED = "closed"
+    """Nothing is left of it."""
+
+
+RESUMABLE = (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG)
+
+
+class ExitStatus(int):
+    """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two.
+
+    0 the guest powered off; odd, (value << 1) | 1, by isa-debug-exit; 6 a reset with no_reboot.
+    """
+
+    reason: str
+
+    def __new__(cls, status: int, reason: str) -> ExitStatus:
+        self = super().__new__(cls, status)
+        self.reason = reason
+        return self
+
+    def __repr__(self) -> str:
+        return f"<ExitStatus {int(self)}: {self.reason}>"
+
+
+class RunControl:
+    """The state machine of one machine. ``on_light(bool)`` hears when guest time starts and stops."""
+
+    def __init__(self, on_light: Callable[[bool], None]) -> None:
+        self.state = RunState.PRELAUNCH
+        self.cpus: Sequence[Cpu] = ()
+        self.status: ExitStatus | None = None
+        self.error: BaseException | None = None
+        self._cond = threading.Condition()
+        self._go = False
+        self._closing = False
+        self._acting = False
+        self._inside = 0
+        self._requests: list[Callable[[], None]] = []
+        self._on_light = on_light
+
+    # -- the vCPU threads ----------------------------------------------------------------------------------
+
+    def enter(self, cpu: Cpu) -> bool:
+        """Park until the light is green: True to run the guest, False to end the thread."""
+        with self._cond:
+            while not self._closing:
+                # A request under way, or one that came after the light turned green, goes first.
+                if self._go and not self._acting and not self._requests:
+                    cpu.parked = False
+                    self._inside += 1
+                    # A kick meant for the last stay must not end this one.
+                    cpu.exec.cancel_kick()
+                    return True
+                self._cond.wait()
+            return False
+
+    def leave(self, cpu: Cpu) -> None:
+        """The vCPU is out of its loop; the last one out carries out what was requested."""
+        with self._cond:
+            cpu.parked = True
+            self._inside -= 1
+            if self._inside == 0:
+                self._carry_out()
+            self._cond.notify_all()
+
+    def _carry_out(self) -> None:
+        """All vCPUs are parked and the lock is held: run the requests, outside of the lock."""
+        if self._acting:
+            return
+        self._acting = True
+        try:
+            while self._requests:
+                # The one before may have turned the light green.
+                self._stop_all()
+                request = self._requests.pop(0)
+                self._cond.release()
+                try:
+                    request()
+                finally:
+                    self._cond.acquire()
+        finally:
+            self._acting = False
+            self._cond.notify_all()
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def _stop_all(self) -> None:
+        """Red light for everybody; the lock is held."""
+        if self._go:
+            self._go = False
+            self._on_light(False)
+        for cpu in self.cpus:
+            if not cpu.parked:
+                cpu.exec.kick()
+
+    def request(self, action: Callable[[], None]) -> None:
+        """Have ``action()`` run with every vCPU parked, as soon as may be. Returns at once; callable from handlers.
+
+        The vCPUs stay parked after it unless it calls ``go``.
+        """
+        with self._cond:
+            if self._closing:
+                return
+            self._requests.append(action)
+            self._stop_all()
+            if self._inside == 0:
+                self._carry_out()
+
+    def go(self) -> None:
+        """Green light; part of a request, or of resume()."""
+        with self._cond:
+            if self._closing:
+                return
+            self.state = RunState.RUNNING
+            if not self._go:
+                self._go = True
+                self._on_light(True)
+            self._cond.notify_all()
+
+    def end(self, status: ExitStatus | None, error: BaseException | None, state: RunState) -> None:
+        """The run is over; part of a request. The first word counts: a second vCPU's error does not replace it."""
+        with self._cond:
+            if self.state is not RunState.RUNNING:
+                return
+            self.state = state
+            self.status, self.error = status, error
+            self._cond.notify_all()
+
+    # -- the embedder --------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Run, or go on. StateError where the guest has ended."""
+        with self._cond:
+            if self.state is RunState.RUNNING:
+                return
+            if self.state not in RESUMABLE:
+                raise StateError(f"the machine is in state {self.state.value}: reset() it first")
+            self.status = self.error = None
+        self.go()
+
+    def pause(self, wait: bool = True) -> None:
+        """Park every vCPU. On a vCPU's own thread it takes effect when the handler returns."""
+
+        def paused() -> None:
+            self.end(None, None, RunState.PAUSED)
+
+        with self._cond:
+            if self.state is not RunState.RUNNING:
+                return
+            if self._on_cpu_thread():
+                wait = False
+        self.request(paused)
+        if wait:
+            self.settle()
+
+    def settle(self, timeout_s: float | None = None) -> bool:
+        """Wait until no vCPU is inside and no request is left; False where the time ran out, or on a vCPU's thread."""
+        with self._cond:
+            if self._on_cpu_thread():
+                return False
+            return self._cond.wait_for(
+                lambda: not self._inside and not self._requests and not self._acting, timeout_s
+            )
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the machine is not running any more: True; False where the time ran out first."""
+        with self._cond:
+            return self._cond.wait_for(
+                lambda: self.state is not RunState.RUNNING and not self._acting and not self._inside, timeout_s
+            )
+
+    def close(self) -> None:
+        """Park all vCPUs for good and end their threads."""
+        with self._cond:
+            self._closing = True
+            self._requests.clear()
+            self._stop_all()
+            self._cond.notify_all()
+        for cpu in self.cpus:
+            cpu.join()
+        self.state = RunState.CLOSED
+
+    def _on_cpu_thread(self) -> bool:
+        me = threading.get_ident()
+        return any(cpu.thread_id == me for cpu in self.cpus)
