@@ -14,7 +14,11 @@ cdef extern from *:
     #endif
     /* kvm_run's union gained memory_fault in 6.8: {flags, gpa, size}. */
     struct pyvmm_memory_fault { __u64 flags, gpa, size; };
+    /* KVM_COALESCED_MMIO_MAX is written in terms of PAGE_SIZE, which user space has not. */
+    #define PYVMM_COALESCED_ENTRIES \
+        ((4096 - sizeof(struct kvm_coalesced_mmio_ring)) / sizeof(struct kvm_coalesced_mmio))
     """
+    unsigned int COALESCED_ENTRIES "PYVMM_COALESCED_ENTRIES"
     struct pyvmm_memory_fault:
         __u64 flags, gpa, size
 
@@ -135,7 +139,6 @@ cdef extern from "<linux/kvm.h>" nogil:
         uint32_t len, pio
         uint8_t data[8]
 
-    unsigned int KVM_COALESCED_MMIO_MAX
     struct kvm_coalesced_mmio_ring:
         uint32_t first, last
         kvm_coalesced_mmio *coalesced_mmio
