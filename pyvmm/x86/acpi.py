@@ -38,6 +38,7 @@ WBINVD = 1 << 0
 PROC_C1 = 1 << 2
 SLP_BUTTON_ABSENT = 1 << 5
 FIX_RTC_ABSENT = 1 << 6  # no RTC wake status in the fixed registers
+TMR_VAL_EXT = 1 << 8  # the PM timer has 32 bits, not 24
 RESET_REG_SUP = 1 << 10
 # IAPC_BOOT_ARCH (table 5.11).
 LEGACY_DEVICES = 1 << 0
@@ -190,7 +191,7 @@ def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
         pack("<HHHHBB", NO_C2, NO_C3, 0, 0, 0, 0),  # latencies, cache flush size and stride, duty cycle
         pack("<BBB", 0, 0, CMOS_CENTURY),  # RTC alarm's day and month: not there
         pack("<Hx", LEGACY_DEVICES | HAS_8042 | VGA_NOT_PRESENT),
-        pack("<I", WBINVD | PROC_C1 | SLP_BUTTON_ABSENT | FIX_RTC_ABSENT | RESET_REG_SUP),
+        pack("<I", WBINVD | PROC_C1 | SLP_BUTTON_ABSENT | FIX_RTC_ABSENT | TMR_VAL_EXT | RESET_REG_SUP),
         gas(layout.PORT_RESET, 1, BYTE_ACCESS),
         pack("<BHB", layout.RESET_VALUE, 0, FADT_MINOR_REVISION),  # then ARM boot flags
         pack("<QQ", 0, dsdt_gpa),  # X_FIRMWARE_CTRL is zero where the 32-bit field is used

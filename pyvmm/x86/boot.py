@@ -8,6 +8,7 @@ from pyvmm.x86 import cpu_state, image, layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from typing_extensions import Buffer
 
@@ -62,7 +63,7 @@ def load(
     kernel: Buffer,
     *,
     name: str = "kernel",
-    initrd: Buffer | list[tuple[Buffer, str]] | None = None,
+    initrd: Buffer | Sequence[tuple[Buffer, str]] | None = None,
     append: str = "",
     acpi_rsdp: int = 0,
     flat_address: int | None = None,
@@ -128,7 +129,10 @@ def _load_other(
     )
 
 
-def _modules(initrd: Buffer | list[tuple[Buffer, str]] | None) -> Sequence[tuple[Buffer, str]]:
+def _modules(initrd: Buffer | Sequence[tuple[Buffer, str]] | None) -> Sequence[tuple[Buffer, str]]:
     if initrd is None:
         return ()
-    return initrd if isinstance(initrd, list) else ((initrd, ""),)
+    if isinstance(initrd, (list, tuple)):
+        return initrd
+    one: Any = initrd  # no list: a Buffer
+    return ((one, ""),)

@@ -291,7 +291,7 @@ def _unpack(payload: memoryview, size: int, name: str) -> bytes:
                 )
             try:
                 return unpack(payload, size)
-            except (ArithmeticError, EOFError, OSError, RuntimeError, ValueError) as error:
+            except (EOFError, OSError, ValueError) as error:
                 raise ConfigError(
                     f"{name} has a damaged {kind} payload ({error}): give an intact file"
                 ) from None
@@ -339,7 +339,10 @@ def _lz4(payload: memoryview, size: int) -> bytes:
             continue
         if not 0 < packed <= end - at:
             raise ValueError(f"a block of {packed} bytes with {end - at} left")
-        out += lz4.block.decompress(payload[at : at + packed], uncompressed_size=LZ4_LEGACY_BLOCK_BYTES)
+        try:
+            out += lz4.block.decompress(payload[at : at + packed], uncompressed_size=LZ4_LEGACY_BLOCK_BYTES)
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(str(error)) from None
         at += packed
     return bytes(out)
 
