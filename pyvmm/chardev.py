@@ -198,8 +198,7 @@ class FdChardev(Chardev):
                     # POLLOUT promises PIPE_BUF bytes on a pipe, but on a terminal no more than one.
                     self._chunk = 1 if os.isatty(out_fd) else select.PIPE_BUF
 
-    # -- output
-    # ------------------------------------------------------------------------------------------------
+    # -- output ---------------------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         with self._lock:
@@ -272,8 +271,7 @@ class FdChardev(Chardev):
             elif self._queue and self._out_poll is not None:
                 self._out_poll.poll(left_s * 1000)
 
-    # -- input
-    # -------------------------------------------------------------------------------------------------
+    # -- input ----------------------------------------------------------------------------------------------
 
     def set_receiver(
         self,
@@ -344,8 +342,7 @@ class FdChardev(Chardev):
     def _filter_input(self, data: bytes) -> bytes:
         return data
 
-    # -- the end
-    # -----------------------------------------------------------------------------------------------
+    # -- the end --------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         with self._lock:

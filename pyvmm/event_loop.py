@@ -105,8 +105,7 @@ class EventLoop:
         self._closed = False
         self.clock = LoopClock(self)
 
-    # -- registration
-    # ------------------------------------------------------------------------------------------
+    # -- registration ---------------------------------------------------------------------------------------
 
     def add_reader(self, fd: int, callback: Callable[[], None], *, edge: bool = False) -> None:
         """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former
@@ -166,8 +165,7 @@ class EventLoop:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    # -- under the lock
-    # ----------------------------------------------------------------------------------------
+    # -- under the lock -------------------------------------------------------------------------------------
 
     def _start_locked(self) -> None:
         """Make the thread and its two descriptors, unless they are there."""
@@ -246,8 +244,7 @@ class EventLoop:
             self._watch_locked(fd)
         return True
 
-    # -- the thread
-    # --------------------------------------------------------------------------------------------
+    # -- the thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         epoll = self._epoll

@@ -144,8 +144,7 @@ class Rtc(Device):
         ):
             self.cmos[index : index + size] = value.to_bytes(size, "little")
 
-    # -- the guest's side
-    # --------------------------------------------------------------------------------------
+    # -- the guest's side -----------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:
         if offset == 0:
@@ -218,8 +217,7 @@ class Rtc(Device):
         self._show_irq()
         self._plan()
 
-    # -- time
-    # --------------------------------------------------------------------------------------------------
+    # -- time -----------------------------------------------------------------------------------------------
 
     def _chain_held(self) -> bool:
         return self.cmos[REG_A] & A_DIVIDER_RESET == A_DIVIDER_RESET
@@ -270,8 +268,7 @@ class Rtc(Device):
             return self._encode(hour)
         return self._encode(hour % 12 or 12) | (HOUR_PM if hour >= 12 else 0)
 
-    # -- flags and interrupts
-    # ----------------------------------------------------------------------------------
+    # -- flags and interrupts -------------------------------------------------------------------------------
 
     def _look(self) -> None:
         """Put into register C what the chain's edges since the last look have brought."""
@@ -364,8 +361,7 @@ class Rtc(Device):
                 self._look()
                 self._plan()
 
-    # -- the machine's side
-    # ------------------------------------------------------------------------------------
+    # -- the machine's side ---------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """The RESET pin (data sheet, "Pin descriptions"): time, alarm and CMOS RAM go on as they are."""

@@ -166,8 +166,7 @@ class Serial(Device):
         self._timeout.disarm()
         self._derive()
 
-    # -- the guest's side
-    # --------------------------------------------------------------------------------------
+    # -- the guest's side -----------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:
         if offset == 5:  # LSR: as numbers here, each global is a cold line of cache
@@ -329,8 +328,7 @@ class Serial(Device):
         bits += bool(self._lcr & LCR_STOP) + bool(self._lcr & LCR_PARITY)
         self._char_ns = int(bits * (divisor or 0x10000) * NS_PER_DIVIDED_BIT)
 
-    # -- both sides
-    # --------------------------------------------------------------------------------------------
+    # -- both sides -----------------------------------------------------------------------------------------
 
     def _derive(self) -> None:
         """Everything that follows from the registers."""
@@ -445,8 +443,7 @@ class Serial(Device):
             return max(0, self._trigger - len(self._rx))
         return 0 if self._lsr & LSR_DR else 1
 
-    # -- the host's side, on the event loop's thread
-    # -----------------------------------------------------------
+    # -- the host's side, on the event loop's thread --------------------------------------------------------
 
     def _room(self) -> int:
         with self.lock:
@@ -477,8 +474,7 @@ class Serial(Device):
                 self._timeout_pending = True
                 self._update_irq()
 
-    # -- the machine's side
-    # ------------------------------------------------------------------------------------
+    # -- the machine's side ---------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """As by the MR pin (section 8.0, table I), with the values QEMU starts with. What was queued is lost.

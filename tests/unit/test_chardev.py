@@ -128,8 +128,7 @@ def read_exactly(fd: int, count: int) -> bytes:
     return data
 
 
-# -- null and callable
-# -------------------------------------------------------------------------------------------
+# -- null and callable --------------------------------------------------------------------------------------
 
 
 def test_null_takes_everything() -> None:
@@ -231,8 +230,7 @@ def test_break_reaches_the_device() -> None:
     assert port.breaks == 1
 
 
-# -- files
-# -------------------------------------------------------------------------------------------------------
+# -- files --------------------------------------------------------------------------------------------------
 
 
 def test_file_is_created_and_appended_to(tmp_path: Path) -> None:
@@ -288,8 +286,7 @@ def test_file_on_a_full_disk_does_not_fail_the_guest() -> None:
     chardev.close()
 
 
-# -- a reader that does not keep up
-# ------------------------------------------------------------------------------
+# -- a reader that does not keep up -------------------------------------------------------------------------
 
 
 def test_full_pipe_never_blocks_and_the_loop_sends_the_queue_on(
@@ -371,8 +368,7 @@ def test_closed_reader_swallows_output_and_the_queue(loop: EventLoop, pipe: tupl
     chardev.close()
 
 
-# -- standard input and output
-# -----------------------------------------------------------------------------------
+# -- standard input and output ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -558,8 +554,7 @@ def test_terminal_is_restored_when_the_process_ends_without_close(terminal: tupl
     assert termios.tcgetattr(terminal[1]) == before
 
 
-# -- pty
-# ---------------------------------------------------------------------------------------------------------
+# -- pty ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

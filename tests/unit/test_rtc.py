@@ -48,8 +48,7 @@ def bench() -> Bench:
     return Bench()
 
 
-# -- time
-# --------------------------------------------------------------------------------------------------------
+# -- time ---------------------------------------------------------------------------------------------------
 
 
 def test_power_on_shows_the_wall_clock_in_bcd(bench: Bench) -> None:
@@ -198,8 +197,7 @@ def test_no_guest_can_upset_it(writes: list[tuple[int, int, int]]) -> None:
         assert bench.irq.level == (1 if bench.rtc.cmos[12] & bench.rtc.cmos[11] & 0x70 else 0)
 
 
-# -- update in progress
-# ------------------------------------------------------------------------------------------
+# -- update in progress -------------------------------------------------------------------------------------
 
 
 def test_uip_is_up_for_the_last_244_us_of_a_second(bench: Bench) -> None:
@@ -221,8 +219,7 @@ def test_uip_stays_down_while_set_is_held_and_is_read_only(bench: Bench) -> None
     assert bench.get(10) == 0x26
 
 
-# -- interrupts
-# --------------------------------------------------------------------------------------------------
+# -- interrupts ---------------------------------------------------------------------------------------------
 
 
 def test_update_ended_interrupt(bench: Bench) -> None:
@@ -389,8 +386,7 @@ def test_next_alarm_is_the_first_second_that_matches(alarm: tuple[int, int, int]
     assert bench.clock.next_deadline_ns == (first - start_s) * S
 
 
-# -- CMOS RAM
-# ----------------------------------------------------------------------------------------------------
+# -- CMOS RAM -----------------------------------------------------------------------------------------------
 
 
 def test_cmos_ram_keeps_what_is_written(bench: Bench) -> None:

@@ -95,8 +95,7 @@ def fifo(bench: Bench) -> Bench:
     return bench
 
 
-# -- registers
-# ---------------------------------------------------------------------------------------------------
+# -- registers ----------------------------------------------------------------------------------------------
 
 
 def test_values_after_reset(bench: Bench) -> None:
@@ -151,8 +150,7 @@ def test_fifo_is_shown_in_iir(bench: Bench) -> None:
     assert bench.inb(IIR) == 0x01
 
 
-# -- transmitter
-# -------------------------------------------------------------------------------------------------
+# -- transmitter --------------------------------------------------------------------------------------------
 
 
 def test_console_output_byte_by_byte(bench: Bench) -> None:
@@ -266,8 +264,7 @@ def test_transmitter_fifo_reset_drops_what_waits(fifo: Bench) -> None:
     assert fifo.line.sent == b""
 
 
-# -- receiver
-# ----------------------------------------------------------------------------------------------------
+# -- receiver -----------------------------------------------------------------------------------------------
 
 
 def test_one_byte_without_fifo(bench: Bench) -> None:
@@ -433,8 +430,7 @@ def test_input_waits_for_the_byte_to_be_read_without_fifo(bench: Bench) -> None:
     assert bench.line.accepted == 2
 
 
-# -- loopback and modem lines
-# --------------------------------------------------------------------------------------
+# -- loopback and modem lines -------------------------------------------------------------------------------
 
 
 def test_loopback_returns_what_is_sent(bench: Bench) -> None:
@@ -529,8 +525,7 @@ def test_priorities_from_the_top(fifo: Bench) -> None:
     assert seen == [0xC6, 0xCC, 0xC4, 0xC2, 0xC0, 0xC1]
 
 
-# -- reset, save, load
-# ---------------------------------------------------------------------------------------------
+# -- reset, save, load --------------------------------------------------------------------------------------
 
 
 def test_reset(fifo: Bench) -> None:
@@ -578,8 +573,7 @@ def test_load_restores_the_interrupt_line(bench: Bench) -> None:
     assert other.irq.level == 1 and other.inb(IIR) == 0x02
 
 
-# -- against a model
-# -----------------------------------------------------------------------------------------------
+# -- against a model ----------------------------------------------------------------------------------------
 
 OPERATIONS = st.one_of(
     st.tuples(st.just("type"), st.binary(min_size=1, max_size=20)),

@@ -1,0 +1,56 @@
+"""Port80: the POST code port. Firmware tells there how far it got, kernels write to it to wait a moment.
+
+On a PC/AT it is a spare byte of the DMA page registers (PC/AT Technical Reference), and can be read back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pyvmm.device import Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+HISTORY = 256
+
+
+class Port80(Device):
+    """Map 1 byte. ``last`` is the last code, ``history`` the latest ones, oldest first (``count`` of them
+    all).
+    """
+
+    impl_sizes = (1, 1)
+
+    __slots__ = ("count", "history", "last")
+
+    def __init__(self, history: int = HISTORY) -> None:
+        """``history``: how many codes to keep."""
+        self.last = 0
+        self.count = 0
+        self.history: deque[int] = deque(maxlen=history)
+
+    def read(self, offset: int, size: int) -> int:
+        return self.last
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.last = value
+        self.count += 1
+        self.history.append(value)
+
+    def reset(self) -> None:
+        """The byte is zero again. The history stays: it tells what led to the reset."""
+        with self.lock:
+            self.last = 0
+
+    def save(self) -> dict[str, Any]:
+        with self.lock:
+            return {"last": self.last, "count": self.count, "history": bytes(self.history)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        with self.lock:
+            self.last = state["last"]
+            self.count = state["count"]
+            self.history.clear()
+            self.history.extend(state["history"])
