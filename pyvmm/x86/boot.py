@@ -81,8 +81,29 @@ def load(
     ConfigError, in one sentence with the remedy, for everything that can be wrong with the images or the
     memory.
     """
-    view = image.as_bytes_view(kernel)
     modules = _modules(initrd)
+    view = image.as_bytes_view(kernel)
+    try:
+        return _load(memory, view, name, modules, append, acpi_rsdp, flat_address, flat_mode, clean)
+    except ConfigError as error:
+        # A traceback keeps its frames, they keep views of the images, and the caller could close no mapped
+        # file.
+        raise error.with_traceback(None) from None
+    finally:
+        view.release()
+
+
+def _load(
+    memory: GuestMemory,
+    view: memoryview,
+    name: str,
+    modules: Sequence[tuple[Buffer, str]],
+    append: str,
+    acpi_rsdp: int,
+    flat_address: int | None,
+    flat_mode: str,
+    clean: bool,
+) -> BootState:
     if flat_address is not None:
         from pyvmm.x86 import flat
 

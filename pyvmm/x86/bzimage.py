@@ -259,7 +259,17 @@ U32 = Struct("<I")
 
 def extract_vmlinux(kernel: Buffer, name: str = "kernel") -> bytes:
     """The ELF kernel inside a bzImage, unpacked. ConfigError where there is none or it is damaged."""
-    header = BzImage(image.as_bytes_view(kernel), name)
+    view = image.as_bytes_view(kernel)
+    try:
+        return _extract(view, name)
+    except ConfigError as error:
+        raise error.with_traceback(None) from None  # see boot.load
+    finally:
+        view.release()
+
+
+def _extract(view: memoryview, name: str) -> bytes:
+    header = BzImage(view, name)
     start, length = header["payload_offset"], header["payload_length"]
     part = header.protected_mode_part
     if header["version"] < VERSION_PAYLOAD or not length:

@@ -27,9 +27,10 @@ SEARCH_BYTES = 8192  # the header lies wholly in these, 4-byte aligned
 # Header flags. Bits 0-15 are requirements: a loader that does not know one must refuse the image.
 PAGE_ALIGN = 1 << 0
 MEMORY_INFO = 1 << 1
+VIDEO_MODE = 1 << 2  # a wish: the information says, by flags not set, that there is no such mode
 ADDRESS_FIELDS = 1 << 16
 REQUIREMENTS = 0xFFFF
-UNDERSTOOD = PAGE_ALIGN | MEMORY_INFO
+UNDERSTOOD = PAGE_ALIGN | MEMORY_INFO | VIDEO_MODE
 
 # Which fields of the information structure are valid.
 INFO_MEMORY = 1 << 0
@@ -96,8 +97,7 @@ def load(
     unknown = header.flags & REQUIREMENTS & ~UNDERSTOOD
     if unknown:
         raise ConfigError(
-            f"{name} requires multiboot features {unknown:#x} (a video mode is 0x4), "
-            "which this machine has not: build it without"
+            f"{name} requires multiboot features {unknown:#x} that version 0.6.96 has not: build it without"
         )
     if header.flags & ADDRESS_FIELDS:
         entry, spans = _load_by_addresses(memory, view, header, name, clean)

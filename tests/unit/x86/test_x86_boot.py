@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.x86 import boot, layout
+from pyvmm.x86.bzimage import extract_vmlinux
 
 MIB = 1 << 20
 
@@ -99,6 +100,31 @@ def test_a_large_image_is_copied_once(memory: GuestMemory, tmp_path: Path, image
         tracemalloc.stop()
     # Leaving the with block closed the mapping: nothing of ours still exports it.
     assert peak < 256 << 10
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        b"no kernel",
+        x86_images.bzimage(init_size=1 << 30),
+        x86_images.pvh_kernel(0x400_0000),
+        x86_images.multiboot_elf(0x400_0000),
+        x86_images.bzimage(b"garbage!" * 3 + b"\1\0\0\0"),
+    ],
+)
+def test_a_refused_mapping_can_be_closed(memory: GuestMemory, tmp_path: Path, image: bytes) -> None:
+    """A traceback holds frames and they hold views; a mapping with views would refuse to close."""
+    path = tmp_path / "kernel"
+    path.write_bytes(image)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for use in (
+            lambda: boot.load(memory, mapped, initrd=bytes(64 * MIB)),
+            lambda: extract_vmlinux(mapped),
+        ):
+            with pytest.raises(ConfigError) as raised:
+                use()
+            assert raised.traceback
+    assert mapped.closed
 
 
 def test_the_same_image_loads_again_after_the_guest_wrote_over_it(memory: GuestMemory) -> None:
