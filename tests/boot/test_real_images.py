@@ -1,6 +1,4 @@
-"""The loaders and Debian's own kernels: no guest runs, the images are compared with how other readers see them."""
-readers' view.
-"""
+"""The loaders and Debian's own kernels: no guest runs, the images are compared with what others read in them."""
 
 from __future__ import annotations
 
