@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
 from pyvmm.device import IrqLine
 from pyvmm.devices.rtc import Rtc, days_since_1970
@@ -409,6 +410,14 @@ def test_index_port_is_write_only_and_its_top_bit_masks_nmi(bench: Bench) -> Non
     assert bench.rtc.read(1, 1) == 0x80
     bench.rtc.write(0, 1, 0x0D)
     assert not bench.rtc.nmi_masked
+
+
+def test_one_word_write_sets_index_and_data(bench: Bench) -> None:
+    pio = AddressSpace("pio", 0x10000)
+    pio.map(0x70, 2, bench.rtc)
+    pio.write(0x70, 2, 0x5A40)
+    assert pio.read(0x71, 1) == 0x5A
+    assert pio.read(0x70, 2) == 0x5AFF
 
 
 @pytest.mark.parametrize(

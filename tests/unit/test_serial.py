@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm.chardev import Chardev
+from pyvmm.address_space import AddressSpace
+from pyvmm.chardev import CallableChardev, Chardev, StdioChardev
 from pyvmm.clock import VirtualClock
 from pyvmm.device import IrqLine
 from pyvmm.devices.serial import Serial
+from pyvmm.event_loop import EventLoop
 
 RBR = THR = DLL = 0
 IER = DLM = 1
@@ -647,3 +652,77 @@ def test_nothing_sent_is_lost_or_reordered_while_the_guest_waits_for_thre(
     bench.line.drained()
     assert bench.line.sent == bytes(expected)
     assert bench.inb(LSR) == 0x60
+
+
+# -- whole: guest, bus, chardev, event loop, host ------------------------------------------------------------
+
+
+def read_as_a_guest(pio: AddressSpace, count: int) -> bytes:
+    """Poll LSR and read RBR until ``count`` bytes are there."""
+    got = bytearray()
+    deadline = time.monotonic() + 60
+    while len(got) < count:
+        assert time.monotonic() < deadline, f"{len(got)} of {count}"
+        if pio.read(0x3FD, 1) & 1:
+            got.append(pio.read(0x3F8, 1))
+        else:
+            os.sched_yield()
+    return bytes(got)
+
+
+@pytest.mark.parametrize("fcr", [0x00, 0x01, 0x81])
+def test_input_through_a_pipe_arrives_whole_and_in_order(fcr: int) -> None:
+    errors: list[BaseException] = []
+    loop = EventLoop(errors.append)
+    in_read, in_write = os.pipe()
+    out_read, out_write = os.pipe()
+    chardev = StdioChardev(loop, escape=False, in_fd=in_read, out_fd=out_write)
+    pio = AddressSpace("pio", 0x10000)
+    pio.map(0x3F8, 8, Serial(IrqLine(), chardev, loop.clock))
+    pio.write(0x3FA, 1, fcr)
+    data = bytes(i * i % 251 for i in range(1000))
+    os.write(in_write, data)
+    assert read_as_a_guest(pio, len(data)) == data
+    assert pio.read(0x3FD, 1) == 0x60  # no overrun
+    for byte in data:
+        pio.write(0x3F8, 1, byte)
+    assert os.read(out_read, 5000) == data
+    chardev.close()
+    loop.close()
+    for fd in (in_read, in_write, out_read, out_write):
+        os.close(fd)
+    assert errors == []
+
+
+def test_input_from_another_thread_crosses_with_the_guests_reads() -> None:
+    chardev = CallableChardev(lambda data: None)
+    pio = AddressSpace("pio", 0x10000)
+    pio.map(0x3F8, 8, Serial(IrqLine(), chardev, VirtualClock()))
+    pio.write(0x3FA, 1, 0xC1)
+    data = bytes(i * 7 % 256 for i in range(5000))
+
+    def feed() -> None:
+        for i in range(0, len(data), 3):
+            chardev.feed(data[i : i + 3])
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    assert read_as_a_guest(pio, len(data)) == data
+    feeder.join()
+
+
+def test_echo_from_inside_the_callable() -> None:
+    """What the callable feeds while the guest's write is under way comes back in order."""
+    sent: list[bytes] = []
+
+    def echo(data: bytes) -> None:
+        sent.append(data)
+        chardev.feed(data)
+
+    chardev = CallableChardev(echo)
+    pio = AddressSpace("pio", 0x10000)
+    pio.map(0x3F8, 8, Serial(IrqLine(), chardev, VirtualClock()))
+    for byte in b"hello":
+        pio.write(0x3F8, 1, byte)
+    assert read_as_a_guest(pio, 5) == b"hello"
+    assert b"".join(sent) == b"hello"
