@@ -1,9 +1,9 @@
 """What makes the machine an x86 PC: addresses, the state processors start in, how kernels are loaded, tables.
 
-layout     every guest-physical address, port and interrupt line, each with its why
-e820       the memory map, and its form in each boot protocol
-cpu_state  registers after reset and in the three modes a loader can start a guest in
-cpuid      what CPUID tells the guest
-boot       load a kernel of any kind -> BootState; kinds are bzimage, pvh, multiboot and flat; elf reads ELF
-acpi aml   ACPI tables and the little AML in them; mptable: the older Intel MP tables
+layout     every guest-physical address, port and interrupt line, each with its why e820       the memory map,
+and its form in each boot protocol cpu_state  registers after reset and in the three modes a loader can start
+a guest in vcpu_state all of a processor's state, saved and brought back cpuid      what CPUID tells the
+guest; cpu_features: the names of its bits boot       load a kernel of any kind -> BootState; kinds are
+bzimage, pvh, multiboot and flat; image and elf help them acpi aml   ACPI tables and the little AML in them;
+mptable: the older Intel MP tables
 """

@@ -79,7 +79,6 @@ NORMAL_VIDEO = 0xFFFF
 
 # Fields of the zero page outside the header.
 ZP_ACPI_RSDP = 0x070
-ZP_EXT_RAMDISK_IMAGE = 0x0C0
 ZP_E820_ENTRIES = 0x1E8
 ZP_E820_TABLE = 0x2D0
 ZP_E820_MAX = 128

@@ -1,4 +1,4 @@
-"""The loaders and Debian's own kernels: no guest runs, the images are compared with what others read in them."""
+"""The loaders and Debian's own kernels: no guest runs, images are compared with what others read there."""
 
 from __future__ import annotations
 
