@@ -31,6 +31,7 @@ cdef class AddressSpace:
     cdef readonly FlatView view
     cdef list users
     cdef object _change
+    cdef FlatView current(self)
     cdef int attach(self, ViewUser user) except -1
     cdef int detach(self, ViewUser user) except -1
 

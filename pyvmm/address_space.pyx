@@ -64,6 +64,8 @@ cdef int sink_write(region_t *region, int size, uint64_t value, PyThreadState *t
         region.position += 1
         if byte == 10 or region.position == region.memory_size:
             rc = call_end(region, True, ts)
+            if rc != BUS_OK:
+                break       # nothing may be called with an exception pending
     return rc
 
 
@@ -79,7 +81,7 @@ cdef int fifo_access(region_t *region, int size, uint64_t *value, bint is_write,
     if is_write:
         memcpy(region.memory + region.position, value, left)
     else:
-        value[0] = 0
+        value[0] = ones(size)
         memcpy(value, region.memory + region.position, left)
     region.position += left
     if region.position == region.memory_size:
@@ -117,6 +119,9 @@ cdef int compiled_access(region_t *region, uint64_t offset, int size, uint64_t *
             write(region.fd, &one, 8)
         else:
             value[0] = 0
+    elif offset >= region.memory_size or <uint64_t>size > region.memory_size - offset:
+        # Moved by another thread between lookup and lock: that access came too late.
+        rc = BUS_UNMAPPED
     elif is_write:
         memcpy(region.memory + offset, value, size)
     else:
@@ -146,10 +151,10 @@ cdef int adjusted_access(region_t *region, uint64_t offset, int size, uint64_t *
                          PyThreadState *ts) noexcept nogil:
     """QEMU's access_with_adjusted_size: ``size`` bytes by accesses between impl_min and impl_max.
 
-    Narrower than impl_min: the aligned container is read and, for a write, merged and written back. All pieces run
-    under one hold of the lock, so another vCPU never sees half an access.
+    Narrower than impl_min: the aligned container is read and, for a write, merged and written back; an unaligned
+    access may lie in two of them. All pieces run under one hold of the lock, so another vCPU never sees half an access.
     """
-    cdef int step = size, i = 0, shift, rc = BUS_OK
+    cdef int step = size, i = 0, n, shift, rc = BUS_OK
     cdef uint64_t part, result = 0, start, mask
     if step < region.impl_min:
         step = region.impl_min
@@ -165,14 +170,19 @@ cdef int adjusted_access(region_t *region, uint64_t offset, int size, uint64_t *
             result |= (part & ones(step)) << (8 * i)
             i += step
     else:
-        start = offset & ~(<uint64_t>step - 1)
-        shift = 8 * <int>(offset - start)
-        rc = handler_access(region, start, step, &part, False, ts)
-        if rc == BUS_OK and is_write:
-            mask = ones(size) << shift
-            part = (part & ~mask) | ((value[0] << shift) & mask)
-            rc = handler_access(region, start, step, &part, True, ts)
-        result = (part >> shift) & ones(size)
+        while i < size and rc == BUS_OK:
+            start = (offset + i) & ~(<uint64_t>step - 1)
+            n = step - <int>(offset + i - start)
+            if n > size - i:
+                n = size - i
+            shift = 8 * <int>(offset + i - start)
+            rc = handler_access(region, start, step, &part, False, ts)
+            if rc == BUS_OK and is_write:
+                mask = ones(n) << shift
+                part = (part & ~mask) | (((value[0] >> (8 * i)) << shift) & mask)
+                rc = handler_access(region, start, step, &part, True, ts)
+            result |= ((part >> shift) & ones(n)) << (8 * i)
+            i += n
     pthread_mutex_unlock(region.lock)
     if not is_write:
         value[0] = result
@@ -202,7 +212,8 @@ cdef int bus_access(flat_view_t *view, uint64_t addr, int size, uint64_t *value,
     cdef uint64_t result = 0, part
     cdef int done = 0, step, rc
     while done < size:
-        region = flat_view_find(view, addr + done)
+        # Past the top of 64 bits there is nothing: an access does not wrap around to address 0.
+        region = flat_view_find(view, addr + done) if addr + done >= addr else NULL
         step = 1 if region == NULL else piece_size(region, addr + done, size - done)
         part = (value[0] >> (8 * done)) & ones(step) if is_write else ones(step)
         if region != NULL and step >= region.valid_min:
@@ -276,8 +287,8 @@ cdef class MemoryRegion:
     def _set_up(self, size, name, lock, valid_sizes, impl_sizes, unaligned):
         check_sizes("valid_sizes", valid_sizes)
         check_sizes("impl_sizes", impl_sizes)
-        if size <= 0 or size > 1 << 64:
-            raise ConfigError(f"{name}: a region of {size} bytes: give at least 1")
+        if size <= 0 or size >= 1 << 64:
+            raise ConfigError(f"{name}: a region of {size} bytes: give at least 1, and less than 2**64")
         if impl_sizes[0] > valid_sizes[0] and size % impl_sizes[0]:
             raise ConfigError(f"{name}: {size} bytes is no multiple of the smallest implemented access, {impl_sizes[0]}")
         self.name = name
@@ -341,6 +352,8 @@ cdef class SinkRegion(MemoryRegion):
     """
 
     def __init__(self, size, callback, *, read_value=0xFFFF_FFFF, capacity=4096, name="sink"):
+        if capacity < 1:
+            raise ConfigError(f"{name}: a capacity of {capacity} bytes: give at least 1")
         self._set_up(size, name, DeviceLock(), (1, 4), (1, 4), True)
         self._buffer = bytearray(capacity)
         self.c.kind = REGION_SINK
@@ -365,6 +378,7 @@ cdef class BufferRegion(MemoryRegion):
         self._set_up(self._buffer.nbytes, name, DeviceLock(), (1, 8), (1, 8), True)
         self.c.kind = REGION_BUFFER
         self.c.memory = buffer_start(self._buffer, True)
+        self.c.memory_size = self._buffer.nbytes
 
 
 cdef class EventRegion(MemoryRegion):
@@ -455,7 +469,7 @@ cdef class AddressSpace:
         self.users = []
         self._change = DeviceLock()
 
-    def add(self, base, MemoryRegion region):
+    def add(self, base, MemoryRegion region not None):
         """Map ``region`` at ``base``. ConfigError where it overlaps another (both named) or leaves the space."""
         with self._change:
             if region.c.mapped:
@@ -480,16 +494,16 @@ cdef class AddressSpace:
         return self.add(base, MemoryRegion(size, device, name=name, read=read, write=write, valid_sizes=valid_sizes,
                                            impl_sizes=impl_sizes, unaligned=unaligned))
 
-    def unmap(self, MemoryRegion region):
+    def unmap(self, MemoryRegion region not None):
         """Take ``region`` out. Waits for a handler under way on another thread; when this returns, none will run."""
         with self._change:
-            if region.space is not self or not region.c.mapped:
+            if region.space is not self:
                 raise StateError(f"{region!r} is not mapped in {self.name}")
+            region.space = None
             # The change lock is not held while waiting for the device's: its handler may itself be mapping something.
             self._publish([r for r in self.view.regions if r is not region])
         with region._lock:
             region.c.mapped = False
-            region.space = None
 
     def _publish(self, regions):
         cdef ViewUser user
@@ -497,6 +511,11 @@ cdef class AddressSpace:
         for user in self.users:
             # Pairs with the exchange in CpuExec.refresh_views: the view is in place before the flag is seen.
             atomic_store(&user.stale, 1, ATOMIC_SEQ_CST)
+
+    cdef FlatView current(self):
+        # Under the lock: without the GIL, ``view`` could be replaced and freed between its load and the reference to it.
+        with self._change:
+            return self.view
 
     cdef int attach(self, ViewUser user) except -1:
         with self._change:
@@ -512,15 +531,20 @@ cdef class AddressSpace:
     @property
     def regions(self):
         """The mapped regions, by address."""
-        return list(self.view.regions)
+        return list(self.current().regions)
 
     def find(self, addr):
         """The region at ``addr``, or None."""
-        return next((r for r in self.view.regions if r.base <= addr < r.base + r.size), None)
+        cdef MemoryRegion region
+        # By the C fields: a region that is being unmapped meanwhile has no ``base`` any more.
+        for region in self.current().regions:
+            if region.c.base <= addr <= region.c.last:
+                return region
+        return None
 
     def read(self, addr, size):
         """A read of 1, 2, 4 or 8 bytes as a vCPU would do it. Raises what a device raises."""
-        cdef FlatView view = self.view
+        cdef FlatView view = self.current()
         cdef uint64_t value = ones(self._check(addr, size))
         if bus_read(&view.c, addr, size, &value, NULL) != BUS_OK:
             raised()
@@ -528,7 +552,7 @@ cdef class AddressSpace:
 
     def write(self, addr, size, value):
         """A write of 1, 2, 4 or 8 bytes as a vCPU would do it."""
-        cdef FlatView view = self.view
+        cdef FlatView view = self.current()
         self._check(addr, size)
         if bus_write(&view.c, addr, size, value & ones(size), NULL) != BUS_OK:
             raised()

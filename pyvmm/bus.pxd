@@ -92,7 +92,9 @@ cdef inline region_t *flat_view_find(flat_view_t *view, uint64_t addr) noexcept 
     if low == 0:
         return NULL
     region = view.regions[low - 1]
-    return region if addr <= region.last else NULL
+    # Both sides relative: a region that has moved since this view was made is not found at its old place, and never
+    # with an offset that wraps.
+    return region if addr - region.base <= region.last - region.base else NULL
 
 
 cdef inline uint64_t ones(int size) noexcept nogil:

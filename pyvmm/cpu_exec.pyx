@@ -130,7 +130,7 @@ cdef class CpuExec(ViewUser):
     exit that is written there: how the reasons that this host's KVM can't produce are tested.
     """
 
-    def __init__(self, Vcpu vcpu, AddressSpace pio, AddressSpace mmio, *, page=None, bint user_irqchip=False):
+    def __init__(self, Vcpu vcpu, AddressSpace pio not None, AddressSpace mmio not None, *, page=None, bint user_irqchip=False):
         self.vcpu = vcpu
         self.pio = pio
         self.mmio = mmio
@@ -165,7 +165,7 @@ cdef class CpuExec(ViewUser):
         self.mmio.detach(self)
         self.acknowledge = self.msr_handler = self.on_hypercall = self.on_eoi = None
 
-    def coalesced_ring(self, int page_offset, DeviceLock lock):
+    def coalesced_ring(self, int page_offset, DeviceLock lock not None):
         """Drain KVM's coalesced ring, ``page_offset`` pages into the mapping; ``lock`` is the machine's one for it."""
         self._ring_lock = lock
         self.ring = <uapi.kvm_coalesced_mmio_ring *>(<char *>self.kvm_run + page_offset * PAGE_BYTES)
@@ -406,8 +406,8 @@ cdef class CpuExec(ViewUser):
     cdef int _take_views(self) except -1:
         # Cleared first: a change after this line sets it again. Pairs with AddressSpace._publish.
         atomic_exchange(&self.stale, 0, ATOMIC_SEQ_CST)
-        self._pio_view = self.pio.view
-        self._mmio_view = self.mmio.view
+        self._pio_view = self.pio.current()
+        self._mmio_view = self.mmio.current()
         self.pio_regions = &self._pio_view.c
         self.mmio_regions = &self._mmio_view.c
         self.recent_port = NULL
