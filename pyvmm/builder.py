@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyvmm.x86.boot import BootState
 
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
+APIC_BASE_ENABLE = 1 << 11  # IA32_APIC_BASE (SDM vol. 3, 11.4.4)
 
 
 class Images:
@@ -252,7 +253,10 @@ def chardev(m: Machine, spec: Serial) -> Chardev:
     elif callable(spec):
         made = c.CallableChardev(spec)
     elif spec == "stdio":
-        made = c.StdioChardev(m.event_loop, escape=False)
+        import os
+
+        raw = m.config.raw_terminal and os.isatty(0)
+        made = c.StdioChardev(m.event_loop, raw=raw, escape=raw, on_quit=lambda: m.stop(0, "quit"))
     elif spec == "pty":
         made = c.PtyChardev(m.event_loop)
     elif spec.startswith("file:") and len(spec) > len("file:"):
@@ -338,6 +342,8 @@ def make_cpus(m: Machine) -> None:
         )
         loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=user_irqchip)
         if user_irqchip:
+            # There is no local APIC behind it: with this bit on, KVM would tell the guest in CPUID that there is one.
+            vcpu.sregs = {"apic_base": vcpu.sregs["apic_base"] & ~layout.APIC_BASE_ENABLE}
             loop.acknowledge = m.devices["pic"].acknowledge  # type: ignore[attr-defined]  # an I8259Pair
         m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped))
 
@@ -355,6 +361,9 @@ def enter_guest(m: Machine, boot: BootState) -> None:
     vcpu = m.cpus[0].vcpu
     regs, sregs = vcpu.regs, vcpu.sregs
     boot.apply(regs, sregs)
+    if not m.vm.has_irqchip:
+        # KVM shows CPUID's APIC bit by this one: there is no local APIC.
+        sregs["apic_base"] &= ~APIC_BASE_ENABLE
     vcpu.sregs = sregs
     vcpu.regs = regs
 

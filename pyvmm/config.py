@@ -38,6 +38,7 @@ class MachineConfig:
     irqchip      "kernel", or "off": a PIC pair and a PIT in Python, one vCPU.
     serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
     debugcon     the same for the debug console at port 0x402.
+    raw_terminal "stdio" takes the terminal over: raw mode, with Ctrl-A x to quit. For commands, not libraries.
     no_reboot    a reset ends the run with status 6 instead of starting the guest again.
     testdev      the registers of QEMU's pc-testdev.
     debug_exit   port of isa-debug-exit, or None.
@@ -59,6 +60,7 @@ class MachineConfig:
     irqchip: str = "kernel"
     serial: Serial = None
     debugcon: Serial = None
+    raw_terminal: bool = False
     no_reboot: bool = False
     testdev: bool = False
     debug_exit: int | None = DEBUG_EXIT_PORT

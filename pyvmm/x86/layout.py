@@ -78,6 +78,7 @@ IOAPIC = 0xFEC0_0000  # the PC's fixed place (82093AA); KVM's in-kernel one has 
 IOAPIC_BYTES = 0x1000
 LAPIC = 0xFEE0_0000  # IA32_APIC_BASE after reset (SDM vol. 3, 11.4.1)
 LAPIC_BYTES = 0x1000
+APIC_BASE_ENABLE = 1 << 11  # of IA32_APIC_BASE: the processor has its local APIC on
 
 # On Intel processors without unrestricted guest KVM runs real mode with three pages of TSS and one of page
 # table. Any place in the hole that nothing else answers on will do; these are QEMU's, just below a 256 KiB

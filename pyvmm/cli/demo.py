@@ -1,0 +1,115 @@
+"""``pyvmm demo``: runs the guest of guests/demo.S, with a device of its own in Python, and shows what its exits cost."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+
+from pyvmm import Device, GuestError, Machine
+from pyvmm.cli.options import Option, parse, usage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.device import IrqLine
+
+# As guests/demo.S has them.
+GUEST_ADDRESS = 0x7C00
+NOTEBOOK_PORT = 0x700
+NOTEBOOK_MMIO = 0xD000_0000
+NOTEBOOK_BYTES = 24
+NOTEBOOK_IRQ = 5
+
+OPTIONS = (
+    Option("--irqchip", "kernel|off", "interrupt controllers in KVM (default), or a PIC pair and PIT in Python"),
+    Option("--timeout", "SECONDS", "give up after that long (default 60); status 124", float),
+    Option("--help -h", "", "this"),
+)
+
+TITLE = """\
+usage: pyvmm demo [OPTIONS]
+
+Runs a small guest that is part of pyvmm: real, protected and long mode, and an exit of every kind that works on any
+KVM. Then shows what the exits cost. Exit status 0 if all went well."""
+
+HOW_TO_READ = """\
+How to read it: a row is one kind of exit that reached pyvmm, by port (IO) or page (MMIO) and direction, and the time \
+from leaving KVM_RUN to entering it again; what KVM answers itself is not in it, nor is the way through the kernel."""
+
+
+class Notebook(Device):
+    """The guest's device: a queue, and a count of the calls. Written to show how little that takes."""
+
+    QUEUE = 0
+    COUNT = 8
+    RESETS = 16
+    TSC_KHZ = 20
+
+    valid_sizes = (1, 8)
+    impl_sizes = (1, 8)
+
+    def __init__(self, irq: IrqLine, tsc_khz: int) -> None:
+        self.irq = irq
+        self.tsc_khz = tsc_khz
+        self.queue: deque[int] = deque()
+        self.calls = 0
+        self.resets = 0
+
+    def read(self, offset: int, size: int) -> int:
+        self.calls += 1
+        if offset == self.QUEUE and self.queue:
+            return self.queue.popleft()
+        return {self.COUNT: self.calls, self.RESETS: self.resets, self.TSC_KHZ: self.tsc_khz}.get(offset, 0)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.calls += 1
+        if offset == self.QUEUE:
+            self.queue.append(value)
+        elif offset == self.COUNT:
+            self.irq.pulse()
+
+    def reset(self) -> None:
+        self.resets += 1
+        self.queue.clear()
+
+
+def demo(args: list[str]) -> int:
+    given = parse(OPTIONS, args)
+    if given.pop("help", False):
+        print(usage(TITLE, OPTIONS), end="")
+        return 0
+    from pyvmm.guests import image
+    from pyvmm.kvm.kind import kvm_kind
+
+    timeout_s = given.pop("timeout", 60.0)
+    with Machine(
+        flat=image("demo"), flat_address=GUEST_ADDRESS, flat_mode="real16", memory_mib=2, serial=show, **given
+    ) as machine:
+        notebook = Notebook(machine.irq_line(NOTEBOOK_IRQ), machine.cpus[0].vcpu.tsc_khz)
+        machine.pio.map(NOTEBOOK_PORT, NOTEBOOK_BYTES, notebook)
+        machine.mmio.map(NOTEBOOK_MMIO, NOTEBOOK_BYTES, notebook)
+        status = run(machine, timeout_s)
+        print(f"\nThe Python device was called {notebook.calls} times. What reached pyvmm:\n")
+        print(machine.exit_stats_table())
+        print(f"\n{HOW_TO_READ}")
+        print(f"Measured on {kvm_kind()}.")
+    return status
+
+
+def run(machine: Machine, timeout_s: float) -> int:
+    from pyvmm.cli import STATUS_TIMEOUT
+
+    try:
+        return int(machine.run(timeout_s))
+    except GuestError as error:
+        print(error.dump or error, file=sys.stderr)
+        return error.status
+    except TimeoutError as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return STATUS_TIMEOUT
+
+
+def show(data: bytes) -> None:
+    """The guest's serial port: to our standard output, a line at a time as it comes."""
+    sys.stdout.write(data.decode("ascii", "replace").replace("\r", ""))
+    if b"\n" in data:
+        sys.stdout.flush()

@@ -1,0 +1,142 @@
+"""``pyvmm doctor``: can this host run guests, how well, and what to do about what is missing.
+
+The last word is a real guest: one that takes a timer interrupt in long mode, which is what a modern kernel needs first.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from pyvmm.cli.options import Option, parse, usage
+from pyvmm.errors import GuestError, KvmError, VmmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.kvm.system import Kvm
+
+OPTIONS = (
+    Option("--all -a", "", "list every capability, not only what is missing", key="all"),
+    Option("--help -h", "", "this"),
+)
+TITLE = "usage: pyvmm doctor [OPTIONS]\n\nExit status: 0 guests can run here, 2 they can't."
+
+# Without these pyvmm can't work; without those a part of it can't, and the text says which.
+NEEDED = ("IRQCHIP", "USER_MEMORY", "SET_TSS_ADDR", "EXT_CPUID", "PIT2", "MP_STATE", "IRQ_ROUTING", "IMMEDIATE_EXIT")
+WISHED = {
+    "IRQFD": "devices can't raise interrupts without a call into KVM",
+    "IOEVENTFD": "a doorbell costs an exit to user space",
+    "COALESCED_PIO": "port writes can't be gathered in the kernel",
+    "READONLY_MEM": "firmware ROMs are writable by the guest",
+    "X86_USER_SPACE_MSR": "MSRs can't be handled by Python",
+    "BINARY_STATS_FD": "the kernel's own statistics can't be read",
+    "SREGS2": "PAE page-directory pointers can't be saved",
+    "XSAVE2": "AMX state can't be saved",
+    "TSC_DEADLINE_TIMER": "guests use a slower timer",
+}
+
+
+def doctor(args: list[str]) -> int:
+    given = parse(OPTIONS, args)
+    if given.get("help"):
+        print(usage(TITLE, OPTIONS), end="")
+        return 0
+    print(f"host       Linux {platform.release()}, {cpu_model()}")
+    try:
+        from pyvmm.kvm.system import Kvm
+
+        kvm = Kvm()
+    except KvmError as error:
+        print(f"/dev/kvm   NO: {error}")
+        return 2
+    with kvm:
+        print("/dev/kvm   yes, and this user may open it")
+        print(f"kind       {kvm_kind()}")
+        enough = capabilities(kvm, bool(given.get("all")))
+        limits(kvm)
+        huge_pages()
+    runs = try_guest()
+    return 0 if enough and runs else 2
+
+
+def cpu_model() -> str:
+    return cpuinfo().get("model name", "unknown CPU")
+
+
+def cpuinfo() -> dict[str, str]:
+    with open("/proc/cpuinfo") as file:
+        first = file.read().split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def kvm_kind() -> str:
+    """Which virtualization KVM uses, and whether this host is itself a guest."""
+    flags = cpuinfo().get("flags", "").split()
+    nested = ", nested: this host is itself a virtual machine, so every exit costs several times more"
+    where = nested if "hypervisor" in flags else ""
+    if "vmx" in flags:
+        return f"hardware, Intel VMX{where}"
+    if "svm" in flags:
+        return f"hardware, AMD SVM{where}"
+    if os.path.isdir("/sys/module/kvm_pvm"):
+        return (
+            "software (PVM): the CPU's virtualization is not there; kernels made for PVM run well, all others through "
+            "an emulator that lacks instructions. Use a host with VMX or SVM, or turn on nested virtualization"
+        )
+    return "no vmx and no svm in /proc/cpuinfo: software of a kind pyvmm does not know"
+
+
+def capabilities(kvm: Kvm, show_all: bool) -> bool:
+    have = kvm.capabilities()
+    missing = [name for name in NEEDED if not have[f"KVM_CAP_{name}"]]
+    for name in missing:
+        print(f"capability NO: KVM_CAP_{name}, and pyvmm needs it: use a newer kernel")
+    for name, loss in WISHED.items():
+        if not have[f"KVM_CAP_{name}"]:
+            print(f"capability no KVM_CAP_{name}: {loss}; a newer kernel may have it")
+    if show_all:
+        for name, value in sorted(have.items()):
+            print(f"           {name} {value}")
+    if not missing:
+        print(f"capability all {len(NEEDED)} that pyvmm needs are there ({sum(map(bool, have.values()))} of {len(have)} known)")
+    return not missing
+
+
+def limits(kvm: Kvm) -> None:
+    recommended, most = kvm.check_extension("KVM_CAP_NR_VCPUS"), kvm.check_extension("KVM_CAP_MAX_VCPUS")
+    slots = kvm.check_extension("KVM_CAP_NR_MEMSLOTS")
+    print(f"limits     {most} vCPUs a machine ({recommended} without sharing CPUs), {slots} memory slots")
+    import resource
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A machine holds /dev/kvm, the VM, its vCPUs, and the event loop's two once it is needed.
+    print(f"           {files} open files: about {files // 6} machines in one process; `ulimit -n` raises it")
+
+
+def huge_pages() -> None:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            mode = file.read().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        mode = "not there"
+    with open("/proc/meminfo") as file:
+        reserved = next((line.split()[1] for line in file if line.startswith("HugePages_Free")), "0")
+    advice = "" if mode in ("madvise", "always") else "; echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    print(f"huge pages transparent: {mode}{advice}; reserved: {reserved} free (/proc/sys/vm/nr_hugepages reserves)")
+
+
+def try_guest() -> bool:
+    """A machine that takes an interrupt in long mode, for real."""
+    from pyvmm.guests import run_interrupt_check
+
+    try:
+        took_ms = run_interrupt_check()
+    except (VmmError, TimeoutError) as error:
+        first = str(error).splitlines()[0]
+        print(f"guest      NO: a long-mode guest did not get its timer interrupt: {first}")
+        if isinstance(error, GuestError):
+            print("           this KVM can't run ordinary kernels; on another host, or in the nested lab (ci/lab), it works")
+        return False
+    print(f"guest      yes: a long-mode guest took a timer interrupt and ended, {took_ms:.0f} ms in all")
+    return True

@@ -1,0 +1,151 @@
+"""``pyvmm run``: one guest, its serial console on the terminal, its end as the exit status."""
+
+from __future__ import annotations
+
+import sys
+
+from pyvmm import Machine, MachineConfig
+from pyvmm.cli.options import Option, mib, number, parse, port_or_none, usage
+from pyvmm.errors import ConfigError, GuestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def split_module(text: str) -> tuple[str, str]:
+    """'FILE ARGUMENTS': the file, and its command line."""
+    path, _, line = text.partition(" ")
+    return path, line
+
+
+def split_fw_cfg(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise ValueError(text)
+    return name, path
+
+
+OPTIONS = (
+    Option("--kernel -k", "FILE", "bzImage, ELF with a PVH note, or multiboot v1 kernel", key="kernel"),
+    Option("--initrd", "FILE", "initial RAM disk; for multiboot the first module"),
+    Option("--append", "TEXT", "the kernel's command line"),
+    Option("--module", "'FILE ARGS'", "a multiboot module with its command line; may be repeated", split_module,
+           key="modules", many=True),
+    Option("--flat", "FILE", "a flat binary instead of a kernel"),
+    Option("--flat-address", "ADDRESS", "where it is loaded and entered (real mode 0x7c00, others 0x100000)", number),
+    Option("--flat-mode", "MODE", "real16, protected32 or long64"),
+    Option("--memory -m", "SIZE", "RAM: 256, 256M or 2G (default 256 MiB)", mib, key="memory_mib"),
+    Option("--cpus", "N", "number of vCPUs (default 1)", number),
+    Option("--cpu", "SPEC", "host, and features to hide: host,-xsave,-cx16"),
+    Option("--irqchip", "kernel|off", "interrupt controllers in KVM (default), or a PIC pair and PIT in Python"),
+    Option("--serial", "WHERE", "COM1: stdio (default), none, pty, file:PATH"),
+    Option("--debugcon", "WHERE", "debug console at port 0x402: none (default), stdio, pty, file:PATH"),
+    Option("--debug-exit", "PORT", "where isa-debug-exit is (default 0xf4), or none", port_or_none),
+    Option("--testdev", "", "the registers of QEMU's pc-testdev"),
+    Option("--fw-cfg", "NAME=FILE", "one more fw_cfg file; may be repeated", split_fw_cfg, many=True),
+    Option("--no-reboot", "", "a reset ends the run with status 6"),
+    Option("--huge-pages", "KIND", "back RAM by transparent, 2M or 1G pages"),
+    Option("--shared-memory", "", "RAM in a memfd that other processes can map"),
+    Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
+    Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
+    Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
+    Option("--help -h", "", "this"),
+)
+
+TITLE = """\
+usage: pyvmm run [OPTIONS]
+
+Runs one guest. On a terminal Ctrl-A x quits and Ctrl-A h tells the other keys. Exit status: 0 guest power-off,
+odd (value << 1) | 1 by isa-debug-exit, 2 wrong use or host error, 4 KVM internal error or unhandled exit,
+6 reset with --no-reboot, 8 a device raised, 124 --timeout."""
+
+
+def run(args: list[str]) -> int:
+    given = parse(OPTIONS, args)
+    if given.pop("help", False):
+        print(usage(TITLE, OPTIONS), end="")
+        return 0
+    timeout_s = given.pop("timeout", None)
+    exit_stats = given.pop("exit_stats", False)
+    config = configure(given)
+    with terminal(config), Machine(config) as machine:
+        announce(machine)
+        return go(machine, timeout_s, exit_stats)
+
+
+def configure(given: dict[str, Any]) -> MachineConfig:
+    path = given.pop("config", None)
+    if path is not None:
+        from pyvmm.config import from_file
+
+        given = {**from_file(path), **given}
+    if "kernel" not in given and "flat" not in given:
+        raise ConfigError("no guest: give --kernel FILE or --flat FILE (or see `pyvmm demo`)")
+    if "fw_cfg" in given:
+        given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
+    given.setdefault("serial", "stdio")
+    return MachineConfig(raw_terminal=True, **given)
+
+
+def read_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"fw_cfg file {path}: {error.strerror}: give a file that can be read") from None
+
+
+class terminal:
+    """While a guest owns the terminal, a polite kill must still give it back: it becomes an exception."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._wanted = config.serial == "stdio" and sys.stdin is not None and sys.stdin.isatty()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if self._wanted:
+            import signal
+
+            def end(number: int, _frame: object) -> None:
+                raise SystemExit(128 + number)
+
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                self._before[number] = signal.signal(number, end)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before:
+            import signal
+
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+
+def announce(machine: Machine) -> None:
+    """Where a console went that has no fixed place."""
+    from pyvmm.chardev import PtyChardev
+
+    for made in machine.chardevs:
+        if isinstance(made, PtyChardev):
+            print(f"pyvmm: console on {made.path}", file=sys.stderr, flush=True)
+
+
+def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
+    from pyvmm.cli import STATUS_TIMEOUT
+
+    message = ""
+    try:
+        status = int(machine.run(timeout_s))
+    except GuestError as error:
+        message = error.dump or str(error)
+        status = error.status
+    except TimeoutError as error:
+        message = f"pyvmm: {error}"
+        status = STATUS_TIMEOUT
+    table = machine.exit_stats_table() if exit_stats else ""
+    # The terminal is given back first: what follows must not be printed in raw mode.
+    machine.close()
+    for text in (message, table):
+        if text:
+            print(text, file=sys.stderr, flush=True)
+    return status & 0xFF

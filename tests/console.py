@@ -1,0 +1,84 @@
+"""A terminal with `pyvmm run` in it: type, and wait for what comes, always with a time limit."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from types import TracebackType
+
+
+class Console:
+    """Starts a command on a pseudo-terminal of its own; ``output`` is all it has printed."""
+
+    def __init__(self, *args: str, separate_stderr: bool = False) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            args,
+            stdin=slave,
+            stdout=slave,
+            stderr=subprocess.PIPE if separate_stderr else slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.output = ""
+        self._seen = 0
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def expect(self, text: str, timeout_s: float) -> str:
+        """Wait until ``text`` comes after what was expected last: what stood between. AssertionError when it doesn't."""
+        end = time.monotonic() + timeout_s
+        while True:
+            at = self.output.find(text, self._seen)
+            if at >= 0:
+                between = self.output[self._seen : at]
+                self._seen = at + len(text)
+                return between
+            left = end - time.monotonic()
+            assert left > 0, f"no {text!r} within {timeout_s} s; the last of the output:\n{self.output[-3000:]}"
+            assert self._read(left) or self.output.find(text, self._seen) >= 0, (
+                f"the command ended ({self.process.wait(10)}) without {text!r}; its last output:\n{self.output[-3000:]}"
+            )
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit status, all output read."""
+        end = time.monotonic() + timeout_s
+        while self._read(max(0.0, end - time.monotonic())):
+            assert time.monotonic() < end, f"still running after {timeout_s} s:\n{self.output[-3000:]}"
+        return self.process.wait(max(1.0, end - time.monotonic()))
+
+    def _read(self, timeout_s: float) -> bool:
+        """Some more output, or nothing in that time: True; False at the end of it."""
+        if not select.select([self.master], [], [], timeout_s)[0]:
+            return True
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:  # EIO: the last one with the terminal open has closed it
+            return False
+        self.output += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+
+def pyvmm_run(*args: str) -> Console:
+    return Console(sys.executable, "-m", "pyvmm", "run", *args)
