@@ -5,6 +5,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
@@ -14,25 +15,38 @@ UNITS = sorted(p.relative_to(HERE) for p in (HERE / "pyvmm").rglob("*.pyx"))
 def assemble(source: Path) -> None:
     """guests/x.S -> guests/x.bin: a flat image linked at the address its first comment line states."""
     address = source.read_text().split("linked at ", 1)[1].split(None, 1)[0].rstrip(".,:")
-    obj, elf = source.with_suffix(".o"), source.with_suffix(".elf")
+    obj, binary = source.with_suffix(".o"), source.with_suffix(".bin")
     subprocess.run(["as", "--64", "-I", source.parent, "-o", obj, source], check=True)
-    subprocess.run(["ld", "-m", "elf_x86_64", "-N", "-e", "0", "-Ttext", address, "-o", elf, obj], check=True)
-    subprocess.run(["objcopy", "-O", "binary", elf, source.with_suffix(".bin")], check=True)
+    subprocess.run(
+        ["ld", "-m", "elf_x86_64", "--oformat", "binary", "-N", "-e", "0", "-Ttext", address, "-o", binary, obj], check=True
+    )
     obj.unlink()
-    elf.unlink()
+
+
+def assemble_guests() -> None:
+    for source in sorted((HERE / "pyvmm" / "guests").glob("*.S")):
+        assemble(source)
 
 
 class BuildPy(build_py):
     """The guests are data of the package: they must stand there before the files are collected."""
 
     def run(self) -> None:
-        for source in sorted((HERE / "pyvmm" / "guests").glob("*.S")):
-            assemble(source)
+        assemble_guests()
+        super().run()
+
+
+class BuildExt(build_ext):
+    """A build in place is used where it stands, and wants the guests beside the compiled units."""
+
+    def run(self) -> None:
+        if self.inplace:
+            assemble_guests()
         super().run()
 
 
 setup(
-    cmdclass={"build_py": BuildPy},
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
     ext_modules=cythonize(
         [
             Extension(
