@@ -165,6 +165,7 @@ def test_console_output_byte_by_byte(bench: Bench) -> None:
     assert bench.line.sent == b"Linux version"
     assert bench.inb(LSR) == 0x60
     assert bench.edges == []
+    assert bench.uart._thr_open  # by the short way
 
 
 def test_enabling_thri_raises_it_and_reading_iir_clears_it(bench: Bench) -> None:
@@ -179,6 +180,7 @@ def test_writing_ier_again_raises_thri_only_if_it_was_off(bench: Bench) -> None:
     bench.outb(IER, THRI)
     bench.inb(IIR)
     bench.outb(IER, THRI)
+    bench.outb(IER, THRI | RDI)
     assert bench.irq.level == 0
     bench.outb(IER, 0)
     bench.outb(IER, THRI)
@@ -262,6 +264,8 @@ def test_transmitter_fifo_reset_drops_what_waits(fifo: Bench) -> None:
     fifo.line.can_write = False
     fifo.outb(MCR, 0x0B)
     fifo.outb(THR, 0x41)
+    assert fifo.inb(LSR) == 0
+    fifo.outb(FCR, 0x81)  # another trigger level alone drops nothing
     assert fifo.inb(LSR) == 0
     fifo.outb(FCR, 0x05)
     assert fifo.inb(LSR) == 0x60
@@ -414,6 +418,12 @@ def test_break_shows_when_its_character_is_on_top_of_the_fifo(fifo: Bench) -> No
     assert fifo.drain() == b"\0c"
 
 
+def test_break_into_an_empty_fifo_shows_at_once(fifo: Bench) -> None:
+    fifo.line.send_break()
+    assert fifo.inb(LSR) == 0xF1
+    assert fifo.drain() == b"\0"
+
+
 def test_input_is_asked_for_up_to_the_trigger_level(bench: Bench) -> None:
     bench.outb(FCR, 0x81)
     rest = bench.line.type_politely(bytes(range(20)))
@@ -492,6 +502,7 @@ def test_linux_autoconfig_sees_a_uart(bench: Bench) -> None:
 
 def test_modem_status_interrupt_and_deltas(bench: Bench) -> None:
     bench.outb(MCR, LOOP)  # all lines drop
+    assert bench.irq.level == 0
     assert bench.inb(MSR) == 0x0B  # CTS, DSR and DCD changed
     assert bench.inb(MSR) == 0
     bench.outb(IER, MSI)
@@ -569,6 +580,17 @@ def test_saved_state_is_plain_and_goes_on_exactly(fifo: Bench) -> None:
     assert other.inb(LSR) == 0xE1
     assert other.drain() == b"ab\0"
     assert other.inb(MCR) == 0x0B
+    other.line.type(bytes(13))
+    assert other.irq.level == 0
+    other.line.type(b"x")
+    assert other.inb(IIR) == 0xC4
+
+
+def test_load_lets_input_come_that_had_no_room(bench: Bench) -> None:
+    empty = bench.uart.save()
+    assert bench.line.type_politely(b"ab") == b"b"
+    bench.uart.load(empty)
+    assert bench.line.accepted == 1
 
 
 def test_load_restores_the_interrupt_line(bench: Bench) -> None:
