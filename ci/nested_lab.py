@@ -1,16 +1,19 @@
 """The nested lab behind ci/lab: one boot of a machine with a full KVM, for one command.
 
-Outside: QEMU's TCG emulates an AMD processor with SVM and nested paging. Debian's generic kernel boots on it from its
-uncompressed image by PVH (half the time of the bzImage, and the decompressor is where boots were seen to wedge) and loads
-kvm-amd. Inside: the host's / over 9p, read-only, under a tmpfs overlay (writes work and vanish); fresh /proc, /sys, /dev,
-/dev/pts, /dev/shm, /run and /tmp (of the host's /tmp only what the checkout, the current directory or a word of the command
-lies in); `lo` up, tun loaded; root; the caller's directory, PATH, LANG, TERM and PYVMM_* variables. PYVMM_LAB=1 tells a program that it is in the lab. LAB_SCRATCH names a directory shared with the host, under
-the same path on both sides: what is written there stays.
+Outside: QEMU's TCG emulates an AMD processor with SVM and nested paging. Debian's generic kernel boots on it
+from its uncompressed image by PVH (half the time of the bzImage, some of whose boots were seen to wedge) and
+loads kvm-amd. Inside: the host's / over 9p, read-only, under a tmpfs overlay (writes work and vanish); fresh
+/proc, /sys, /dev, /dev/pts, /dev/shm, /run and /tmp (of the host's /tmp only what the checkout, the current
+directory or a word of the command lies in); `lo` up, tun loaded; root; the caller's directory and of its
+variables PATH, HOME, LANG, TERM, PYVMM_* and those of Python and pytest. PYVMM_LAB=1 tells a program that it
+is in the lab. LAB_SCRATCH names a directory shared with the host, under the same path on both sides: what is
+written there stays.
 
-The command's standard output and error pass through pipes into files on a second share, which are followed here: they
-never mix with the kernel's messages, which go to a console log. Its standard input is empty.
+The command's standard output and error pass through pipes into files on a second share, which are followed
+here: they never mix with the kernel's messages, which go to .cache/lab/console.log. Standard input is empty.
 
-Exit status: the command's own (128 + n if signal n ended it); 124 if the time limit ended it; 125 if the lab failed.
+Exit status: the command's own (128 + n if signal n ended it); 124 if the time limit ended it; 125 if the lab
+itself failed.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ SHARE = "trans=virtio,version=9p2000.L,msize=512000"
 PASSED_VARIABLES = ("HOME", "LANG", "LOGNAME", "PATH", "TERM", "USER", "VIRTUAL_ENV")
 PASSED_PREFIXES = ("LC_", "PYVMM_", "PYTEST_", "PYTHON", "HYPOTHESIS_")
 
-# Process 1 of the lab. /lab is the control share: `command`, `settings` and `kept-in-tmp` come in; up, beat, stdout, stderr and status go out.
+# Process 1 of the lab. /lab is the control share: `command`, `settings` and `kept-in-tmp` come in;
+# `up`, `beat`, `stdout`, `stderr` and `status` go out.
 INIT = f"""\
 mkdir -p /lab /host /over /new
 mount -t 9p -o {SHARE},cache=none control /lab
@@ -117,7 +121,7 @@ def say(text: str) -> None:
 
 
 def build() -> tuple[Path, Path]:
-    """The kernel and the initial RAM disk of the lab, made once for each kernel and version of this script."""
+    """The kernel and the initial RAM disk of the lab, made once for each kernel and version of this file."""
     kernel = boot_assets.kernel("generic")
     sources = Path(__file__).read_bytes() + Path(boot_assets.__file__).read_bytes() + kernel.release.encode()
     initrd = LAB / f"initrd-{hashlib.sha256(sources).hexdigest()[:16]}.cpio"
@@ -130,7 +134,7 @@ def build() -> tuple[Path, Path]:
 
 
 class Lab:
-    """One boot of the lab for one command: its directory, its QEMU process, and the streams that come out of it."""
+    """One boot of the lab for one command: its directory, its QEMU, and the streams that come out of it."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path, terminal: bool) -> None:
         self.options = options
@@ -151,8 +155,8 @@ class Lab:
         (self.control / "kept-in-tmp").write_text("".join(f"{name}\n" for name in self._kept_in_tmp()))
         for stream in ("stdout", "stderr"):
             (self.control / stream).touch()
-        # Its own session, so that a ctrl-C of the terminal comes to this process alone, which then ends QEMU in order;
-        # with a terminal to share, QEMU has to stay in the foreground process group. It never outlives this process.
+        # Its own session, so that a ctrl-C comes to this process alone, which then ends QEMU in order; with a
+        # terminal to share, QEMU has to stay in the foreground process group. It never outlives this process.
         self.qemu = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *self._qemu_command()],
             stdin=None if self.terminal else subprocess.DEVNULL,
@@ -167,7 +171,7 @@ class Lab:
             if self.console.stat().st_size != size:
                 size, grown_at = self.console.stat().st_size, now
             if now - grown_at > BOOT_SILENCE_S or now - started > BOOT_LIMIT_S:
-                raise LabError(f"the boot of the lab stood still {now - started:.0f} s after its start", wedged=True)
+                raise LabError(f"the boot stood still {now - started:.0f} s after its start", wedged=True)
 
     def follow(self) -> int:
         """Copies the command's output here as it comes, and returns its exit status."""
@@ -190,7 +194,7 @@ class Lab:
                     if modified != beat:
                         beat_at, beat = now, modified
                 if now - beat_at > BEAT_SILENCE_S:
-                    raise LabError(f"the lab has stood still for {BEAT_SILENCE_S:.0f} s while the command ran")
+                    raise LabError(f"the lab stood still for {BEAT_SILENCE_S:.0f} s while the command ran")
                 self._pause(f"the lab ended before the command did, see {LAB / 'console.log'}")
 
     def close(self) -> None:
@@ -225,10 +229,10 @@ class Lab:
     def _kept_in_tmp(self) -> list[str]:
         """The names right under the host's /tmp that the command needs: a checkout may well be there."""
         venv = os.environ.get("PYVMM_VENV", ROOT)
-        needed = [os.getcwd(), ROOT, venv, boot_assets.CACHE, self.scratch]
-        needed += [word for word in self.options.command if word.startswith("/tmp/")]
-        below = [path.relative_to("/tmp") for path in map(Path, needed) if path.is_relative_to("/tmp") and path.exists()]
-        return sorted({path.parts[0] for path in below if path.parts})
+        needed = [Path.cwd(), ROOT, Path(venv), boot_assets.CACHE, self.scratch]
+        needed += [Path(word) for word in self.options.command if word.startswith("/tmp/")]
+        found = [path for path in needed if path.is_relative_to("/tmp") and path.exists()]
+        return sorted({path.parts[2] for path in found if path != Path("/tmp")})
 
     def _settings(self) -> str:
         size = os.get_terminal_size() if self.terminal else None
@@ -237,9 +241,13 @@ class Lab:
 
     def _qemu_command(self) -> list[str]:
         kernel, initrd = build()
-        shares = (("root", "/", ",readonly=on,multidevs=remap"), ("control", self.control, ""), ("scratch", self.scratch, ""))
-        command = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", "-no-reboot"]
-        command += ["-display", "none", "-nic", "none"]
+        shares = (
+            ("root", "/", ",readonly=on,multidevs=remap"),
+            ("control", self.control, ""),
+            ("scratch", self.scratch, ""),
+        )
+        command = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max"]
+        command += ["-nodefaults", "-no-reboot", "-display", "none", "-nic", "none"]
         command += ["-smp", str(self.options.cpus), "-m", str(self.options.memory)]
         command += ["-kernel", str(kernel), "-initrd", str(initrd), "-append", "console=ttyS0 panic=-1"]
         command += ["-serial", f"file:{_escaped(self.console)}"]
@@ -320,8 +328,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     machine = argparse.ArgumentParser(add_help=False)
     machine.add_argument("--memory", type=int, default=4096, metavar="MIB", help="default: %(default)s")
-    machine.add_argument("--cpus", type=int, default=max(2, min(4, os.cpu_count() or 1)), help="default: %(default)s")
-    machine.add_argument("--scratch", metavar="DIR", help="shared with the lab as $LAB_SCRATCH (default: a new one)")
+    cpus = max(2, min(4, os.cpu_count() or 1))
+    machine.add_argument("--cpus", type=int, default=cpus, metavar="N", help="default: %(default)s")
+    machine.add_argument("--scratch", metavar="DIR", help="shared as $LAB_SCRATCH (default: a new one)")
     run_verb = verbs.add_parser("run", parents=[machine], help="run a command, end with its exit status")
     run_verb.add_argument("--timeout", type=float, default=900.0, metavar="S", help="default: %(default)s")
     run_verb.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND...")

@@ -1,26 +1,25 @@
-"""What guests boot from: Debian's kernels, their modules, busybox, the multiboot example, and initial RAM disks made here.
+"""What guests boot from: Debian's kernels, their modules, busybox, the multiboot example, RAM disks.
 
-`ci/setup test` puts the Debian packages into the cache as plain files (`.cache/debian/<package>`, or under `PYVMM_CACHE`);
-everything here only reads them, and keeps what is costly to derive (the uncompressed vmlinux) beside them.
+`ci/setup test` puts the Debian packages into the cache as plain files (`.cache/debian/<package>`, or under
+`PYVMM_CACHE`); everything here only reads them, and keeps what is costly to derive beside them.
 
-    kernel = boot_assets.kernel("cloud")            # .bzimage, .vmlinux, .modules("virtio_mmio", ...)
-    initrd = boot_assets.initrd("echo hello; poweroff -f")
-    initrd = boot_assets.initrd(boot_assets.SHELL_ON_TTYS0, modules=kernel.modules("virtio_blk"))
+    kernel = boot_assets.kernel("cloud")   # .bzimage, .vmlinux (uncompressed), .modules("virtio_blk", ...)
+    boot_assets.initrd("echo hello; poweroff -f", tmp_path)
+    boot_assets.initrd(boot_assets.SHELL_ON_TTYS0, tmp_path, modules=kernel.modules("virtio_blk"))
 
-References: the Linux/x86 boot protocol (Documentation/arch/x86/boot.rst, fields payload_offset and payload_length), the
-initramfs buffer format (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").
+References: the Linux/x86 boot protocol (Documentation/arch/x86/boot.rst: payload_offset, payload_length), the
+initramfs buffer format (Documentation/driver-api/early-userspace/buffer-format.rst: "newc").
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import lzma
 import os
 import stat
 import struct
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -60,11 +59,11 @@ def busybox() -> Path:
 
 
 def multiboot_kernel() -> Path:
-    """The example kernel of the multiboot package: ELF32, prints its multiboot information on the VGA text screen."""
+    """The multiboot package's example kernel: ELF32, prints what it was given on the VGA text screen."""
     return _the_file(package("multiboot"), "usr/lib/multiboot/examples/kernel")
 
 
-# ---- kernels ---------------------------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 class Kernel:
@@ -87,7 +86,7 @@ class Kernel:
         return path
 
     def modules(self, *names: str) -> list[Path]:
-        """The files of these modules and all they depend on, in an order that loads; what is built in is left out."""
+        """These modules and all they depend on, in an order that loads; what is built in is left out."""
         if not self._module_files:
             for path in self._module_root.glob("kernel/**/*.ko*"):
                 self._module_files[_module_name(path.name.split(".ko")[0])] = path
@@ -131,7 +130,7 @@ def module_bytes(path: Path) -> bytes:
 
 
 def _modinfo(module: bytes, key: str) -> str:
-    """A field of the .modinfo section: zero-terminated key=value strings, found without reading the section table."""
+    """A field of the .modinfo section: zero-terminated key=value strings, found without the section table."""
     start = module.find(b"\0" + key.encode() + b"=")
     if start < 0:
         return ""
@@ -145,32 +144,19 @@ def _unzstd(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 
-def _unlz4(data: bytes) -> bytes:
-    import lz4.block
-
-    # The legacy frame: blocks of at most 8 MiB uncompressed, each after its compressed size, until a size that is none.
-    out, at = [], 4
-    while at + 4 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "little")
-        if size == 0 or at + 4 + size > len(data):
-            break
-        out.append(lz4.block.decompress(data[at + 4 : at + 4 + size], uncompressed_size=8 << 20))
-        at += 4 + size
-    return b"".join(out)
-
-
+# What distributions use, by the first bytes. Only the stream is taken: four bytes with its size follow it.
 DECOMPRESSORS: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": lambda data: gzip.decompress(data),
+    b"\x1f\x8b": lambda data: zlib.decompressobj(wbits=31).decompress(data),
     b"\xfd7zXZ\0": lambda data: lzma.LZMADecompressor().decompress(data),
-    b"\x5d\0\0": lambda data: lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(data),
-    b"BZh": lambda data: bz2.BZ2Decompressor().decompress(data),
     b"\x28\xb5\x2f\xfd": _unzstd,
-    b"\x02\x21\x4c\x18": _unlz4,
 }
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes:
-    """The ELF image inside a bzImage of boot protocol 2.08 or later."""
+    """The ELF image inside a bzImage of boot protocol 2.08 or later.
+
+    pyvmm has its own: this one serves the lab where pyvmm does not build, and tests as a second opinion.
+    """
     setup_sects, magic, version = bzimage[0x1F1] or 4, bzimage[0x202:0x206], bzimage[0x206:0x208]
     if magic != b"HdrS" or int.from_bytes(version, "little") < 0x208:
         raise ValueError("no bzImage with a payload: the setup header's magic or version is wrong")
@@ -183,11 +169,11 @@ def extract_vmlinux(bzimage: bytes) -> bytes:
     raise ValueError(f"the kernel's payload is compressed in an unknown way: {payload[:6].hex()}")
 
 
-# ---- initial RAM disks -----------------------------------------------------------------------------------------------
+# ---- initial RAM disks ---------------------------------------------------------------------------
 
 
 class Cpio:
-    """A "newc" archive, written member by member; owners are root, so no privilege is needed to make device nodes."""
+    """A "newc" archive, written member by member, all owned by root: device nodes take no privilege here."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -220,7 +206,7 @@ class Cpio:
         return archive + b"\0" * (-len(archive) % 512)
 
 
-# Runs as process 1. Every applet of busybox is a command; the modules of the archive are loaded in their order.
+# Runs as process 1. Every applet of busybox is a command; the archive's modules are loaded in their order.
 INIT_HEAD = """\
 #!/bin/busybox sh
 export PATH=/bin HOME=/ PS1='# '
@@ -230,7 +216,7 @@ mount -t devtmpfs devtmpfs /dev
 for module in /modules/*.ko; do [ ! -e "$module" ] || insmod "$module"; done
 """
 
-# A body for initrd(): an interactive shell on the first serial port with job control; its `exit` powers the machine off.
+# For initrd(): an interactive shell with job control on the first serial port; its `exit` powers off.
 SHELL_ON_TTYS0 = """\
 setsid -c sh -i <>/dev/ttyS0 >&0 2>&1
 poweroff -f
@@ -238,12 +224,15 @@ poweroff -f
 
 
 def initrd_bytes(init: str, modules: Iterable[Path] = (), files: Mapping[str, bytes] | None = None) -> bytes:
-    """An uncompressed archive whose /init mounts /proc, /sys and /dev, loads `modules`, then runs the shell text `init`.
+    """An uncompressed archive whose /init mounts /proc, /sys and /dev, loads `modules`, runs `init`.
 
     `files` are added at their paths (without the leading slash), executable.
     """
+    files = files or {}
+    directories = {"bin", "dev", "mnt", "modules", "proc", "root", "run", "sys", "tmp"}
+    directories |= {str(parent) for name in files for parent in Path(name).parents[:-1]}
     archive = Cpio()
-    for name in ("bin", "dev", "etc", "mnt", "modules", "proc", "root", "run", "sys", "tmp"):
+    for name in sorted(directories):
         archive.directory(name)
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", busybox().read_bytes(), 0o755)
@@ -254,17 +243,14 @@ def initrd_bytes(init: str, modules: Iterable[Path] = (), files: Mapping[str, by
     for number, module in enumerate(modules):
         archive.file(f"modules/{number:02}-{module.name.split('.ko')[0]}.ko", module_bytes(module))
     archive.file("init", (INIT_HEAD + init).encode(), 0o755)
-    known = {"bin", "dev", "etc", "mnt", "modules", "proc", "root", "run", "sys", "tmp"}
-    for name, data in (files or {}).items():
-        for parent in reversed(Path(name).parents):
-            if str(parent) != "." and str(parent) not in known:
-                known.add(str(parent))
-                archive.directory(str(parent))
+    for name, data in files.items():
         archive.file(name, data, 0o755)
     return archive.bytes()
 
 
-def initrd(init: str, directory: Path, modules: Iterable[Path] = (), files: Mapping[str, bytes] | None = None) -> Path:
+def initrd(
+    init: str, directory: Path, modules: Iterable[Path] = (), files: Mapping[str, bytes] | None = None
+) -> Path:
     """`initrd_bytes` as a file in `directory`, which a test takes from pytest's tmp_path."""
     path = directory / "initrd.cpio"
     _write_whole(path, initrd_bytes(init, modules, files))

@@ -1,5 +1,8 @@
-"""Which tests run where. The marker `lab` stands for a complete KVM (see ci/test); where this machine has no KVM for us at all,
-ci/test sets PYVMM_KVM_TESTS=lab and every test of tests/kvm and tests/boot carries that marker."""
+"""Which tests run where: the marker `lab` says that a test needs a complete KVM (see ci/test).
+
+Where this machine has no KVM for us at all, ci/test sets PYVMM_KVM_TESTS=lab, and every test of tests/kvm and
+tests/boot carries that marker.
+"""
 
 from __future__ import annotations
 

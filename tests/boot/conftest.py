@@ -17,7 +17,7 @@ def cloud_kernel() -> boot_assets.Kernel:
 
 @pytest.fixture
 def make_initrd(tmp_path: Path) -> Callable[..., Path]:
-    """make_initrd(init, modules=(), files=None): an initial RAM disk whose /init ends with this shell text."""
+    """make_initrd(init, modules=(), files=None): an initial RAM disk whose /init ends with this text."""
 
     def make(init: str, modules: Iterable[Path] = (), files: Mapping[str, bytes] | None = None) -> Path:
         return boot_assets.initrd(init, tmp_path, modules, files)

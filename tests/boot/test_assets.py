@@ -1,0 +1,46 @@
+"""The files that guests boot from are what they claim to be."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import boot_assets
+from elftools.elf.elffile import ELFFile
+
+from pyvmm.x86.bzimage import extract_vmlinux
+
+XEN_ELFNOTE_PHYS32_ENTRY = 18
+
+
+def test_vmlinux_is_an_elf_image_with_the_pvh_entry(cloud_kernel: boot_assets.Kernel) -> None:
+    with open(cloud_kernel.vmlinux, "rb") as file:
+        elf = ELFFile(file)
+        assert elf["e_machine"] == "EM_X86_64"
+        notes = [note for segment in elf.iter_segments("PT_NOTE") for note in segment.iter_notes()]
+    assert [note for note in notes if note["n_name"] == "Xen" and note["n_type"] == XEN_ELFNOTE_PHYS32_ENTRY]
+
+
+def test_both_extractors_agree(cloud_kernel: boot_assets.Kernel) -> None:
+    assert extract_vmlinux(cloud_kernel.bzimage.read_bytes()) == cloud_kernel.vmlinux.read_bytes()
+
+
+def test_modules_come_after_what_they_depend_on(cloud_kernel: boot_assets.Kernel) -> None:
+    names = [path.name.split(".ko")[0] for path in cloud_kernel.modules("virtio_pci", "ext4")]
+    assert names.index("virtio_ring") < names.index("virtio_pci")
+    assert names.index("jbd2") < names.index("ext4")
+    assert len(names) == len(set(names))
+
+
+def test_busybox_reads_the_archive(make_initrd: Callable[..., Path], tmp_path: Path) -> None:
+    initrd = make_initrd("echo hello\n", files={"opt/data/numbers": b"12345", "opt/tool": b"#!/bin/sh\n"})
+    into = tmp_path / "unpacked"
+    into.mkdir()
+    unpack = [boot_assets.busybox(), "cpio", "-idm"]
+    subprocess.run(unpack, input=initrd.read_bytes(), cwd=into, check=True, capture_output=True)
+    assert (into / "opt/data/numbers").read_bytes() == b"12345"
+    assert (into / "opt/tool").stat().st_mode & 0o111
+    assert (into / "init").read_text().endswith("echo hello\n")
+    assert (into / "bin/mount").readlink() == Path("busybox")
+    assert (into / "dev/console").is_char_device()
