@@ -57,6 +57,9 @@ class ExitStatus(int):
         self.reason = reason
         return self
 
+    def __str__(self) -> str:
+        return int.__repr__(self)
+
     def __repr__(self) -> str:
         return f"<ExitStatus {int(self)}: {self.reason}>"
 
