@@ -17,9 +17,8 @@ def assemble(source: Path) -> None:
     address = source.read_text().split("linked at ", 1)[1].split(None, 1)[0].rstrip(".,:")
     obj, binary = source.with_suffix(".o"), source.with_suffix(".bin")
     subprocess.run(["as", "--64", "-I", source.parent, "-o", obj, source], check=True)
-    subprocess.run(
-        ["ld", "-m", "elf_x86_64", "--oformat", "binary", "-N", "-e", "0", "-Ttext", address, "-o", binary, obj], check=True
-    )
+    flat = ["-m", "elf_x86_64", "--oformat", "binary", "-N", "-e", "0", "-Ttext", address]
+    subprocess.run(["ld", *flat, "-o", binary, obj], check=True)
     obj.unlink()
 
 

@@ -1,4 +1,4 @@
-"""``pyvmm demo``: runs the guest of guests/demo.S, with a device of its own in Python, and shows what its exits cost."""
+"""``pyvmm demo``: the guest of guests/demo.S with a device in Python, and what its exits cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTEBOOK_BYTES = 24
 NOTEBOOK_IRQ = 5
 
 OPTIONS = (
-    Option("--irqchip", "kernel|off", "interrupt controllers in KVM (default), or a PIC pair and PIT in Python"),
+    Option("--irqchip", "kernel|off", "interrupt controllers in KVM (default), or PICs and PIT in Python"),
     Option("--timeout", "SECONDS", "give up after that long (default 60); status 124", float),
     Option("--help -h", "", "this"),
 )
@@ -28,12 +28,14 @@ OPTIONS = (
 TITLE = """\
 usage: pyvmm demo [OPTIONS]
 
-Runs a small guest that is part of pyvmm: real, protected and long mode, and an exit of every kind that works on any
-KVM. Then shows what the exits cost. Exit status 0 if all went well."""
+Runs a small guest that is part of pyvmm: real, protected and long mode, and an exit of every kind that works
+on any KVM. Then shows what the exits cost. Exit status 0 if all went well."""
 
-HOW_TO_READ = """\
-How to read it: a row is one kind of exit that reached pyvmm, by port (IO) or page (MMIO) and direction, and the time \
-from leaving KVM_RUN to entering it again; what KVM answers itself is not in it, nor is the way through the kernel."""
+HOW_TO_READ = (
+    "How to read it: a row is one kind of exit that reached pyvmm, by port (IO) or page (MMIO) and direction, and "
+    "the time from leaving KVM_RUN to entering it again; what KVM answers itself is not in it, nor is the way "
+    "through the kernel."
+)
 
 
 class Notebook(Device):
@@ -85,8 +87,8 @@ def demo(args: list[str]) -> int:
         flat=image("demo"), flat_address=GUEST_ADDRESS, flat_mode="real16", memory_mib=2, serial=show, **given
     ) as machine:
         notebook = Notebook(machine.irq_line(NOTEBOOK_IRQ), machine.cpus[0].vcpu.tsc_khz)
-        machine.pio.map(NOTEBOOK_PORT, NOTEBOOK_BYTES, notebook)
-        machine.mmio.map(NOTEBOOK_MMIO, NOTEBOOK_BYTES, notebook)
+        machine.pio.map(NOTEBOOK_PORT, NOTEBOOK_BYTES, notebook, name="notebook")
+        machine.mmio.map(NOTEBOOK_MMIO, NOTEBOOK_BYTES, notebook, name="notebook")
         status = run(machine, timeout_s)
         print(f"\nThe Python device was called {notebook.calls} times. What reached pyvmm:\n")
         print(machine.exit_stats_table())

@@ -14,4 +14,5 @@ def image(name: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ConfigError(f"guest {path}: {error.strerror}: build it with `python setup.py build_py`") from None
+        remedy = "build it with `python setup.py build_py`"
+        raise ConfigError(f"guest {path}: {error.strerror}: {remedy}") from None

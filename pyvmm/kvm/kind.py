@@ -8,12 +8,12 @@ import os
 BACKENDS = {
     "kvm_intel": "hardware virtualization, Intel VMX",
     "kvm_amd": "hardware virtualization, AMD SVM",
-    "kvm_pvm": "software virtualization, PVM: kernels that don't know it run partly in KVM's instruction emulator",
+    "kvm_pvm": "software virtualization, PVM: kernels that don't know it run partly in an instruction emulator",
 }
 
 
 def kvm_kind(sys_module: str = "/sys/module", cpuinfo: str = "/proc/cpuinfo") -> str:
-    """In words: the module, what it does, and whether this host is itself a guest (then an exit costs more)."""
+    """In words: the module, what it does, and whether this host is itself a guest, where exits cost more."""
     loaded = [name for name in BACKENDS if os.path.isdir(os.path.join(sys_module, name))]
     flags = cpu_flags(cpuinfo)
     # A module may be loaded and have found nothing to drive; the processor's flags tell which one does.
