@@ -147,4 +147,6 @@ def from_file(path: str) -> dict[str, Any]:
         options = decode(data, type=schema)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"config file {path}: nested too deeply: the options are plain values") from None
     return {name: value for name, value in msgspec.structs.asdict(options).items() if value is not msgspec.UNSET}

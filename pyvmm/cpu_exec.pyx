@@ -130,12 +130,14 @@ cdef class CpuExec(ViewUser):
     exit that is written there: how the reasons that this host's KVM can't produce are tested.
     """
 
+    def __cinit__(self, *args, **kwargs):
+        self.wake_fd = -1
+
     def __init__(self, Vcpu vcpu, AddressSpace pio not None, AddressSpace mmio not None, *, page=None, bint user_irqchip=False):
         self.vcpu = vcpu
         self.pio = pio
         self.mmio = mmio
         self.stats = ExitStats()
-        self.wake_fd = -1
         self.fd = -1
         if vcpu is not None:
             self.kvm_run = vcpu.run

@@ -1,6 +1,7 @@
 from typing_extensions import Buffer
 
 PAGE_BYTES: int
+GPA_END: int
 RAM_HOLE_BASE: int
 RAM_HIGH_BASE: int
 

@@ -29,6 +29,8 @@ PAGE_BYTES = 4096
 # Where RAM stops below 4 GiB: PCI windows, IOAPIC, LAPIC and the firmware's ROM live above (as QEMU's microvm and pc).
 RAM_HOLE_BASE = 0xC000_0000
 RAM_HIGH_BASE = 0x1_0000_0000
+# x86-64 physical addresses have at most 52 bits (Intel SDM vol. 3, 4.1.4); below that no sum of ours can wrap.
+GPA_END = 1 << 52
 
 _HUGE = {None: 0, "transparent": 0, "2M": MFD_HUGETLB | MFD_HUGE_2MB, "1G": MFD_HUGETLB | MFD_HUGE_1GB}
 
@@ -36,10 +38,12 @@ _HUGE = {None: 0, "transparent": 0, "2M": MFD_HUGETLB | MFD_HUGE_2MB, "1G": MFD_
 cdef class RamRegion:
     """One host mapping that stands at ``gpa`` in the guest. Exports its bytes through the buffer protocol."""
 
-    def __cinit__(self, uint64_t gpa, Py_ssize_t length, *, bint shared=False, huge_pages=None,
+    def __cinit__(self, gpa, length, *, bint shared=False, huge_pages=None,
                   bint readonly=False, str name="ram"):
         if length <= 0 or length % PAGE_BYTES or gpa % PAGE_BYTES:
             raise ConfigError(f"{name}: address {gpa:#x} and size {length:#x} must be multiples of {PAGE_BYTES} bytes")
+        if gpa < 0 or gpa + length > GPA_END:
+            raise ConfigError(f"{name}: {length >> 20} MiB at {gpa:#x}: memory ends at {GPA_END:#x}, ask for less")
         if huge_pages not in _HUGE:
             raise ConfigError(f"huge_pages={huge_pages!r}: use None, 'transparent', '2M' or '1G'")
         self.fd = -1
@@ -49,7 +53,7 @@ cdef class RamRegion:
         self.readonly = readonly
         self.name = name
         cdef unsigned int huge = _HUGE[huge_pages]
-        cdef int flags = MAP_NORESERVE
+        cdef int flags
         if shared or huge:
             self.fd = memfd_create(b"pyvmm-ram", MFD_CLOEXEC | huge)
             if self.fd < 0 or ftruncate(self.fd, length) < 0:
@@ -72,7 +76,8 @@ cdef class RamRegion:
     def __dealloc__(self):
         if self.hva != NULL:
             munmap(self.hva, self.length)
-        if self.fd >= 0:
+        # Refused arguments end here too, with a descriptor number that nobody has set.
+        if self.length and self.fd >= 0:
             close(self.fd)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
@@ -110,6 +115,8 @@ cdef class GuestMemory:
     def __init__(self, size_bytes, *, bint shared=False, huge_pages=None):
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ConfigError(f"memory of {size_bytes} bytes: give a positive multiple of {PAGE_BYTES}")
+        if size_bytes > GPA_END - RAM_HIGH_BASE:
+            raise ConfigError(f"memory of {size_bytes >> 20} MiB is more than a guest can address: ask for less")
         self.ram = []
         self._views = []
         low = min(size_bytes, RAM_HOLE_BASE)
@@ -117,7 +124,7 @@ cdef class GuestMemory:
         if size_bytes > low:
             self.add(RamRegion(RAM_HIGH_BASE, size_bytes - low, shared=shared, huge_pages=huge_pages, name="ram-high"))
 
-    def add(self, RamRegion region):
+    def add(self, RamRegion region not None):
         """One more region (a ROM, say). ConfigError where it overlaps one that is there, naming both."""
         for other in self.ram:
             if region.gpa < other.gpa + other.size_bytes and other.gpa < region.gpa + region.size_bytes:
@@ -157,7 +164,8 @@ cdef class GuestMemory:
                 if write and region.readonly:
                     break
                 start = gpa - region.gpa
-                return self._views[i][start:start + size]
+                piece = self._views[i][start:start + size]
+                return piece.toreadonly() if region.readonly else piece
         raise BusError(f"{size:#x} bytes at guest-physical {gpa:#x} are not inside RAM")
 
     def read(self, gpa, size):

@@ -48,8 +48,10 @@ CAPABILITIES = {pyvmm_capabilities[i].name.decode(): pyvmm_capabilities[i].numbe
 cdef class Kvm:
     """An open /dev/kvm. KvmError with the remedy where it is missing, closed to this user, or no KVM."""
 
-    def __cinit__(self, path="/dev/kvm"):
+    def __cinit__(self, *args, **kwargs):
         self.fd = -1
+
+    def __init__(self, path="/dev/kvm"):
         self.fd = open(path.encode(), O_RDWR | O_CLOEXEC)
         if self.fd < 0:
             checked(-1, "open /dev/kvm")

@@ -50,7 +50,8 @@ cdef class Vcpu:
     def __dealloc__(self):
         if self.run != NULL:
             munmap(self.run, self.run_size)
-        if self.fd >= 0:
+        # Refused arguments end here too, with a descriptor number that nobody has set.
+        if self.run_size and self.fd >= 0:
             close(self.fd)
 
     def close(self):

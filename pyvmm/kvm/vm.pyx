@@ -33,7 +33,8 @@ cdef class Vm:
         self.vcpu_mmap_size = vcpu_mmap_size
 
     def __dealloc__(self):
-        if self.fd >= 0:
+        # Refused arguments end here too, with a descriptor number that nobody has set.
+        if self.vcpu_mmap_size and self.fd >= 0:
             close(self.fd)
 
     def close(self):

@@ -41,7 +41,7 @@ class Ram(Device):
     def check(self, offset: int, size: int) -> None:
         assert self.impl_sizes[0] <= size <= self.impl_sizes[1]
         assert size in (1, 2, 4, 8)
-        assert 0 <= offset and offset + size <= len(self.data)
+        assert offset >= 0 and offset + size <= len(self.data)
         assert self.unaligned or offset % size == 0
 
     def read(self, offset: int, size: int) -> int:
@@ -110,7 +110,12 @@ def test_unclaimed_addresses_read_all_ones_and_swallow_writes() -> None:
 def test_wider_than_implemented_is_split_lowest_address_first() -> None:
     s, device = ram_at(0, 16, impl=(1, 2))
     s.write(8, 8, 0x8877_6655_4433_2211)
-    assert device.log == [("w", 8, 2, 0x2211), ("w", 10, 2, 0x4433), ("w", 12, 2, 0x6655), ("w", 14, 2, 0x8877)]
+    assert device.log == [
+        ("w", 8, 2, 0x2211),
+        ("w", 10, 2, 0x4433),
+        ("w", 12, 2, 0x6655),
+        ("w", 14, 2, 0x8877),
+    ]
     assert s.read(8, 8) == 0x8877_6655_4433_2211
 
 
@@ -195,7 +200,12 @@ def test_map_can_name_other_handlers_for_a_second_region() -> None:
     s = space()
     s.map(0, 4, device)
     s.map(
-        0x10, 4, device, read=lambda offset, size: offset + 0x40, write=lambda *access: seen.append(access), name="window"
+        0x10,
+        4,
+        device,
+        read=lambda offset, size: offset + 0x40,
+        write=lambda *access: seen.append(access),
+        name="window",
     )
     assert s.read(0x12, 1) == 0x42
     s.write(0x13, 1, 7)
@@ -276,7 +286,9 @@ def test_one_region_over_the_whole_of_a_64_bit_space() -> None:
     assert calls == [(0, 8), (size - 3, 2)]
 
 
-@pytest.mark.parametrize(("addr", "size"), [(0, 0), (0, 3), (0, 16), (-1, 1), (0x1000, 1), (0xFFF, 2), (1 << 64, 1)])
+@pytest.mark.parametrize(
+    ("addr", "size"), [(0, 0), (0, 3), (0, 16), (-1, 1), (0x1000, 1), (0xFFF, 2), (1 << 64, 1)]
+)
 def test_a_host_side_access_outside_of_the_space_is_refused(addr: int, size: int) -> None:
     with pytest.raises(ValueError, match="mmio"):
         space().read(addr, size)
@@ -287,7 +299,9 @@ def test_a_host_side_access_outside_of_the_space_is_refused(addr: int, size: int
 # -- mapping -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("base", "size"), [(0x100, 1), (0x10F, 1), (0xF0, 0x11), (0x0, 0x1000), (0x104, 4), (0x10F, 9)])
+@pytest.mark.parametrize(
+    ("base", "size"), [(0x100, 1), (0x10F, 1), (0xF0, 0x11), (0x0, 0x1000), (0x104, 4), (0x10F, 9)]
+)
 def test_an_overlap_is_refused_and_both_are_named(base: int, size: int) -> None:
     s = space()
     s.map(0x100, 0x10, Ram(16), name="uart")
@@ -553,7 +567,7 @@ def test_a_handler_that_unmaps_its_region_gets_no_further_piece() -> None:
 
 @pytest.mark.parametrize("to", [0x800, 0x15, 0x0])
 def test_a_straddling_access_whose_first_piece_moves_the_second_region(to: int) -> None:
-    # The view at hand is the old one; the moved region must never be entered with an offset that is not inside it.
+    # The view at hand is the old one; the moved region must never be entered at an offset outside of it.
     s = space()
     memory = bytearray(b"\x55" * 16)
     moving = BufferRegion(memory)
@@ -907,7 +921,9 @@ class ModelRegion:
         )
 
 
-def model_pieces(regions: list[ModelRegion], addr: int, size: int) -> list[tuple[int, int, ModelRegion | None]]:
+def model_pieces(
+    regions: list[ModelRegion], addr: int, size: int
+) -> list[tuple[int, int, ModelRegion | None]]:
     """An access as the bus should cut it: (address, size, region or None)."""
     pieces: list[tuple[int, int, ModelRegion | None]] = []
     end = addr + size
@@ -931,7 +947,10 @@ region_strategy = st.tuples(
     st.booleans(),
 )
 access_strategy = st.tuples(
-    st.booleans(), st.integers(0, SPACE_BYTES - 1), st.sampled_from([1, 2, 4, 8]), st.integers(0, (1 << 64) - 1)
+    st.booleans(),
+    st.integers(0, SPACE_BYTES - 1),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(0, (1 << 64) - 1),
 )
 
 

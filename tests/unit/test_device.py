@@ -1,0 +1,225 @@
+"""The Device contract: its lock, its defaults, and the interrupt line."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from pyvmm.address_space import AddressSpace
+from pyvmm.device import Device, DeviceLock, IrqLine
+
+DEADLINE_S = 10
+
+
+def run_thread(target: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(thread: threading.Thread) -> bool:
+    thread.join(DEADLINE_S)
+    return not thread.is_alive()
+
+
+def taken_elsewhere(lock: DeviceLock) -> bool:
+    """Whether another thread can take the lock now; it lets go again."""
+    took = threading.Event()
+
+    def take() -> None:
+        with lock:
+            took.set()
+
+    run_thread(take)
+    return took.wait(0.05)
+
+
+def test_the_lock_is_recursive() -> None:
+    lock = DeviceLock()
+    with lock as inner, lock, inner:
+        assert inner is lock
+        lock.acquire()
+        lock.release()
+        assert not taken_elsewhere(lock)
+    assert taken_elsewhere(lock)
+
+
+def test_each_acquire_needs_its_release() -> None:
+    lock = DeviceLock()
+    lock.acquire()
+    lock.acquire()
+    lock.release()
+    assert not taken_elsewhere(lock)
+    lock.release()
+    assert taken_elsewhere(lock)
+
+
+def test_the_lock_is_let_go_when_the_block_raises() -> None:
+    lock = DeviceLock()
+    with pytest.raises(KeyError), lock:
+        raise KeyError
+    assert taken_elsewhere(lock)
+
+
+def test_the_lock_excludes_threads() -> None:
+    lock, counter = DeviceLock(), [0]
+
+    def count() -> None:
+        for _ in range(2000):
+            with lock:
+                value = counter[0]
+                for _i in range(3):
+                    pass
+                counter[0] = value + 1
+
+    threads = [run_thread(count) for _ in range(4)]
+    assert all(ended(t) for t in threads)
+    assert counter == [8000]
+
+
+def test_release_by_a_thread_that_does_not_hold_it_raises() -> None:
+    lock = DeviceLock()
+    with pytest.raises(RuntimeError, match="does not hold"):
+        lock.release()
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            go_on.wait(DEADLINE_S)
+
+    thread = run_thread(hold)
+    assert held.wait(DEADLINE_S)
+    with pytest.raises(RuntimeError, match="does not hold"):
+        lock.release()
+    assert not taken_elsewhere(lock)
+    go_on.set()
+    assert ended(thread)
+
+
+def test_waiting_for_the_lock_does_not_keep_the_gil() -> None:
+    # The owner can only let go after it has run Python while the other one waits.
+    lock, about = DeviceLock(), threading.Event()
+    order: list[str] = []
+
+    def wait_for_it() -> None:
+        about.set()
+        with lock:
+            order.append("waiter")
+
+    with lock:
+        thread = run_thread(wait_for_it)
+        assert about.wait(DEADLINE_S)
+        for _ in range(100_000):  # long enough for the interpreter to switch threads
+            pass
+        order.append("owner")
+    assert ended(thread)
+    assert order == ["owner", "waiter"]
+
+
+def test_bus_and_lock_do_not_deadlock_with_the_gil() -> None:
+    class Counter(Device):
+        count = 0
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            self.count += 1
+
+    device, space = Counter(), AddressSpace("pio", 0x100)
+    space.map(0, 4, device)
+
+    def through_the_bus() -> None:
+        for _ in range(1000):
+            space.write(0, 1, 0)
+
+    def as_a_timer() -> None:
+        for _ in range(1000):
+            with device.lock:
+                device.write(0, 1, 0)
+
+    threads = [run_thread(target) for target in (through_the_bus, as_a_timer) * 2]
+    assert all(ended(t) for t in threads)
+    assert device.count == 4000
+
+
+def test_a_handler_may_take_its_own_lock() -> None:
+    class Own(Device):
+        def read(self, offset: int, size: int) -> int:
+            with self.lock:
+                return 0x5A
+
+    space = AddressSpace("pio", 0x100)
+    space.map(0, 1, Own())
+    assert space.read(0, 1) == 0x5A
+
+
+def test_two_devices_have_two_locks() -> None:
+    assert Device().lock is not Device().lock
+
+
+def test_the_lock_is_there_before_init() -> None:
+    class Early(Device):
+        def __init__(self, name: str, *, level: int) -> None:
+            with self.lock:
+                self.name = name
+
+    assert Early("x", level=1).name == "x"
+
+
+def test_the_lock_can_not_be_replaced() -> None:
+    with pytest.raises(AttributeError):
+        Device().lock = DeviceLock()  # type: ignore[misc]
+
+
+def test_defaults_are_a_device_that_is_not_there() -> None:
+    device = Device()
+    assert (device.valid_sizes, device.impl_sizes, device.unaligned) == ((1, 4), (1, 4), False)
+    assert [device.read(0, size) for size in (1, 2, 4)] == [0xFF, 0xFFFF, 0xFFFF_FFFF]
+    device.write(0, 4, 0)
+    device.reset()
+    device.load(device.save())
+    assert device.save() == {}
+
+
+def test_devices_can_be_referred_to_weakly_and_are_collected() -> None:
+    class Cyclic(Device):
+        def __init__(self) -> None:
+            self.me = self
+
+    device = Cyclic()
+    gone = weakref.ref(device)
+    del device
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_line_forwards_changes_only() -> None:
+    levels: list[int] = []
+    line = IrqLine(levels.append, 4)
+    assert (line.gsi, line.level) == (4, 0)
+    line.lower()
+    line.raise_()
+    line.set(1)
+    assert line.level == 1
+    line.set(0)
+    line.lower()
+    assert levels == [1, 0]
+
+
+def test_a_pulse_is_an_edge_even_where_the_line_is_up() -> None:
+    levels: list[int] = []
+    line = IrqLine(levels.append)
+    line.pulse()
+    line.raise_()
+    line.pulse()
+    assert levels == [1, 0, 1, 0]
+    assert line.level == 0
+
+
+def test_a_line_with_no_sink_remembers() -> None:
+    line = IrqLine()
+    line.raise_()
+    assert (line.gsi, line.level) == (-1, 1)
