@@ -32,9 +32,9 @@ Runs a small guest that is part of pyvmm: real, protected and long mode, and an 
 on any KVM. Then shows what the exits cost. Exit status 0 if all went well."""
 
 HOW_TO_READ = (
-    "How to read it: a row is one kind of exit that reached pyvmm, by port (IO) or page (MMIO) and direction, and "
-    "the time from leaving KVM_RUN to entering it again; what KVM answers itself is not in it, nor is the way "
-    "through the kernel."
+    "How to read it: a row is one kind of exit that reached pyvmm, by port (IO) or page (MMIO) and direction, "
+    "and the time from leaving KVM_RUN to entering it again; what KVM answers itself is not in it, nor is the "
+    "way through the kernel."
 )
 
 

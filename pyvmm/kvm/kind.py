@@ -8,7 +8,7 @@ import os
 BACKENDS = {
     "kvm_intel": "hardware virtualization, Intel VMX",
     "kvm_amd": "hardware virtualization, AMD SVM",
-    "kvm_pvm": "software virtualization, PVM: kernels that don't know it run partly in an instruction emulator",
+    "kvm_pvm": "software virtualization, PVM: kernels unaware of it run partly in an instruction emulator",
 }
 
 
