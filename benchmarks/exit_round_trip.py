@@ -9,21 +9,27 @@ The same guest bytes run in every contender:
 
 The guest takes the times itself, by RDTSC, so that they are taken alike everywhere. `block`: a block of exits
 in the tightest loop there is (OUT or IN, and LOOP), divided by their number; the median block. `exit`: each
-single access; median and 99th percentile. Ratios are to the floor of the same round; their 95% interval is a
-bootstrap over the rounds.
+single access; median and 99th percentile.
+
+Each contender is a process of its own, pinned to one CPU. They run in turns of a few milliseconds, A B C D D C
+B A: the guest of a process whose turn it is not waits inside its access of the gate port. A ratio is that of
+one round's turns, so that what slows the host down slows both; the figure is the median over all rounds, with a
+bootstrap 95% interval over rounds and over fresh sets of processes (where the pages of a process happen to lie
+makes a difference that no number of rounds averages out).
 
 Own share is the time from leaving KVM_RUN to entering it again, by pyvmm's exit profiler: its histogram's
 buckets double, so the median is interpolated; mean and minimum are exact. `over C` is the difference of the
 `exit` medians: it also holds what pyvmm makes the kernel pay afterwards (caches and TLB), and what KVM_RUN
 costs a process that has threads.
-
-Rounds go A B C D D C B A, each contender in a fresh process pinned to one CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 from typing import Any
 
 import measure
@@ -31,17 +37,17 @@ from measure import US_PER_NS, histogram_quantile, interval, median, quantile
 
 CONTENDERS = ("floor", "unclaimed", "compiled", "python")
 DIRECTIONS = ("out", "in")
-Rounds = list[dict[str, list[dict[str, float]]]]  # a round: contender -> its turns
 
-BLOCK_EXITS = 20  # short enough that most blocks run undisturbed on a busy host
+# A turn: short enough that most blocks, and most turns, run undisturbed on a busy host.
+BLOCKS, BLOCK_EXITS, SINGLES = 15, 20, 200
 
 
-def pyvmm_contender(work: dict[str, Any]) -> dict[str, Any]:
+def pyvmm_contender(work: dict[str, Any]) -> dict[str, float]:
     """In the child: one machine, one run."""
     import pyvmm
 
     class Counter(pyvmm.Device):
-        """The device of the user's own: the least a handler can do and still do something."""
+        """A device of the user's own: the least a handler can do and still do something."""
 
         def __init__(self) -> None:
             self.count = 0
@@ -53,23 +59,36 @@ def pyvmm_contender(work: dict[str, Any]) -> dict[str, Any]:
         def write(self, offset: int, size: int, value: int) -> None:
             self.count += 1
 
-    direction, blocks, singles = work["direction"], work["blocks"], work["singles"]
-    guest = busy_guest(direction, blocks, singles)
-    with pyvmm.Machine(memory_mib=measure.MEMORY_MIB, flat=guest, debug_exit=measure.END_PORT) as m:
-        counter, latch = Counter(), pyvmm.LatchRegion(1)
+    class Gate(pyvmm.Device):
+        """Hands over the samples of the last turn and waits for the next."""
+
+        turns = 0
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            if self.turns:
+                samples = m.memory.read(measure.SAMPLES_AT, 4 * (BLOCKS + SINGLES))
+                print(*measure.samples_of(samples), flush=True)
+            else:
+                print("ready", m.cpus[0].vcpu.tsc_khz, flush=True)
+            if sys.stdin.readline():
+                self.turns += 1
+            else:
+                m.stop()
+
+    with pyvmm.Machine(memory_mib=measure.MEMORY_MIB, flat=guest(work["direction"])) as m:
+        gate, counter, latch = Gate(), Counter(), pyvmm.LatchRegion(1)
+        m.pio.map(measure.GATE_PORT, 1, gate)
         if work["contender"] == "python":
             m.pio.map(measure.BUSY_PORT, 1, counter)
         elif work["contender"] == "compiled":
             m.pio.add(measure.BUSY_PORT, latch)
-        m.run(timeout_s=120)
-        row = next(r for r in m.exit_stats() if r.address == measure.BUSY_PORT and r.direction == direction)
-        exits = blocks * BLOCK_EXITS + singles
+        m.run()
+        row = next(r for r in m.exit_stats() if r.address == measure.BUSY_PORT)
+        exits = gate.turns * (BLOCKS * BLOCK_EXITS + SINGLES)
         handled = {"python": counter.count, "compiled": latch.count}.get(work["contender"], row.count)
         if handled != exits:
             raise SystemExit(f"{handled} of {exits} accesses arrived")
-        ticks = measure.samples_of(m.memory.read(measure.SAMPLES_AT, 4 * (blocks + singles)))
-        tsc_khz = m.cpus[0].vcpu.tsc_khz
-    return summary(ticks, blocks, tsc_khz) | {
+    return {
         "own_p50": histogram_quantile(row.histogram_ns, 0.5),
         "own_p99": histogram_quantile(row.histogram_ns, 0.99),
         "own_mean": row.mean_ns,
@@ -77,86 +96,130 @@ def pyvmm_contender(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def busy_guest(direction: str, blocks: int, singles: int) -> bytes:
-    return measure.busy_guest(measure.access(direction, measure.BUSY_PORT), blocks, BLOCK_EXITS, singles)
+def guest(direction: str) -> bytes:
+    access = measure.access(direction, measure.BUSY_PORT)
+    return measure.busy_guest(access, BLOCKS, BLOCK_EXITS, SINGLES)
 
 
-def summary(ticks: list[int], blocks: int, tsc_khz: int) -> dict[str, float]:
-    """The guest's samples, ``blocks`` of them for whole blocks, in ns."""
-    ns = 1e6 / tsc_khz
-    return {
-        "block": median(ticks[:blocks]) * ns / BLOCK_EXITS,
-        "p50": median(ticks[blocks:]) * ns,
-        "p99": quantile(ticks[blocks:], 0.99) * ns,
-    }
+class Contender:
+    """A process at the gate, and what its turns gave, in ns."""
+
+    def __init__(self, command: list[str], pin: int | None) -> None:
+        self.process = subprocess.Popen(
+            command,
+            env=measure.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=None if pin is None else lambda: os.sched_setaffinity(0, {pin}),
+        )
+        self.blocks: list[float] = []
+        self.exits: list[float] = []
+        self.all_exits: list[float] = []
+        self._tick_ns = 1e6 / int(self._line().split()[1])
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args!r} ended early, with status {self.process.wait()}")
+        return line
+
+    def turn(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        ns = [int(ticks) * self._tick_ns for ticks in self._line().split()]
+        self.blocks.append(median(ns[:BLOCKS]) / BLOCK_EXITS)
+        self.exits.append(median(ns[BLOCKS:]))
+        self.all_exits += ns[BLOCKS:]
+
+    def end(self) -> str:
+        """Its last words."""
+        rest, _ = self.process.communicate()
+        return rest
 
 
-def floor_contender(binary: str, guest: str, blocks: int, pin: int | None) -> dict[str, float]:
-    lines = {}
-    for line in measure.run([binary, "exits", guest, str(measure.MEMORY_MIB), "1"], pin).splitlines():
-        name, *values = line.split()
-        lines[name] = [int(v) for v in values]
-    return summary(lines["guest"], blocks, lines["tsc_khz"][0])
+class Found:
+    """One contender over all sets of processes: a list a set."""
+
+    def __init__(self) -> None:
+        self.block: list[list[float]] = []  # a value a round, the mean of its two turns
+        self.exit: list[list[float]] = []
+        self.p99: list[float] = []
+        self.own: list[dict[str, float]] = []
+
+    def take(self, contender: Contender) -> None:
+        for series, turns in ((self.block, contender.blocks), (self.exit, contender.exits)):
+            series.append([(a + b) / 2 for a, b in zip(turns[::2], turns[1::2], strict=True)])
+        self.p99.append(quantile(contender.all_exits, 0.99))
+        rest = contender.end()
+        if rest.startswith("{"):
+            self.own.append(json.loads(rest))
 
 
 def benchmark(args: argparse.Namespace, directory: str) -> None:
     binary = measure.build_floor(directory)
-    blocks = max(2, args.exits // BLOCK_EXITS)
-    singles = min(args.exits, measure.MOST_SAMPLES - blocks)
     for direction in DIRECTIONS:
-        guest = os.path.join(directory, f"{direction}.bin")
-        with open(guest, "wb") as file:
-            file.write(busy_guest(direction, blocks, singles))
-        rounds: Rounds = []
-        for _ in range(args.rounds):
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-            for name in (*CONTENDERS, *reversed(CONTENDERS)):
+        image = os.path.join(directory, f"{direction}.bin")
+        with open(image, "wb") as file:
+            file.write(guest(direction))
+        found = {name: Found() for name in CONTENDERS}
+        for _ in range(args.sets):
+            started = {}
+            for name in CONTENDERS:
+                work = {"contender": name, "direction": direction}
+                command = [sys.executable, __file__, "--child", json.dumps(work)]
                 if name == "floor":
-                    found[name].append(floor_contender(binary, guest, blocks, args.pin))
-                else:
-                    work = {"contender": name, "direction": direction, "blocks": blocks, "singles": singles}
-                    found[name].append(measure.child(__file__, work, args.pin))
-            rounds.append(found)
-        report(direction, rounds, blocks * BLOCK_EXITS, singles)
+                    command = [binary, "exits", image, str(measure.MEMORY_MIB), "1"]
+                started[name] = Contender(command, args.pin)
+            for _ in range(args.rounds):
+                for name in (*CONTENDERS, *reversed(CONTENDERS)):
+                    started[name].turn()
+            for name in CONTENDERS:
+                found[name].take(started[name])
+        report(direction, found)
 
 
-def report(direction: str, rounds: Rounds, block_exits: int, singles: int) -> None:
-    def of(name: str, key: str) -> list[float]:
-        """One value a round: the mean of the contender's two turns in it."""
-        return [sum(turn[key] for turn in found[name]) / len(found[name]) for found in rounds]
-
-    print(
-        f"{direction}: {len(rounds)} rounds, two turns each: {block_exits} exits in blocks, {singles} single ones"
-    )
+def report(direction: str, found: dict[str, Found]) -> None:
+    floor = found["floor"]
+    sets, rounds = len(floor.block), len(floor.block[0])
+    print(f"{direction}: {sets} sets of processes, {rounds} rounds each")
     against_c = f"{'x C':>7} {'(95%)':<15}"
     print(
         f"  {'':<10}{'block us':>9}{against_c}{'exit p50':>9}{'p99 us':>8}{against_c}{'over C':>8}"
         f" | own share ns: {'~p50':>6}{'~p99':>7}{'mean':>7}{'min':>6}"
     )
-    for name in CONTENDERS:
-        line = f"  {name:<10}"
-        for key in ("block", "p50"):
-            ratios = [a / b for a, b in zip(of(name, key), of("floor", key), strict=True)]
-            low, high = interval(ratios)
-            line += f"{median(of(name, key)) * US_PER_NS:>9.2f}"
-            if key == "p50":
-                line += f"{median(of(name, 'p99')) * US_PER_NS:>8.2f}"
-            line += f"{median(ratios):>7.3f} " + f"({low:.3f}-{high:.3f})".ljust(15)
-        if name != "floor":
-            over = [a - b for a, b in zip(of(name, "p50"), of("floor", "p50"), strict=True)]
-            line += f"{median(over):>8.0f} | {'':14}" + "".join(
-                f"{median(of(name, key)):>{width}.0f}"
-                for key, width in (("own_p50", 6), ("own_p99", 7), ("own_mean", 7), ("own_min", 6))
-            )
+    for name, one in found.items():
+        line = f"  {name:<10}{overall(one.block) * US_PER_NS:>9.2f}{ratio(one.block, floor.block)}"
+        line += f"{overall(one.exit) * US_PER_NS:>9.2f}{median(one.p99) * US_PER_NS:>8.2f}"
+        line += ratio(one.exit, floor.exit)
+        if one.own:
+            over = [
+                a - b for x, y in zip(one.exit, floor.exit, strict=True) for a, b in zip(x, y, strict=True)
+            ]
+            own = [
+                median([each[key] for each in one.own])
+                for key in ("own_p50", "own_p99", "own_mean", "own_min")
+            ]
+            line += f"{median(over):>8.0f} | {'':14}{own[0]:>6.0f}{own[1]:>7.0f}{own[2]:>7.0f}{own[3]:>6.0f}"
         print(line)
-    floor = of("floor", "block")
-    print(
-        f"  noise: the floor's block went from {min(floor) * US_PER_NS:.2f} to {max(floor) * US_PER_NS:.2f} us\n"
-    )
+    sets_us = ", ".join(f"{median(each) * US_PER_NS:.2f}" for each in floor.block)
+    print(f"  noise: the floor's block in each set, us: {sets_us}\n")
+
+
+def overall(series: list[list[float]]) -> float:
+    return median([value for each in series for value in each])
+
+
+def ratio(series: list[list[float]], floor: list[list[float]]) -> str:
+    groups = [[a / b for a, b in zip(x, y, strict=True)] for x, y in zip(series, floor, strict=True)]
+    low, high = interval(groups)
+    return f"{overall(groups):>7.3f} {f'({low:.3f}-{high:.3f})':<15}"
 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--exits", type=int, default=4000, help="a turn and way of timing (default 4000)")
-    options.add_argument("--rounds", type=int, default=16, help="default 16")
+    options.add_argument("--sets", type=int, default=6, help="of fresh processes (default 6)")
+    options.add_argument("--rounds", type=int, default=40, help="a set (default 40)")
     measure.main(pyvmm_contender, benchmark, options)

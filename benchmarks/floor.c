@@ -1,18 +1,19 @@
 /* The floor: the least a VMM can do, in C, so that pyvmm's figures have something to stand on.
 
    floor exits GUEST MEMORY_MIB IRQCHIP
-       Runs the flat real-mode GUEST (a file, loaded and entered at 0x7c00) until it writes to the end port. Every
-       exit is a port access; it does with it what the simplest VMM does: nothing, reads give all ones. Prints one
-       `name values` line each: tsc_khz; host, median and 99th percentile of the ticks from one return of KVM_RUN
-       to the next; guest, the ticks that the guest measured by itself and stored from 0x10000 on.
+       Runs the flat real-mode GUEST (a file, loaded and entered at 0x7c00). Every exit is a port access; it does
+       with it what the simplest VMM does: nothing, reads give all ones. At the gate port it prints a line, the first
+       time `ready` and the TSC's kHz, later the ticks that the guest measured by itself and stored from 0x10000 on,
+       and reads a line to go on, or the end of the file to stop. Its last line has the median and 99th percentile of
+       the ticks from one return of KVM_RUN to the next.
 
    floor start GUEST MEMORY_MIB IRQCHIP COUNT
        COUNT times: create a machine, run it to its first exit, close it. Prints a line each: ns to create (open
        /dev/kvm, VM, slot, irqchip, vCPU, registers), to the first exit, to close.
 
    IRQCHIP is 1 for the in-kernel PIC, IOAPIC, LAPIC and PIT, 0 for none. The memory slot comes first: a slot made
-   after the irqchip waits for an SRCU grace period. The port that ends it and the sample area are those of
-   measure.py. Linux Documentation/virt/kvm/api.rst. */
+   after the irqchip waits for an SRCU grace period. The ports and the sample area are those of measure.py.
+   Linux Documentation/virt/kvm/api.rst. */
 
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -26,7 +27,7 @@
 #include <unistd.h>
 #include <x86intrin.h>
 
-enum { LOAD = 0x7c00, END_PORT = 0xf4, SAMPLES_AT = 0x10000, MOST_SAMPLES = 0x4000 };
+enum { LOAD = 0x7c00, GATE_PORT = 0x12, END_PORT = 0xf4, SAMPLES_AT = 0x10000, MOST_SAMPLES = 0x4000 };
 
 struct machine {
     int kvm, vm, vcpu;
@@ -93,13 +94,27 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* The guest is at the gate: hand over its samples and wait. 0 to stop. */
+static int gate(struct machine *m)
+{
+    uint32_t *samples = (uint32_t *)(m->memory + SAMPLES_AT);
+    char line[16];
+
+    if (!samples[0])
+        printf("ready %ld", checked(ioctl(m->vcpu, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ"));
+    for (size_t i = 0; i < MOST_SAMPLES && samples[i]; i++)
+        printf("%u ", samples[i]);
+    printf("\n");
+    fflush(stdout);
+    return fgets(line, sizeof line, stdin) != NULL;
+}
+
 static void exits(const uint8_t *guest, size_t guest_bytes, size_t memory_mib, int irqchip)
 {
     enum { ROOM = 1 << 20 };
     struct machine m = create(guest, guest_bytes, memory_mib, irqchip);
-    uint64_t *trips = calloc(ROOM, sizeof *trips);
+    uint64_t *trips = calloc(ROOM, sizeof *trips), before = 0, now;
     size_t trip_count = 0;
-    uint64_t before = 0, now;
 
     checked(trips == NULL ? -1 : 0, "memory for the samples");
     for (;;) {
@@ -109,23 +124,22 @@ static void exits(const uint8_t *guest, size_t guest_bytes, size_t memory_mib, i
             fprintf(stderr, "floor: exit reason %u, only port accesses were expected\n", m.run->exit_reason);
             exit(1);
         }
-        if (m.run->io.port == END_PORT)
-            break;
+        if (m.run->io.port == GATE_PORT) {
+            if (!gate(&m))
+                break;
+            before = 0;
+            continue;
+        }
         if (m.run->io.direction == KVM_EXIT_IO_IN)
             memset((uint8_t *)m.run + m.run->io.data_offset, 0xff, m.run->io.size);
         if (before && trip_count < ROOM)
             trips[trip_count++] = now - before;
         before = now;
     }
-    qsort(trips, trip_count, sizeof *trips, ascending);
-    printf("tsc_khz %ld\n", checked(ioctl(m.vcpu, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ"));
-    if (trip_count)
-        printf("host %lu %lu\n", trips[trip_count / 2], trips[trip_count * 99 / 100]);
-    printf("guest");
-    uint32_t *samples = (uint32_t *)(m.memory + SAMPLES_AT);
-    for (size_t i = 0; i < MOST_SAMPLES && samples[i]; i++)
-        printf(" %u", samples[i]);
-    printf("\n");
+    if (trip_count) {
+        qsort(trips, trip_count, sizeof *trips, ascending);
+        printf("%lu %lu\n", trips[trip_count / 2], trips[trip_count * 99 / 100]);
+    }
     destroy(&m);
 }
 

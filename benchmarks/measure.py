@@ -22,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
+GATE_PORT = 0x12  # floor.c has it too
 BUSY_PORT = 0x14  # no PC has anything there that KVM or pyvmm would answer by itself
 END_PORT = 0xF4  # isa-debug-exit
 
@@ -130,17 +131,19 @@ def word(value: int) -> bytes:
 def busy_guest(access: bytes, blocks: int, block_exits: int, singles: int) -> bytes:
     """Real-mode code for 0x7c00 that does ``access`` over and over and times it by RDTSC, in two ways.
 
-    First ``blocks`` of ``block_exits`` accesses in the tightest loop there is, each block timed as a whole;
-    then ``singles``, each timed by itself. The 32-bit tick counts go to SAMPLES_AT. A write to END_PORT ends it.
+    A turn begins with a write to GATE_PORT, where the host may let it wait. Then ``blocks`` of
+    ``block_exits`` accesses in the tightest loop there is, each block timed as a whole; then ``singles``, each
+    timed by itself. The 32-bit tick counts go to SAMPLES_AT. There is no end: the host stops it at the gate.
     """
     block = timed(repeat(block_exits, access)) + b"\x4d"  # ...; dec bp
-    return (
-        store_at(SAMPLES_AT)
+    turn = (
+        bytes([0xE6, GATE_PORT])  # out GATE_PORT, al
+        + store_at(SAMPLES_AT)
         + b"\xbd" + word(blocks)  # mov bp, blocks
         + block + bytes([0x75, 0x100 - len(block) - 2])  # jnz block
         + repeat(singles, timed(access))
-        + FIRST_EXIT
     )  # fmt: skip
+    return turn + b"\xe9" + word(0x1_0000 - len(turn) - 3)  # jmp turn
 
 
 def store_at(address: int) -> bytes:
@@ -167,7 +170,7 @@ def access(direction: str, port: int) -> bytes:
 
 def samples_of(memory: bytes) -> list[int]:
     """The guest's tick counts out of the bytes it stored them in."""
-    return list(memoryview(memory).cast("I"))
+    return memoryview(memory).cast("I").tolist()
 
 
 # -- statistics ----------------------------------------------------------------------------------------------
@@ -183,10 +186,15 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
-    """The 95% bootstrap interval of the median of ``values``, one per round."""
+def interval(groups: Sequence[Sequence[float]], resamples: int = 1000) -> tuple[float, float]:
+    """The 95% bootstrap interval of the median. What one process gave is a group: both levels are resampled."""
     source = random.Random(1)
-    medians = sorted(median(source.choices(values, k=len(values))) for _ in range(resamples))
+
+    def resampled() -> float:
+        chosen = source.choices(groups, k=len(groups))
+        return median([value for group in chosen for value in source.choices(group, k=len(group))])
+
+    medians = sorted(resampled() for _ in range(resamples))
     return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
 
 
