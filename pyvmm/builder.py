@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.chardev import Chardev
     from pyvmm.config import Image, Serial
+    from pyvmm.kvm.system import CpuidEntry
     from pyvmm.machine import Machine
     from pyvmm.x86.boot import BootState
 
@@ -324,28 +325,38 @@ def write_tables(m: Machine) -> int:
 
 
 def make_cpus(m: Machine) -> None:
-    from pyvmm.x86 import cpuid
-
-    config = m.config
-    user_irqchip = config.irqchip == "off"
-    supported = m.kvm.supported_cpuid()
-    deadline = bool(m.kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
-    for index in range(config.cpus):
+    user_irqchip = m.config.irqchip == "off"
+    for index in range(m.config.cpus):
         vcpu = m.vm.create_vcpu(index)
-        vcpu.cpuid = cpuid.build(
-            supported,
+        table = cpuid_table(m, index)
+        vcpu.cpuid = table
+        loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=user_irqchip)
+        if user_irqchip:
+            loop.acknowledge = m.devices["pic"].acknowledge  # type: ignore[attr-defined]  # an I8259Pair
+        m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped, table))
+
+
+# What cpuid.build made, by its arguments: it takes longer than making the vCPU. Nothing in it is of one machine.
+_cpuid_tables: dict[tuple[object, ...], list[CpuidEntry]] = {}
+
+
+def cpuid_table(m: Machine, index: int) -> list[CpuidEntry]:
+    config = m.config
+    irqchip = config.irqchip == "kernel"
+    key = (m.kvm.device, config.cpu, config.cpus, irqchip, index)
+    if key not in _cpuid_tables:
+        from pyvmm.x86 import cpuid
+
+        deadline = irqchip and bool(m.kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
+        _cpuid_tables[key] = cpuid.build(
+            m.kvm.supported_cpuid(),
             spec=config.cpu,
             apic_id=index,
             cpus=config.cpus,
-            irqchip=not user_irqchip,
-            tsc_deadline=deadline and not user_irqchip,
+            irqchip=irqchip,
+            tsc_deadline=deadline,
         )
-        loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=user_irqchip)
-        if user_irqchip:
-            # There is no local APIC behind it: with this bit on, KVM would tell the guest in CPUID that there is one.
-            vcpu.sregs = {"apic_base": vcpu.sregs["apic_base"] & ~layout.APIC_BASE_ENABLE}
-            loop.acknowledge = m.devices["pic"].acknowledge  # type: ignore[attr-defined]  # an I8259Pair
-        m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped))
+    return _cpuid_tables[key]
 
 
 def cpu_vendor(m: Machine) -> str:
@@ -372,25 +383,37 @@ def enter_guest(m: Machine, boot: BootState) -> None:
 
 
 def power_on_state(m: Machine) -> dict[str, Any]:
-    """Taken once before the first run: what a reset brings back of the kernel's side of the machine."""
+    """The kernel's side of a machine that has just been made: read from one that is made for it and thrown away.
+
+    Costs a few milliseconds at a reset, and nothing at the start of the many machines that never see one.
+    """
     from pyvmm.x86 import vcpu_state
 
-    kernel_irqchip = m.vm.has_irqchip
     indices = m.kvm.msr_indices()
-    state: dict[str, Any] = {
-        "vcpus": [vcpu_state.save(cpu.vcpu, indices, lapic=kernel_irqchip) for cpu in m.cpus]
-    }
-    if kernel_irqchip:
-        state["irqchips"] = [m.vm.get_irqchip(chip) for chip in (PIC_MASTER, PIC_SLAVE, IOAPIC)]
-        state["pit"] = m.vm.get_pit()
-    return state
+    twin = m.kvm.create_vm()
+    try:
+        state: dict[str, Any] = {}
+        if m.vm.has_irqchip:
+            twin.create_irqchip()
+            twin.create_pit()
+            state["irqchips"] = [twin.get_irqchip(chip) for chip in (PIC_MASTER, PIC_SLAVE, IOAPIC)]
+            state["pit"] = twin.get_pit()
+        state["vcpus"] = []
+        for cpu in m.cpus:
+            vcpu = twin.create_vcpu(cpu.index)
+            vcpu.cpuid = cpu.cpuid
+            state["vcpus"].append(vcpu_state.save(vcpu, indices, lapic=m.vm.has_irqchip))
+            vcpu.close()
+        return state
+    finally:
+        twin.close()
 
 
 def reset(m: Machine) -> None:
     """The kernel's side back to power-on, the guest's images loaded anew. Every vCPU is parked."""
     from pyvmm.x86 import vcpu_state
 
-    state = m._pristine or power_on_state(m)
+    state = power_on_state(m)
     if m.vm.has_irqchip:
         for chip in state["irqchips"]:
             m.vm.set_irqchip(chip)

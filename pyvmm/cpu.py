@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import _thread
 
 from pyvmm.cpu_exec import CpuExec, StopReason
 from pyvmm.errors import StateError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.kvm.system import CpuidEntry
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.run_state import RunControl
 
@@ -26,21 +27,23 @@ class Cpu:
         exec_: CpuExec,
         control: RunControl,
         on_stop: Callable[[Cpu, StopReason, BaseException | None], None],
+        cpuid: list[CpuidEntry],
     ) -> None:
         self.index = index
         self.vcpu = vcpu
         self.exec = exec_
+        self.cpuid = cpuid
         self.parked = True
         self.thread_id = 0
         self._control = control
         self._on_stop = on_stop
-        self._thread: threading.Thread | None = None
+        self._ended: _thread.LockType | None = None  # held while the thread lives
 
     # -- state, while parked -------------------------------------------------------------------------------
 
     def _require_parked(self) -> None:
         # Off its thread a running vCPU's state can't be had: KVM would make the caller wait for its next exit.
-        if not self.parked and self.thread_id != threading.get_ident():
+        if not self.parked and self.thread_id != _thread.get_ident():
             raise StateError(f"vCPU {self.index} is running: pause() the machine first")
 
     @property
@@ -69,26 +72,37 @@ class Cpu:
 
     def start(self) -> None:
         """Start the thread, once; it parks until the machine runs."""
-        if self._thread is None:
-            # A daemon: a machine that was never closed must not keep the interpreter from ending.
-            self._thread = threading.Thread(target=self._main, name=f"pyvmm-cpu{self.index}", daemon=True)
-            self._thread.start()
+        if self._ended is None:
+            self._ended = _thread.allocate_lock()
+            self._ended.acquire()
+            # Not threading.Thread, whose start() waits for the new thread to run: three more switches before the
+            # guest's first instruction. As with a daemon thread, a machine never closed does not hold up exit.
+            _thread.start_new_thread(self._main, ())
 
     def join(self) -> None:
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        """Wait for the thread's end; not from the thread itself."""
+        if self._ended is not None and self.thread_id != _thread.get_ident():
+            with self._ended:
+                pass
 
     def _main(self) -> None:
-        self.thread_id = threading.get_ident()
-        CpuExec.prepare_thread()
-        control = self._control
-        while control.enter(self):
-            try:
-                reason = self.exec.run()
-                if reason is not StopReason.KICKED:
-                    self._on_stop(self, reason, None)
-            except BaseException as error:
-                self._on_stop(self, StopReason.DEVICE_RAISED, error)
-            finally:
-                control.leave(self)
-        self.thread_id = 0
+        assert self._ended is not None
+        self.thread_id = _thread.get_ident()
+        try:
+            CpuExec.prepare_thread()
+            while self._control.enter(self):
+                self._stay()
+        finally:
+            self.thread_id = 0
+            self._ended.release()
+
+    def _stay(self) -> None:
+        """One stay in the loop, from the green light to the next reason to park."""
+        try:
+            reason = self.exec.run()
+            if reason is not StopReason.KICKED:
+                self._on_stop(self, reason, None)
+        except BaseException as error:
+            self._on_stop(self, StopReason.DEVICE_RAISED, error)
+        finally:
+            self._control.leave(self)

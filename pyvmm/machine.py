@@ -59,7 +59,6 @@ class Machine:
         self.cpus = []
         self._ring_lock = DeviceLock()
         self._tsc_khz = 0
-        self._pristine: dict[str, Any] | None = None
         self._images = builder.Images()
         try:
             builder.build(self)
@@ -102,8 +101,6 @@ class Machine:
 
     def resume(self) -> None:
         """Start, or go on after a pause, and return at once. StateError where the guest has ended."""
-        if self._pristine is None and self.state is RunState.PRELAUNCH:
-            self._pristine = builder.power_on_state(self)
         for cpu in self.cpus:
             cpu.start()
         self.control.resume()

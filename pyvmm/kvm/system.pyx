@@ -12,6 +12,8 @@ from posix.unistd cimport close
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl
 
+import os
+
 from pyvmm.errors import KvmError, StateError
 from pyvmm.kvm.vm import Vm
 
@@ -43,6 +45,8 @@ cdef extern from *:
 
 # Capability names ("KVM_CAP_IRQCHIP") to their numbers.
 CAPABILITIES = {pyvmm_capabilities[i].name.decode(): pyvmm_capabilities[i].number for i in range(PYVMM_CAPABILITIES)}
+
+_supported_cpuid = {}   # by Kvm.device
 
 
 cdef class Kvm:
@@ -91,11 +95,21 @@ cdef class Kvm:
         fd = checked(ioctl(self._open(), uapi.KVM_CREATE_VM, 0), "KVM_CREATE_VM")
         return Vm(fd, self.vcpu_mmap_size)
 
+    @property
+    def device(self):
+        """(st_dev, st_ino, st_rdev) of the descriptor: which KVM this is."""
+        status = os.fstat(self._open())
+        return status.st_dev, status.st_ino, status.st_rdev
+
     def supported_cpuid(self):
-        """KVM_GET_SUPPORTED_CPUID: [(function, index, flags, eax, ebx, ecx, edx)]. Read once per Kvm."""
-        if self._cpuid is None:
-            self._cpuid = self._cpuid_list(uapi.KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
-        return list(self._cpuid)
+        """KVM_GET_SUPPORTED_CPUID: [(function, index, flags, eax, ebx, ecx, edx)].
+
+        Read once a process: it never changes while the module is loaded, and asking takes as long as making a VM.
+        """
+        device = self.device
+        if device not in _supported_cpuid:
+            _supported_cpuid[device] = self._cpuid_list(uapi.KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
+        return list(_supported_cpuid[device])
 
     def _cpuid_list(self, unsigned long request, name):
         cdef uapi.kvm_cpuid2 *table
