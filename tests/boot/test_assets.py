@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import boot_assets
+import pytest
 from elftools.elf.elffile import ELFFile
 
 from pyvmm.x86.bzimage import extract_vmlinux
@@ -27,10 +28,16 @@ def test_both_extractors_agree(cloud_kernel: boot_assets.Kernel) -> None:
 
 
 def test_modules_come_after_what_they_depend_on(cloud_kernel: boot_assets.Kernel) -> None:
-    names = [path.name.split(".ko")[0] for path in cloud_kernel.modules("virtio_pci", "ext4")]
-    assert names.index("virtio_ring") < names.index("virtio_pci")
-    assert names.index("jbd2") < names.index("ext4")
+    names = [path.name.split(".ko")[0] for path in cloud_kernel.modules("virtio_net", "virtio-pci", "ext4")]
+    assert names.index("virtio_ring") < names.index("virtio") < names.index("virtio_pci")
+    assert names.index("failover") < names.index("net_failover") < names.index("virtio_net")
     assert len(names) == len(set(names))
+    assert "ext4" not in names  # built in
+
+
+def test_a_module_that_is_not_there_is_named(cloud_kernel: boot_assets.Kernel) -> None:
+    with pytest.raises(boot_assets.MissingAssetError, match="no module no_such_thing"):
+        cloud_kernel.modules("no-such-thing")
 
 
 def test_busybox_reads_the_archive(make_initrd: Callable[..., Path], tmp_path: Path) -> None:
