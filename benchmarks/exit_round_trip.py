@@ -7,20 +7,20 @@ The same guest bytes run in every contender:
     compiled   pyvmm, a LatchRegion: handled in compiled code, without the GIL
     python     pyvmm, a device in Python whose handler does ``self.count += 1``
 
-The guest takes the times itself, by RDTSC, so that they are taken alike everywhere. `block`: a block of exits
-in the tightest loop there is (OUT or IN, and LOOP), divided by their number; the median block. `exit`: each
-single access; median and 99th percentile.
+The guest takes the times itself, by RDTSC, so that they are taken alike everywhere. `block`: a block of
+exits in the tightest loop there is (OUT or IN, and LOOP), divided by their number; the median block.
+`exit`: each single access; median and 99th percentile.
 
-Each contender is a process of its own, pinned to one CPU. They run in turns of a few milliseconds, A B C D D C
-B A: the guest of a process whose turn it is not waits inside its access of the gate port. A ratio is that of
-one round's turns, so that what slows the host down slows both; the figure is the median over all rounds, with a
-bootstrap 95% interval over rounds and over fresh sets of processes (where the pages of a process happen to lie
-makes a difference that no number of rounds averages out).
+Each contender is a process of its own, pinned to one CPU. They run in turns of a few milliseconds, A B C
+D D C B A: the guest of a process whose turn it is not waits inside its access of the gate port. A ratio
+is that of one round's turns, so that what slows the host down slows both; the figure is the median over
+all rounds, with a bootstrap 95% interval over rounds and over fresh sets of processes (where the pages of
+a process happen to lie makes a difference that no number of rounds averages out).
 
 Own share is the time from leaving KVM_RUN to entering it again, by pyvmm's exit profiler: its histogram's
-buckets double, so the median is interpolated; mean and minimum are exact. `over C` is the difference of the
-`exit` medians: it also holds what pyvmm makes the kernel pay afterwards (caches and TLB), and what KVM_RUN
-costs a process that has threads.
+buckets double, so the median is interpolated; mean and minimum are exact. `over C` is the difference of
+the `exit` medians: it also holds what pyvmm makes the kernel pay afterwards (caches and TLB), and what
+KVM_RUN costs a process that has threads.
 """
 
 from __future__ import annotations

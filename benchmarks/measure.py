@@ -132,7 +132,7 @@ def busy_guest(access: bytes, blocks: int, block_exits: int, singles: int) -> by
     """Real-mode code for 0x7c00 that does ``access`` over and over and times it by RDTSC, in two ways.
 
     A turn begins with a write to GATE_PORT, where the host may let it wait. Then ``blocks`` of
-    ``block_exits`` accesses in the tightest loop there is, each block timed as a whole; then ``singles``, each
+    ``block_exits`` accesses in the tightest loop there is, each block timed as a whole; then ``singles``,
     timed by itself. The 32-bit tick counts go to SAMPLES_AT. There is no end: the host stops it at the gate.
     """
     block = timed(repeat(block_exits, access)) + b"\x4d"  # ...; dec bp
@@ -187,7 +187,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def interval(groups: Sequence[Sequence[float]], resamples: int = 1000) -> tuple[float, float]:
-    """The 95% bootstrap interval of the median. What one process gave is a group: both levels are resampled."""
+    """The 95% bootstrap interval of the median. A group is what one process gave: both are resampled."""
     source = random.Random(1)
 
     def resampled() -> float:

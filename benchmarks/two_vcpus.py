@@ -1,17 +1,17 @@
 """Two vCPUs that hammer two Python devices: what the GIL does to an exit.
 
 Every vCPU writes to a port of its own, behind which stands a device of its own whose handler does
-``self.count += 1``. The guest times each access by RDTSC, after a barrier, and goes on hammering until the
-last vCPU has its samples. Contenders:
+``self.count += 1``. The guest times each access by RDTSC, after a barrier, and goes on hammering until
+the last vCPU has its samples. Contenders:
 
     1 compiled, 2 compiled    one vCPU and two, LatchRegions: no GIL at all
     1 python                  one vCPU alone
-    1+1 python                two processes with one such machine each, at once: the same load, no GIL in common
+    1+1 python                two processes with one such machine each, at once: no GIL in common
     2 python                  one machine, two vCPUs, two devices: one GIL
 
-What `2 python` has over `1+1 python` is the GIL, and what else two vCPUs of one VM share: `2 compiled` against
-`1 compiled` shows that. On a host with fewer free CPUs than vCPUs the 99th percentiles are those of the host's
-scheduler: compare the lines, and look at the load.
+What `2 python` has over `1+1 python` is the GIL, and what else two vCPUs of one VM share: `2 compiled`
+against `1 compiled` shows that. On a host with fewer free CPUs than vCPUs the 99th percentiles are those
+of the host's scheduler: compare the lines, and look at the load.
 
 Rounds go A B C D E E D C B A.
 """
