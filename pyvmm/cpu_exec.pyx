@@ -103,6 +103,7 @@ cdef enum loop_code:
     LOOP_DEVICE_RAISED
     LOOP_RUN_FAILED
     LOOP_INJECT
+    LOOP_STRANGE        # an exit reason so high that it could pass for one of these
     LOOP_GO_ON = -1
 
 
@@ -240,10 +241,16 @@ cdef class CpuExec(ViewUser):
         self.stat = NULL
         if self.stale:
             take_views(self)
-        code = self._dispatch()
+        code = LOOP_GO_ON
+        if self.ring != NULL and self.ring.first != self.ring.last:
+            code = self._drain_ring()
+        if code == LOOP_GO_ON:
+            code = self._dispatch()
         PyEval_RestoreThread(self.ts)
-        code = self._handle(code)
-        self._account()
+        try:
+            code = self._handle(code)
+        finally:
+            self._account()
         return None if code == LOOP_GO_ON else StopReason(code)
 
     def complete(self):
@@ -263,7 +270,7 @@ cdef class CpuExec(ViewUser):
     # -- the loop, without the GIL -----------------------------------------------------------------------------------
 
     cdef int _loop(self) noexcept nogil:
-        cdef int rc, code
+        cdef int rc, code, number
         while True:
             if self.user_irqchip:
                 if atomic_load(&self.intr, ATOMIC_ACQUIRE):
@@ -276,16 +283,17 @@ cdef class CpuExec(ViewUser):
                 exit_stat_add(self.stat, rdtsc() - self.left_kvm)
             rc = ioctl(self.fd, uapi.KVM_RUN, 0)
             self.left_kvm = rdtsc()
+            number = errno if rc < 0 else 0     # before anything else can change it
             if self.stale:
                 take_views(self)
-            if rc == 0:
+            if number == 0:
                 if self.ring != NULL and self.ring.first != self.ring.last:
                     code = self._drain_ring()
                     if code != LOOP_GO_ON:
                         return code
                 code = self._dispatch()
             else:
-                code = self._run_error(errno)
+                code = self._run_error(number)
             if code != LOOP_GO_ON:
                 return code
 
@@ -314,14 +322,14 @@ cdef class CpuExec(ViewUser):
             return self._exit_io()
         if reason == uapi.KVM_EXIT_MMIO:
             return self._exit_mmio()
-        self.stat = self.stats.slot(exit_key(reason, DIRECTION_NONE, 0))
+        self.stat = self.stats.slot(exit_key(reason if reason < 0xff else 0xff, DIRECTION_NONE, 0))
         if reason == uapi.KVM_EXIT_IRQ_WINDOW_OPEN or reason == uapi.KVM_EXIT_INTR:
             # The window's work is done at the top of the loop: the guest can take the interrupt now.
             return LOOP_GO_ON
         if reason == uapi.KVM_EXIT_SET_TPR or reason == uapi.KVM_EXIT_TPR_ACCESS:
             # The new priority is in kvm_run.cr8, and KVM keeps it; accesses are reported for patching, which we don't do.
             return LOOP_GO_ON
-        return <int>reason
+        return <int>reason if reason < LOOP_KICKED else LOOP_STRANGE
 
     cdef int _port_access(self, uint32_t port, int size, uint64_t *value, bint is_write) noexcept nogil:
         """One unit of a PIO exit."""
@@ -478,7 +486,7 @@ cdef class CpuExec(ViewUser):
         """KVM_EXIT_HYPERCALL: ``on_hypercall(nr, args)`` answers; with none it is -ENOSYS, as KVM's own default."""
         args = [self.kvm_run.hypercall.args[i] for i in range(6)]
         result = -1000 if self.on_hypercall is None else self.on_hypercall(self.kvm_run.hypercall.nr, args)
-        self.kvm_run.hypercall.ret = <uint64_t><long long>result
+        self.kvm_run.hypercall.ret = result & 0xFFFF_FFFF_FFFF_FFFF
         return LOOP_GO_ON
 
     cdef int _exit_rdmsr(self) except -2:
@@ -505,7 +513,8 @@ cdef class CpuExec(ViewUser):
         cdef uapi.kvm_run *run = self.kvm_run
         cdef uapi.pyvmm_memory_fault *fault
         reason = StopReason.UNHANDLED
-        detail = {"exit": exit_name(code), "exit_reason": code}
+        number = run.exit_reason if code == LOOP_STRANGE else code
+        detail = {"exit": exit_name(number), "exit_reason": number}
         if code == uapi.KVM_EXIT_SHUTDOWN:
             reason = StopReason.SHUTDOWN
         elif code == uapi.KVM_EXIT_SYSTEM_EVENT:

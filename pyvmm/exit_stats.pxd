@@ -26,7 +26,7 @@ cdef struct exit_stat_t:
     uint64_t ticks_min
     uint64_t ticks_max
     uint64_t unused[3]      # the histogram starts on a cache line of its own: no load of it is waited for
-    uint32_t histogram[STATS_BUCKETS]   # [n]: 2**n <= ticks < 2**(n+1)
+    uint64_t histogram[STATS_BUCKETS]   # [n]: 2**n <= ticks < 2**(n+1)
 
 
 cdef inline uint64_t exit_key(uint32_t reason, int direction, uint64_t where) noexcept nogil:
