@@ -93,7 +93,8 @@ class Machine:
                 raise TimeoutError(f"the guest was still running after {timeout_s} s")
         if self.control.error is not None:
             raise self.control.error
-        return self.control.status or ExitStatus(STATUS_SHUTDOWN, "paused")
+        status = self.control.status
+        return status if status is not None else ExitStatus(STATUS_SHUTDOWN, "paused")
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the machine stops running, whatever the reason: True; False after ``timeout_s`` seconds."""
@@ -111,18 +112,9 @@ class Machine:
 
     def reset(self) -> None:
         """Power-on state, kernel loaded anew. A running machine goes on running, another is paused at the start."""
-        running = self.state is RunState.RUNNING
-
-        def reset() -> None:
-            self._reset()
-            if running:
-                self.control.go()
-            else:
-                self.control.state = RunState.PAUSED
-
         if self.state is RunState.CLOSED:
             raise StateError("the machine is closed")
-        self.control.request(reset)
+        self.control.request(self._reset)
         self.control.settle()
 
     def powerdown(self) -> None:
@@ -150,11 +142,7 @@ class Machine:
             self.stop(STATUS_RESET, why)
             return
 
-        def reset() -> None:
-            self._reset()
-            self.control.go()
-
-        self.control.request(reset)
+        self.control.request(self._reset)
 
     def debug_exit(self, value: int) -> None:
         """isa-debug-exit was written."""
@@ -213,11 +201,19 @@ class Machine:
             self.clock.stop()
 
     def _reset(self) -> None:
-        """Every vCPU is parked: devices, interrupt controllers, memory image and vCPUs back to power-on."""
+        """Every vCPU is parked: devices, interrupt controllers, memory image and vCPUs back to power-on.
+
+        A machine that somebody paused meanwhile stays so.
+        """
+        running = self.state is RunState.RUNNING
         for device in self._all_devices():
             with device.lock:
                 device.reset()
         builder.reset(self)
+        if running:
+            self.control.go()
+        else:
+            self.control.state = RunState.PAUSED
 
     def _all_devices(self) -> list[Device]:
         """The board's, and whatever the embedder has mapped; each once."""

@@ -41,6 +41,7 @@ class RunState(Enum):
     """Nothing is left of it."""
 
 
+ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.CLOSED)
 RESUMABLE = (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG)
 
 
@@ -118,6 +119,9 @@ class RunControl:
                 self._cond.release()
                 try:
                     request()
+                except BaseException as error:
+                    # What a request raises (a reset that KVM refuses, say) ends the run: it must not vanish.
+                    self.end(None, error, RunState.INTERNAL_ERROR)
                 finally:
                     self._cond.acquire()
         finally:
@@ -160,9 +164,12 @@ class RunControl:
             self._cond.notify_all()
 
     def end(self, status: ExitStatus | None, error: BaseException | None, state: RunState) -> None:
-        """The run is over; part of a request. The first word counts: a second vCPU's error does not replace it."""
+        """The run is over, or held up; part of a request.
+
+        An end takes the place of a pause that came a moment earlier, or it would be lost. Among ends the first counts.
+        """
         with self._cond:
-            if self.state is not RunState.RUNNING:
+            if self.state in ENDED:
                 return
             self.state = state
             self.status, self.error = status, error
@@ -184,7 +191,8 @@ class RunControl:
         """Park every vCPU. On a vCPU's own thread it takes effect when the handler returns."""
 
         def paused() -> None:
-            self.end(None, None, RunState.PAUSED)
+            if self.state is RunState.RUNNING:
+                self.end(None, None, RunState.PAUSED)
 
         with self._cond:
             if self.state is not RunState.RUNNING:
