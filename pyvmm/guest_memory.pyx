@@ -46,6 +46,9 @@ cdef class RamRegion:
             raise ConfigError(f"{name}: {length >> 20} MiB at {gpa:#x}: memory ends at {GPA_END:#x}, ask for less")
         if huge_pages not in _HUGE:
             raise ConfigError(f"huge_pages={huge_pages!r}: use None, 'transparent', '2M' or '1G'")
+        page = {"2M": 2 << 20, "1G": 1 << 30}.get(huge_pages, PAGE_BYTES)
+        if length % page:
+            raise ConfigError(f"{name}: {length >> 20} MiB in pages of {huge_pages}: give a multiple of {page >> 20} MiB")
         self.fd = -1
         self.hva = NULL
         self.gpa = gpa

@@ -59,7 +59,7 @@ def parse(options: Sequence[Option], args: Sequence[str]) -> dict[str, Any]:
         try:
             value = option.convert(text)
         except ValueError:
-            raise ConfigError(f"{name} {text}: give {option.metavar}, {option.help}") from None
+            raise ConfigError(f"{name} {text}: that is no {option.metavar} ({option.help})") from None
         if option.many:
             values.setdefault(option.key, []).append(value)
         else:
