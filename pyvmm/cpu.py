@@ -77,7 +77,11 @@ class Cpu:
             self._ended.acquire()
             # Not threading.Thread, whose start() waits for the new thread to run: three more switches before the
             # guest's first instruction. As with a daemon thread, a machine never closed does not hold up exit.
-            _thread.start_new_thread(self._main, ())
+            try:
+                _thread.start_new_thread(self._main, ())
+            except RuntimeError as error:
+                self._ended = None
+                raise StateError(f"vCPU {self.index}: {error}: raise ulimit -u, or close machines") from None
 
     def join(self) -> None:
         """Wait for the thread's end; not from the thread itself."""

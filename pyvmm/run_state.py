@@ -76,9 +76,10 @@ class RunControl:
         self._cond = threading.Condition()
         self._go = False
         self._closing = False
-        self._acting = False
+        self._acting = 0  # the thread that carries out requests
         self._inside = 0
         self._requests: list[Callable[[], None]] = []
+        self._now: Callable[[], None] | None = None  # the request under way
         self._on_light = on_light
 
     # -- the vCPU threads ----------------------------------------------------------------------------------
@@ -110,22 +111,22 @@ class RunControl:
         """All vCPUs are parked and the lock is held: run the requests, outside of the lock."""
         if self._acting:
             return
-        self._acting = True
+        self._acting = threading.get_ident()
         try:
             while self._requests:
                 # The one before may have turned the light green.
                 self._stop_all()
-                request = self._requests.pop(0)
+                request = self._now = self._requests.pop(0)
                 self._cond.release()
                 try:
                     request()
                 except BaseException as error:
-                    # What a request raises (a reset that KVM refuses, say) ends the run: it must not vanish.
-                    self.end(None, error, RunState.INTERNAL_ERROR)
+                    # What a request raises (a reset that KVM refuses, say) must not vanish, not even after an end.
+                    self.state, self.status, self.error = RunState.INTERNAL_ERROR, None, error
                 finally:
                     self._cond.acquire()
         finally:
-            self._acting = False
+            self._acting = 0
             self._cond.notify_all()
 
     # -- requests ------------------------------------------------------------------------------------------
@@ -139,9 +140,10 @@ class RunControl:
             if not cpu.parked:
                 cpu.exec.kick()
 
-    def request(self, action: Callable[[], None]) -> None:
-        """Have ``action()`` run with every vCPU parked, as soon as may be. Returns at once; callable from handlers.
+    def request(self, action: Callable[[], None], wait: bool = False) -> None:
+        """Have ``action()`` run with every vCPU parked, as soon as may be; callable from handlers.
 
+        Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first.
         The vCPUs stay parked after it unless it calls ``go``.
         """
         with self._cond:
@@ -151,6 +153,11 @@ class RunControl:
             self._stop_all()
             if self._inside == 0:
                 self._carry_out()
+            if wait and not self._on_cpu_thread():
+                self._cond.wait_for(lambda: self._closing or not self._is_due(action))
+
+    def _is_due(self, action: Callable[[], None]) -> bool:
+        return self._now is action or any(request is action for request in self._requests)
 
     def go(self) -> None:
         """Green light; part of a request, or of resume()."""
@@ -185,7 +192,8 @@ class RunControl:
             if self.state not in RESUMABLE:
                 raise StateError(f"the machine is in state {self.state.value}: reset() it first")
             self.status = self.error = None
-        self.go()
+            # In the same breath: an end that comes after the look at the state must stay the last word.
+            self.go()
 
     def pause(self, wait: bool = True) -> None:
         """Park every vCPU. On a vCPU's own thread it takes effect when the handler returns."""
@@ -204,9 +212,12 @@ class RunControl:
             self.settle()
 
     def settle(self, timeout_s: float | None = None) -> bool:
-        """Wait until no vCPU is inside and no request is left; False where the time ran out, or on a vCPU's thread."""
+        """Wait until no vCPU is inside and no request is left.
+
+        False where the time ran out, and at once on a vCPU's thread or in a request, which would wait for itself.
+        """
         with self._cond:
-            if self._on_cpu_thread():
+            if self._on_cpu_thread() or self._acting == threading.get_ident():
                 return False
             return self._cond.wait_for(
                 lambda: not self._inside and not self._requests and not self._acting, timeout_s
@@ -220,15 +231,21 @@ class RunControl:
             )
 
     def close(self) -> None:
-        """Park all vCPUs for good and end their threads."""
+        """Park all vCPUs for good and end their threads. StateError on one of those: it could not go back to its loop."""
         with self._cond:
+            if self._on_cpu_thread():
+                raise StateError("close() from a device's handler: call stop() there, and close() where run() returned")
             self._closing = True
             self._requests.clear()
             self._stop_all()
             self._cond.notify_all()
+            # A request under way on another thread still uses the machine.
+            self._cond.wait_for(lambda: self._acting in (0, threading.get_ident()))
         for cpu in self.cpus:
             cpu.join()
-        self.state = RunState.CLOSED
+        with self._cond:
+            self.state = RunState.CLOSED
+            self._cond.notify_all()
 
     def _on_cpu_thread(self) -> bool:
         me = threading.get_ident()
