@@ -81,7 +81,6 @@ UIP_NS = 8 * NS_PER_S // CRYSTAL_HZ  # UIP is up 244 us before the registers cha
 FIRST_UPDATE_NS = NS_PER_S // 2  # after the divider's reset is removed
 
 MIB = 1 << 20
-GIB_4 = 1 << 32
 
 
 class Rtc(Device):
@@ -332,10 +331,9 @@ class Rtc(Device):
         return [value for value in range(count) if encode(value) == alarm]
 
     def _plan(self) -> None:
-        """Arm the timer for the next interrupt there can be. Flags that are up wait for a read of register C.
-        """
-        wanted = self.cmos[REG_B] & ~self.cmos[REG_C] & C_FLAGS
-        if not wanted or self._chain_held():
+        """Arm the timer for the next interrupt there can be. One that is up waits for a read of C."""
+        wanted = self.cmos[REG_B] & C_FLAGS
+        if not wanted or self.cmos[REG_C] & C_IRQF or self._chain_held():
             self._timer.disarm()
             return
         chain_ns = self._looked_ns
@@ -359,7 +357,6 @@ class Rtc(Device):
         with self.lock:
             if not self._timer.armed:  # else the guest was faster, and this is no longer the edge waited for
                 self._look()
-                self._plan()
 
     # -- the machine's side ---------------------------------------------------------------------------------
 

@@ -150,6 +150,20 @@ def test_scan_code_set(bench: Bench) -> None:
     assert bench.drain() == [0xFA] and bench.kbc.keyboard.scancode_set == 2
 
 
+@pytest.mark.parametrize(("number", "shown"), [(1, 0x43), (2, 0x41), (3, 0x3F)])
+def test_scan_code_set_translated(bench: Bench, number: int, shown: int) -> None:
+    bench.command(0x60, 0x41)
+    for value in (0xF0, number, 0xF0, 0):
+        bench.data(value)
+    assert bench.drain() == [0xFA, 0xFA, 0xFA, 0xFA, shown]
+
+
+def test_key_types_are_acknowledged(bench: Bench) -> None:
+    for command in range(0xF7, 0xFB):
+        bench.data(command)
+    assert bench.drain() == [0xFA] * 4
+
+
 def test_echo_resend_and_nonsense(bench: Bench) -> None:
     bench.data(0xEE)
     bench.data(0xFE)
@@ -209,6 +223,9 @@ def test_output_port(bench: Bench) -> None:
     bench.command(0xD2, 0x42)
     bench.command(0xD0)
     assert bench.drain() == [0x42, 0xCF | 0x10]  # it told that the output buffer was full
+    bench.command(0xD3, 0x42)
+    bench.command(0xD0)
+    assert bench.drain() == [0x42, 0xCF | 0x30]
     bench.command(0xC0)
     assert bench.drain() == [0x80]
 
@@ -253,7 +270,7 @@ def test_auxiliary_port_can_be_disabled(bench: Bench) -> None:
     for command, bit in ((0xA7, 0x20), (0xA8, 0x00)):
         bench.command(command)
         bench.command(0x20)
-        assert bench.get() & 0x20 == bit
+        assert bench.get() == 0x03 | bit
 
 
 def test_no_mouse_answers_with_a_timeout(bench: Bench) -> None:
@@ -283,6 +300,8 @@ def test_saved_state_goes_on_exactly(bench: Bench) -> None:
     bench.command(0x60, 0x45)
     bench.data(0xED)
     bench.data(0x05)
+    bench.data(0xF0)
+    bench.data(0x03)
     bench.data(0xF2)
     bench.command(0xD2, 0x77)
     bench.command(0x7E)
@@ -293,6 +312,6 @@ def test_saved_state_goes_on_exactly(bench: Bench) -> None:
         one.data(0x99)
     assert other.status() == bench.status()
     got = other.drain()
-    assert got == bench.drain() and len(got) == 6
+    assert got == bench.drain() and len(got) == 8
     assert other.kbc.save() == bench.kbc.save()
-    assert other.kbc.keyboard.leds == 5
+    assert (other.kbc.keyboard.leds, other.kbc.keyboard.scancode_set) == (5, 3)

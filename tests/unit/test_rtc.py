@@ -296,6 +296,22 @@ def test_enabling_an_interrupt_whose_flag_is_up_raises_it_at_once(bench: Bench) 
     assert bench.get(12) & UF
 
 
+def test_interrupt_that_is_disabled_again_costs_no_timer(bench: Bench) -> None:
+    bench.put(11, UIE | H24)
+    assert bench.clock.next_deadline_ns == S
+    bench.put(11, H24)
+    assert bench.clock.next_deadline_ns is None
+
+
+def test_one_interrupt_up_does_not_hide_the_next_one(bench: Bench) -> None:
+    bench.get(12)
+    bench.put(11, PIE | UIE | H24)
+    bench.clock.step(2 * S)  # nobody read register C meanwhile
+    assert bench.get(12) == IRQF | PF | UF
+    bench.put(11, UIE | H24)
+    assert bench.irq.level == 0 and bench.clock.next_deadline_ns == 3 * S
+
+
 def test_set_clears_uie(bench: Bench) -> None:
     bench.put(11, SET | UIE | H24)
     assert bench.get(11) == SET | H24
@@ -482,6 +498,8 @@ def test_saved_clock_goes_on_exactly() -> None:
 def test_load_restores_the_interrupt_line(bench: Bench) -> None:
     bench.put(11, UIE | H24)
     bench.clock.step(S)
+    bench.rtc.write(0, 1, 0x80)
     other = Bench()
     other.rtc.load(bench.rtc.save())
     assert other.irq.level == 1
+    assert other.rtc.nmi_masked

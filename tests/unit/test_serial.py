@@ -242,6 +242,14 @@ def test_transmitter_holds_back_while_the_host_does_not_keep_up(fifo: Bench) -> 
     assert fifo.irq.level == 1 and fifo.inb(IIR) == 0xC2
 
 
+def test_short_way_out_is_open_again_after_a_stall(bench: Bench) -> None:
+    bench.line.on_write = lambda: setattr(bench.line, "can_write", False)
+    bench.outb(THR, 0x41)
+    assert not bench.uart._thr_open
+    bench.line.drained()
+    assert bench.uart._thr_open
+
+
 def test_overrun_of_the_transmitter_fifo_drops_the_oldest(fifo: Bench) -> None:
     fifo.line.can_write = False
     fifo.outb(MCR, 0x0B)  # makes it look at the line again
@@ -271,6 +279,21 @@ def test_transmitter_fifo_reset_drops_what_waits(fifo: Bench) -> None:
     assert fifo.inb(LSR) == 0x60
     fifo.line.drained()
     assert fifo.line.sent == b""
+
+
+def test_transmitter_fifo_reset_raises_thri(fifo: Bench) -> None:
+    fifo.outb(IER, THRI)
+    fifo.inb(IIR)
+    fifo.outb(FCR, 0x05)
+    assert fifo.irq.level == 1 and fifo.inb(IIR) == 0xC2
+
+
+def test_what_waits_is_looped_back_when_loopback_begins(fifo: Bench) -> None:
+    fifo.line.can_write = False
+    fifo.outb(MCR, 0x0B)
+    fifo.outb(THR, 0x41)
+    fifo.outb(MCR, LOOP)
+    assert fifo.drain() == b"A" and fifo.line.sent == b""
 
 
 # -- receiver -----------------------------------------------------------------------------------------------
@@ -575,7 +598,9 @@ def test_saved_state_is_plain_and_goes_on_exactly(fifo: Bench) -> None:
     other.uart.load(state)
     assert other.line.sent == b"A"  # this host takes it
     assert other.irq.level == 0
-    other.clock.step(CHAR_9600_NS + 10)
+    other.clock.step(CHAR_9600_NS - 10)
+    assert other.irq.level == 0
+    other.clock.step(20)
     assert other.irq.level == 1 and other.inb(IIR) == 0xCC
     assert other.inb(LSR) == 0xE1
     assert other.drain() == b"ab\0"
