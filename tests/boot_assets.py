@@ -47,7 +47,6 @@ def _the_file(root: Path, pattern: str) -> Path:
 
 def _write_whole(path: Path, data: bytes) -> None:
     """Tests run side by side: a reader sees no file or the whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     Path(file.name).replace(path)
@@ -80,7 +79,7 @@ class Kernel:
     @property
     def vmlinux(self) -> Path:
         """The uncompressed ELF image, taken out of the bzImage once."""
-        path = CACHE / "vmlinux" / f"vmlinux-{self.release}"
+        path = self.bzimage.with_name(f"vmlinux-{self.release}")
         if not path.exists():
             _write_whole(path, extract_vmlinux(self.bzimage.read_bytes()))
         return path
@@ -144,11 +143,24 @@ def _unzstd(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 
+def _unlz4(data: bytes) -> bytes:
+    import lz4.block  # type: ignore[import-untyped]
+
+    # The legacy frame: blocks of 8 MiB and a shorter last one, each behind its packed size. The word after the
+    # last block is the size of the whole, larger than what is left.
+    blocks, at = [], 4
+    while 0 < (packed := int.from_bytes(data[at : at + 4], "little")) <= len(data) - at - 4:
+        blocks.append(lz4.block.decompress(data[at + 4 : at + 4 + packed], uncompressed_size=8 << 20))
+        at += 4 + packed
+    return b"".join(blocks)
+
+
 # What distributions use, by the first bytes. Only the stream is taken: four bytes with its size follow it.
 DECOMPRESSORS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": lambda data: zlib.decompressobj(wbits=31).decompress(data),
     b"\xfd7zXZ\0": lambda data: lzma.LZMADecompressor().decompress(data),
     b"\x28\xb5\x2f\xfd": _unzstd,
+    b"\x02\x21\x4c\x18": _unlz4,
 }
 
 

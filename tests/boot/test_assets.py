@@ -23,8 +23,10 @@ def test_vmlinux_is_an_elf_image_with_the_pvh_entry(cloud_kernel: boot_assets.Ke
     assert [note for note in notes if note["n_name"] == "Xen" and note["n_type"] == XEN_ELFNOTE_PHYS32_ENTRY]
 
 
-def test_both_extractors_agree(cloud_kernel: boot_assets.Kernel) -> None:
-    assert extract_vmlinux(cloud_kernel.bzimage.read_bytes()) == cloud_kernel.vmlinux.read_bytes()
+@pytest.mark.parametrize("flavour", ["cloud", "generic"])
+def test_both_extractors_agree(flavour: str) -> None:
+    bzimage = boot_assets.kernel(flavour).bzimage.read_bytes()
+    assert boot_assets.extract_vmlinux(bzimage) == extract_vmlinux(bzimage)
 
 
 def test_modules_come_after_what_they_depend_on(cloud_kernel: boot_assets.Kernel) -> None:
