@@ -146,8 +146,8 @@ def _unzstd(data: bytes) -> bytes:
 def _unlz4(data: bytes) -> bytes:
     import lz4.block  # type: ignore[import-untyped]
 
-    # The legacy frame: blocks of 8 MiB and a shorter last one, each behind its packed size. The word after the
-    # last block is the size of the whole, larger than what is left.
+    # The legacy frame: blocks of 8 MiB and a shorter last one, each behind its packed size. The word after
+    # the last is the size of the whole, larger than what is left.
     blocks, at = [], 4
     while 0 < (packed := int.from_bytes(data[at : at + 4], "little")) <= len(data) - at - 4:
         blocks.append(lz4.block.decompress(data[at + 4 : at + 4 + packed], uncompressed_size=8 << 20))
