@@ -125,6 +125,7 @@ class RunControl:
                     self.state, self.status, self.error = RunState.INTERNAL_ERROR, None, error
                 finally:
                     self._cond.acquire()
+                    self._now = None
         finally:
             self._acting = 0
             self._cond.notify_all()
