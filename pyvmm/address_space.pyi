@@ -1,14 +1,19 @@
 from collections.abc import Callable
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.device import Device
 
+@disjoint_base
 class MemoryRegion:
-    device: Device
-    name: str
-    size: int
-    space: AddressSpace
+    @property
+    def device(self) -> Device | None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def space(self) -> AddressSpace | None: ...
     def __init__(
         self,
         size: int,
@@ -27,9 +32,7 @@ class MemoryRegion:
     def count(self) -> int: ...
 
 class LatchRegion(MemoryRegion):
-    def __init__(
-        self, size: int, value: int = 0, *, writable: bool = True, name: str = "latch"
-    ) -> None: ...
+    def __init__(self, size: int, value: int = 0, *, writable: bool = True, name: str = "latch") -> None: ...
     @property
     def value(self) -> int: ...
 
@@ -51,6 +54,7 @@ class BufferRegion(MemoryRegion):
 class EventRegion(MemoryRegion):
     def __init__(self, size: int, fd: int, *, name: str = "event") -> None: ...
 
+@disjoint_base
 class FifoRegion(MemoryRegion):
     def __init__(
         self, size: int, device: Device, on_end: Callable[[], object], *, name: str = "fifo"
@@ -61,15 +65,22 @@ class FifoRegion(MemoryRegion):
     @property
     def position(self) -> int: ...
 
+@disjoint_base
 class FlatView:
-    regions: list[MemoryRegion]
+    @property
+    def regions(self) -> list[MemoryRegion]: ...
 
+@disjoint_base
 class ViewUser: ...
 
+@disjoint_base
 class AddressSpace:
-    name: str
-    size: int
-    view: FlatView
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def view(self) -> FlatView: ...
     def __init__(self, name: str, size: int) -> None: ...
     def add(self, base: int, region: MemoryRegion) -> MemoryRegion: ...
     def map(

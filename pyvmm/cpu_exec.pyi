@@ -2,7 +2,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.address_space import AddressSpace, ViewUser
 from pyvmm.device import DeviceLock
@@ -23,19 +23,27 @@ class StopReason(IntEnum):
     RUN_FAILED = 10
     DEVICE_RAISED = 11
 
+@disjoint_base
 class CpuExec(ViewUser):
-    stats: ExitStats
-    pio: AddressSpace
-    mmio: AddressSpace
-    vcpu: Vcpu | None
+    @property
+    def stats(self) -> ExitStats: ...
+    @property
+    def pio(self) -> AddressSpace: ...
+    @property
+    def mmio(self) -> AddressSpace: ...
+    @property
+    def vcpu(self) -> Vcpu | None: ...
     acknowledge: Callable[[], int] | None
     msr_handler: Any
     on_hypercall: Callable[[int, list[int]], int] | None
     on_eoi: Callable[[int], None] | None
     halted: bool
-    detail: dict[str, Any]
-    error_number: int
-    wake_fd: int
+    @property
+    def detail(self) -> dict[str, Any]: ...
+    @property
+    def error_number(self) -> int: ...
+    @property
+    def wake_fd(self) -> int: ...
     def __init__(
         self,
         vcpu: Vcpu | None,

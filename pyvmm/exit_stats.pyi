@@ -1,5 +1,7 @@
 from collections.abc import Iterable
 
+from typing_extensions import disjoint_base
+
 DIRECTIONS: tuple[str, str, str]
 
 class ExitStat:
@@ -27,11 +29,10 @@ class ExitStat:
     @property
     def median_ns(self) -> float: ...
 
+@disjoint_base
 class ExitStats:
     def clear(self) -> None: ...
     def rows(self, tsc_khz: float) -> list[ExitStat]: ...
 
 def merge(tables: Iterable[list[ExitStat]]) -> list[ExitStat]: ...
-def format_table(
-    rows: list[ExitStat], names: dict[tuple[str, int | None], str] | None = None
-) -> str: ...
+def format_table(rows: list[ExitStat], names: dict[tuple[str, int | None], str] | None = None) -> str: ...

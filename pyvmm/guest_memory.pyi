@@ -1,17 +1,24 @@
-from typing_extensions import Buffer
+from typing import Self
+
+from typing_extensions import Buffer, disjoint_base
 
 PAGE_BYTES: int
 GPA_END: int
 RAM_HOLE_BASE: int
 RAM_HIGH_BASE: int
 
+@disjoint_base
 class RamRegion:
-    gpa: int
-    readonly: bool
-    fd: int
-    name: str
-    def __init__(
-        self,
+    @property
+    def gpa(self) -> int: ...
+    @property
+    def readonly(self) -> bool: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    def __new__(
+        cls,
         gpa: int,
         length: int,
         *,
@@ -19,16 +26,19 @@ class RamRegion:
         huge_pages: str | None = None,
         readonly: bool = False,
         name: str = "ram",
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def size_bytes(self) -> int: ...
     @property
     def host_address(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@disjoint_base
 class GuestMemory:
-    ram: list[RamRegion]
-    size_bytes: int
+    @property
+    def ram(self) -> list[RamRegion]: ...
+    @property
+    def size_bytes(self) -> int: ...
     def __init__(self, size_bytes: int, *, shared: bool = False, huge_pages: str | None = None) -> None: ...
     def add(self, region: RamRegion) -> None: ...
     @property

@@ -1,13 +1,18 @@
 from types import TracebackType
 
+from typing_extensions import disjoint_base
+
 from pyvmm.kvm.vm import Vm
 
 CpuidEntry = tuple[int, int, int, int, int, int, int]
 CAPABILITIES: dict[str, int]
 
+@disjoint_base
 class Kvm:
-    fd: int
-    vcpu_mmap_size: int
+    @property
+    def fd(self) -> int: ...
+    @property
+    def vcpu_mmap_size(self) -> int: ...
     def __init__(self, path: str = "/dev/kvm") -> None: ...
     def close(self) -> None: ...
     def __enter__(self) -> Kvm: ...

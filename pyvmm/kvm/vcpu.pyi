@@ -1,5 +1,7 @@
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
+
+from typing_extensions import disjoint_base
 
 from pyvmm.kvm.stats import KvmStats
 
@@ -8,10 +10,14 @@ GUESTDBG_SINGLESTEP: int
 GUESTDBG_USE_SW_BP: int
 GUESTDBG_USE_HW_BP: int
 
+@disjoint_base
 class Vcpu:
-    fd: int
-    id: int
-    run_size: int
+    @property
+    def fd(self) -> int: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def run_size(self) -> int: ...
     regs: dict[str, int]
     sregs: dict[str, Any]
     sregs2: dict[str, Any]
@@ -24,7 +30,7 @@ class Vcpu:
     mp_state: int
     cpuid: list[tuple[int, int, int, int, int, int, int]]
     tsc_khz: int
-    def __init__(self, fd: int, vcpu_id: int, run_size: int) -> None: ...
+    def __new__(cls, fd: int, vcpu_id: int, run_size: int) -> Self: ...
     def close(self) -> None: ...
     def get_xsave2(self, size_bytes: int) -> bytes: ...
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]: ...

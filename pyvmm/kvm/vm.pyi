@@ -1,4 +1,7 @@
 from collections.abc import Sequence
+from typing import Self
+
+from typing_extensions import disjoint_base
 
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.stats import KvmStats
@@ -10,12 +13,17 @@ PIC_MASTER: int
 PIC_SLAVE: int
 IOAPIC: int
 
+@disjoint_base
 class Vm:
-    fd: int
-    vcpu_mmap_size: int
-    memory: GuestMemory
-    has_irqchip: bool
-    def __init__(self, fd: int, vcpu_mmap_size: int) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def vcpu_mmap_size(self) -> int: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def has_irqchip(self) -> bool: ...
+    def __new__(cls, fd: int, vcpu_mmap_size: int) -> Self: ...
     def close(self) -> None: ...
     def check_extension(self, number: int) -> int: ...
     def enable_cap(self, number: int, *args: int) -> None: ...

@@ -1,0 +1,208 @@
+"""Imports go down the layers; only kvm/ and KVM_RUN know ioctl; the way to the first instruction is lean."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tree import PACKAGE, ROOT, code, module_name, sources
+
+# Lowest first (docs/design.md). An entry stands for a module, or for a package and all that is in it.
+LAYERS = [
+    ["pyvmm.errors"],
+    ["pyvmm.kvm"],
+    ["pyvmm.atomic", "pyvmm.bus", "pyvmm.guest_memory", "pyvmm.address_space", "pyvmm.device", "pyvmm.clock"],
+    ["pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.run_state", "pyvmm.dump", "pyvmm.x86"],
+    ["pyvmm.event_loop", "pyvmm.chardev"],
+    ["pyvmm.devices"],
+    ["pyvmm.config", "pyvmm.builder", "pyvmm.machine"],
+    ["pyvmm"],
+    ["pyvmm.guests", "pyvmm.cli", "pyvmm.__main__"],
+]
+# A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
+DEVICES_MAY = ["errors", "device", "clock", "address_space", "guest_memory", "chardev", "devices"]
+MODULES = sources(".py", ".pyx", ".pxd")
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def layer(module: str) -> int:
+    """Of a module: the entry that names it, or the package it is in."""
+    name = module
+    while name != "pyvmm" or module == "pyvmm":
+        for n, names in enumerate(LAYERS):
+            if name in names:
+                return n
+        name = name.rpartition(".")[0]
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS")
+
+
+def names_it(module: str, name: str) -> str:
+    """What ``from module import name`` brings: a module of the package, or something that module has."""
+    inside = f"{module}.{name}"
+    parts = PACKAGE.parent.joinpath(*inside.split("."))
+    is_module = parts.is_dir() or any(parts.with_suffix(s).exists() for s in (".py", ".pyx", ".pxd"))
+    return inside if is_module else module
+
+
+def python_imports(path: Path, typing_too: bool = False) -> set[str]:
+    """Every import of a Python file, at its top or in a function, but for what only annotations need."""
+    found = set()
+
+    def walk(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for child in (*(node.body if typing_too else ()), *node.orelse):
+                walk(child)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            found.update(names_it(str(node.module), alias.name) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            walk(child)
+
+    walk(ast.parse(path.read_text()))
+    return found
+
+
+def cython_imports(path: Path) -> set[str]:
+    found = set()
+    text = code(path)
+    for module, names in re.findall(r"^[ \t]*from\s+([\w.]+)\s+c?import\s+(\([^)]*\)|[^\n]*)", text, re.M):
+        assert not module.startswith("."), f"{path}: imports are absolute"
+        found.update(
+            names_it(module, name.split()[0]) for name in names.strip("()").split(",") if name.strip()
+        )
+    for modules in re.findall(r"^[ \t]*c?import\s+([^\n]*)", text, re.M):
+        found.update(name.split()[0] for name in modules.split(","))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    return python_imports(path) if path.suffix == ".py" else cython_imports(path)
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "pyvmm"}
+
+
+def test_the_parser_sees_imports() -> None:
+    # Of each kind one that is known to be there: a parser that finds nothing proves nothing.
+    assert "pyvmm.kvm.ioctl" in imports(PACKAGE / "cpu_exec.pyx")
+    assert "pyvmm.kvm.uapi" in imports(PACKAGE / "cpu_exec.pyx")
+    assert {"enum", "pyvmm.errors"} <= imports(PACKAGE / "cpu_exec.pyx")
+    assert "pyvmm.device" in imports(PACKAGE / "bus.pxd")
+    assert "pyvmm.devices.serial" in imports(PACKAGE / "builder.py")
+    assert "pyvmm.machine" not in imports(PACKAGE / "builder.py")  # for annotations only
+    assert "pyvmm.machine" in python_imports(PACKAGE / "builder.py", typing_too=True)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_imports_go_down(path: Path) -> None:
+    mine = layer(module_name(path))
+    above = [name for name in ours(imports(path)) if layer(name) > mine]
+    assert above == []
+
+
+DEVICES = sorted((PACKAGE / "devices").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", DEVICES, ids=ids(DEVICES))
+def test_devices_know_no_kvm_no_address_and_no_thread(path: Path) -> None:
+    names = python_imports(path, typing_too=True)
+    allowed = tuple(f"pyvmm.{name}" for name in DEVICES_MAY)
+    assert [n for n in ours(names) if not n.startswith(allowed)] == []
+    assert (
+        names & {"threading", "_thread", "concurrent.futures", "multiprocessing", "fcntl", "ctypes"} == set()
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_only_kvm_knows_ioctl_but_for_kvm_run(path: Path) -> None:
+    if path.is_relative_to(PACKAGE / "kvm"):
+        return
+    calls = re.findall(r"\bioctl\s*\(([^)]*)\)", code(path))
+    if path == PACKAGE / "cpu_exec.pyx":
+        assert calls
+        assert all(call == "self.fd, uapi.KVM_RUN, 0" for call in calls)
+    else:
+        assert calls == []
+        assert "fcntl.ioctl" not in imports(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_only_the_run_loop_reads_the_union_of_kvm_run(path: Path) -> None:
+    members = "hw|fail_entry|ex|io|debug|mmio|hypercall|tpr_access|internal|system_event|eoi|msr"
+    reads = re.findall(rf"\b(?:kvm_)?run\.(?:{members})\b", code(path))
+    assert bool(reads) == (path == PACKAGE / "cpu_exec.pyx")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_nothing_ends_the_process_or_takes_its_signals(path: Path) -> None:
+    # But the command, which owns its process.
+    if path.is_relative_to(PACKAGE / "cli") or path.name == "__main__.py":
+        return
+    assert not re.search(r"\b(?:sys\.exit|os\._exit|signal\.signal|raise SystemExit)\b", code(path))
+
+
+FORBIDDEN = {
+    *(
+        "typing",
+        "typing_extensions",
+        "dataclasses",
+        "asyncio",
+        "logging",
+        "argparse",
+        "re",
+        "pathlib",
+        "msgspec",
+    ),
+    *("contextlib", "json", "subprocess", "traceback", "tempfile", "shutil", "socket", "ctypes", "inspect"),
+    *(
+        "lzma",
+        "zstandard",
+        "lz4",
+        "tty",
+        "termios",
+        "pty",
+        "iced_x86",
+        "multiprocessing",
+        "concurrent.futures",
+    ),
+}
+# These are commands of their own, off the way from `pyvmm run` to the guest.
+LATE = {"pyvmm.cli.doctor", "pyvmm.cli.demo", "pyvmm.cli.__main__", "pyvmm.__main__"}
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """What an interpreter without its site packages has loaded when these are imported."""
+    # The suffixes of compiled modules carry the version: the same interpreter finds them.
+    script = "import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules)\n"
+    script += "for name in sys.argv[2:]: __import__(name)\n"
+    script += "print(*(set(sys.modules) - before))"
+    command = [sys.executable, "-I", "-S", "-c", script, str(ROOT), *modules]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_the_diet_would_be_noticed() -> None:
+    assert {"logging", "re"} <= loaded_by("logging") & FORBIDDEN
+
+
+def test_the_way_to_the_first_instruction_imports_nothing_heavy() -> None:
+    loaded = loaded_by("pyvmm.machine", "pyvmm.cli.run")
+    assert "pyvmm.cpu_exec" in loaded
+    assert loaded & FORBIDDEN == set()
+
+
+@pytest.mark.parametrize(
+    "name", sorted({module_name(p) for p in sources(".py", ".pyx")} - LATE), ids=lambda name: str(name)
+)
+def test_no_module_imports_anything_heavy_at_its_top(name: str) -> None:
+    assert loaded_by(name) & FORBIDDEN == set()
