@@ -144,7 +144,8 @@ class RunControl:
     def request(self, action: Callable[[], None], wait: bool = False) -> None:
         """Have ``action()`` run with every vCPU parked, as soon as may be; callable from handlers.
 
-        Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first.
+        Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first,
+        and so in another request, which must return first.
         The vCPUs stay parked after it unless it calls ``go``.
         """
         with self._cond:
@@ -154,7 +155,7 @@ class RunControl:
             self._stop_all()
             if self._inside == 0:
                 self._carry_out()
-            if wait and not self._on_cpu_thread():
+            if wait and not self._on_cpu_thread() and self._acting != threading.get_ident():
                 self._cond.wait_for(lambda: self._closing or not self._is_due(action))
 
     def _is_due(self, action: Callable[[], None]) -> bool:

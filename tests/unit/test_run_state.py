@@ -353,6 +353,43 @@ def test_settle_and_pause_inside_a_request_do_not_wait_for_themselves(board: Boa
     assert board.control.state is RunState.PAUSED
 
 
+def test_a_request_can_be_waited_for(board: Board) -> None:
+    board.start()
+    done: list[int] = []
+    for n in range(50):
+
+        def action(n: int = n) -> None:
+            done.append(n)
+            board.control.go()
+
+        board.control.request(action, wait=True)
+        assert done[-1] == n
+    board.all_inside()
+
+
+def test_a_request_waited_for_inside_a_request_or_on_a_vcpus_thread_returns_at_once(board: Board) -> None:
+    order: list[str] = []
+
+    def outer() -> None:
+        board.control.request(lambda: order.append("inner"), wait=True)
+        order.append("outer")
+
+    assert ended(run_thread(lambda: board.control.request(outer, wait=True)))
+    assert order == ["outer", "inner"]
+    board.start()
+    returned = threading.Event()
+
+    def handler() -> None:
+        board.control.request(lambda: order.append("last"), wait=True)
+        assert order[-1] == "inner"
+        returned.set()
+
+    board.execs[0].do(handler)
+    assert returned.wait(DEADLINE_S)
+    assert board.control.settle(DEADLINE_S)
+    assert order == ["outer", "inner", "last"]
+
+
 # -- ends ----------------------------------------------------------------------------------------------------
 
 
