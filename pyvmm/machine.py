@@ -114,8 +114,8 @@ class Machine:
         """Power-on state, kernel loaded anew. A running machine goes on running, another is paused at the start."""
         if self.state is RunState.CLOSED:
             raise StateError("the machine is closed")
-        self.control.request(self._reset)
-        self.control.settle()
+        # A function of this call's own: it is waited for, and another thread may be asking for the same.
+        self.control.request(lambda: self._reset(), wait=True)
 
     def powerdown(self) -> None:
         """Press the ACPI power button: a guest that listens shuts itself down."""

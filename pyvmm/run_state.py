@@ -207,11 +207,8 @@ class RunControl:
         with self._cond:
             if self.state is not RunState.RUNNING:
                 return
-            if self._on_cpu_thread():
-                wait = False
-        self.request(paused)
-        if wait:
-            self.settle()
+        # Waits for this very request: by the time a waiter wakes, somebody else may have resumed the machine.
+        self.request(paused, wait)
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until no vCPU is inside and no request is left.
