@@ -88,7 +88,9 @@ class MachineConfig:
         if self.irqchip not in IRQCHIPS:
             raise ConfigError(f"irqchip={self.irqchip!r}: use 'kernel' or 'off'")
         if self.irqchip == "off" and self.cpus > 1:
-            raise ConfigError(f"irqchip='off' has no local APICs to start {self.cpus} vCPUs: use cpus=1, or irqchip='kernel'")
+            raise ConfigError(
+                f"irqchip='off' has no local APICs to start {self.cpus} vCPUs: use cpus=1, or irqchip='kernel'"
+            )
         if self.kernel is not None and self.flat is not None:
             raise ConfigError("both a kernel and a flat binary: give one of them")
         if self.flat is not None and (self.initrd is not None or self.modules or self.append):

@@ -22,7 +22,7 @@ class BusError(VmmError):
 
 
 class KvmError(VmmError, OSError):
-    """An ioctl on a KVM descriptor failed. ``ioctl`` is its kernel name; ``errno`` and ``strerror`` are as in OSError."""
+    """An ioctl on a KVM descriptor failed: ``ioctl`` by its kernel name, ``errno`` and ``strerror`` as in OSError."""
 
     def __init__(self, ioctl: str, errno: int, remedy: str = "") -> None:
         OSError.__init__(self, errno, os.strerror(errno))

@@ -116,6 +116,8 @@ class Machine:
             raise StateError("the machine is closed")
         # A function of this call's own: it is waited for, and another thread may be asking for the same.
         self.control.request(lambda: self._reset(), wait=True)
+        if self.state is RunState.INTERNAL_ERROR and self.control.error is not None:
+            raise self.control.error
 
     def powerdown(self) -> None:
         """Press the ACPI power button: a guest that listens shuts itself down."""
@@ -205,15 +207,11 @@ class Machine:
 
         A machine that somebody paused meanwhile stays so.
         """
-        running = self.state is RunState.RUNNING
         for device in self._all_devices():
             with device.lock:
                 device.reset()
         builder.reset(self)
-        if running:
-            self.control.go()
-        else:
-            self.control.state = RunState.PAUSED
+        self.control.restarted()
 
     def _all_devices(self) -> list[Device]:
         """The board's, and whatever the embedder has mapped; each once."""
@@ -227,7 +225,7 @@ class Machine:
         return builder.irq_line(self, irq)
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
-        """Let KVM gather writes to this range (KVM_REGISTER_COALESCED_MMIO); they arrive, in order, at the next exit."""
+        """Let KVM gather writes to this range (KVM_REGISTER_COALESCED_MMIO): they arrive in order at the next exit."""
         builder.coalesce(self, space, address, size)
 
     def exit_stats(self) -> list[ExitStat]:

@@ -172,6 +172,15 @@ class RunControl:
                 self._on_light(True)
             self._cond.notify_all()
 
+    def restarted(self) -> None:
+        """The last act of a reset: a machine that runs goes on, one that somebody paused, or that had ended, is paused."""
+        with self._cond:
+            if self.state is RunState.RUNNING:
+                self.go()
+            elif self.state is not RunState.CLOSED:
+                self.state = RunState.PAUSED
+                self.status = self.error = None
+
     def end(self, status: ExitStatus | None, error: BaseException | None, state: RunState) -> None:
         """The run is over, or held up; part of a request.
 
@@ -230,7 +239,7 @@ class RunControl:
             )
 
     def close(self) -> None:
-        """Park all vCPUs for good and end their threads. StateError on one of those: it could not go back to its loop."""
+        """Park all vCPUs for good and end their threads. StateError on one of those: it could not go back."""
         with self._cond:
             if self._on_cpu_thread():
                 raise StateError("close() from a device's handler: call stop() there, and close() where run() returned")

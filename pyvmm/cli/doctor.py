@@ -5,7 +5,6 @@ The last word is a real guest: one that takes a timer interrupt in long mode, wh
 
 from __future__ import annotations
 
-import os
 import platform
 
 from pyvmm.cli.options import Option, parse, usage
@@ -25,7 +24,16 @@ GOOD_STATUS = (0x2A << 1) | 1
 TITLE = "usage: pyvmm doctor [OPTIONS]\n\nExit status: 0 guests can run here, 2 they can't."
 
 # Without these pyvmm can't work; without those a part of it can't, and the text says which.
-NEEDED = ("IRQCHIP", "USER_MEMORY", "SET_TSS_ADDR", "EXT_CPUID", "PIT2", "MP_STATE", "IRQ_ROUTING", "IMMEDIATE_EXIT")
+NEEDED = (
+    "IRQCHIP",
+    "USER_MEMORY",
+    "SET_TSS_ADDR",
+    "EXT_CPUID",
+    "PIT2",
+    "MP_STATE",
+    "IRQ_ROUTING",
+    "IMMEDIATE_EXIT",
+)
 WISHED = {
     "IRQFD": "devices can't raise interrupts without a call into KVM",
     "IOEVENTFD": "a doorbell costs an exit to user space",
@@ -56,7 +64,7 @@ def doctor(args: list[str]) -> int:
         print("/dev/kvm   yes, and this user may open it")
         print(f"kind       {kvm_kind()}")
         if "software" in kvm_kind():
-            print("           ordinary kernels need VMX or SVM: use another host, or turn on nested virtualization below")
+            print("           ordinary kernels need VMX or SVM: use another host, or turn on nested virtualization")
         enough = capabilities(kvm, bool(given.get("all")))
         limits(kvm)
         huge_pages()
@@ -87,7 +95,8 @@ def capabilities(kvm: Kvm, show_all: bool) -> bool:
         for name, value in sorted(have.items()):
             print(f"           {name} {value}")
     if not missing:
-        print(f"capability all {len(NEEDED)} that pyvmm needs are there ({sum(map(bool, have.values()))} of {len(have)} known)")
+        known = f"{sum(map(bool, have.values()))} of {len(have)} known"
+        print(f"capability all {len(NEEDED)} that pyvmm needs are there ({known})")
     return not missing
 
 
@@ -136,5 +145,6 @@ def try_guest() -> bool:
     if status != GOOD_STATUS:
         print(f"guest      NO: a long-mode guest waited for its timer interrupts in vain (status {status})")
         return False
-    print(f"guest      yes: one took timer interrupts in long mode and ended, {(time.monotonic() - start) * 1e3:.0f} ms in all")
+    took_ms = (time.monotonic() - start) * 1e3
+    print(f"guest      yes: one took timer interrupts in long mode and ended, {took_ms:.0f} ms in all")
     return True

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Option:
-    """``--name METAVAR``, or a flag where ``metavar`` is empty. ``convert`` makes the value, ValueError for a bad one."""
+    """``--name METAVAR``, or a flag where ``metavar`` is empty. ``convert`` makes the value; ValueError refuses it."""
 
     __slots__ = ("convert", "help", "key", "many", "metavar", "names")
 
