@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -69,7 +68,7 @@ def pyvmm_contender(work: dict[str, Any]) -> dict[str, float]:
                 samples = m.memory.read(measure.SAMPLES_AT, 4 * (BLOCKS + SINGLES))
                 print(*measure.samples_of(samples), flush=True)
             else:
-                print("ready", m.cpus[0].vcpu.tsc_khz, flush=True)
+                print(m.cpus[0].vcpu.tsc_khz, flush=True)
             if sys.stdin.readline():
                 self.turns += 1
             else:
@@ -101,43 +100,22 @@ def guest(direction: str) -> bytes:
     return measure.busy_guest(access, BLOCKS, BLOCK_EXITS, SINGLES)
 
 
-class Contender:
+class Guest(measure.Contender):
     """A process at the gate, and what its turns gave, in ns."""
 
     def __init__(self, command: list[str], pin: int | None) -> None:
-        self.process = subprocess.Popen(
-            command,
-            env=measure.environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=None if pin is None else lambda: os.sched_setaffinity(0, {pin}),
-        )
+        super().__init__(command, pin)
         self.blocks: list[float] = []
         self.exits: list[float] = []
         self.all_exits: list[float] = []
-        self._tick_ns = 1e6 / int(self._line().split()[1])
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args!r} ended early, with status {self.process.wait()}")
-        return line
+        self._tick_ns = 1e6 / self.numbers()[0]
 
     def turn(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        ns = [int(ticks) * self._tick_ns for ticks in self._line().split()]
+        self.go()
+        ns = [ticks * self._tick_ns for ticks in self.numbers()]
         self.blocks.append(median(ns[:BLOCKS]) / BLOCK_EXITS)
         self.exits.append(median(ns[BLOCKS:]))
         self.all_exits += ns[BLOCKS:]
-
-    def end(self) -> str:
-        """Its last words."""
-        rest, _ = self.process.communicate()
-        return rest
 
 
 class Found:
@@ -149,7 +127,7 @@ class Found:
         self.p99: list[float] = []
         self.own: list[dict[str, float]] = []
 
-    def take(self, contender: Contender) -> None:
+    def take(self, contender: Guest) -> None:
         for series, turns in ((self.block, contender.blocks), (self.exit, contender.exits)):
             series.append([(a + b) / 2 for a, b in zip(turns[::2], turns[1::2], strict=True)])
         self.p99.append(quantile(contender.all_exits, 0.99))
@@ -169,10 +147,10 @@ def benchmark(args: argparse.Namespace, directory: str) -> None:
             started = {}
             for name in CONTENDERS:
                 work = {"contender": name, "direction": direction}
-                command = [sys.executable, __file__, "--child", json.dumps(work)]
+                command = measure.child_command(__file__, work)
                 if name == "floor":
                     command = [binary, "exits", image, str(measure.MEMORY_MIB), "1"]
-                started[name] = Contender(command, args.pin)
+                started[name] = Guest(command, args.pin)
             for _ in range(args.rounds):
                 for name in (*CONTENDERS, *reversed(CONTENDERS)):
                     started[name].turn()
@@ -195,13 +173,8 @@ def report(direction: str, found: dict[str, Found]) -> None:
         line += f"{overall(one.exit) * US_PER_NS:>9.2f}{median(one.p99) * US_PER_NS:>8.2f}"
         line += ratio(one.exit, floor.exit)
         if one.own:
-            over = [
-                a - b for x, y in zip(one.exit, floor.exit, strict=True) for a, b in zip(x, y, strict=True)
-            ]
-            own = [
-                median([each[key] for each in one.own])
-                for key in ("own_p50", "own_p99", "own_mean", "own_min")
-            ]
+            over = [a - b for x, y in zip(one.exit, floor.exit, strict=True) for a, b in zip(x, y, strict=True)]
+            own = [median([each[key] for each in one.own]) for key in ("own_p50", "own_p99", "own_mean", "own_min")]
             line += f"{median(over):>8.0f} | {'':14}{own[0]:>6.0f}{own[1]:>7.0f}{own[2]:>7.0f}{own[3]:>6.0f}"
         print(line)
     sets_us = ", ".join(f"{median(each) * US_PER_NS:.2f}" for each in floor.block)

@@ -3,12 +3,12 @@
    floor exits GUEST MEMORY_MIB IRQCHIP
        Runs the flat real-mode GUEST (a file, loaded and entered at 0x7c00). Every exit is a port access; it does
        with it what the simplest VMM does: nothing, reads give all ones. At the gate port it prints a line, the first
-       time `ready` and the TSC's kHz, later the ticks that the guest measured by itself and stored from 0x10000 on,
+       time the TSC's kHz, later the ticks that the guest measured by itself and stored from 0x10000 on,
        and reads a line to go on, or the end of the file to stop. Its last line has the median and 99th percentile of
        the ticks from one return of KVM_RUN to the next.
 
-   floor start GUEST MEMORY_MIB IRQCHIP COUNT
-       COUNT times: create a machine, run it to its first exit, close it. Prints a line each: ns to create (open
+   floor start GUEST MEMORY_MIB IRQCHIP
+       For every line it reads: create a machine, run it to its first exit, close it, and print ns to create (open
        /dev/kvm, VM, slot, irqchip, vCPU, registers), to the first exit, to close.
 
    IRQCHIP is 1 for the in-kernel PIC, IOAPIC, LAPIC and PIT, 0 for none. The memory slot comes first: a slot made
@@ -101,7 +101,7 @@ static int gate(struct machine *m)
     char line[16];
 
     if (!samples[0])
-        printf("ready %ld", checked(ioctl(m->vcpu, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ"));
+        printf("%ld", checked(ioctl(m->vcpu, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ"));
     for (size_t i = 0; i < MOST_SAMPLES && samples[i]; i++)
         printf("%u ", samples[i]);
     printf("\n");
@@ -150,9 +150,11 @@ static uint64_t now_ns(void)
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-static void start(const uint8_t *guest, size_t guest_bytes, size_t memory_mib, int irqchip, int count)
+static void start(const uint8_t *guest, size_t guest_bytes, size_t memory_mib, int irqchip)
 {
-    while (count-- > 0) {
+    char line[16];
+
+    while (fgets(line, sizeof line, stdin) != NULL) {
         uint64_t t0 = now_ns();
         struct machine m = create(guest, guest_bytes, memory_mib, irqchip);
         uint64_t t1 = now_ns();
@@ -161,21 +163,22 @@ static void start(const uint8_t *guest, size_t guest_bytes, size_t memory_mib, i
         uint64_t t2 = now_ns();
         destroy(&m);
         printf("%lu %lu %lu\n", t1 - t0, t2 - t1, now_ns() - t2);
+        fflush(stdout);
     }
 }
 
 int main(int argc, char **argv)
 {
     uint8_t guest[512];
-    if (argc < 5) {
-        fprintf(stderr, "usage: floor exits|start GUEST MEMORY_MIB IRQCHIP [COUNT]\n");
+    if (argc != 5) {
+        fprintf(stderr, "usage: floor exits|start GUEST MEMORY_MIB IRQCHIP\n");
         return 2;
     }
     int fd = checked(open(argv[2], O_RDONLY), argv[2]);
     size_t guest_bytes = checked(read(fd, guest, sizeof guest), argv[2]);
     close(fd);
     if (!strcmp(argv[1], "start"))
-        start(guest, guest_bytes, atoi(argv[3]), atoi(argv[4]), argc > 5 ? atoi(argv[5]) : 10);
+        start(guest, guest_bytes, atoi(argv[3]), atoi(argv[4]));
     else
         exits(guest, guest_bytes, atoi(argv[3]), atoi(argv[4]));
     return 0;

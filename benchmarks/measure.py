@@ -77,20 +77,53 @@ def environment() -> dict[str, str]:
 
 def child(script: str, work: dict[str, Any], pin: int | None) -> Any:
     """Do ``work`` in a fresh interpreter, and give back what it found."""
-    return json.loads(run([sys.executable, script, "--child", json.dumps(work)], pin))
+    with Contender(child_command(script, work), pin) as process:
+        return json.loads(process.end())
 
 
-def run(command: Sequence[str], pin: int | None) -> str:
-    """Standard output of a command pinned to one CPU. The benchmark ends where it fails."""
+def child_command(script: str, work: dict[str, Any]) -> list[str]:
+    return [sys.executable, script, "--child", json.dumps(work)]
 
-    def to_cpu() -> None:
-        if pin is not None:
-            os.sched_setaffinity(0, {pin})
 
-    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, preexec_fn=to_cpu)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[:3])} ... ended with status {done.returncode}")
-    return done.stdout
+class Contender:
+    """A process that takes turns: it waits for a line on its standard input and answers with one."""
+
+    def __init__(self, command: list[str], pin: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            command,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=None if pin is None else lambda: os.sched_setaffinity(0, {pin}),
+        )
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def numbers(self) -> list[int]:
+        """Its next line, of numbers."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args!r} ended early, with status {self.process.wait()}")
+        return [int(word) for word in line.split()]
+
+    def end(self) -> str:
+        """Nothing more to do: its last words."""
+        words, _ = self.process.communicate()
+        if self.process.returncode:
+            raise SystemExit(f"{self.process.args!r} ended with status {self.process.returncode}")
+        return words
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def build_floor(directory: str) -> str:
@@ -132,7 +165,7 @@ def busy_guest(access: bytes, blocks: int, block_exits: int, singles: int) -> by
     """Real-mode code for 0x7c00 that does ``access`` over and over and times it by RDTSC, in two ways.
 
     A turn begins with a write to GATE_PORT, where the host may let it wait. Then ``blocks`` of
-    ``block_exits`` accesses in the tightest loop there is, each block timed as a whole; then ``singles``,
+    ``block_exits`` accesses in the tightest loop there is, each block timed as a whole; then ``singles``, each
     timed by itself. The 32-bit tick counts go to SAMPLES_AT. There is no end: the host stops it at the gate.
     """
     block = timed(repeat(block_exits, access)) + b"\x4d"  # ...; dec bp

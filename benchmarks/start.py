@@ -40,20 +40,18 @@ def children(work: dict[str, Any]) -> Any:
     return {"cycle": cycle, "serial": serial, "alive": alive, "memory": memory}[work["what"]](work)
 
 
-def cycle(work: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """ns to build, to the first exit and stopped, to close, of each machine."""
+def cycle(work: dict[str, Any]) -> None:
+    """For every line it reads a machine; prints the ns to build it, to its first exit and stopped, to close it."""
     from pyvmm import Machine
 
-    times = []
-    for _ in range(work["count"] + WARM_UP):
+    while sys.stdin.readline():
         t0 = time.perf_counter_ns()
         machine = Machine(memory_mib=MEMORY_MIB, flat=measure.FIRST_EXIT, irqchip=work["irqchip"])
         t1 = time.perf_counter_ns()
         machine.run()
         t2 = time.perf_counter_ns()
         machine.close()
-        times.append((t1 - t0, t2 - t1, time.perf_counter_ns() - t2))
-    return times[WARM_UP:]
+        print(t1 - t0, t2 - t1, time.perf_counter_ns() - t2, flush=True)
 
 
 def holdings() -> dict[str, float]:
@@ -142,38 +140,45 @@ def in_process(args: argparse.Namespace, directory: str) -> None:
     with open(image, "wb") as file:
         file.write(measure.FIRST_EXIT)
 
-    def floor(irqchip: str) -> list[list[int]]:
-        command = [binary, "start", image, str(MEMORY_MIB), str(int(irqchip == "kernel"))]
-        lines = measure.run([*command, str(args.count + WARM_UP)], args.pin).splitlines()
-        return [[int(ns) for ns in line.split()] for line in lines[WARM_UP:]]
-
-    def pyvmm(irqchip: str) -> list[list[int]]:
-        work = {"what": "cycle", "irqchip": irqchip, "count": args.count}
-        found: list[list[int]] = measure.child(__file__, work, args.pin)
-        return found
-
-    print(f"1. one process, {args.rounds} rounds, two turns each, {args.count} machines a turn; medians, ms")
-    print(
-        f"  {'irqchip':<9}{'':7}{'create':>8}{'1st exit':>9}{'close':>8}{'all':>8}{'p99':>8}{'x C':>7}  (95%)"
-    )
+    print(f"1. one process: {args.sets} sets of processes, {args.rounds} rounds each; medians, ms")
+    columns = f"{'create':>8}{'1st exit':>9}{'close':>8}{'all':>8}{'p99':>8}{'x C':>7}  (95%)"
+    print(f"  {'irqchip':<9}{'':7}{columns}")
     for irqchip in IRQCHIPS:
-        turns: dict[str, list[list[list[int]]]] = {"C": [], "pyvmm": []}
-        for _ in range(args.rounds):
-            for name in ("C", "pyvmm", "pyvmm", "C"):
-                turns[name].append(floor(irqchip) if name == "C" else pyvmm(irqchip))
-        wholes = {name: [median([sum(t) for t in turn]) for turn in each] for name, each in turns.items()}
-        ratios = [a / b for a, b in zip(wholes["pyvmm"], wholes["C"], strict=True)]
-        for name, each in turns.items():
-            every = [t for turn in each for t in turn]
-            phases = [median([t[n] for t in every]) * MS_PER_NS for n in range(3)]
-            p99 = quantile([sum(t) for t in every], 0.99) * MS_PER_NS
-            line = f"  {irqchip:<9}{name:<7}{phases[0]:>8.2f}{phases[1]:>9.2f}{phases[2]:>8.2f}"
-            line += f"{median(wholes[name]) * MS_PER_NS:>8.2f}{p99:>8.2f}"
-            if name == "pyvmm":
-                low, high = interval([[r] for r in ratios])
-                line += f"{median(ratios):>7.2f}  ({low:.2f}-{high:.2f})"
-            print(line)
+        command = [binary, "start", image, str(MEMORY_MIB), str(int(irqchip == "kernel"))]
+        c: list[list[int]] = []
+        pyvmm: list[list[int]] = []
+        ratios: list[list[float]] = []
+        for _ in range(args.sets):
+            work = {"what": "cycle", "irqchip": irqchip}
+            with (
+                measure.Contender(command, args.pin) as floor,
+                measure.Contender(measure.child_command(__file__, work), args.pin) as ours,
+            ):
+                for _ in range(WARM_UP):
+                    turn(floor)
+                    turn(ours)
+                ratios.append([])
+                for _ in range(args.rounds):
+                    times = [turn(who) for who in (floor, ours, ours, floor)]
+                    c += times[::3]
+                    pyvmm += times[1:3]
+                    ratios[-1].append(sum(map(sum, times[1:3])) / sum(map(sum, times[::3])))
+        print(f"  {irqchip:<9}{'C':<7}{phases(c)}")
+        low, high = interval(ratios)
+        all_ratios = [ratio for each in ratios for ratio in each]
+        print(f"  {irqchip:<9}{'pyvmm':<7}{phases(pyvmm)}{median(all_ratios):>7.2f}  ({low:.2f}-{high:.2f})")
     print()
+
+
+def turn(who: measure.Contender) -> list[int]:
+    who.go()
+    return who.numbers()
+
+
+def phases(times: list[list[int]]) -> str:
+    wholes = [sum(each) * MS_PER_NS for each in times]
+    create, first, close = (median([each[n] for each in times]) * MS_PER_NS for n in range(3))
+    return f"{create:>8.2f}{first:>9.2f}{close:>8.2f}{median(wholes):>8.2f}{quantile(wholes, 0.99):>8.2f}"
 
 
 # -- 2 and 3: what is left, what is held ---------------------------------------------------------------------
@@ -220,9 +225,7 @@ def console_script(directory: str) -> tuple[str, str]:
 def timed(command: list[str], env: dict[str, str]) -> tuple[float, float]:
     """ns to the first byte on standard output (0 where there is none), and to the end."""
     t0 = time.perf_counter_ns()
-    with subprocess.Popen(
-        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0
-    ) as process:
+    with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout is not None
         byte = process.stdout.read(1)
         t1 = time.perf_counter_ns()
@@ -244,6 +247,9 @@ def from_shell(args: argparse.Namespace, directory: str) -> None:
         "pyvmm run --irqchip off": [script, *guest, "--irqchip", "off"],
     }
     env = measure.environment()
+    # What pip does when it installs a package.
+    compiled = [sys.executable, "-c", "import compileall, pyvmm; compileall.compile_dir(pyvmm.__path__[0], quiet=1)"]
+    subprocess.run(compiled, env=env, check=True)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for command in commands.values():
         timed(command, env)
@@ -280,11 +286,9 @@ def benchmark(args: argparse.Namespace, directory: str) -> None:
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("parts", nargs="*", default=["process", "leaks", "memory", "shell"])
-    options.add_argument("--rounds", type=int, default=5, help="of 1 (default 5)")
-    options.add_argument("--count", type=int, default=15, help="machines a turn of 1 (default 15)")
-    options.add_argument(
-        "--machines", type=int, default=1000, help="one after the other, of 2 (default 1000)"
-    )
+    options.add_argument("--sets", type=int, default=4, help="of fresh processes, of 1 (default 4)")
+    options.add_argument("--rounds", type=int, default=25, help="a set, of 1 (default 25)")
+    options.add_argument("--machines", type=int, default=1000, help="one after the other, of 2 (default 1000)")
     options.add_argument("--alive", type=int, default=64, help="at once, of 2 (default 64)")
     options.add_argument("--shell-rounds", type=int, default=10, help="of 4 (default 10)")
     measure.main(children, benchmark, options)

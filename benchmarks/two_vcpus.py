@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import measure
@@ -95,9 +95,8 @@ def pyvmm_contender(work: dict[str, Any]) -> list[dict[str, float]]:
             cpu.sregs = m.cpus[0].sregs
             cpu.regs = m.cpus[0].regs | {"rip": entry}
             cpu.vcpu.mp_state = 0
-        if work["together"]:
-            print("ready", flush=True)
-            sys.stdin.readline()
+        print(flush=True)  # ready
+        sys.stdin.readline()
         m.run(timeout_s=120)
         for cpu, at, port in zip(m.cpus, SAMPLES_AT, PORTS, strict=False):
             khz = cpu.vcpu.tsc_khz
@@ -116,25 +115,14 @@ def pyvmm_contender(work: dict[str, Any]) -> list[dict[str, float]]:
 
 def together(work: dict[str, Any], processes: int) -> list[dict[str, float]]:
     """The contender in as many processes at once; they start running at the same moment."""
-    command = [sys.executable, __file__, "--child", json.dumps(work | {"together": processes > 1})]
-    if processes == 1:
-        found: list[dict[str, float]] = json.loads(measure.run(command, None))
-        return found
-    started = [
-        subprocess.Popen(
-            command, env=measure.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(processes)
-    ]
-    for process in started:
-        assert process.stdout is not None
-        process.stdout.readline()
-    # communicate() would wait for the first before it starts the second.
-    for process in started:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return [each for process in started for each in json.loads(process.communicate()[0])]
+    command = measure.child_command(__file__, work)
+    with ExitStack() as stack:
+        started = [stack.enter_context(measure.Contender(command)) for _ in range(processes)]
+        for process in started:
+            process.numbers()
+        for process in started:
+            process.go()
+        return [each for process in started for each in json.loads(process.end())]
 
 
 def benchmark(args: argparse.Namespace, directory: str) -> None:
@@ -154,9 +142,7 @@ def report(rounds: list[dict[str, list[dict[str, float]]]], singles: int) -> Non
         """Every vCPU of every turn."""
         return [each[key] for found in rounds for each in found[name]]
 
-    print(
-        f"out: {len(rounds)} rounds, two turns each, {singles} exits a vCPU; medians over vCPUs and turns, us"
-    )
+    print(f"out: {len(rounds)} rounds, two turns each, {singles} exits a vCPU; medians over vCPUs and turns, us")
     print(f"  {'':<12}{'p50':>7}{'p99':>8}{'p99/p50':>9} {'(95%)':<13} | own share {'~p50':>7}{'~p99':>8}")
     for name in CONTENDERS:
         ratios = [a / b for a, b in zip(of(name, "p99"), of(name, "p50"), strict=True)]
