@@ -6,6 +6,8 @@ irqchip before the vCPUs (which get their local APICs from it).
 
 from __future__ import annotations
 
+import _thread
+
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.device import IrqLine
@@ -16,6 +18,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyvmm.address_space import AddressSpace
@@ -101,7 +104,27 @@ def make_kernel_irqchip(m: Machine) -> None:
     m.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
     m.vm.create_irqchip()
     m.vm.create_pit()
+    # A guest that is slow to take its ticks is not to be flooded with them later. Turning that off takes longer than
+    # all the rest of the recipe: nothing waits for it.
+    in_background(m, lambda: m.vm.set_pit_reinject(False))
     m.vm.set_gsi_routing(pc_routes())
+
+
+def in_background(m: Machine, work: Callable[[], None]) -> None:
+    """``work()`` on a thread of its own; it is over when tear_down closes the machine. What it raises ends the run."""
+    done = _thread.allocate_lock()
+    done.acquire()
+    m._background.append(done)
+
+    def body() -> None:
+        try:
+            work()
+        except BaseException as error:
+            m._loop_raised(error)
+        finally:
+            done.release()
+
+    _thread.start_new_thread(body, ())
 
 
 def pc_routes() -> list[tuple[int, str, int, int]]:
@@ -439,6 +462,8 @@ def coalesce(m: Machine, space: AddressSpace, address: int, size: int) -> None:
 
 def tear_down(m: Machine) -> None:
     """Close what build made, in the other order. The vCPU threads have ended."""
+    for done in m._background:
+        done.acquire()
     for made in m.chardevs:
         made.close()
     m.event_loop.close()

@@ -8,6 +8,8 @@ builder.py makes what is in it; RunControl (run_state.py) starts and parks its v
 
 from __future__ import annotations
 
+import _thread
+
 from pyvmm import builder
 from pyvmm.address_space import AddressSpace
 from pyvmm.config import MachineConfig
@@ -58,6 +60,7 @@ class Machine:
         self.chardevs: list[Chardev] = []
         self.cpus = []
         self._ring_lock = DeviceLock()
+        self._background: list[_thread.LockType] = []
         self._tsc_khz = 0
         self._images = builder.Images()
         try:

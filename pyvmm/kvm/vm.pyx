@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from pyvmm.kvm cimport uapi
-from pyvmm.kvm.ioctl cimport checked, ioctl
+from pyvmm.kvm.ioctl cimport checked, ioctl, slow_ioctl
 
 from pyvmm.errors import StateError
 from pyvmm.kvm.stats import KvmStats
@@ -39,9 +39,11 @@ cdef class Vm:
 
     def close(self):
         """Close the descriptor. The kernel's VM goes when its last vCPU descriptor is closed too."""
-        if self.fd >= 0:
-            close(self.fd)
-            self.fd = -1
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            with nogil:
+                close(fd)
 
     cdef int _open(self) except -1:
         if self.fd < 0:
@@ -76,7 +78,7 @@ cdef class Vm:
         region.guest_phys_addr = gpa
         region.memory_size = size_bytes
         region.userspace_addr = host_address
-        checked(ioctl(self._open(), uapi.KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION")
+        checked(slow_ioctl(self._open(), uapi.KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION")
 
     def set_memory(self, memory, uint32_t flags=0):
         """A slot for each region of a GuestMemory, numbered in their order; the memory is kept alive by this Vm."""
@@ -92,7 +94,7 @@ cdef class Vm:
         memset(&log, 0, sizeof(log))
         log.slot = slot
         log.dirty_bitmap = <uint8_t *>bitmap
-        checked(ioctl(self._open(), uapi.KVM_GET_DIRTY_LOG, &log), "KVM_GET_DIRTY_LOG")
+        checked(slow_ioctl(self._open(), uapi.KVM_GET_DIRTY_LOG, &log), "KVM_GET_DIRTY_LOG")
         return bytes(bitmap)
 
     # -- interrupt controllers -----------------------------------------------------------------------------------------
@@ -107,19 +109,25 @@ cdef class Vm:
 
     def create_irqchip(self):
         """KVM_CREATE_IRQCHIP: PIC pair, IOAPIC, and a local APIC in every vCPU made after this."""
-        checked(ioctl(self._open(), uapi.KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP")
+        checked(slow_ioctl(self._open(), uapi.KVM_CREATE_IRQCHIP, NULL), "KVM_CREATE_IRQCHIP")
         self.has_irqchip = True
 
-    def create_pit(self, *, bint speaker=True, bint reinject=False):
-        """KVM_CREATE_PIT2, and KVM_REINJECT_CONTROL: without ``reinject`` a tick that was missed is lost, as on a PC."""
+    def create_pit(self, *, bint speaker=True):
+        """KVM_CREATE_PIT2, with port 0x61 where ``speaker``. It reinjects lost ticks until told otherwise."""
         cdef uapi.kvm_pit_config config
-        cdef uapi.kvm_reinject_control control
         memset(&config, 0, sizeof(config))
         config.flags = speaker
-        checked(ioctl(self._open(), uapi.KVM_CREATE_PIT2, &config), "KVM_CREATE_PIT2")
+        checked(slow_ioctl(self._open(), uapi.KVM_CREATE_PIT2, &config), "KVM_CREATE_PIT2")
+
+    def set_pit_reinject(self, bint reinject):
+        """KVM_REINJECT_CONTROL: False lets a tick that was missed be lost, as on a PC.
+
+        Turning it off waits for a grace period, up to some 20 ms, without the GIL.
+        """
+        cdef uapi.kvm_reinject_control control
         memset(&control, 0, sizeof(control))
         control.pit_reinject = reinject
-        checked(ioctl(self._open(), uapi.KVM_REINJECT_CONTROL, &control), "KVM_REINJECT_CONTROL")
+        checked(slow_ioctl(self._open(), uapi.KVM_REINJECT_CONTROL, &control), "KVM_REINJECT_CONTROL")
 
     def irq_line(self, uint32_t gsi, uint32_t level):
         """KVM_IRQ_LINE: drive a GSI of the in-kernel irqchip."""
@@ -179,7 +187,7 @@ cdef class Vm:
                 else:
                     raise ValueError(f"route of kind {kind!r}: use 'irqchip' or 'msi'")
                 e += 1
-            checked(ioctl(self._open(), uapi.KVM_SET_GSI_ROUTING, table), "KVM_SET_GSI_ROUTING")
+            checked(slow_ioctl(self._open(), uapi.KVM_SET_GSI_ROUTING, table), "KVM_SET_GSI_ROUTING")
         finally:
             free(table)
 
@@ -205,7 +213,7 @@ cdef class Vm:
         elif resample_fd >= 0:
             irqfd.flags = uapi.KVM_IRQFD_FLAG_RESAMPLE
             irqfd.resamplefd = resample_fd
-        checked(ioctl(self._open(), uapi.KVM_IRQFD, &irqfd), "KVM_IRQFD")
+        checked(slow_ioctl(self._open(), uapi.KVM_IRQFD, &irqfd), "KVM_IRQFD")
 
     def ioeventfd(self, int fd, uint64_t address, uint32_t size, *, bint pio=False, datamatch=None, bint deassign=False):
         """KVM_IOEVENTFD: a guest write of ``size`` bytes (0: any) at ``address`` signals ``fd``, with no exit."""
@@ -221,7 +229,7 @@ cdef class Vm:
             event.datamatch = datamatch
         if deassign:
             event.flags |= uapi.KVM_IOEVENTFD_FLAG_DEASSIGN
-        checked(ioctl(self._open(), uapi.KVM_IOEVENTFD, &event), "KVM_IOEVENTFD")
+        checked(slow_ioctl(self._open(), uapi.KVM_IOEVENTFD, &event), "KVM_IOEVENTFD")
 
     def coalesce(self, uint64_t address, uint32_t size, *, bint pio=False, bint unregister=False):
         """KVM_REGISTER_COALESCED_MMIO: writes to the zone wait in a ring that is drained at the next exit."""
@@ -231,9 +239,9 @@ cdef class Vm:
         zone.size = size
         zone.pio = pio
         if unregister:
-            checked(ioctl(self._open(), uapi.KVM_UNREGISTER_COALESCED_MMIO, &zone), "KVM_UNREGISTER_COALESCED_MMIO")
+            checked(slow_ioctl(self._open(), uapi.KVM_UNREGISTER_COALESCED_MMIO, &zone), "KVM_UNREGISTER_COALESCED_MMIO")
         else:
-            checked(ioctl(self._open(), uapi.KVM_REGISTER_COALESCED_MMIO, &zone), "KVM_REGISTER_COALESCED_MMIO")
+            checked(slow_ioctl(self._open(), uapi.KVM_REGISTER_COALESCED_MMIO, &zone), "KVM_REGISTER_COALESCED_MMIO")
 
     # -- clock and statistics ------------------------------------------------------------------------------------------
 
