@@ -173,7 +173,7 @@ class RunControl:
             self._cond.notify_all()
 
     def restarted(self) -> None:
-        """The last act of a reset: a machine that runs goes on, one that somebody paused, or that had ended, is paused."""
+        """The last act of a reset: a machine that runs goes on; one that was paused, or had ended, is paused."""
         with self._cond:
             if self.state is RunState.RUNNING:
                 self.go()
