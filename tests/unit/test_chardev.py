@@ -120,6 +120,25 @@ def settle(loop: EventLoop) -> None:
         assert done.wait(LIMIT_S)
 
 
+def turns_of(loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the loop wakes up in 20 ms in which nothing happens."""
+    turns = 0
+    turn = EventLoop._turn
+
+    def count(self: EventLoop, epoll: select.epoll) -> bool:
+        nonlocal turns
+        turns += 1
+        return turn(self, epoll)
+
+    settle(loop)
+    over = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLoop, "_turn", count)
+        loop.clock.timer(over.set).arm(loop.clock.now_ns() + 20_000_000)
+        assert over.wait(LIMIT_S)
+    return turns
+
+
 def read_exactly(fd: int, count: int) -> bytes:
     data = b""
     while len(data) < count:
@@ -415,27 +434,27 @@ def test_input_waits_until_there_is_room(
 
 
 def test_no_input_is_read_without_a_receiver(
-    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]]
+    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chardev, typed, _, _ = stdio
     port = Port().attach(chardev)
     chardev.set_receiver(None)
     os.write(typed, b"kept")
-    settle(loop)
+    assert turns_of(loop, monkeypatch) <= 10
     assert port.data == b""
     port.attach(chardev)
     port.wait_for(b"kept")
 
 
 def test_end_of_input_just_ends_it(
-    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]]
+    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chardev, typed, shown, calls = stdio
     port = Port().attach(chardev)
     os.write(typed, b"last")
     os.close(typed)
     port.wait_for(b"last")
-    settle(loop)
+    assert turns_of(loop, monkeypatch) <= 10
     chardev.write(b"ok")
     assert read_exactly(shown, 2) == b"ok"
     assert calls == []
@@ -601,26 +620,12 @@ def test_pty_survives_clients_that_come_and_go(loop: EventLoop, pty: PtyChardev)
         pty.write(b"unheard")
 
 
-def test_absent_client_does_not_keep_the_loop_busy(loop: EventLoop, pty: PtyChardev) -> None:
+def test_absent_client_does_not_keep_the_loop_busy(
+    loop: EventLoop, pty: PtyChardev, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Port().attach(pty)
     os.close(open_client(pty))
-    settle(loop)
-    turns = 0
-    turn = EventLoop._turn
-
-    def count(self: EventLoop, epoll: select.epoll) -> bool:
-        nonlocal turns
-        turns += 1
-        return turn(self, epoll)
-
-    over = threading.Event()
-    EventLoop._turn = count  # type: ignore[method-assign]
-    try:
-        loop.clock.timer(over.set).arm(loop.clock.now_ns() + 20_000_000)
-        assert over.wait(LIMIT_S)
-    finally:
-        EventLoop._turn = turn  # type: ignore[method-assign]
-    assert turns <= 10
+    assert turns_of(loop, monkeypatch) <= 10
 
 
 def test_pty_client_that_does_not_read_holds_output_back_until_it_leaves(pty: PtyChardev) -> None:

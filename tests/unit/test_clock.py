@@ -144,6 +144,19 @@ def test_heap_stays_small_however_often_a_timer_is_armed_again() -> None:
     assert len(queue._heap) <= 2 * 10 + 17
 
 
+def test_queue_counts_armed_timers() -> None:
+    queue = TimerQueue()
+    first, second = Timer(queue, lambda: None), Timer(queue, lambda: None)
+    for timer in (first, first, second):
+        timer.arm(10)
+    assert len(queue) == 2
+    first.disarm()
+    assert len(queue) == 1
+    assert queue.pop_due(9) is None
+    assert queue.pop_due(10) is not None
+    assert len(queue) == 0
+
+
 def test_queue_tells_when_the_earliest_deadline_changed() -> None:
     calls: list[int] = []
     queue = TimerQueue(on_earliest=lambda: calls.append(1))

@@ -6,6 +6,7 @@ Nothing here sleeps: a test waits for an event with a generous limit, or proves 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
@@ -74,6 +75,25 @@ def settle(loop: EventLoop) -> None:
         assert done.wait(LIMIT_S)
 
 
+def turns_of(loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the loop wakes up in 20 ms in which nothing happens."""
+    turns = 0
+    turn = EventLoop._turn
+
+    def count(self: EventLoop, epoll: select.epoll) -> bool:
+        nonlocal turns
+        turns += 1
+        return turn(self, epoll)
+
+    settle(loop)
+    over = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLoop, "_turn", count)
+        loop.clock.timer(over.set).arm(loop.clock.now_ns() + 20_000_000)
+        assert over.wait(LIMIT_S)
+    return turns
+
+
 def test_nothing_exists_before_the_first_use(errors: Recorder) -> None:
     threads, fds = threading.active_count(), open_fds()
     loop = EventLoop(errors)
@@ -104,6 +124,26 @@ def test_each_first_use_starts_it_and_close_ends_it(
     assert len(open_fds()) == len(fds) + 2
     loop.close()
     assert not started[0].is_alive()
+    assert (threading.active_count(), open_fds()) == (threads, fds)
+
+
+@pytest.mark.parametrize("broken", ["select.epoll", "threading.Thread.start"])
+def test_failure_to_start_leaves_nothing_and_can_be_tried_again(
+    errors: Recorder, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    threads, fds = threading.active_count(), open_fds()
+    loop = EventLoop(errors)
+
+    def fail(*args: object) -> None:
+        raise OSError("too many of them")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        with pytest.raises(OSError, match="too many"):
+            loop.call_soon(lambda: None)
+    assert (threading.active_count(), open_fds()) == (threads, fds)
+    settle(loop)
+    loop.close()
     assert (threading.active_count(), open_fds()) == (threads, fds)
 
 
@@ -205,7 +245,10 @@ def test_edge_triggered_reader_is_called_once_for_each_change(loop: EventLoop, p
     assert len(calls.values) == 3
 
 
-def test_regular_file_is_always_ready(loop: EventLoop, tmp_path: Path) -> None:
+def test_regular_file_is_always_ready(
+    loop: EventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(loop)  # it sleeps, and must be woken
     path = tmp_path / "input"
     path.write_bytes(b"ab")
     with path.open("rb", buffering=0) as file:
@@ -219,7 +262,7 @@ def test_regular_file_is_always_ready(loop: EventLoop, tmp_path: Path) -> None:
 
         loop.add_reader(file.fileno(), on_readable)
         assert got.wait(3) == [b"a", b"b", b""]
-        settle(loop)
+        assert turns_of(loop, monkeypatch) <= 10
         assert len(got.values) == 3
 
 
