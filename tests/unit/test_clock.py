@@ -144,6 +144,20 @@ def test_heap_stays_small_however_often_a_timer_is_armed_again() -> None:
     assert len(queue._heap) <= 2 * 10 + 17
 
 
+def test_order_holds_while_leftovers_are_swept_out() -> None:
+    queue = TimerQueue()
+    fired: list[int] = []
+    timers = [Timer(queue, lambda n=n: fired.append(n)) for n in range(60)]  # type: ignore[misc]
+    for i in range(5_000):
+        timers[i * 31 % 60].arm(i * 7919 % 10_007)
+        if i % 400 == 399:
+            by_deadline = sorted((t for t in timers if t.armed), key=lambda t: t.deadline_ns)
+            fired.clear()
+            while (callback := queue.pop_due(1 << 60)) is not None:
+                callback()
+            assert fired == [timers.index(t) for t in by_deadline]
+
+
 def test_queue_counts_armed_timers() -> None:
     queue = TimerQueue()
     first, second = Timer(queue, lambda: None), Timer(queue, lambda: None)
