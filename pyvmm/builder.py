@@ -464,6 +464,8 @@ def tear_down(m: Machine) -> None:
     """Close what build made, in the other order. The vCPU threads have ended."""
     for done in m._background:
         done.acquire()
+    if "debugcon" in m.devices:
+        m.devices["debugcon"].flush()  # type: ignore[attr-defined]  # a DebugCon: its last line may have no end
     for made in m.chardevs:
         made.close()
     m.event_loop.close()
