@@ -33,7 +33,7 @@ class Option:
         self.metavar = metavar
         self.help = help
         self.convert = convert
-        self.key = key or self.names[-1].lstrip("-").replace("-", "_")
+        self.key = key or self.names[0].lstrip("-").replace("-", "_")
         self.many = many
 
 

@@ -2,7 +2,7 @@
 
 from libc.errno cimport errno
 
-from errno import E2BIG, EACCES, EBUSY, EEXIST, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY, EPERM
+from errno import E2BIG, EACCES, EBUSY, EEXIST, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY, ENXIO, EPERM
 
 from pyvmm.errors import KvmError
 
@@ -25,8 +25,8 @@ REMEDIES = {
                                             "KVM_CAP_NR_MEMSLOTS",
     ("KVM_CREATE_IRQCHIP", EEXIST): "the machine has its interrupt controllers already",
     ("KVM_CREATE_IRQCHIP", EINVAL): "vCPUs exist already: create the irqchip before the first of them",
-    ("KVM_IRQ_LINE", ENODEV): "this machine has no in-kernel irqchip",
-    ("KVM_IOEVENTFD", ENOSPC): "KVM's bus is full (1000 devices): unregister some",
+    ("KVM_IRQ_LINE", ENXIO): "this machine has no in-kernel irqchip",
+    ("KVM_IOEVENTFD", EEXIST): "this address, size and value signal a descriptor already",
     ("KVM_REGISTER_COALESCED_MMIO", ENOSPC): "KVM's bus is full (1000 devices): unregister some",
     ("KVM_SET_CPUID2", E2BIG): "too many CPUID entries",
     ("KVM_SET_CPUID2", EINVAL): "the vCPU has run already, or the CPUID table contradicts itself",

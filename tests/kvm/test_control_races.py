@@ -10,7 +10,7 @@ import pytest
 from guests import PORT, TIMEOUT_S, Guest, Recorder
 
 from pyvmm.errors import StateError
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 # Two vCPUs that hammer a device and each other's memory, for ever.
 BUSY = """

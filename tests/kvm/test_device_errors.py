@@ -9,7 +9,7 @@ from guests import MMIO, PASSED, PORT, TIMEOUT_S, Guest
 
 import pyvmm
 from pyvmm.errors import DeviceError
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 
 class Broken(pyvmm.Device):

@@ -8,7 +8,7 @@ import pytest
 from guests import Guest
 
 from pyvmm.errors import StateError
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 MODES = ("real16", "protected32", "long64")
 

@@ -9,7 +9,7 @@ from guests import PASSED, PORT, Guest, Recorder
 
 import pyvmm
 from pyvmm.errors import GuestError, StateError
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 # An MMIO operand makes any KVM emulate the instruction, and its emulator has no packed square root.
 UNEMULATED = "sqrtps (%rdi), %xmm0"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from guests import PASSED, PORT, Guest, Recorder
 
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 SPIN = "mov $DEVICE_PORT, %edx\n 1: inb %dx, %al\n cmp $1, %al\n jne 1b\n finish"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from guests import PASSED, PORT, Guest, Recorder
 
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 ROADS = {
     "triple fault": "lidt no_idt \n ud2",

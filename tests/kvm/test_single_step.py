@@ -7,7 +7,7 @@ from collections.abc import Callable
 from guests import PASSED, Guest
 
 from pyvmm.kvm.vcpu import GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP, GUESTDBG_USE_HW_BP
-from pyvmm.run_state import RunState
+from pyvmm import RunState
 
 
 def test_step_by_step(boot: Callable[..., Guest]) -> None:
