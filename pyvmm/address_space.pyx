@@ -9,6 +9,7 @@ vCPU that its own is stale; each takes the new one at its next exit. ``unmap`` w
 after it has returned.
 """
 
+from cpython.method cimport PyMethod_Check
 from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -19,10 +20,9 @@ from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_BUFFER, REGION_
                         PyEval_SaveThread, PyLong_FromUnsignedLongLong, PyObject_Vectorcall, PyThreadState, flat_view_find,
                         flat_view_t, goes_direct, ones, python_read, python_write, region_t, take_lock, write)
 from pyvmm.atomic cimport ATOMIC_SEQ_CST, atomic_store
-from pyvmm.device cimport Device, DeviceLock, pthread_mutex_unlock
+from pyvmm.device cimport DeviceLock, pthread_mutex_unlock
 
-from types import MethodType
-
+from pyvmm.device import Device
 from pyvmm.errors import ConfigError, StateError
 
 cdef extern from "Python.h" nogil:
@@ -277,7 +277,7 @@ cdef class MemoryRegion:
         if not isinstance(device, Device):
             raise TypeError(f"{device!r} is no device: derive its class from pyvmm.Device, which brings the lock")
         self.device = device
-        self._set_up(size, name or type(device).__name__, (<Device>device).lock,
+        self._set_up(size, name or type(device).__name__, device.lock,
                      device.valid_sizes if valid_sizes is None else valid_sizes,
                      device.impl_sizes if impl_sizes is None else impl_sizes,
                      device.unaligned if unaligned is None else unaligned)
@@ -294,7 +294,7 @@ cdef class MemoryRegion:
         self.name = name
         self.size = size
         self._lock = lock
-        self.c.lock = &(<DeviceLock>lock).mutex
+        self.c.lock = &(<DeviceLock?>lock).mutex
         self.c.valid_min, self.c.valid_max = valid_sizes
         self.c.impl_min, self.c.impl_max = impl_sizes
         self.c.unaligned = unaligned
@@ -307,7 +307,7 @@ cdef class MemoryRegion:
         # A method of the device is called as its plain function with the device as first argument: one object less
         # to touch while the caches are cold.
         device = self.device
-        if all(isinstance(f, MethodType) and f.__self__ is device for f in (read, write)):
+        if all(PyMethod_Check(f) and f.__self__ is device for f in (read, write)):
             read, write = read.__func__, write.__func__
             self.c.device = <PyObject *>device
         self._read = read
@@ -399,7 +399,7 @@ cdef class FifoRegion(MemoryRegion):
 
     def __init__(self, size, device, on_end, *, name="fifo"):
         self.device = device
-        self._set_up(size, name, (<Device?>device).lock, (1, 4), (1, 4), True)
+        self._set_up(size, name, device.lock, (1, 4), (1, 4), True)
         self.c.kind = REGION_FIFO
         self._end = on_end
         self.c.end_func = <PyObject *>on_end

@@ -6,14 +6,13 @@ irqchip before the vCPUs (which get their local APICs from it).
 
 from __future__ import annotations
 
-import _thread
-
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.device import IrqLine
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.system import Kvm
+from pyvmm.light import Thread
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -112,19 +111,15 @@ def make_kernel_irqchip(m: Machine) -> None:
 
 def in_background(m: Machine, work: Callable[[], None]) -> None:
     """``work()`` on a thread of its own; it is over when tear_down closes the machine. What it raises ends the run."""
-    done = _thread.allocate_lock()
-    done.acquire()
-    m._background.append(done)
-
     def body() -> None:
         try:
             work()
         except BaseException as error:
             m._loop_raised(error)
-        finally:
-            done.release()
 
-    _thread.start_new_thread(body, ())
+    thread = Thread(body)
+    thread.start()
+    m._background.append(thread)
 
 
 def pc_routes() -> list[tuple[int, str, int, int]]:
@@ -462,8 +457,8 @@ def coalesce(m: Machine, space: AddressSpace, address: int, size: int) -> None:
 
 def tear_down(m: Machine) -> None:
     """Close what build made, in the other order. The vCPU threads have ended."""
-    for done in m._background:
-        done.acquire()
+    for thread in m._background:
+        thread.join()
     if "debugcon" in m.devices:
         m.devices["debugcon"].flush()  # type: ignore[attr-defined]  # a DebugCon: its last line may have no end
     for made in m.chardevs:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 import select
 import stat
-from collections import deque
-from threading import Lock
 from time import monotonic
 
 from pyvmm.errors import ConfigError, StateError
+from pyvmm.light import Lock, deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from heapq import heapify, heappop, heappush
-from threading import Lock
+from pyvmm.light import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Callable
 
 
@@ -74,7 +75,7 @@ class TimerQueue:
 
     __slots__ = ("_count", "_heap", "_last_entry", "_on_earliest", "lock")
 
-    def __init__(self, lock: Lock | None = None, on_earliest: Callable[[], None] | None = None) -> None:
+    def __init__(self, lock: LockType | None = None, on_earliest: Callable[[], None] | None = None) -> None:
         """``on_earliest`` is called, under ``lock``, when a timer became the earliest one."""
         self.lock = lock or Lock()
         self._heap: list[tuple[int, int, Timer]] = []

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
-
 from pyvmm.cpu_exec import CpuExec, StopReason
 from pyvmm.errors import StateError
+from pyvmm.light import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.kvm.vcpu import Vcpu
-    from pyvmm.run_state import RunControl
+    from pyvmm.run_control import RunControl
 
 
 class Cpu:
@@ -34,16 +33,15 @@ class Cpu:
         self.exec = exec_
         self.cpuid = cpuid
         self.parked = True
-        self.thread_id = 0
         self._control = control
         self._on_stop = on_stop
-        self._ended: _thread.LockType | None = None  # held while the thread lives
+        self._thread: Thread | None = None
 
     # -- state, while parked -------------------------------------------------------------------------------
 
     def _require_parked(self) -> None:
         # Off its thread a running vCPU's state can't be had: KVM would make the caller wait for its next exit.
-        if not self.parked and self.thread_id != _thread.get_ident():
+        if not self.parked and not self.on_own_thread:
             raise StateError(f"vCPU {self.index} is running: pause() the machine first")
 
     @property
@@ -70,35 +68,30 @@ class Cpu:
 
     # -- the thread ----------------------------------------------------------------------------------------
 
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller runs on this vCPU's thread: a device's handler, say."""
+        return self._thread is not None and self._thread.is_current
+
     def start(self) -> None:
         """Start the thread, once; it parks until the machine runs."""
-        if self._ended is None:
-            self._ended = _thread.allocate_lock()
-            self._ended.acquire()
-            # Not threading.Thread, whose start() waits for the new thread to run: three more switches before the
-            # guest's first instruction. As with a daemon thread, a machine never closed does not hold up exit.
+        if self._thread is None:
+            self._thread = Thread(self._main)
             try:
-                _thread.start_new_thread(self._main, ())
+                self._thread.start()
             except RuntimeError as error:
-                self._ended = None
+                self._thread = None
                 raise StateError(f"vCPU {self.index}: {error}: raise ulimit -u, or close machines") from None
 
     def join(self) -> None:
         """Wait for the thread's end; not from the thread itself."""
-        if self._ended is not None and self.thread_id != _thread.get_ident():
-            with self._ended:
-                pass
+        if self._thread is not None:
+            self._thread.join()
 
     def _main(self) -> None:
-        assert self._ended is not None
-        self.thread_id = _thread.get_ident()
-        try:
-            CpuExec.prepare_thread()
-            while self._control.enter(self):
-                self._stay()
-        finally:
-            self.thread_id = 0
-            self._ended.release()
+        CpuExec.prepare_thread()
+        while self._control.enter(self):
+            self._stay()
 
     def _stay(self) -> None:
         """One stay in the loop, from the green light to the next reason to park."""

@@ -1,6 +1,5 @@
 from collections.abc import Callable
-from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -9,19 +8,22 @@ from pyvmm.device import DeviceLock
 from pyvmm.exit_stats import ExitStats
 from pyvmm.kvm.vcpu import Vcpu
 
-class StopReason(IntEnum):
-    KICKED = 0
-    SHUTDOWN = 1
-    SYSTEM_EVENT = 2
-    DEBUG = 3
-    INTERNAL_ERROR = 4
-    FAIL_ENTRY = 5
-    UNKNOWN = 6
-    EXCEPTION = 7
-    MEMORY_FAULT = 8
-    UNHANDLED = 9
-    RUN_FAILED = 10
-    DEVICE_RAISED = 11
+class StopReason(int):
+    name: str
+    KICKED: ClassVar[StopReason]
+    SHUTDOWN: ClassVar[StopReason]
+    SYSTEM_EVENT: ClassVar[StopReason]
+    DEBUG: ClassVar[StopReason]
+    INTERNAL_ERROR: ClassVar[StopReason]
+    FAIL_ENTRY: ClassVar[StopReason]
+    UNKNOWN: ClassVar[StopReason]
+    EXCEPTION: ClassVar[StopReason]
+    MEMORY_FAULT: ClassVar[StopReason]
+    UNHANDLED: ClassVar[StopReason]
+    RUN_FAILED: ClassVar[StopReason]
+    DEVICE_RAISED: ClassVar[StopReason]
+
+STOP_REASONS: list[StopReason]
 
 @disjoint_base
 class CpuExec(ViewUser):

@@ -27,8 +27,6 @@ from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport ioctl
 from pyvmm.kvm.vcpu cimport Vcpu
 
-from enum import IntEnum
-
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.kvm.exits import SUBERRORS, SYSTEM_EVENTS, exit_name
 
@@ -77,6 +75,9 @@ cdef extern from *:
     int pyvmm_gettid() nogil
     void pyvmm_tgkill(int, int, int) nogil
 
+cdef extern from "Python.h":
+    Py_buffer *PyMemoryView_GET_BUFFER(object)
+
 cdef extern from "<errno.h>" nogil:
     int EHWPOISON
 
@@ -107,21 +108,34 @@ cdef enum loop_code:
     LOOP_GO_ON = -1
 
 
-class StopReason(IntEnum):
-    """Why ``CpuExec.run`` came back. ``detail`` has the rest."""
+class StopReason(int):
+    """Why ``CpuExec.run`` came back; ``detail`` has the rest. One object each: compare with ``is`` or by number.
 
-    KICKED = 0          # somebody asked: kick()
-    SHUTDOWN = 1        # KVM_EXIT_SHUTDOWN: triple fault
-    SYSTEM_EVENT = 2    # the guest, through KVM: shutdown, reset or crash
-    DEBUG = 3           # a breakpoint or a single step
-    INTERNAL_ERROR = 4  # KVM can't go on
-    FAIL_ENTRY = 5      # the hardware refused the guest state
-    UNKNOWN = 6         # a hardware exit KVM has no name for
-    EXCEPTION = 7
-    MEMORY_FAULT = 8    # KVM could not resolve a guest-physical address
-    UNHANDLED = 9       # an exit reason this loop does not know
-    RUN_FAILED = 10     # KVM_RUN itself returned an errno
-    DEVICE_RAISED = 11  # a device's handler raised; run() raises that exception instead of returning
+    KICKED          somebody asked: kick()
+    SHUTDOWN        KVM_EXIT_SHUTDOWN: triple fault
+    SYSTEM_EVENT    the guest, through KVM: shutdown, reset or crash
+    DEBUG           a breakpoint or a single step
+    INTERNAL_ERROR  KVM can't go on
+    FAIL_ENTRY      the hardware refused the guest state
+    UNKNOWN         a hardware exit KVM has no name for
+    EXCEPTION       KVM_EXIT_EXCEPTION
+    MEMORY_FAULT    KVM could not resolve a guest-physical address
+    UNHANDLED       an exit reason this loop does not know
+    RUN_FAILED      KVM_RUN itself returned an errno
+    DEVICE_RAISED   a device's handler raised; run() raises that exception instead of returning
+    """
+
+    def __repr__(self):
+        return f"<StopReason {self.name}>"
+
+
+# Not an enum: importing that takes a tenth of the time from the shell to the first guest instruction.
+STOP_REASONS = [StopReason(n) for n in range(12)]
+for _reason, _name in zip(STOP_REASONS, ("KICKED", "SHUTDOWN", "SYSTEM_EVENT", "DEBUG", "INTERNAL_ERROR", "FAIL_ENTRY",
+                                         "UNKNOWN", "EXCEPTION", "MEMORY_FAULT", "UNHANDLED", "RUN_FAILED",
+                                         "DEVICE_RAISED"), strict=True):
+    _reason.name = _name
+    setattr(StopReason, _name, _reason)
 
 
 cdef class CpuExec(ViewUser):
@@ -228,7 +242,7 @@ cdef class CpuExec(ViewUser):
                     PyEval_RestoreThread(self.ts)
                     code = self._handle(code)
                 if code != LOOP_GO_ON:
-                    return StopReason(code)
+                    return STOP_REASONS[code]
         finally:
             self._account()
             atomic_store(&self.tid, 0, ATOMIC_SEQ_CST)
@@ -251,7 +265,7 @@ cdef class CpuExec(ViewUser):
             code = self._handle(code)
         finally:
             self._account()
-        return None if code == LOOP_GO_ON else StopReason(code)
+        return None if code == LOOP_GO_ON else STOP_REASONS[code]
 
     def complete(self):
         """Finish an access the guest has under way, run nothing more: after this the registers are whole.
@@ -562,8 +576,7 @@ cdef int raise_pending() except -2:
 
 
 cdef uint8_t *page_start(view) except NULL:
-    cdef uint8_t[::1] bytes_ = view
-    return &bytes_[0]
+    return <uint8_t *>PyMemoryView_GET_BUFFER(view).buf
 
 
 cdef int install_kick() except -1:

@@ -20,7 +20,3 @@ cdef extern from "<pthread.h>" nogil:
 cdef class DeviceLock:
     cdef pthread_mutex_t mutex
 
-
-cdef class Device:
-    cdef readonly DeviceLock lock
-    cdef object __weakref__

@@ -41,7 +41,7 @@ cdef class DeviceLock:
         self.release()
 
 
-cdef class Device:
+class Device:
     """Base of every device model. Subclass it, write ``read`` and ``write``, map it into an address space.
 
     ``valid_sizes`` is the (min, max) of access sizes in bytes that the bus lets through, ``impl_sizes`` of those the
@@ -56,8 +56,14 @@ cdef class Device:
     impl_sizes = (1, 4)
     unaligned = False
 
-    def __cinit__(self, *args, **kwargs):
-        self.lock = DeviceLock()
+    # Not a compiled class: CPython gives its fast inline attributes only to what object.__new__ makes, and handlers
+    # touch the attributes of their device on every exit.
+    __slots__ = ("lock", "__weakref__")
+
+    def __new__(cls, *args, **kwargs):
+        self = object.__new__(cls)
+        self.lock = DeviceLock()    # here, so that it is there whether or not a subclass calls __init__
+        return self
 
     def read(self, offset, size):
         """The value a guest reads at ``offset`` (bytes from the region's start), ``size`` bytes, little endian."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 import time
-from collections import deque
 from time import monotonic_ns
 
 from pyvmm.clock import Clock, Timer, TimerQueue
 from pyvmm.errors import StateError
+from pyvmm.light import Condition, Lock, Thread, deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class LoopClock(Clock):
         with loop._lock:
             if self._stopped_at_ns is None:
                 self._stopped_at_ns = self.now_ns()
-            while loop._in_timer and threading.current_thread() is not loop._thread:
+            while loop._in_timer and not loop.on_loop_thread():
                 loop._timer_done.wait()
 
     def resume(self) -> None:
@@ -86,8 +85,8 @@ class EventLoop:
     def __init__(self, on_error: Callable[[BaseException], None], *, name: str = "pyvmm-loop") -> None:
         self._on_error = on_error
         self._name = name
-        self._lock = threading.Lock()
-        self._timer_done = threading.Condition(self._lock)
+        self._lock = Lock()
+        self._timer_done = Condition(self._lock)
         self._in_timer = False
         self._timers = TimerQueue(self._lock, self._on_earliest_timer)
         self._calls: deque[Callable[[], None]] = deque()
@@ -99,7 +98,7 @@ class EventLoop:
         self._gone: set[int] = set()  # no longer watched, but perhaps in the batch under way
         self._epoll: select.epoll | None = None
         self._wake_fd = -1
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._asleep = False  # the thread sleeps, and nobody has woken it yet
         self._sleeps_until_ns: int | None = None  # guest time; None: no timer ends this sleep
         self._closed = False
@@ -149,7 +148,7 @@ class EventLoop:
 
     def on_loop_thread(self) -> bool:
         """Whether the caller is one of the loop's callbacks."""
-        return threading.current_thread() is self._thread
+        return self._thread is not None and self._thread.is_current
 
     def close(self) -> None:
         """Stop: no callback starts after the return, the thread has ended, its descriptors are closed.
@@ -162,7 +161,7 @@ class EventLoop:
             self._calls.clear()
             self._wake_locked()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None:
             thread.join()
 
     # -- under the lock -------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ class EventLoop:
                 self._epoll = select.epoll()
                 self._epoll.register(wake_fd, select.EPOLLIN)
                 self._wake_fd = wake_fd
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread = Thread(self._run)
                 self._thread.start()
             except BaseException:
                 self._thread = None
@@ -345,9 +344,10 @@ class EventLoop:
             try:
                 self._on_error(exc)
             except BaseException as worse:
-                threading.excepthook(
-                    threading.ExceptHookArgs((type(worse), worse, worse.__traceback__, self._thread))
-                )
+                import threading
+
+                current = threading.current_thread()
+                threading.excepthook(threading.ExceptHookArgs((type(worse), worse, worse.__traceback__, current)))
             return False
 
 

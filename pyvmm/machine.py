@@ -8,8 +8,6 @@ builder.py makes what is in it; RunControl (run_state.py) starts and parks its v
 
 from __future__ import annotations
 
-import _thread
-
 from pyvmm import builder
 from pyvmm.address_space import AddressSpace
 from pyvmm.config import MachineConfig
@@ -17,7 +15,8 @@ from pyvmm.cpu_exec import StopReason
 from pyvmm.device import DeviceLock
 from pyvmm.errors import DeviceError, GuestError, StateError
 from pyvmm.event_loop import EventLoop
-from pyvmm.run_state import ExitStatus, RunControl, RunState
+from pyvmm import run_control as states
+from pyvmm.run_control import ExitStatus, RunControl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
+    from pyvmm.light import Thread
+    from pyvmm.run_state import RunState
 
 STATUS_SHUTDOWN = 0
 STATUS_RESET = 6
@@ -60,7 +61,7 @@ class Machine:
         self.chardevs: list[Chardev] = []
         self.cpus = []
         self._ring_lock = DeviceLock()
-        self._background: list[_thread.LockType] = []
+        self._background: list[Thread] = []
         self._tsc_khz = 0
         self._images = builder.Images()
         try:
@@ -92,7 +93,7 @@ class Machine:
         if not finished:
             self.control.pause()
             # It may have ended while it was being paused.
-            if self.state in (RunState.PAUSED, RunState.RUNNING):
+            if self.control.state_name in (states.PAUSED, states.RUNNING):
                 raise TimeoutError(f"the guest was still running after {timeout_s} s")
         if self.control.error is not None:
             raise self.control.error
@@ -115,11 +116,11 @@ class Machine:
 
     def reset(self) -> None:
         """Power-on state, kernel loaded anew. A running machine goes on running, another is paused at the start."""
-        if self.state is RunState.CLOSED:
+        if self.control.state_name == states.CLOSED:
             raise StateError("the machine is closed")
         # A function of this call's own: it is waited for, and another thread may be asking for the same.
         self.control.request(lambda: self._reset(), wait=True)
-        if self.state is RunState.INTERNAL_ERROR and self.control.error is not None:
+        if self.control.state_name == states.INTERNAL_ERROR and self.control.error is not None:
             raise self.control.error
 
     def powerdown(self) -> None:
@@ -133,7 +134,7 @@ class Machine:
     def stop(self, status: int = STATUS_SHUTDOWN, reason: str = "stopped") -> None:
         """End the run with ``status``; callable from devices' handlers. What ``run`` returns."""
         ended = ExitStatus(status, reason)
-        self.control.request(lambda: self.control.end(ended, None, RunState.SHUTDOWN))
+        self.control.request(lambda: self.control.end(ended, None, states.SHUTDOWN))
 
     # -- what devices and vCPUs tell -----------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class Machine:
             self.guest_reset()
         elif reason is StopReason.DEBUG:
             stopped = ExitStatus(STATUS_SHUTDOWN, "debug")
-            self.control.request(lambda: self.control.end(stopped, None, RunState.DEBUG))
+            self.control.request(lambda: self.control.end(stopped, None, states.DEBUG))
         else:
             from pyvmm.dump import dump, reason_text
 
@@ -197,7 +198,7 @@ class Machine:
         self._fail(failure)
 
     def _fail(self, failure: GuestError) -> None:
-        self.control.request(lambda: self.control.end(None, failure, RunState.INTERNAL_ERROR))
+        self.control.request(lambda: self.control.end(None, failure, states.INTERNAL_ERROR))
 
     def _on_light(self, green: bool) -> None:
         if green:
@@ -258,9 +259,9 @@ class Machine:
 
     def close(self) -> None:
         """End everything and give it back: threads, descriptors, memory. Idempotent."""
-        if self.state is RunState.CLOSED:
+        if self.control.state_name == states.CLOSED:
             return
-        if self.cpus and self.control.state is not RunState.PRELAUNCH:
+        if self.cpus and self.control.state_name != states.PRELAUNCH:
             self._khz()
         self.control.close()
         builder.tear_down(self)

@@ -9,9 +9,9 @@ One chip, two regions of one port each: the I8042 itself is the data port, its `
 
 from __future__ import annotations
 
-from collections import deque
 
 from pyvmm.device import Device, IrqLine
+from pyvmm.light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ On a PC/AT it is a spare byte of the DMA page registers (PC/AT Technical Referen
 
 from __future__ import annotations
 
-from collections import deque
 
 from pyvmm.device import Device
+from pyvmm.light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

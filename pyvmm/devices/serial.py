@@ -8,9 +8,9 @@ with OUT2, MSR with a carrier, the divisor with 9600 baud.
 
 from __future__ import annotations
 
-from collections import deque
 
 from pyvmm.device import Device
+from pyvmm.light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import StopReason
 from pyvmm.errors import StateError
-from pyvmm.run_state import RESUMABLE, ExitStatus, RunControl, RunState
+from pyvmm.run_control import RESUMABLE, ExitStatus, RunControl
+from pyvmm.run_state import RunState
 
 DEADLINE_S = 10
 

@@ -1,0 +1,264 @@
+"""RunControl: what starts, parks and releases all vCPUs of a machine together, and knows its run state.
+
+A vCPU thread is either inside its loop or parked in ``RunControl.enter``. Whatever needs every vCPU out of the guest
+(pause, reset, power-off, an error) is a request: it takes the green light away, kicks the vCPUs, and the last one to
+park carries the request out. No thread of its own is needed for it, and a device may ask from inside a handler.
+
+Lock order: a device's lock may be held when RunControl's is taken, never the other way round; requests run with
+neither.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import StateError
+from pyvmm.light import Condition, get_ident
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.cpu import Cpu
+    from pyvmm.run_state import RunState
+
+
+# RunState's values. Enum members are made for whoever looks at ``state``; importing enum takes a tenth of a start.
+PRELAUNCH = "prelaunch"
+RUNNING = "running"
+PAUSED = "paused"
+DEBUG = "debug"
+SHUTDOWN = "shutdown"
+INTERNAL_ERROR = "internal-error"
+CLOSED = "closed"
+ENDED = (SHUTDOWN, INTERNAL_ERROR, CLOSED)
+RESUMABLE = (PRELAUNCH, PAUSED, DEBUG)
+
+
+class ExitStatus(int):
+    """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two.
+
+    0 the guest powered off; odd, (value << 1) | 1, by isa-debug-exit; 6 a reset with no_reboot.
+    """
+
+    reason: str
+
+    def __new__(cls, status: int, reason: str) -> ExitStatus:
+        self = super().__new__(cls, status)
+        self.reason = reason
+        return self
+
+    def __str__(self) -> str:
+        return int.__repr__(self)
+
+    def __repr__(self) -> str:
+        return f"<ExitStatus {int(self)}: {self.reason}>"
+
+
+class RunControl:
+    """The state machine of one machine. ``on_light(bool)`` hears when guest time starts and stops."""
+
+    def __init__(self, on_light: Callable[[bool], None]) -> None:
+        self.state_name = PRELAUNCH
+        self.cpus: Sequence[Cpu] = ()
+        self.status: ExitStatus | None = None
+        self.error: BaseException | None = None
+        self._cond = Condition()
+        self._go = False
+        self._lit = False  # guest time runs
+        self._closing = False
+        self._acting = 0  # the thread that carries out requests
+        self._inside = 0
+        self._requests: list[Callable[[], None]] = []
+        self._under_way: Callable[[], None] | None = None  # the request under way
+        self._on_light = on_light
+
+    @property
+    def state(self) -> RunState:
+        """What the machine is doing."""
+        from pyvmm.run_state import RunState
+
+        return RunState(self.state_name)
+
+    # -- the vCPU threads ----------------------------------------------------------------------------------
+
+    def enter(self, cpu: Cpu) -> bool:
+        """Park until the light is green: True to run the guest, False to end the thread."""
+        with self._cond:
+            while not self._closing:
+                # A request under way, or one that came after the light turned green, goes first.
+                if self._go and not self._acting and not self._requests:
+                    cpu.parked = False
+                    self._inside += 1
+                    # A kick meant for the last stay must not end this one.
+                    cpu.exec.cancel_kick()
+                    return True
+                self._cond.wait()
+            return False
+
+    def leave(self, cpu: Cpu) -> None:
+        """The vCPU is out of its loop; the last one out carries out what was requested."""
+        with self._cond:
+            cpu.parked = True
+            self._inside -= 1
+            if self._inside == 0:
+                self._carry_out()
+            self._cond.notify_all()
+
+    def _carry_out(self) -> None:
+        """All vCPUs are parked and the lock is held: run the requests, outside of the lock."""
+        if self._acting:
+            return
+        self._acting = get_ident()
+        try:
+            while self._requests:
+                # The one before may have turned the light green.
+                self._stop_all()
+                request = self._under_way = self._requests.pop(0)
+                self._cond.release()
+                try:
+                    self._stop_time()
+                    request()
+                except BaseException as error:
+                    # What a request raises (a reset that KVM refuses, say) must not vanish, not even after an end.
+                    self.state_name, self.status, self.error = INTERNAL_ERROR, None, error
+                finally:
+                    self._cond.acquire()
+                    self._under_way = None
+        finally:
+            self._acting = 0
+            self._cond.notify_all()
+
+    def _stop_time(self) -> None:
+        """Guest time stops once every vCPU is parked. It waits for a timer callback under way, which may want a device's
+        lock or ours: so neither is held here.
+        """
+        if self._lit:
+            self._lit = False
+            self._on_light(False)
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def _stop_all(self) -> None:
+        """Red light for everybody; the lock is held."""
+        self._go = False
+        for cpu in self.cpus:
+            if not cpu.parked:
+                cpu.exec.kick()
+
+    def request(self, action: Callable[[], None], wait: bool = False) -> None:
+        """Have ``action()`` run with every vCPU parked, as soon as may be; callable from handlers.
+
+        Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first,
+        and so in another request, which must return first.
+        The vCPUs stay parked after it unless it calls ``go``.
+        """
+        with self._cond:
+            if self._closing:
+                return
+            self._requests.append(action)
+            self._stop_all()
+            if self._inside == 0:
+                self._carry_out()
+            if wait and not self._on_cpu_thread() and self._acting != get_ident():
+                self._cond.wait_for(lambda: self._closing or not self._is_due(action))
+
+    def _is_due(self, action: Callable[[], None]) -> bool:
+        return self._under_way is action or any(request is action for request in self._requests)
+
+    def go(self) -> None:
+        """Green light; part of a request, or of resume()."""
+        with self._cond:
+            if self._closing:
+                return
+            self.state_name = RUNNING
+            self._go = True
+            if not self._lit:
+                self._lit = True
+                self._on_light(True)
+            self._cond.notify_all()
+
+    def restarted(self) -> None:
+        """The last act of a reset: a machine that runs goes on; one that was paused, or had ended, is paused."""
+        with self._cond:
+            if self.state_name == RUNNING:
+                self.go()
+            elif self.state_name != CLOSED:
+                self.state_name = PAUSED
+                self.status = self.error = None
+
+    def end(self, status: ExitStatus | None, error: BaseException | None, state: str) -> None:
+        """The run is over, or held up; part of a request.
+
+        An end takes the place of a pause that came a moment earlier, or it would be lost. Among ends the first counts.
+        """
+        with self._cond:
+            if self.state_name in ENDED:
+                return
+            self.state_name = state
+            self.status, self.error = status, error
+            self._cond.notify_all()
+
+    # -- the embedder --------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Run, or go on. StateError where the guest has ended."""
+        with self._cond:
+            if self.state_name == RUNNING:
+                return
+            if self.state_name not in RESUMABLE:
+                raise StateError(f"the machine is in state {self.state_name}: reset() it first")
+            self.status = self.error = None
+            # In the same breath: an end that comes after the look at the state must stay the last word.
+            self.go()
+
+    def pause(self, wait: bool = True) -> None:
+        """Park every vCPU. On a vCPU's own thread it takes effect when the handler returns."""
+
+        def paused() -> None:
+            if self.state_name == RUNNING:
+                self.end(None, None, PAUSED)
+
+        with self._cond:
+            if self.state_name != RUNNING:
+                return
+        # Waits for this very request: by the time a waiter wakes, somebody else may have resumed the machine.
+        self.request(paused, wait)
+
+    def settle(self, timeout_s: float | None = None) -> bool:
+        """Wait until no vCPU is inside and no request is left.
+
+        False where the time ran out, and at once on a vCPU's thread or in a request, which would wait for itself.
+        """
+        with self._cond:
+            if self._on_cpu_thread() or self._acting == get_ident():
+                return False
+            return self._cond.wait_for(
+                lambda: not self._inside and not self._requests and not self._acting, timeout_s
+            )
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the machine is not running any more: True; False where the time ran out first."""
+        with self._cond:
+            return self._cond.wait_for(
+                lambda: self.state_name != RUNNING and not self._acting and not self._inside, timeout_s
+            )
+
+    def close(self) -> None:
+        """Park all vCPUs for good and end their threads. StateError on one of those: it could not go back."""
+        with self._cond:
+            if self._on_cpu_thread():
+                raise StateError("close() from a device's handler: call stop() there, and close() where run() returned")
+            self._closing = True
+            self._requests.clear()
+            self._stop_all()
+            self._cond.notify_all()
+            # A request under way on another thread still uses the machine.
+            self._cond.wait_for(lambda: self._acting in (0, get_ident()))
+        for cpu in self.cpus:
+            cpu.join()
+        self._stop_time()
+        with self._cond:
+            self.state_name = CLOSED
+            self._cond.notify_all()
+
+    def _on_cpu_thread(self) -> bool:
+        return any(cpu.on_own_thread for cpu in self.cpus)
