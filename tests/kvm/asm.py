@@ -47,7 +47,7 @@ def build(text: str, address: int, kept: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         obj, elf, image = (str(Path(directory, name)) for name in ("guest.o", "guest.elf", "guest.bin"))
         tool("as", "--64", "-I", str(HERE), "-o", obj, "-", source=text)
-        tool("ld", "-m", "elf_x86_64", "-N", "-e", "0", "--no-warn-rwx-segments", f"-Ttext={address:#x}", "-o", elf, obj)
+        tool("ld", "-melf_x86_64", "-N", "-e0", "--no-warn-rwx-segments", f"-Ttext={address:#x}", "-o", elf, obj)
         tool("objcopy", "-O", "binary", elf, image)
         listed = tool("nm", elf)
         symbols = {name: int(value, 16) for value, _kind, name in (line.split() for line in listed.splitlines())}

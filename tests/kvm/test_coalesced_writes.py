@@ -1,4 +1,4 @@
-"""Coalesced writes: no exit each, but all of them, in order, before whatever the next exit brings; more than the ring holds."""
+"""Coalesced writes: no exit each, but all of them, in order, before the next exit; more than the ring holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from guests import MMIO, PASSED, PORT, Guest, Recorder
 
-RING_ENTRIES = 170  # of which KVM keeps one free
+# The ring has 170 entries; kernels before 6.13 miscount and take it for full at half of that, now and then.
+ALWAYS_FITS = 80
 COUNT = 500
 
 WRITE = {
@@ -37,7 +38,7 @@ def test_more_than_the_ring_holds(boot: Callable[..., Guest], kind: str) -> None
     assert device.writes == list(range(COUNT))
     # The ring was full now and then, and KVM let those through as exits of their own.
     exits = sum(row.count for row in machine.exit_stats() if row.address == base)
-    assert 0 < exits <= COUNT // (RING_ENTRIES - 1)
+    assert 0 < exits <= COUNT // ALWAYS_FITS
 
 
 @pytest.mark.parametrize("kind", WRITE)

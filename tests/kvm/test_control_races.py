@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from guests import PORT, TIMEOUT_S, Guest, Recorder
 
-from pyvmm.errors import StateError
 from pyvmm import RunState
+from pyvmm.errors import StateError
 
 # Two vCPUs that hammer a device and each other's memory, for ever.
 BUSY = """

@@ -8,8 +8,8 @@ import pytest
 from guests import MMIO, PASSED, PORT, TIMEOUT_S, Guest
 
 import pyvmm
-from pyvmm.errors import DeviceError
 from pyvmm import RunState
+from pyvmm.errors import DeviceError
 
 
 class Broken(pyvmm.Device):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from guests import Guest
 
-from pyvmm.errors import StateError
 from pyvmm import RunState
+from pyvmm.errors import StateError
 
 MODES = ("real16", "protected32", "long64")
 

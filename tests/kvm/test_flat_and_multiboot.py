@@ -1,4 +1,4 @@
-"""Guests of one's own in each mode: flat binaries, with the state they are entered in, and a multiboot kernel with modules."""
+"""Flat binaries in each mode, with the state they are entered in, and multiboot kernels with modules."""
 
 from __future__ import annotations
 

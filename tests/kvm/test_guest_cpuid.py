@@ -28,7 +28,15 @@ def test_with_what_depends_on_it(boot: Callable[..., Guest]) -> None:
 
 
 def test_hypervisor_leaves(boot: Callable[..., Guest]) -> None:
-    source = "mov $0x40000000, %eax\n cpuid\n mov %ebx, out\n mov %ecx, out + 4\n mov %edx, out + 8\n finish\n out: .fill 12"
+    source = """
+        mov     $0x40000000, %eax
+        cpuid
+        mov     %ebx, out
+        mov     %ecx, out + 4
+        mov     %edx, out + 8
+        finish
+    out: .fill 12
+    """
     guest = boot(source)
     assert guest.run() == PASSED
     assert guest.bytes_at("out", 12) == b"KVMKVMKVM\0\0\0"

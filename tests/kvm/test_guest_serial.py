@@ -132,7 +132,8 @@ def test_to_a_file(boot: Callable[..., Guest], tmp_path_factory: pytest.TempPath
 def test_debug_console(boot: Callable[..., Guest]) -> None:
     heard = bytearray()
     guest = boot(
-        "mov $0x402, %edx\n inb %dx, %al\n movzbl %al, %ebx\n mov $'S', %al\n outb %al, %dx\n finish", debugcon=heard.extend
+        "mov $0x402, %edx\n inb %dx, %al\n movzbl %al, %ebx\n mov $'S', %al\n outb %al, %dx\n finish",
+        debugcon=heard.extend,
     )
     assert guest.run() == PASSED
     assert guest.regs()["rbx"] == 0xE9  # how firmware finds it

@@ -8,8 +8,8 @@ import pytest
 from guests import PASSED, PORT, Guest, Recorder
 
 import pyvmm
-from pyvmm.errors import GuestError, StateError
 from pyvmm import RunState
+from pyvmm.errors import GuestError, StateError
 
 # An MMIO operand makes any KVM emulate the instruction, and its emulator has no packed square root.
 UNEMULATED = "sqrtps (%rdi), %xmm0"
@@ -53,7 +53,6 @@ def test_the_dump(boot: Callable[..., Guest]) -> None:
 
 
 def test_disassembly(boot: Callable[..., Guest]) -> None:
-    pytest.importorskip("iced_x86", reason="it is a development dependency: pip install -e .[dev]")
     guest = boot(f"mov %cr4, %rax\n or $0x600, %eax\n mov %rax, %cr4\n mov $DEVICE_MMIO, %edi\n {UNEMULATED}")
     assert "sqrtps xmm0,[rdi]" in expect_internal_error(guest).dump
 
@@ -121,9 +120,7 @@ def test_reset_makes_it_runnable_again(boot: Callable[..., Guest]) -> None:
     ("mode", "instruction", "code"),
     [("long64", "int $0x40", "cd 40"), ("protected32", "iret", "cf"), ("long64", "fwait", "9b")],
 )
-def test_what_software_kvm_does_not_emulate(
-    boot: Callable[..., Guest], mode: str, instruction: str, code: str
-) -> None:
+def test_what_software_kvm_does_not_emulate(boot: Callable[..., Guest], mode: str, instruction: str, code: str) -> None:
     """Where KVM runs guests by software (PVM), plain instructions end the same way."""
     from pyvmm.kvm.kind import kvm_kind
 

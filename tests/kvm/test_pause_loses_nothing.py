@@ -56,7 +56,7 @@ class Counter(pyvmm.Device):
 
 
 def pause_and_look(guest: Guest, counter: Counter, times: int) -> None:
-    """What the vCPU has in its registers when it is parked is what the device has given, but for one value under way."""
+    """A parked vCPU has summed what the device has given, but for one value that is still on its way there."""
     machine = guest.machine
     guest.start()
     for n in range(times):

@@ -1,4 +1,4 @@
-"""Every road to a reset, and what a reset does: image loaded anew, devices and vCPUs at power-on, the guest runs again."""
+"""Every road to a reset, and what it does: image loaded anew, devices and vCPUs at power-on, the guest runs again."""
 
 from __future__ import annotations
 

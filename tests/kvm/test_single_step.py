@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from guests import PASSED, Guest
 
-from pyvmm.kvm.vcpu import GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP, GUESTDBG_USE_HW_BP
 from pyvmm import RunState
+from pyvmm.kvm.vcpu import GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP, GUESTDBG_USE_HW_BP
 
 
 def test_step_by_step(boot: Callable[..., Guest]) -> None:

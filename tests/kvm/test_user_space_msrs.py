@@ -1,4 +1,4 @@
-"""KVM_CAP_X86_USER_SPACE_MSR: an MSR that KVM does not know goes to msr_handler; None or False is a #GP in the guest."""
+"""KVM_CAP_X86_USER_SPACE_MSR: MSRs that KVM does not know go to msr_handler; None or False is a #GP in the guest."""
 
 from __future__ import annotations
 
@@ -30,13 +30,7 @@ SOURCE = """
     .include "interrupts64.inc"
     set_gate 13, on_gp
     load_idt
-    mov     $0x1234, %ecx
-    rdmsr
-    mov     %eax, %ebx
-    mov     %edx, %esi
-    not     %eax
-    not     %edx
-    wrmsr
+    {good}
     mov     $0x1235, %ecx
     movq    $1f, resume
     rdmsr
@@ -54,9 +48,19 @@ resume: .quad 0
 faults: .long 0
 """
 
+READ_INVERT_WRITE = """
+    mov     $0x1234, %ecx
+    rdmsr
+    mov     %eax, %ebx
+    mov     %edx, %esi
+    not     %eax
+    not     %edx
+    wrmsr
+"""
+
 
 def test_reads_and_writes(boot: Callable[..., Guest]) -> None:
-    guest = boot(SOURCE)
+    guest = boot(SOURCE.format(good=READ_INVERT_WRITE))
     handler = Msrs()
     guest.machine.vm.enable_cap(CAPABILITIES["KVM_CAP_X86_USER_SPACE_MSR"], UNKNOWN_EXITS)
     guest.machine.cpus[0].exec.msr_handler = handler
@@ -69,7 +73,7 @@ def test_reads_and_writes(boot: Callable[..., Guest]) -> None:
 
 
 def test_with_no_handler_all_fault(boot: Callable[..., Guest]) -> None:
-    guest = boot(SOURCE.replace("mov     $0x1234, %ecx\n    rdmsr", "mov $0x1234, %ecx").replace("not     %edx\n    wrmsr", ""))
+    guest = boot(SOURCE.format(good=""))
     guest.machine.vm.enable_cap(CAPABILITIES["KVM_CAP_X86_USER_SPACE_MSR"], UNKNOWN_EXITS)
     assert guest.run() == PASSED
     assert guest.value("faults") == 2

@@ -1,4 +1,4 @@
-"""What the VM descriptor offers beside memory and eventfds: its clock, statistics, MSIs, interrupt controllers' state."""
+"""What a VM offers beside memory and eventfds: its clock, statistics, MSIs, interrupt controllers' state."""
 
 from __future__ import annotations
 

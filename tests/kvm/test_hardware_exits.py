@@ -1,0 +1,36 @@
+"""Exits that only a KVM on real (or emulated) virtualization hardware makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from guests import PASSED, Guest
+
+from pyvmm.errors import GuestError
+
+
+@pytest.mark.lab
+def test_fail_entry(boot: Callable[..., Guest]) -> None:
+    """A guest state that the processor refuses: its reason by name, and a dump."""
+    guest = boot("finish")
+    cpu = guest.machine.cpus[0]
+    # CR0's upper half must be zero (AMD APM vol. 2, "Canonicalization and Consistency Checks").
+    cpu.sregs = {"cr0": cpu.sregs["cr0"] | 1 << 32}
+    with pytest.raises(GuestError) as caught:
+        guest.run()
+    assert caught.value.status == 4
+    assert "KVM_EXIT_FAIL_ENTRY" in str(caught.value)
+    assert "INVALID" in str(caught.value)
+    assert "cr0" in caught.value.dump
+
+
+@pytest.mark.lab
+def test_set_tpr(boot: Callable[..., Guest]) -> None:
+    """Without the in-kernel irqchip a write that lowers CR8 is told to user space; the guest goes on with its value."""
+    guest = boot(
+        "mov $9, %eax\n mov %rax, %cr8\n mov $3, %eax\n mov %rax, %cr8\n mov %cr8, %rbx\n finish", irqchip="off"
+    )
+    assert guest.run() == PASSED
+    assert guest.regs()["rbx"] == 3
+    assert guest.exits("SET_TPR") == 1
