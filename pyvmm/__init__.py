@@ -4,7 +4,8 @@ General layout, lowest layer first; a module imports only from those above it in
 
     errors          every exception
     kvm/            the ioctls: /dev/kvm, VM, vCPU
-    guest_memory    RAM;  address_space  ports and MMIO;  device  the contract of a device model;  clock  guest time;  light
+    light           locks and threads;  clock  guest time;  device  the contract of a device model
+    guest_memory    RAM;  address_space  ports and MMIO
     cpu_exec        the run loop;  exit_stats  its profiler;  run_control, cpu  the vCPU threads;  dump  post-mortems
     x86/            guest addresses, initial state, CPUID, boot protocols, ACPI and MP tables
     event_loop      descriptors and timers;  chardev  host sides of consoles

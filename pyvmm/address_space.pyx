@@ -398,6 +398,8 @@ cdef class FifoRegion(MemoryRegion):
     """
 
     def __init__(self, size, device, on_end, *, name="fifo"):
+        if not isinstance(device, Device):
+            raise TypeError(f"{device!r} is no device: its lock is taken for the window")
         self.device = device
         self._set_up(size, name, device.lock, (1, 4), (1, 4), True)
         self.c.kind = REGION_FIFO

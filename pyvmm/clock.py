@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from heapq import heapify, heappop, heappush
+
 from pyvmm.light import Lock
 
 TYPE_CHECKING = False

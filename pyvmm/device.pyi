@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from typing_extensions import disjoint_base
 
@@ -11,8 +11,9 @@ class DeviceLock:
     def __enter__(self) -> DeviceLock: ...
     def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None: ...
 
-@disjoint_base
 class Device:
+    __slots__ = ("__weakref__", "lock")
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self: ...
     @property
     def lock(self) -> DeviceLock: ...
     valid_sizes: tuple[int, int]

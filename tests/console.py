@@ -31,7 +31,7 @@ class Console:
         os.write(self.master, text.encode())
 
     def expect(self, text: str, timeout_s: float) -> str:
-        """Wait until ``text`` comes after what was expected last: what stood between. AssertionError when it doesn't."""
+        """Wait until ``text`` comes after what was expected last: what stood between. AssertionError if it does not."""
         end = time.monotonic() + timeout_s
         while True:
             at = self.output.find(text, self._seen)

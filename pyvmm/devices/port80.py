@@ -5,7 +5,6 @@ On a PC/AT it is a spare byte of the DMA page registers (PC/AT Technical Referen
 
 from __future__ import annotations
 
-
 from pyvmm.device import Device
 from pyvmm.light import deque
 

@@ -8,7 +8,6 @@ with OUT2, MSR with a carrier, the divisor with 9600 baud.
 
 from __future__ import annotations
 
-
 from pyvmm.device import Device
 from pyvmm.light import deque
 

@@ -169,9 +169,46 @@ def test_the_lock_is_there_before_init() -> None:
     assert Early("x", level=1).name == "x"
 
 
-def test_the_lock_can_not_be_replaced() -> None:
+def test_replacing_the_lock_takes_nothing_from_under_the_bus() -> None:
+    # The type says that it is not to be done; who does it all the same must not leave the bus a lock that is gone.
+    class Own(Device):
+        def read(self, offset: int, size: int) -> int:
+            return taken_elsewhere(first)
+
+    device, space = Own(), AddressSpace("pio", 0x100)
+    first = device.lock
+    space.map(0, 1, device)
+    device.lock = DeviceLock()  # type: ignore[misc]
+    assert space.read(0, 1) == 0  # held while the handler runs
+    assert taken_elsewhere(first)
+
+    another = Device()
+    space.map(1, 1, another)
+    gone = another.lock = DeviceLock()  # type: ignore[misc]
+    with gone:  # the first one has no name any more: the bus keeps it
+        gc.collect()
+        assert space.read(1, 1) == 0xFF
+
+
+def test_the_lock_comes_with_the_object_and_not_with_init() -> None:
+    class Silent(Device):
+        def __init__(self, *args: int, **kwargs: int) -> None:
+            pass
+
+    assert isinstance(Silent(1, key=2).lock, DeviceLock)
+    assert isinstance(Device.__new__(Silent).lock, DeviceLock)
+
+
+def test_attributes_of_a_device_are_its_own() -> None:
+    class Plain(Device):
+        pass
+
+    one, other = Plain(), Plain()
+    one.level = 1  # type: ignore[attr-defined]
+    assert not hasattr(other, "level")
+    assert vars(one) == {"level": 1}
     with pytest.raises(AttributeError):
-        Device().lock = DeviceLock()  # type: ignore[misc]
+        Device().level = 1  # type: ignore[attr-defined]
 
 
 def test_defaults_are_a_device_that_is_not_there() -> None:
