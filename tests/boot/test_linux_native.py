@@ -14,8 +14,9 @@ LIMIT_S = 240.0
 @pytest.mark.native
 def test_vmlinux_prints_its_memory_and_ends_decoded(cloud_kernel: Kernel) -> None:
     # What software KVM's instruction emulator lacks is hidden, so that the kernel does not use it.
-    args = ("--memory", "256", "--cpu", "host,-cx16,-xsave", "--append", "console=ttyS0 earlyprintk=serial noxsave panic=-1")
-    with pyvmm_run("--kernel", str(cloud_kernel.vmlinux), *args, "--no-reboot", "--timeout", str(LIMIT_S)) as console:
+    append = "console=ttyS0 earlyprintk=serial noxsave panic=-1"
+    args = ("--memory", "256", "--cpu", "host,-cx16,-xsave", "--append", append, "--no-reboot")
+    with pyvmm_run("--kernel", str(cloud_kernel.vmlinux), *args, "--timeout", str(LIMIT_S)) as console:
         console.expect(f"Linux version {cloud_kernel.release}", LIMIT_S)
         console.expect("BIOS-e820: [mem 0x0000000000100000-0x000000000fffffff] usable", LIMIT_S)
         console.expect("Memory: ", LIMIT_S)
