@@ -26,6 +26,19 @@ def open_fds() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
+def threads() -> set[str]:
+    """The kernel's: the loop's thread is none of those that threading knows."""
+    return set(os.listdir("/proc/self/task"))
+
+
+def nothing_is_left_of(before: set[str], fds: set[str]) -> bool:
+    """No thread that was not there before, and the same descriptors. A joined thread has yet to leave the kernel."""
+    deadline_s = time.monotonic() + LIMIT_S
+    while not threads() <= before and time.monotonic() < deadline_s:
+        os.sched_yield()
+    return threads() <= before and open_fds() == fds
+
+
 class Recorder:
     """Collects values from the loop's thread; wait(n) until there are n."""
 
@@ -95,43 +108,42 @@ def turns_of(loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_nothing_exists_before_the_first_use(errors: Recorder) -> None:
-    threads, fds = threading.active_count(), open_fds()
+    before, fds = threads(), open_fds()
     loop = EventLoop(errors)
     loop.clock.timer(lambda: None)
     assert loop.clock.now_ns() >= 0
     loop.clock.stop()
     loop.clock.resume()
     assert not loop.remove_reader(0)
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert not loop.on_loop_thread()
+    assert (threads() - before, open_fds()) == (set(), fds)
     loop.close()
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert nothing_is_left_of(before, fds)
 
 
 @pytest.mark.parametrize("use", ["reader", "timer", "call"])
 def test_each_first_use_starts_it_and_close_ends_it(
     errors: Recorder, pipe: tuple[int, int], use: str
 ) -> None:
-    threads, fds = threading.active_count(), open_fds()
-    loop = EventLoop(errors, name="the loop")
+    before, fds = threads(), open_fds()
+    loop = EventLoop(errors)
     if use == "reader":
         loop.add_reader(pipe[0], lambda: None)
     elif use == "timer":
         loop.clock.timer(lambda: None).arm(1 << 60)
     else:
         loop.call_soon(lambda: None)
-    started = [t for t in threading.enumerate() if t.name == "the loop"]
-    assert len(started) == 1 and started[0].daemon
+    assert len(threads() - before) == 1
     assert len(open_fds()) == len(fds) + 2
     loop.close()
-    assert not started[0].is_alive()
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert nothing_is_left_of(before, fds)
 
 
-@pytest.mark.parametrize("broken", ["select.epoll", "threading.Thread.start"])
+@pytest.mark.parametrize("broken", ["select.epoll", "_thread.start_new_thread"])
 def test_failure_to_start_leaves_nothing_and_can_be_tried_again(
     errors: Recorder, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    threads, fds = threading.active_count(), open_fds()
+    before, fds = threads(), open_fds()
     loop = EventLoop(errors)
 
     def fail(*args: object) -> None:
@@ -141,19 +153,19 @@ def test_failure_to_start_leaves_nothing_and_can_be_tried_again(
         patch.setattr(broken, fail)
         with pytest.raises(OSError, match="too many"):
             loop.call_soon(lambda: None)
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert nothing_is_left_of(before, fds)
     settle(loop)
     loop.close()
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert nothing_is_left_of(before, fds)
 
 
 def test_a_thousand_loops_one_after_the_other_leave_nothing(errors: Recorder) -> None:
-    threads, fds = threading.active_count(), open_fds()
+    before, fds = threads(), open_fds()
     for _ in range(1000):
         loop = EventLoop(errors)
         loop.clock.timer(lambda: None).arm(1 << 60)
         loop.close()
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert nothing_is_left_of(before, fds)
 
 
 def test_reader_is_called_while_there_is_something(loop: EventLoop, pipe: tuple[int, int]) -> None:
@@ -504,7 +516,7 @@ def test_close_is_idempotent_and_refuses_new_descriptors(loop: EventLoop, pipe: 
 
 
 def test_close_from_a_callback_does_not_wait_for_itself(errors: Recorder) -> None:
-    threads, fds = threading.active_count(), open_fds()
+    before, fds = threads(), open_fds()
     loop = EventLoop(errors)
     closed = threading.Event()
 
@@ -516,7 +528,7 @@ def test_close_from_a_callback_does_not_wait_for_itself(errors: Recorder) -> Non
     loop.call_soon(lambda: pytest.fail("closed"))
     assert closed.wait(LIMIT_S)
     loop.close()  # from here it waits for the end
-    assert (threading.active_count(), open_fds()) == (threads, fds)
+    assert nothing_is_left_of(before, fds)
     assert errors.values == []
 
 
