@@ -89,17 +89,26 @@ class Cpu:
             self._thread.join()
 
     def _main(self) -> None:
-        CpuExec.prepare_thread()
-        while self._control.enter(self):
-            self._stay()
+        try:
+            CpuExec.prepare_thread()
+            while self._control.enter(self):
+                self._stay()
+        except BaseException as error:
+            # Nobody is above to hear it. start() makes another thread.
+            self._thread = None
+            self._control.fail(error)
 
     def _stay(self) -> None:
         """One stay in the loop, from the green light to the next reason to park."""
         try:
-            reason = self.exec.run()
-            if reason is not StopReason.KICKED:
-                self._on_stop(self, reason, None)
+            try:
+                reason = self.exec.run()
+                if reason is not StopReason.KICKED:
+                    self._on_stop(self, reason, None)
+            except BaseException as error:
+                self._on_stop(self, StopReason.DEVICE_RAISED, error)
         except BaseException as error:
-            self._on_stop(self, StopReason.DEVICE_RAISED, error)
+            # Telling failed too: the dump met an error of its own, say.
+            self._control.fail(error)
         finally:
             self._control.leave(self)

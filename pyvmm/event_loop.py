@@ -64,6 +64,10 @@ class LoopClock(Clock):
             while loop._in_timer and not loop.on_loop_thread():
                 loop._timer_done.wait()
 
+    def in_callback(self) -> bool:
+        """Whether the caller is the callback of a timer."""
+        return self._loop._in_timer and self._loop.on_loop_thread()
+
     def resume(self) -> None:
         """Let guest time go on from where it stopped: armed timers keep the time they had left."""
         loop = self._loop
@@ -82,9 +86,8 @@ class EventLoop:
     descriptor that raised is not called again (it would be ready, and raise, for ever).
     """
 
-    def __init__(self, on_error: Callable[[BaseException], None], *, name: str = "pyvmm-loop") -> None:
+    def __init__(self, on_error: Callable[[BaseException], None]) -> None:
         self._on_error = on_error
-        self._name = name
         self._lock = Lock()
         self._timer_done = Condition(self._lock)
         self._in_timer = False

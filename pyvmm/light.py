@@ -7,6 +7,7 @@ what is here stands directly on ``_thread`` and means the same as its namesakes 
 from __future__ import annotations
 
 import _thread
+from os import getpid
 from time import monotonic
 
 TYPE_CHECKING = False
@@ -17,44 +18,59 @@ if TYPE_CHECKING:
 else:
     from _collections import deque
 
-__all__ = ["Condition", "Lock", "Thread", "deque", "get_ident"]
+__all__ = ["Condition", "Lock", "RLock", "Thread", "deque", "get_ident"]
 
 Lock = _thread.allocate_lock
+RLock = _thread.RLock
 get_ident = _thread.get_ident
+
+SIGNAL_CHECK_S = 0.25
+
+
+def on_main_thread() -> bool:
+    """Whether this is the thread that runs Python's signal handlers."""
+    return _thread.get_native_id() == getpid()
 
 
 class Condition:
-    """threading.Condition, on a recursive lock of its own or on the plain ``lock`` given."""
+    """threading.Condition on ``lock`` (an RLock or a Lock), to be held by ``with lock:``.
 
-    def __init__(self, lock: _thread.LockType | None = None) -> None:
-        self._lock: Any = _thread.RLock() if lock is None else lock
-        self.acquire = self._lock.acquire
-        self.release = self._lock.release
-        self._recursive = lock is None
+    It has no ``with`` of its own: written in Python, that could be left by a signal's exception between taking the lock
+    and entering the block, with the lock held for ever.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self._recursive = hasattr(lock, "_release_save")
         self._waiters: deque[_thread.LockType] = deque()
-
-    def __enter__(self) -> Condition:
-        self.acquire()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Give the lock away, wait for a notify, take the lock again. False where the time ran out first."""
         waiter = Lock()
         waiter.acquire()
         self._waiters.append(waiter)
-        held = self._lock._release_save() if self._recursive else self.release()
+        held: Any = (1, get_ident())
         notified = False
         try:
-            notified = waiter.acquire() if timeout_s is None else waiter.acquire(timeout=max(0.0, timeout_s))
+            if self._recursive:
+                held = self._lock._release_save()
+            else:
+                self._lock.release()
+            if timeout_s is None and not on_main_thread():
+                notified = waiter.acquire()
+            elif timeout_s is None:
+                # A signal that comes after the interpreter's last look and before the thread sleeps does not wake it,
+                # and with a vCPU's thread at the other end of the GIL that is no rare moment: look again now and then.
+                while not (notified := waiter.acquire(timeout=SIGNAL_CHECK_S)):
+                    pass
+            else:
+                notified = waiter.acquire(timeout=max(0.0, timeout_s))
             return notified
         finally:
-            if self._recursive:
+            if not self._recursive:
+                self._lock.acquire()
+            elif not self._lock._is_owned():
                 self._lock._acquire_restore(held)
-            else:
-                self.acquire()
             if not notified and waiter in self._waiters:
                 self._waiters.remove(waiter)
 

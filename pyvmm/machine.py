@@ -3,19 +3,19 @@
     with pyvmm.Machine(memory_mib=256, cpus=2, kernel="vmlinuz", initrd="initrd.gz", append="console=ttyS0") as m:
         status = m.run()
 
-builder.py makes what is in it; RunControl (run_state.py) starts and parks its vCPUs.
+builder.py makes what is in it; RunControl (run_control.py) starts and parks its vCPUs.
 """
 
 from __future__ import annotations
 
 from pyvmm import builder
+from pyvmm import run_control as states
 from pyvmm.address_space import AddressSpace
 from pyvmm.config import MachineConfig
 from pyvmm.cpu_exec import StopReason
 from pyvmm.device import DeviceLock
 from pyvmm.errors import DeviceError, GuestError, StateError
 from pyvmm.event_loop import EventLoop
-from pyvmm import run_control as states
 from pyvmm.run_control import ExitStatus, RunControl
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ class Machine:
         self.event_loop = EventLoop(self._loop_raised)
         self.clock = self.event_loop.clock
         self.clock.stop()
-        self.control = RunControl(self._on_light)
+        self.control = RunControl(self._on_light, self.clock.in_callback)
         self.devices: dict[str, Device] = {}
         self.chardevs: list[Chardev] = []
         self.cpus = []
@@ -111,7 +111,10 @@ class Machine:
         self.control.resume()
 
     def pause(self) -> None:
-        """Park every vCPU, their accesses complete. Returns when they are; from a device's handler, when it returns."""
+        """Park every vCPU, their accesses complete. Returns when they are.
+
+        In a device's handler or a timer's callback it returns at once, and takes effect when that returns.
+        """
         self.control.pause()
 
     def reset(self) -> None:

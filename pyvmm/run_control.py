@@ -11,7 +11,7 @@ neither.
 from __future__ import annotations
 
 from pyvmm.errors import StateError
-from pyvmm.light import Condition, get_ident
+from pyvmm.light import Condition, RLock, get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,14 +54,19 @@ class ExitStatus(int):
 
 
 class RunControl:
-    """The state machine of one machine. ``on_light(bool)`` hears when guest time starts and stops."""
+    """The state machine of one machine. ``on_light(bool)`` hears when guest time starts and stops.
 
-    def __init__(self, on_light: Callable[[bool], None]) -> None:
+    ``in_timer()`` tells whether the caller is a timer's callback: guest time can't stop before that has returned, so it
+    must not wait for what comes after.
+    """
+
+    def __init__(self, on_light: Callable[[bool], None], in_timer: Callable[[], bool] = lambda: False) -> None:
         self.state_name = PRELAUNCH
         self.cpus: Sequence[Cpu] = ()
         self.status: ExitStatus | None = None
         self.error: BaseException | None = None
-        self._cond = Condition()
+        self._lock = RLock()
+        self._cond = Condition(self._lock)
         self._go = False
         self._lit = False  # guest time runs
         self._closing = False
@@ -70,6 +75,7 @@ class RunControl:
         self._requests: list[Callable[[], None]] = []
         self._under_way: Callable[[], None] | None = None  # the request under way
         self._on_light = on_light
+        self._in_timer = in_timer
 
     @property
     def state(self) -> RunState:
@@ -82,8 +88,11 @@ class RunControl:
 
     def enter(self, cpu: Cpu) -> bool:
         """Park until the light is green: True to run the guest, False to end the thread."""
-        with self._cond:
+        with self._lock:
             while not self._closing:
+                if self._requests and not self._acting and not self._inside:
+                    self._carry_out()
+                    continue
                 # A request under way, or one that came after the light turned green, goes first.
                 if self._go and not self._acting and not self._requests:
                     cpu.parked = False
@@ -96,12 +105,29 @@ class RunControl:
 
     def leave(self, cpu: Cpu) -> None:
         """The vCPU is out of its loop; the last one out carries out what was requested."""
-        with self._cond:
+        with self._lock:
             cpu.parked = True
             self._inside -= 1
-            if self._inside == 0:
-                self._carry_out()
+            try:
+                if self._inside == 0:
+                    self._carry_out()
+            except BaseException as error:
+                # A vCPU's thread has nobody above it to hear this; whoever waits for the run does.
+                self._failed(error)
             self._cond.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """On a vCPU's thread, out of every handler: end the run with an error that nobody above it can hear."""
+        with self._lock:
+            self._requests.append(lambda: self.end(None, error, INTERNAL_ERROR))
+            self._stop_all()
+            if not self._inside:
+                self._carry_out()
+
+    def _failed(self, error: BaseException) -> None:
+        """All vCPUs are parked and the lock is held: an error is the last word, even after an end."""
+        self._go = False
+        self.state_name, self.status, self.error = INTERNAL_ERROR, None, error
 
     def _carry_out(self) -> None:
         """All vCPUs are parked and the lock is held: run the requests, outside of the lock."""
@@ -110,26 +136,27 @@ class RunControl:
         self._acting = get_ident()
         try:
             while self._requests:
-                # The one before may have turned the light green.
-                self._stop_all()
+                # The one before may have turned the light green; nobody has entered: that takes our end.
+                self._go = False
                 request = self._under_way = self._requests.pop(0)
-                self._cond.release()
                 try:
-                    self._stop_time()
-                    request()
+                    self._lock.release()
+                    try:
+                        self._stop_time()
+                        request()
+                    finally:
+                        self._lock.acquire()
+                        self._under_way = None
                 except BaseException as error:
-                    # What a request raises (a reset that KVM refuses, say) must not vanish, not even after an end.
-                    self.state_name, self.status, self.error = INTERNAL_ERROR, None, error
-                finally:
-                    self._cond.acquire()
-                    self._under_way = None
+                    # What a request raises (a reset that KVM refuses, say) must not vanish.
+                    self._failed(error)
         finally:
             self._acting = 0
             self._cond.notify_all()
 
     def _stop_time(self) -> None:
-        """Guest time stops once every vCPU is parked. It waits for a timer callback under way, which may want a device's
-        lock or ours: so neither is held here.
+        """Guest time stops once every vCPU is parked. It waits for a timer callback under way, which may want a
+        device's lock or ours: so neither is held here.
         """
         if self._lit:
             self._lit = False
@@ -148,17 +175,20 @@ class RunControl:
         """Have ``action()`` run with every vCPU parked, as soon as may be; callable from handlers.
 
         Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first,
-        and so in another request, which must return first.
+        and so in another request or a timer's callback, which must return first.
         The vCPUs stay parked after it unless it calls ``go``.
         """
-        with self._cond:
+        with self._lock:
             if self._closing:
                 return
             self._requests.append(action)
             self._stop_all()
-            if self._inside == 0:
+            if not self._inside and not self._lit:
                 self._carry_out()
-            if wait and not self._on_cpu_thread() and self._acting != get_ident():
+            elif not self._inside:
+                # Time is to be stopped, and the caller may hold a device's lock: one for a vCPU on its way in.
+                self._cond.notify_all()
+            if wait and not self._would_wait_for_itself():
                 self._cond.wait_for(lambda: self._closing or not self._is_due(action))
 
     def _is_due(self, action: Callable[[], None]) -> bool:
@@ -166,7 +196,7 @@ class RunControl:
 
     def go(self) -> None:
         """Green light; part of a request, or of resume()."""
-        with self._cond:
+        with self._lock:
             if self._closing:
                 return
             self.state_name = RUNNING
@@ -178,7 +208,7 @@ class RunControl:
 
     def restarted(self) -> None:
         """The last act of a reset: a machine that runs goes on; one that was paused, or had ended, is paused."""
-        with self._cond:
+        with self._lock:
             if self.state_name == RUNNING:
                 self.go()
             elif self.state_name != CLOSED:
@@ -190,7 +220,7 @@ class RunControl:
 
         An end takes the place of a pause that came a moment earlier, or it would be lost. Among ends the first counts.
         """
-        with self._cond:
+        with self._lock:
             if self.state_name in ENDED:
                 return
             self.state_name = state
@@ -201,7 +231,7 @@ class RunControl:
 
     def resume(self) -> None:
         """Run, or go on. StateError where the guest has ended."""
-        with self._cond:
+        with self._lock:
             if self.state_name == RUNNING:
                 return
             if self.state_name not in RESUMABLE:
@@ -211,13 +241,13 @@ class RunControl:
             self.go()
 
     def pause(self, wait: bool = True) -> None:
-        """Park every vCPU. On a vCPU's own thread it takes effect when the handler returns."""
+        """Park every vCPU. In a handler or a timer's callback it takes effect when that returns."""
 
         def paused() -> None:
             if self.state_name == RUNNING:
                 self.end(None, None, PAUSED)
 
-        with self._cond:
+        with self._lock:
             if self.state_name != RUNNING:
                 return
         # Waits for this very request: by the time a waiter wakes, somebody else may have resumed the machine.
@@ -226,10 +256,11 @@ class RunControl:
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until no vCPU is inside and no request is left.
 
-        False where the time ran out, and at once on a vCPU's thread or in a request, which would wait for itself.
+        False where the time ran out, and at once on a vCPU's thread, in a request or in a timer's callback, which would
+        wait for itself.
         """
-        with self._cond:
-            if self._on_cpu_thread() or self._acting == get_ident():
+        with self._lock:
+            if self._would_wait_for_itself():
                 return False
             return self._cond.wait_for(
                 lambda: not self._inside and not self._requests and not self._acting, timeout_s
@@ -237,14 +268,14 @@ class RunControl:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the machine is not running any more: True; False where the time ran out first."""
-        with self._cond:
+        with self._lock:
             return self._cond.wait_for(
                 lambda: self.state_name != RUNNING and not self._acting and not self._inside, timeout_s
             )
 
     def close(self) -> None:
         """Park all vCPUs for good and end their threads. StateError on one of those: it could not go back."""
-        with self._cond:
+        with self._lock:
             if self._on_cpu_thread():
                 raise StateError("close() from a device's handler: call stop() there, and close() where run() returned")
             self._closing = True
@@ -256,9 +287,12 @@ class RunControl:
         for cpu in self.cpus:
             cpu.join()
         self._stop_time()
-        with self._cond:
+        with self._lock:
             self.state_name = CLOSED
             self._cond.notify_all()
+
+    def _would_wait_for_itself(self) -> bool:
+        return self._on_cpu_thread() or self._acting == get_ident() or self._in_timer()
 
     def _on_cpu_thread(self) -> bool:
         return any(cpu.on_own_thread for cpu in self.cpus)

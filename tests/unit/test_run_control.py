@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from pyvmm import run_control
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import StopReason
+from pyvmm.device import Device
 from pyvmm.errors import StateError
-from pyvmm.run_control import RESUMABLE, ExitStatus, RunControl
+from pyvmm.event_loop import EventLoop
+from pyvmm.run_control import ENDED, INTERNAL_ERROR, RESUMABLE, SHUTDOWN, ExitStatus, RunControl
 from pyvmm.run_state import RunState
 
 DEADLINE_S = 10
@@ -67,17 +70,23 @@ class FakeVcpu:
 class Board:
     """A RunControl, its vCPUs, and a note of everything that happens."""
 
-    def __init__(self, cpus: int) -> None:
+    def __init__(self, cpus: int, loop: EventLoop | None = None) -> None:
+        self.loop = loop
         self.cond = threading.Condition()
         self.light: list[bool] = []
         self.stops: list[tuple[int, StopReason, BaseException | None]] = []
-        self.control = RunControl(self.light.append)
+        self.control = RunControl(self.on_light, loop.clock.in_callback) if loop else RunControl(self.on_light)
         self.execs = [FakeExec(self.note) for _ in range(cpus)]
         self.cpus = [
             Cpu(n, FakeVcpu(), exec_, self.control, self.stopped, [])  # type: ignore[arg-type]
             for n, exec_ in enumerate(self.execs)
         ]
         self.control.cpus = self.cpus
+
+    def on_light(self, green: bool) -> None:
+        self.light.append(green)
+        if self.loop is not None:
+            (self.loop.clock.resume if green else self.loop.clock.stop)()
 
     def note(self) -> None:
         with self.cond:
@@ -86,7 +95,7 @@ class Board:
     def stopped(self, cpu: Cpu, reason: StopReason, error: BaseException | None) -> None:
         self.stops.append((cpu.index, reason, error))
         failure = error or RuntimeError(reason.name)
-        self.control.request(lambda: self.control.end(None, failure, RunState.INTERNAL_ERROR))
+        self.control.request(lambda: self.control.end(None, failure, INTERNAL_ERROR))
 
     def start(self) -> Board:
         for cpu in self.cpus:
@@ -113,7 +122,24 @@ def board(request: pytest.FixtureRequest) -> Iterator[Board]:
     yield made
     closer = run_thread(made.control.close)
     assert ended(closer)
-    assert all(cpu.thread_id == 0 for cpu in made.cpus)
+    assert not any(alive(cpu) for cpu in made.cpus)
+
+
+@pytest.fixture(params=[1, 4])
+def timed(request: pytest.FixtureRequest) -> Iterator[Board]:
+    """A board with guest time of its own, as a machine has it."""
+    errors: list[BaseException] = []
+    loop = EventLoop(errors.append)
+    loop.clock.stop()
+    made = Board(request.param, loop)
+    yield made
+    assert ended(run_thread(made.control.close))
+    loop.close()
+    assert errors == []
+
+
+def alive(cpu: Cpu) -> bool:
+    return cpu._thread is not None and cpu._thread.ident != 0
 
 
 def run_thread(target: Callable[[], object]) -> threading.Thread:
@@ -273,7 +299,7 @@ def test_requests_run_in_the_order_they_came(board: Board) -> None:
 
 def wait_for_count(board: Board, items: list[Any], count: int) -> bool:
     """Every request notifies; each leaves at least one trace."""
-    with board.control._cond:
+    with board.control._lock:
         return board.control._cond.wait_for(lambda: len(items) >= count, DEADLINE_S)
 
 
@@ -391,6 +417,112 @@ def test_a_request_waited_for_inside_a_request_or_on_a_vcpus_thread_returns_at_o
     assert order == ["outer", "inner", "last"]
 
 
+# -- guest time ----------------------------------------------------------------------------------------------
+
+
+def stop_while_a_timer_wants_our_lock(board: Board, returned: threading.Event) -> None:
+    """Ask for the end as the holder of a device's lock, while a timer's callback waits for that lock."""
+    assert board.loop is not None
+    clock, device, about = board.loop.clock, Device(), threading.Event()
+
+    def tick() -> None:
+        about.set()
+        with device.lock:
+            pass
+
+    with device.lock:
+        clock.timer(tick).arm(clock.now_ns())
+        assert about.wait(DEADLINE_S)
+        board.control.request(lambda: board.control.end(ExitStatus(0, "stopped"), None, SHUTDOWN))
+    returned.set()
+
+
+def has_shut_down(board: Board) -> bool:
+    assert board.control.wait(DEADLINE_S)
+    assert board.control.settle(DEADLINE_S)
+    assert board.all_parked()
+    assert board.light == [True, False]
+    return board.control.state is RunState.SHUTDOWN
+
+
+def test_a_handler_asks_for_a_stop_while_a_timer_wants_its_devices_lock(timed: Board) -> None:
+    timed.start()
+    returned = threading.Event()
+    timed.execs[0].do(lambda: stop_while_a_timer_wants_our_lock(timed, returned))
+    assert returned.wait(DEADLINE_S)
+    assert has_shut_down(timed)
+
+
+def test_a_thread_asks_for_a_stop_while_a_timer_wants_the_lock_it_holds(timed: Board) -> None:
+    timed.start()
+    returned = threading.Event()
+    assert ended(run_thread(lambda: stop_while_a_timer_wants_our_lock(timed, returned)))
+    assert returned.is_set()
+    assert has_shut_down(timed)
+
+
+def test_the_same_when_no_vcpu_is_in_yet(timed: Board) -> None:
+    # The light is green, the vCPUs are still on their way in: none that parks could carry the request out.
+    timed.control.resume()
+    returned = threading.Event()
+    assert ended(run_thread(lambda: stop_while_a_timer_wants_our_lock(timed, returned)))
+    assert returned.is_set()
+    for cpu in timed.cpus:
+        cpu.start()
+    assert has_shut_down(timed)
+    assert timed.stays() == 0
+
+
+def test_a_timers_callback_that_pauses_does_not_wait_for_its_own_end(timed: Board) -> None:
+    assert timed.loop is not None
+    timed.start()
+    returned = threading.Event()
+    settled: list[bool] = []
+
+    def tick() -> None:
+        timed.control.pause()
+        settled.append(timed.control.settle())
+        returned.set()
+
+    clock = timed.loop.clock
+    clock.timer(tick).arm(clock.now_ns())
+    assert returned.wait(DEADLINE_S)
+    assert timed.control.wait(DEADLINE_S)
+    assert timed.control.settle(DEADLINE_S)
+    assert (timed.control.state, settled, clock.running) == (RunState.PAUSED, [False], False)
+    assert timed.all_parked()
+
+
+def test_a_descriptors_callback_that_pauses_waits(timed: Board) -> None:
+    assert timed.loop is not None
+    timed.start()
+    returned = threading.Event()
+    parked: list[bool] = []
+
+    def ready() -> None:
+        timed.control.pause()
+        parked.append(timed.all_parked())
+        returned.set()
+
+    timed.loop.call_soon(ready)
+    assert returned.wait(DEADLINE_S)
+    assert (timed.control.state, parked) == (RunState.PAUSED, [True])
+
+
+def test_guest_time_stops_outside_of_every_lock_with_all_parked(board: Board) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def on_light(green: bool) -> None:
+        if not green:
+            free = ended(run_thread(lambda: board.control.settle(0)))  # takes the control's lock
+            seen.append((board.all_parked(), free))
+
+    board.control._on_light = on_light
+    board.start()
+    board.control.pause()
+    assert seen == [(True, True)]
+
+
 # -- ends ----------------------------------------------------------------------------------------------------
 
 
@@ -398,7 +530,7 @@ def test_the_end_of_a_run(board: Board) -> None:
     board.start()
     status = ExitStatus(33, "debug-exit")
     board.execs[0].do(
-        lambda: board.control.request(lambda: board.control.end(status, None, RunState.SHUTDOWN))
+        lambda: board.control.request(lambda: board.control.end(status, None, SHUTDOWN))
     )
     assert board.control.wait(DEADLINE_S)
     assert (board.control.state, board.control.status, board.control.error) == (
@@ -414,9 +546,9 @@ def test_the_end_of_a_run(board: Board) -> None:
 def test_the_first_end_counts(board: Board) -> None:
     board.start()
     first, second = ExitStatus(0, "shutdown"), ExitStatus(6, "reset")
-    board.control.request(lambda: board.control.end(first, None, RunState.SHUTDOWN))
-    board.control.request(lambda: board.control.end(second, None, RunState.SHUTDOWN))
-    board.control.request(lambda: board.control.end(None, ValueError(), RunState.INTERNAL_ERROR))
+    board.control.request(lambda: board.control.end(first, None, SHUTDOWN))
+    board.control.request(lambda: board.control.end(second, None, SHUTDOWN))
+    board.control.request(lambda: board.control.end(None, ValueError(), INTERNAL_ERROR))
     assert board.control.wait(DEADLINE_S)
     assert board.control.settle(DEADLINE_S)
     assert (board.control.status, board.control.error) == (first, None)
@@ -428,7 +560,7 @@ def test_an_end_takes_the_place_of_a_pause_that_came_a_moment_earlier(board: Boa
 
     def handler() -> None:
         board.control.pause()
-        board.control.request(lambda: board.control.end(status, None, RunState.SHUTDOWN))
+        board.control.request(lambda: board.control.end(status, None, SHUTDOWN))
 
     board.execs[0].do(handler)
     assert board.control.wait(DEADLINE_S)
@@ -438,7 +570,7 @@ def test_an_end_takes_the_place_of_a_pause_that_came_a_moment_earlier(board: Boa
 
 def test_a_pause_after_the_end_changes_nothing(board: Board) -> None:
     board.start()
-    board.control.request(lambda: board.control.end(None, None, RunState.SHUTDOWN))
+    board.control.request(lambda: board.control.end(None, None, SHUTDOWN))
     board.control.pause()
     assert board.control.settle(DEADLINE_S)
     assert board.control.state is RunState.SHUTDOWN
@@ -487,10 +619,114 @@ def test_a_request_that_raises_ends_the_run_with_its_error(board: Board) -> None
     board.all_inside()  # the threads live
 
 
+def test_a_request_that_raises_after_its_green_light_leaves_all_parked(board: Board) -> None:
+    board.start()
+    error = OSError("half a reset")
+
+    def action() -> None:
+        board.control.go()
+        raise error
+
+    stays = board.stays()
+    board.control.request(action)
+    assert board.control.wait(DEADLINE_S)
+    assert board.control.settle(DEADLINE_S)
+    assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
+    assert board.all_parked()
+    assert board.stays() == stays
+
+
+def test_an_owner_that_raises_ends_the_run_and_the_threads_live(board: Board) -> None:
+    error = OSError("no dump either")
+
+    def stopped(cpu: Cpu, reason: StopReason, _: BaseException | None) -> None:
+        board.stops.append((cpu.index, reason, None))
+        raise error
+
+    board.cpus[0]._on_stop = stopped
+    board.start()
+    board.execs[0].do(lambda: StopReason.FAIL_ENTRY)
+    assert board.control.wait(DEADLINE_S)
+    assert board.control.settle(DEADLINE_S)
+    assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
+    assert board.stops == [(0, StopReason.FAIL_ENTRY, None), (0, StopReason.DEVICE_RAISED, None)]
+    assert all(alive(cpu) for cpu in board.cpus)
+    board.control.go()
+    board.all_inside()
+
+
+def test_guest_time_that_can_not_be_stopped_ends_the_run_and_the_threads_live(board: Board) -> None:
+    error = OSError("no clock")
+
+    failed: list[BaseException] = []
+
+    def on_light(green: bool) -> None:
+        if not green and not failed:
+            failed.append(error)
+            raise error
+
+    board.control._on_light = on_light
+    board.start()
+    board.execs[0].do(board.control.pause)  # carried out by the last vCPU to leave
+    assert board.control.wait(DEADLINE_S)
+    assert board.control.settle(DEADLINE_S)
+    assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
+    assert board.all_parked()
+    board.control.go()
+    board.all_inside()
+
+
+def test_whatever_goes_wrong_as_the_last_vcpu_leaves_ends_the_run(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, carry_out = MemoryError("not even that"), RunControl._carry_out
+    failed: list[BaseException] = []
+    board.start()
+
+    def refuse_once(control: RunControl) -> None:
+        if not failed:
+            failed.append(error)
+            raise error
+        carry_out(control)
+
+    monkeypatch.setattr(RunControl, "_carry_out", refuse_once)
+    board.execs[0].do(lambda: board.control.request(lambda: None))
+    assert board.control.wait(DEADLINE_S)
+    assert board.control.settle(DEADLINE_S)
+    assert (failed, board.control.state, board.control.error) == ([error], RunState.INTERNAL_ERROR, error)
+    assert board.all_parked()
+    assert all(alive(cpu) for cpu in board.cpus)
+    board.control.go()
+    board.all_inside()
+
+
+def test_a_vcpu_thread_that_fails_before_its_first_stay_ends_the_run_and_can_be_started_again(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError("no signal left")
+
+    class Broken:
+        @staticmethod
+        def prepare_thread() -> None:
+            raise error
+
+    thread = board.cpus[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr("pyvmm.cpu.CpuExec", Broken)
+        board.control.resume()
+        thread.start()
+        assert board.control.wait(DEADLINE_S)
+    assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
+    assert board.control.settle(DEADLINE_S)
+    assert board.light == [True, False]
+    board.control.restarted()
+    board.start()
+
+
 @pytest.mark.parametrize("state", [RunState.SHUTDOWN, RunState.PAUSED])
 def test_a_request_that_raises_when_nothing_runs_does_not_vanish(board: Board, state: RunState) -> None:
     board.start()
-    board.control.request(lambda: board.control.end(ExitStatus(0, "first"), None, state))
+    board.control.request(lambda: board.control.end(ExitStatus(0, "first"), None, state.value))
     assert board.control.settle(DEADLINE_S)
     error = OSError("reset refused")
 
@@ -503,12 +739,12 @@ def test_a_request_that_raises_when_nothing_runs_does_not_vanish(board: Board, s
 
 @pytest.mark.parametrize("state", RunState)
 def test_only_some_states_can_be_resumed(board: Board, state: RunState) -> None:
-    board.control.state = state
+    board.control.state_name = state.value
     board.control.status, board.control.error = ExitStatus(1, "old"), ValueError()
     if state is RunState.RUNNING:
         board.control.resume()
         assert board.light == []
-    elif state in RESUMABLE:
+    elif state.value in RESUMABLE:
         board.control.resume()
         assert (board.control.state, board.control.status, board.control.error) == (
             RunState.RUNNING,
@@ -521,14 +757,28 @@ def test_only_some_states_can_be_resumed(board: Board, state: RunState) -> None:
         assert board.control.state is state
 
 
+def test_the_names_of_the_states_are_those_of_the_enum() -> None:
+    names = {value for name, value in vars(run_control).items() if name in RunState.__members__}
+    assert names == {state.value for state in RunState}
+    assert all(getattr(run_control, state.name) == state.value for state in RunState)
+    assert set(ENDED) == {s.value for s in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.CLOSED)}
+    assert set(RESUMABLE) == {s.value for s in (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG)}
+
+
+def test_the_state_can_only_be_read(board: Board) -> None:
+    with pytest.raises(AttributeError):
+        board.control.state = RunState.PAUSED  # type: ignore[misc]
+
+
 # -- close ---------------------------------------------------------------------------------------------------
 
 
 def test_close_ends_the_threads(board: Board) -> None:
     board.start()
+    assert all(alive(cpu) for cpu in board.cpus)
     board.control.close()
     assert board.control.state is RunState.CLOSED
-    assert all(cpu.thread_id == 0 for cpu in board.cpus)
+    assert not any(alive(cpu) for cpu in board.cpus)
     for cpu in board.cpus:
         cpu.join()
     assert board.light == [True, False]
