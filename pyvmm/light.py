@@ -32,6 +32,20 @@ def on_main_thread() -> bool:
     return _thread.get_native_id() == getpid()
 
 
+def patient_acquire(waiter: _thread.LockType, timeout_s: float | None) -> bool:
+    """``waiter.acquire(timeout_s)`` for the main thread.
+
+    A signal that comes after the interpreter's last look and before the thread sleeps does not wake it, and with a vCPU's
+    thread at the other end of the GIL that is no rare moment: so look again now and then.
+    """
+    left_s = timeout_s
+    while left_s is None or left_s > SIGNAL_CHECK_S:
+        if waiter.acquire(timeout=SIGNAL_CHECK_S):
+            return True
+        left_s = None if left_s is None else left_s - SIGNAL_CHECK_S
+    return waiter.acquire(timeout=max(0.0, left_s))
+
+
 class Condition:
     """threading.Condition on ``lock`` (an RLock or a Lock), to be held by ``with lock:``.
 
@@ -56,15 +70,10 @@ class Condition:
                 held = self._lock._release_save()
             else:
                 self._lock.release()
-            if timeout_s is None and not on_main_thread():
-                notified = waiter.acquire()
-            elif timeout_s is None:
-                # A signal that comes after the interpreter's last look and before the thread sleeps does not wake it,
-                # and with a vCPU's thread at the other end of the GIL that is no rare moment: look again now and then.
-                while not (notified := waiter.acquire(timeout=SIGNAL_CHECK_S)):
-                    pass
+            if on_main_thread():
+                notified = patient_acquire(waiter, timeout_s)
             else:
-                notified = waiter.acquire(timeout=max(0.0, timeout_s))
+                notified = waiter.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
             return notified
         finally:
             if not self._recursive:
