@@ -35,8 +35,8 @@ def on_main_thread() -> bool:
 def patient_acquire(waiter: _thread.LockType, timeout_s: float | None) -> bool:
     """``waiter.acquire(timeout_s)`` for the main thread.
 
-    A signal that comes after the interpreter's last look and before the thread sleeps does not wake it, and with a vCPU's
-    thread at the other end of the GIL that is no rare moment: so look again now and then.
+    A signal that comes after the interpreter's last look and before the thread sleeps does not wake it, and with a
+    vCPU's thread at the other end of the GIL that is no rare moment: so look again now and then.
     """
     left_s = timeout_s
     while left_s is None or left_s > SIGNAL_CHECK_S:
