@@ -77,11 +77,10 @@ class Cpu:
         """Start the thread, once; it parks until the machine runs."""
         if self._thread is None:
             self._thread = Thread(self._main)
-            try:
-                self._thread.start()
-            except RuntimeError as error:
-                self._thread = None
-                raise StateError(f"vCPU {self.index}: {error}: raise ulimit -u, or close machines") from None
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StateError(f"vCPU {self.index}: {error}: raise ulimit -u, or close machines") from None
 
     def join(self) -> None:
         """Wait for the thread's end; not from the thread itself."""

@@ -104,19 +104,23 @@ class Thread:
 
     def __init__(self, target: Callable[[], None]) -> None:
         self._target = target
-        self._ended = Lock()  # held while it lives
+        self._started = False
+        self._claimed = Lock()  # taken by the thread that runs the target
+        self._ended = Lock()
+        self._ended.acquire()
         self.ident = 0
 
     def start(self) -> None:
-        """RuntimeError where the host has no room for one more."""
-        self._ended.acquire()
-        try:
+        """Start it, once. RuntimeError where the host has no room for one more."""
+        if not self._started:
+            # A signal's exception between these two lines leaves open whether there is a thread. The next call then
+            # starts another, and of two threads one finds the target taken and ends.
             _thread.start_new_thread(self._run, ())
-        except BaseException:
-            self._ended.release()
-            raise
+            self._started = True
 
     def _run(self) -> None:
+        if not self._claimed.acquire(False):
+            return
         self.ident = get_ident()
         try:
             self._target()
@@ -129,7 +133,7 @@ class Thread:
         return self.ident == get_ident()
 
     def join(self) -> None:
-        """Wait for its end; at once from the thread itself."""
-        if not self.is_current:
+        """Wait for its end; at once from the thread itself, and where it was never started."""
+        if (self._started or self._claimed.locked()) and not self.is_current:
             with self._ended:
                 pass

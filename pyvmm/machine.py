@@ -84,8 +84,8 @@ class Machine:
         GuestError where the guest can't go on, DeviceError where a device raised; both carry the dump. TimeoutError
         after ``timeout_s`` seconds; the machine is paused then, and also when a signal's exception comes through.
         """
-        self.resume()
         try:
+            self.resume()
             finished = self.wait(timeout_s)
         except BaseException:
             self.control.pause()

@@ -79,6 +79,33 @@ def test_an_exception_of_a_signal_handler(boot: Callable[..., Guest]) -> None:
     assert guest.machine.state is RunState.PAUSED
 
 
+def test_an_exception_at_any_moment_of_the_start(boot: Callable[..., Guest]) -> None:
+    """The signal comes while run() is starting the vCPUs, or just has: nothing hangs, and the machine can be paused."""
+
+    class Alarm(Exception):
+        pass
+
+    def ring(number: int, frame: object) -> None:
+        raise Alarm
+
+    guest = boot(SPIN)
+    device = Recorder()
+    guest.machine.pio.map(PORT, 1, device)
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for n in range(100):
+            with pytest.raises(Alarm):
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + 5e-6 * n)
+                guest.run()
+            guest.machine.pause()
+            assert guest.machine.state in (RunState.PAUSED, RunState.PRELAUNCH)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    device.answer = lambda offset, size: 1
+    assert guest.run() == PASSED
+
+
 def test_no_signal_handler_is_left_behind(boot: Callable[..., Guest]) -> None:
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     boot("finish").run()

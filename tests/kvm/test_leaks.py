@@ -74,7 +74,7 @@ def test_thirty_two_at_once(image: bytes) -> None:
     fds, tasks = descriptors(), threads()
     machines = [pyvmm.Machine(flat=image, flat_mode="long64", memory_mib=4) for _ in range(32)]
     results: list[int] = []
-    runners = [threading.Thread(target=lambda m=m: results.append(m.run(TIMEOUT_S))) for m in machines]  # type: ignore[misc]
+    runners = [threading.Thread(target=lambda m=m: results.append(m.run(TIMEOUT_S))) for m in machines]
     for runner in runners:
         runner.start()
     for runner in runners:
