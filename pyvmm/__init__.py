@@ -16,35 +16,59 @@ General layout, lowest layer first; a module imports only from those above it in
 One reading order: builder -> cpu_exec -> address_space -> devices/serial.
 """
 
-from pyvmm.address_space import (
-    AddressSpace,
-    BufferRegion,
-    EventRegion,
-    FifoRegion,
-    LatchRegion,
-    MemoryRegion,
-    SinkRegion,
-)
-from pyvmm.config import MachineConfig
-from pyvmm.device import Device, IrqLine
-from pyvmm.errors import BusError, ConfigError, DeviceError, GuestError, KvmError, StateError, VmmError
-from pyvmm.machine import Machine
-from pyvmm.run_control import ExitStatus
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.address_space import (
+        AddressSpace,
+        BufferRegion,
+        EventRegion,
+        FifoRegion,
+        LatchRegion,
+        MemoryRegion,
+        SinkRegion,
+    )
+    from pyvmm.config import MachineConfig
+    from pyvmm.device import Device, IrqLine
+    from pyvmm.errors import BusError, ConfigError, DeviceError, GuestError, KvmError, StateError, VmmError
+    from pyvmm.machine import Machine
+    from pyvmm.run_control import ExitStatus
     from pyvmm.run_state import RunState
 
 __version__ = "0.1.0"
 
+# Where each public name stands. They are imported when they are asked for, so that `pyvmm run` decides what is loaded
+# on its way to the first guest instruction, and `import pyvmm` in a tool costs nothing until it makes a machine.
+_MODULES = {
+    "address_space": (
+        "AddressSpace",
+        "BufferRegion",
+        "EventRegion",
+        "FifoRegion",
+        "LatchRegion",
+        "MemoryRegion",
+        "SinkRegion",
+    ),
+    "config": ("MachineConfig",),
+    "device": ("Device", "IrqLine"),
+    "errors": ("BusError", "ConfigError", "DeviceError", "GuestError", "KvmError", "StateError", "VmmError"),
+    "machine": ("Machine",),
+    "run_control": ("ExitStatus",),
+    "run_state": ("RunState",),
+}
+
 
 def __getattr__(name: str) -> object:
-    # The one public name that is made when it is asked for: importing enum takes a tenth of the time to a guest.
-    if name == "RunState":
-        from pyvmm.run_state import RunState
-
-        return RunState
+    for module, names in _MODULES.items():
+        if name in names:
+            imported = __import__(f"{__name__}.{module}", fromlist=(name,))
+            value: object = getattr(imported, name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
-from pyvmm import Machine, MachineConfig
 from pyvmm.cli.options import Option, mib, number, parse, port_or_none, usage
+from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError, GuestError
+from pyvmm.machine import Machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def run(args: list[str]) -> int:
     config = configure(given)
     with terminal(config), Machine(config) as machine:
         announce(machine)
+        gc.enable()
         return go(machine, timeout_s, exit_stats)
 
 
