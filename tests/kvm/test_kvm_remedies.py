@@ -118,7 +118,7 @@ def test_bad_slots(vm: Vm) -> None:
         vm.set_memory_slot(1, 4096, 4096, ram.host_address)
     check(caught.value, "KVM_SET_USER_MEMORY_REGION", errno.EEXIST, "overlaps")
     with pytest.raises(KvmError) as caught:
-        vm.set_memory_slot(1 << 16, 0x10_0000, 4096, ram.host_address)
+        vm.set_memory_slot(0xFFFF, 0x10_0000, 4096, ram.host_address)
     check(caught.value, "KVM_SET_USER_MEMORY_REGION", errno.EINVAL, "slot number")
 
 

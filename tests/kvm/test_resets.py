@@ -71,7 +71,8 @@ def test_no_reboot(boot: Callable[..., Guest], road: str) -> None:
     assert status.reason == ("triple fault" if road == "triple fault" else "reset")
     assert guest.machine.state is RunState.SHUTDOWN
     assert device.resets == 0
-    assert guest.regs()["rbp"] == 0xDEADBEEF
+    if road != "triple fault":  # after which AMD's processors have no state left to be read
+        assert guest.regs()["rbp"] == 0xDEADBEEF
 
 
 def test_reset_from_the_embedder(boot: Callable[..., Guest]) -> None:

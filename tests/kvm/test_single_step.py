@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from guests import PASSED, Guest
 
 from pyvmm import RunState
@@ -40,7 +41,9 @@ def test_step_by_step(boot: Callable[..., Guest]) -> None:
     assert guest.run() == PASSED
 
 
+@pytest.mark.native
 def test_hardware_breakpoint(boot: Callable[..., Guest]) -> None:
+    """The lab's emulated processor does not stop at breakpoints of its guests' guests."""
     guest = boot("mov $5, %ecx\n here: inc %ebx\n dec %ecx\n jnz here\n finish")
     vcpu = guest.machine.cpus[0].vcpu
     here = guest.program.symbols["here"]
