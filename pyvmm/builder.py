@@ -311,7 +311,7 @@ def load_guest(m: Machine, *, clean: bool = True) -> BootState | None:
     kernel = images.get(config.kernel, "kernel")
     modules = [(images.get(image, "module"), line) for image, line in config.modules]
     initrd = images.get(config.initrd, "initrd") if config.initrd is not None else None
-    rsdp = write_tables(m) if config.memory_mib else 0
+    rsdp = write_tables(m)
     return boot.load(
         m.memory,
         kernel,
