@@ -87,6 +87,10 @@ def build(m: Machine) -> None:
     make_cpus(m)
     if boot is not None:
         enter_guest(m, boot)
+    if m.vm.has_irqchip:
+        # A guest that is slow to take its ticks is not to be flooded with them later. Turning that off waits for a grace
+        # period, longer than all of the recipe: it comes last, and nothing waits for it.
+        in_background(m, lambda: m.vm.set_pit_reinject(False))
 
 
 def check_limits(m: Machine) -> None:
@@ -103,9 +107,6 @@ def make_kernel_irqchip(m: Machine) -> None:
     m.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
     m.vm.create_irqchip()
     m.vm.create_pit()
-    # A guest that is slow to take its ticks is not to be flooded with them later. Turning that off takes longer than
-    # all the rest of the recipe: nothing waits for it.
-    in_background(m, lambda: m.vm.set_pit_reinject(False))
     m.vm.set_gsi_routing(pc_routes())
 
 
