@@ -88,7 +88,7 @@ def build(m: Machine) -> None:
     if boot is not None:
         enter_guest(m, boot)
     if m.vm.has_irqchip:
-        # A guest that is slow to take its ticks is not to be flooded with them later. Turning that off waits for a grace
+        # A guest slow to take its ticks is not to be flooded with them later. Turning that off waits for a grace
         # period, longer than all of the recipe: it comes last, and nothing waits for it.
         in_background(m, lambda: m.vm.set_pit_reinject(False))
 
