@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyvmm.bus cimport PyThreadState, flat_view_t, region_t
 
@@ -14,6 +14,7 @@ cdef class MemoryRegion:
     cdef object _write
     cdef object _end
     cdef object _buffer
+    cdef object _source
 
 
 cdef class FlatView:
@@ -39,3 +40,7 @@ cdef class AddressSpace:
 # Any access, GIL-free: splits it as the regions ask, all ones where nobody answers. BUS_OK or BUS_RAISED.
 cdef int bus_read(flat_view_t *view, uint64_t addr, int size, uint64_t *value, PyThreadState *ts) noexcept nogil
 cdef int bus_write(flat_view_t *view, uint64_t addr, int size, uint64_t value, PyThreadState *ts) noexcept nogil
+
+# String I/O at a FIFO window: the device's lock taken once, the data copied in one go.
+cdef int fifo_string(region_t *region, uint8_t *data, uint32_t count, int size, bint is_write,
+                     PyThreadState *ts) noexcept nogil

@@ -13,7 +13,7 @@ from cpython.method cimport PyMethod_Check
 from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_BUFFER, REGION_EVENT, REGION_FIFO, REGION_LATCH,
                         REGION_PYTHON, REGION_SINK, PY_VECTORCALL_ARGUMENTS_OFFSET, Py_DECREF, PyEval_RestoreThread,
@@ -89,6 +89,47 @@ cdef int fifo_access(region_t *region, int size, uint64_t *value, bint is_write,
         region.direction = 0
         return call_end(region, False, ts)
     return BUS_OK
+
+
+cdef int fifo_string(region_t *region, uint8_t *data, uint32_t count, int size, bint is_write,
+                     PyThreadState *ts) noexcept nogil:
+    """``count`` units of ``size`` bytes through the window, as fifo_access each, but copied in one go where they fit."""
+    cdef uint64_t left, units
+    cdef uint64_t value
+    cdef int rc = BUS_OK
+    take_lock(region, ts)
+    while count and rc == BUS_OK:
+        if not region.mapped:
+            # Before this access, or by the call at a window's end: nobody answers for the rest.
+            if not is_write:
+                memset(data, 0xff, <size_t>count * size)
+            break
+        left = region.memory_size - region.position
+        units = left // size if region.direction == (2 if is_write else 1) else 0
+        if units == 0:
+            # No window, or its last bytes are fewer than a unit.
+            value = 0
+            memcpy(&value, data, size)
+            rc = fifo_access(region, size, &value, is_write, ts)
+            if not is_write:
+                memcpy(data, &value, size)
+            units = 1
+        else:
+            if units > count:
+                units = count
+            if is_write:
+                memcpy(region.memory + region.position, data, units * size)
+            else:
+                memcpy(data, region.memory + region.position, units * size)
+            region.position += units * size
+            if region.position == region.memory_size:
+                region.direction = 0
+                rc = call_end(region, False, ts)
+        region.count += units
+        data += units * size
+        count -= <uint32_t>units
+    pthread_mutex_unlock(region.lock)
+    return rc
 
 
 cdef int compiled_access(region_t *region, uint64_t offset, int size, uint64_t *value, bint is_write,
@@ -195,7 +236,7 @@ cdef int piece_size(region_t *region, uint64_t addr, int size) noexcept nogil:
     """How much of an access at ``addr`` this region takes at once: inside it, valid, aligned, a power of two."""
     cdef uint64_t offset = addr - region.base, align = offset & (~offset + 1)
     cdef int limit = size, step = 1
-    if <uint64_t>limit > region.last - addr + 1:
+    if <uint64_t>limit > region.last - addr + 1 and not region.wide:
         limit = <int>(region.last - addr + 1)
     if limit > region.valid_max:
         limit = region.valid_max
@@ -395,45 +436,66 @@ cdef class FifoRegion(MemoryRegion):
 
     ``device`` gives the lock; ``on_end()`` runs under it when the guest has read or written the last byte (an ATA
     sector: one call into Python instead of 256). With no window open reads give ones and writes are lost.
+
+    ``wide``: a data port as ATA has it, whose 16- and 32-bit accesses reach over the ports behind it: those that begin
+    here are taken whole, and single bytes are not taken at all.
     """
 
-    def __init__(self, size, device, on_end, *, name="fifo"):
+    def __init__(self, size, device, on_end, *, bint wide=False, name="fifo"):
         if not isinstance(device, Device):
             raise TypeError(f"{device!r} is no device: its lock is taken for the window")
         self.device = device
-        self._set_up(size, name, device.lock, (1, 4), (1, 4), True)
+        sizes = (2, 4) if wide else (1, 4)
+        self._set_up(size, name, device.lock, sizes, sizes, True)
+        self.c.wide = wide
         self.c.kind = REGION_FIFO
         self._end = on_end
         self.c.end_func = <PyObject *>on_end
 
-    cdef _open(self, buffer, int direction):
-        window = memoryview(buffer).cast("B")
+    cdef _open(self, buffer, int direction, start, size):
+        # A device hands out one buffer piece by piece: the view of it is made once.
+        if buffer is not self._source or direction == 2 and self._buffer.readonly:
+            window = memoryview(buffer).cast("B")
+            buffer_start(window, direction == 2)
+        else:
+            window = self._buffer
+        length = window.nbytes
+        if size is None:
+            size = length - start
+        if start < 0 or size < 0 or start + size > length:
+            raise ValueError(f"{self.name}: a window of {size} bytes at {start} leaves a buffer of {length}")
         with self._lock:
-            self.c.memory = buffer_start(window, direction == 2)
-            self.c.memory_size = window.nbytes
-            self.c.position = 0
-            self.c.direction = direction if window.nbytes else 0
+            self._source = buffer
             self._buffer = window
+            self.c.memory = buffer_start(window, direction == 2) + <uint64_t>start
+            self.c.memory_size = size
+            self.c.position = 0
+            self.c.direction = direction if size else 0
 
-    def open_read(self, buffer):
-        """The guest reads ``buffer`` out through the port."""
-        self._open(buffer, 1)
+    def open_read(self, buffer, start=0, size=None):
+        """The guest reads ``buffer`` out through the port: all of it, or ``size`` bytes from ``start``."""
+        self._open(buffer, 1, start, size)
 
-    def open_write(self, buffer):
-        """The guest's writes fill ``buffer``."""
-        self._open(buffer, 2)
+    def open_write(self, buffer, start=0, size=None):
+        """The guest's writes fill ``buffer``: all of it, or ``size`` bytes from ``start``."""
+        self._open(buffer, 2, start, size)
 
     def close(self):
         """No window: let go of the buffer."""
         with self._lock:
             self.c.direction = 0
             self.c.memory_size = self.c.position = 0
-            self._buffer = None
+            self._buffer = self._source = None
 
     @property
     def position(self):
         """Bytes moved so far in this window."""
         return self.c.position
+
+    @property
+    def writing(self):
+        """Whether a window stands open for the guest's writes."""
+        return self.c.direction == 2
 
 
 cdef class FlatView:

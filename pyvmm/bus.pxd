@@ -59,6 +59,7 @@ cdef struct region_t:
     uint8_t impl_max
     uint8_t unaligned
     uint8_t writable        # LATCH: keeps what is written
+    uint8_t wide            # an access that begins inside is taken whole, also where it reaches past the end
     pthread_mutex_t *lock
     PyObject *device        # first argument of the handlers, or NULL where they are bound
     PyObject *read_func
@@ -104,7 +105,7 @@ cdef inline uint64_t ones(int size) noexcept nogil:
 cdef inline bint goes_direct(region_t *region, uint64_t offset, int size) noexcept nogil:
     """True where the handler takes this very access: no splitting, no widening, wholly inside."""
     return (region.direct_sizes >> size) & 1 and (region.unaligned or not offset & (size - 1)) \
-        and offset + size - 1 <= region.last - region.base
+        and (offset + size - 1 <= region.last - region.base or region.wide)
 
 
 cdef inline void take_lock(region_t *region, PyThreadState *ts) noexcept nogil:

@@ -16,11 +16,12 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport close, getpid, read
 
-from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, bus_read, bus_write
+from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, bus_read, bus_write, fifo_string
 from pyvmm.atomic cimport (ATOMIC_ACQUIRE, ATOMIC_RELEASE, ATOMIC_SEQ_CST, atomic_exchange, atomic_fence, atomic_load,
                            atomic_load_u32, atomic_store, atomic_store_u32, atomic_store_u8)
-from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_PYTHON, PyEval_RestoreThread, PyEval_SaveThread,
-                        flat_view_find, flat_view_t, goes_direct, ones, python_read, python_write, region_t, write)
+from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_FIFO, REGION_PYTHON, PyEval_RestoreThread,
+                        PyEval_SaveThread, flat_view_find, flat_view_t, goes_direct, ones, python_read, python_write,
+                        region_t, write)
 from pyvmm.device cimport DeviceLock, pthread_mutex_lock, pthread_mutex_unlock
 from pyvmm.exit_stats cimport (DIRECTION_IN, DIRECTION_NONE, DIRECTION_OUT, ExitStats, exit_key, exit_stat_add, rdtsc)
 from pyvmm.kvm cimport uapi
@@ -206,6 +207,11 @@ cdef class CpuExec(ViewUser):
         if self.wake_fd >= 0:
             write(self.wake_fd, &one, 8)
 
+    def drain(self):
+        """Make the vCPU deliver soon what KVM has gathered, even where its guest only waits for an interrupt."""
+        if self.ring != NULL and self.ring.first != self.ring.last:
+            self._poke()
+
     def cancel_kick(self):
         """Forget a kick that has not been seen yet; the caller knows that the vCPU is parked."""
         atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
@@ -373,8 +379,14 @@ cdef class CpuExec(ViewUser):
         cdef uint32_t port = run.io.port, left = run.io.count
         cdef int size = run.io.size
         cdef bint is_write = run.io.direction == uapi.KVM_EXIT_IO_OUT
+        cdef region_t *region
         cdef uint64_t value
         self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_IO, DIRECTION_OUT if is_write else DIRECTION_IN, port))
+        if left > 1:
+            region = flat_view_find(self.pio_regions, port)
+            if region != NULL and region.kind == REGION_FIFO and goes_direct(region, port - region.base, size):
+                return LOOP_GO_ON if fifo_string(region, data, left, size, is_write, self.ts) == BUS_OK \
+                    else LOOP_DEVICE_RAISED
         while left:
             if is_write:
                 value = 0

@@ -786,6 +786,60 @@ class Fifo:
         return self.space.read(0, size)
 
 
+def wide_fifo() -> tuple[FifoRegion, AddressSpace, Ram]:
+    """A data port at 0 with registers behind it, as an ATA channel has them."""
+    registers = Ram(7)
+    region = FifoRegion(1, registers, lambda: None, wide=True)
+    ports = space()
+    ports.add(0, region)
+    ports.map(1, 7, registers)
+    return region, ports, registers
+
+
+def test_a_wide_fifo_takes_words_whole_at_its_one_address() -> None:
+    region, ports, registers = wide_fifo()
+    region.open_read(bytes(range(8)))
+    assert ports.read(0, 2) == 0x0100
+    assert ports.read(0, 4) == 0x0504_0302
+    window = bytearray(6)
+    region.open_write(window)
+    assert region.writing
+    ports.write(0, 2, 0x2211)
+    ports.write(0, 4, 0x6655_4433)
+    assert window == bytes([0x11, 0x22, 0x33, 0x44, 0x55, 0x66])
+    assert not region.writing
+    assert registers.log == []
+
+
+def test_a_wide_fifo_takes_no_bytes_and_leaves_the_ports_behind_alone() -> None:
+    region, ports, registers = wide_fifo()
+    region.open_read(b"abcd")
+    assert ports.read(0, 1) == 0xFF
+    ports.write(0, 1, 0)
+    assert region.position == 0
+    ports.write(1, 1, 0x5A)
+    assert registers.data[0] == 0x5A
+    assert ports.read(1, 2) == 0x5A
+
+
+def test_a_window_over_a_part_of_a_buffer() -> None:
+    f = Fifo()
+    data = bytearray(range(16))
+    for start in (4, 8):  # the second time the view of the buffer is there already
+        f.region.open_read(data, start, 4)
+        assert f.read(4) == int.from_bytes(data[start : start + 4], "little")
+    f.region.open_write(data, 14, 2)
+    f.space.write(0, 4, 0x4433_2211)
+    assert data[14:] == b"\x11\x22"
+    for start, size in ((-1, 4), (14, 4), (4, -1), (17, 0)):
+        with pytest.raises(ValueError, match="leaves a buffer of 16"):
+            f.region.open_read(data, start, size)
+    constant = bytes(4)
+    f.region.open_read(constant)
+    with pytest.raises(TypeError, match="writable"):
+        f.region.open_write(constant)
+
+
 def test_fifo_closed_floats() -> None:
     f = Fifo()
     f.space.write(0, 2, 0x1234)

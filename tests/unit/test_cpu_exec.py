@@ -196,6 +196,62 @@ def test_a_handler_that_moves_its_region_while_it_is_the_recent_one(guest: Guest
     assert offsets == [1, 3]
 
 
+def units(data: bytes, size: int) -> list[int]:
+    return [int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size)]
+
+
+class Sectors(Recorder):
+    """A data port that opens a window of 4 bytes after each other, ``left`` of them."""
+
+    def __init__(self, left: int, writes: bool = False) -> None:
+        super().__init__()
+        self.left, self.writing, self.windows = left, writes, [bytearray(4)]
+        self.fifo = FifoRegion(1, self, self.end, wide=True)
+        self.open()
+
+    def open(self) -> None:
+        self.left -= 1
+        if self.writing:
+            self.windows.append(bytearray(4))
+            self.fifo.open_write(self.windows[-1])
+        else:
+            self.fifo.open_read(bytes([0x10 * self.left + n for n in range(4)]))
+
+    def end(self) -> None:
+        if self.left:
+            self.open()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_string_in_goes_on_from_window_to_window_and_floats_after_the_last(guest: Guest, size: int) -> None:
+    device = Sectors(2)
+    guest.pio.add(0x1F0, device.fifo)
+    expected = bytes([0x10, 0x11, 0x12, 0x13, 0, 1, 2, 3]) + b"\xff" * 8
+    assert guest.in_(0x1F0, size, 16 // size) == units(expected, size)
+    assert device.fifo.count == 16 // size
+
+
+def test_string_in_with_a_window_that_ends_within_a_unit(guest: Guest) -> None:
+    fifo = FifoRegion(1, Recorder(), lambda: None, wide=True)
+    guest.pio.add(0x1F0, fifo)
+    fifo.open_read(b"abcdef")
+    assert guest.in_(0x1F0, 4, 3) == units(b"abcdef\xff\xff\xff\xff\xff\xff", 4)
+
+
+def test_string_out_goes_on_from_window_to_window_and_is_lost_after_the_last(guest: Guest) -> None:
+    device = Sectors(2, writes=True)
+    guest.pio.add(0x1F0, device.fifo)
+    assert guest.out(0x1F0, 2, *units(b"abcdefghijkl", 2)) is None
+    assert device.windows[1:] == [b"abcd", b"efgh"]
+
+
+def test_a_window_whose_end_unmaps_the_port_answers_no_more(guest: Guest) -> None:
+    fifo = FifoRegion(1, Recorder(), lambda: guest.pio.unmap(fifo), wide=True)
+    guest.pio.add(0x1F0, fifo)
+    fifo.open_read(b"abcd")
+    assert guest.in_(0x1F0, 2, 4) == units(b"abcd\xff\xff\xff\xff", 2)
+
+
 def test_fifo_sink_and_latch_answer_string_io(guest: Guest) -> None:
     lines: list[bytes] = []
     sectors: list[bytes] = []
