@@ -1,6 +1,6 @@
 """Assembly for test guests: GNU as and ld, the result kept by the hash of what went in.
 
-``assemble(source, mode)`` puts common.inc before the source (and makes the other .inc files of this directory
+``assemble(source, mode)`` puts kvm/common.inc before the source (and makes the other .inc files there
 includable), links it at the address where Machine's ``flat`` starts such a guest, and gives bytes and symbols.
 """
 
@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("PYVMM_CACHE", HERE.parents[1] / ".cache")) / "asm"
+INCLUDES = HERE / "kvm"
+CACHE = Path(os.environ.get("PYVMM_CACHE", HERE.parent / ".cache")) / "asm"
 CODE_DIRECTIVE = {"real16": ".code16", "protected32": ".code32", "long64": ".code64"}
 ADDRESS = {"real16": 0x7C00, "protected32": 0x10_0000, "long64": 0x10_0000}
 
@@ -33,7 +34,7 @@ def assemble(source: str, mode: str = "long64", address: int | None = None) -> P
     address = ADDRESS[mode] if address is None else address
     text = f'{CODE_DIRECTIVE[mode]}\n.include "common.inc"\n{source}\n'
     key = hashlib.sha256(f"{address:#x}\n{text}".encode())
-    for include in sorted(HERE.glob("*.inc")):
+    for include in sorted(INCLUDES.glob("*.inc")):
         key.update(include.read_bytes())
     kept = CACHE / f"{key.hexdigest()[:32]}.json"
     if not kept.exists():
@@ -46,7 +47,7 @@ def build(text: str, address: int, kept: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         obj, elf, image = (str(Path(directory, name)) for name in ("guest.o", "guest.elf", "guest.bin"))
-        tool("as", "--64", "-I", str(HERE), "-o", obj, "-", source=text)
+        tool("as", "--64", "-I", str(INCLUDES), "-o", obj, "-", source=text)
         tool("ld", "-melf_x86_64", "-N", "-e0", "--no-warn-rwx-segments", f"-Ttext={address:#x}", "-o", elf, obj)
         tool("objcopy", "-O", "binary", elf, image)
         listed = tool("nm", elf)
