@@ -135,7 +135,8 @@ cdef class GuestMemory:
                                   f"{other.name} at {other.gpa:#x}+{other.size_bytes:#x}")
         self.ram.append(region)
         self._views.append(memoryview(region))
-        self.size_bytes += region.size_bytes
+        if not region.readonly:
+            self.size_bytes += region.size_bytes
 
     @property
     def regions(self):

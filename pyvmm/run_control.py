@@ -26,11 +26,12 @@ PRELAUNCH = "prelaunch"
 RUNNING = "running"
 PAUSED = "paused"
 DEBUG = "debug"
+IO_ERROR = "io-error"
 SHUTDOWN = "shutdown"
 INTERNAL_ERROR = "internal-error"
 CLOSED = "closed"
 ENDED = (SHUTDOWN, INTERNAL_ERROR, CLOSED)
-RESUMABLE = (PRELAUNCH, PAUSED, DEBUG)
+RESUMABLE = (PRELAUNCH, PAUSED, DEBUG, IO_ERROR)
 
 
 class ExitStatus(int):

@@ -16,6 +16,8 @@ class RunState(Enum):
     """Every vCPU is parked with its accesses complete; state may be read and changed; resume() goes on."""
     DEBUG = "debug"
     """As PAUSED, because a vCPU hit a breakpoint or finished a single step."""
+    IO_ERROR = "io-error"
+    """As PAUSED, because a drive's request failed and its policy says to stop; resume() tries it again."""
     SHUTDOWN = "shutdown"
     """The guest ended: power-off, isa-debug-exit, or a reset with no_reboot. reset() makes it runnable again."""
     INTERNAL_ERROR = "internal-error"
