@@ -1,0 +1,77 @@
+"""The two interfaces of the block layer: a format driver above, a protocol driver below it.
+
+A format (raw, and room for others) says where a guest's byte is in the image; a protocol (a file or block device of the
+host, or a filter in front of one) moves bytes. Offsets and lengths are bytes. Every ``co_`` function is a coroutine
+that returns 0 or more, or a negative errno, and raises only for a mistake of ours. None of them changes ``iov``, and
+after the return nobody touches its memory.
+"""
+
+from __future__ import annotations
+
+from errno import ENOTSUP
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Iov = Sequence[memoryview]
+
+
+class ProtocolDriver:
+    """Bytes at an offset. Transfers may be short: whoever called goes on with the rest."""
+
+    size_bytes = 0
+    read_only = False
+    alignment = 1
+    """A write that does not begin and end at multiples of this reads and writes the rest of such a piece too."""
+
+    async def co_preadv(self, offset: int, iov: Iov, length: int) -> int:
+        """Fill the first bytes of ``iov`` (``length`` bytes in all): how many, 0 at the end of the file."""
+        raise NotImplementedError
+
+    async def co_pwritev(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
+        """Write the first bytes of ``iov``: how many. ``fua``: on stable storage before it returns."""
+        raise NotImplementedError
+
+    async def co_flush(self) -> int:
+        """0 when every write that was complete before is on stable storage."""
+        raise NotImplementedError
+
+    async def co_pdiscard(self, offset: int, length: int) -> int:
+        """The bytes are no longer needed: an advice. -ENOTSUP where the host has no use for it."""
+        return -ENOTSUP
+
+    async def co_pwrite_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
+        """Make the bytes read as zeros; ``may_unmap``: their space may be given back."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give everything back; nothing is in flight."""
+
+
+class FormatDriver:
+    """The guest's disk, whole requests: 0 or a negative errno."""
+
+    size_bytes = 0
+    read_only = False
+    alignment = 1
+    skew = 0
+    """``alignment`` holds for offset + skew."""
+
+    async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
+        raise NotImplementedError
+
+    async def co_writev(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
+        raise NotImplementedError
+
+    async def co_flush(self) -> int:
+        raise NotImplementedError
+
+    async def co_discard(self, offset: int, length: int) -> int:
+        raise NotImplementedError
+
+    async def co_write_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,90 @@
+"""The raw format: the image's bytes are the disk's, or a window of them is.
+
+The rule for short transfers lives here, above every protocol. A read that comes back short goes on; one that brings
+nothing is past the end of the file, and the rest is zeros. A write that comes back short goes on; one that
+makes no progress is -ENOSPC. The disk never grows: of a last sector that the image holds only in part, the bytes that
+are not there read as zeros and are not written.
+"""
+
+from __future__ import annotations
+
+from errno import ENOSPC, ENOTSUP
+
+from pyvmm.block.driver import FormatDriver
+from pyvmm.block.iov import IovSlice, fill_zeros
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.block.driver import Iov, ProtocolDriver
+
+
+class RawDriver(FormatDriver):
+    """``size_bytes`` bytes of ``file`` from ``offset`` on: the caller has checked that they are there."""
+
+    def __init__(self, file: ProtocolDriver, offset: int, size_bytes: int) -> None:
+        self._file = file
+        self._offset = offset
+        self.size_bytes = size_bytes
+        self.read_only = file.read_only
+        self.alignment = file.alignment
+        self.skew = offset % file.alignment
+
+    async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
+        if offset + length <= self.size_bytes:
+            done = await self._file.co_preadv(self._offset + offset, iov, length)
+            if done == length:
+                return 0
+            inside = length
+        else:
+            inside = max(0, self.size_bytes - offset)
+            done = 0
+            fill_zeros(iov, inside, length)
+        if done < 0:
+            return done
+        while done < inside:
+            with IovSlice(iov, done, inside) as rest:
+                count = await self._file.co_preadv(self._offset + offset + done, rest, inside - done)
+            if count < 0:
+                return count
+            if count == 0:
+                fill_zeros(iov, done, inside)
+                return 0
+            done += count
+        return 0
+
+    async def co_writev(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
+        done = 0
+        if offset + length <= self.size_bytes:
+            done = await self._file.co_pwritev(self._offset + offset, iov, length, fua)
+            if done == length:
+                return 0
+            if done <= 0:
+                return done or -ENOSPC
+        else:
+            length = max(0, self.size_bytes - offset)
+        while done < length:
+            with IovSlice(iov, done, length) as rest:
+                count = await self._file.co_pwritev(self._offset + offset + done, rest, length - done, fua)
+            if count <= 0:
+                return count or -ENOSPC
+            done += count
+        return 0
+
+    async def co_flush(self) -> int:
+        return await self._file.co_flush()
+
+    async def co_discard(self, offset: int, length: int) -> int:
+        length = min(length, self.size_bytes - offset)
+        if length <= 0:
+            return 0
+        ret = await self._file.co_pdiscard(self._offset + offset, length)
+        return 0 if ret == -ENOTSUP else ret
+
+    async def co_write_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
+        length = min(length, self.size_bytes - offset)
+        if length <= 0:
+            return 0
+        return await self._file.co_pwrite_zeroes(self._offset + offset, length, may_unmap, fua)
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,48 @@
+"""What a drive has done so far, by kind of operation."""
+
+from __future__ import annotations
+
+
+class OperationStats:
+    """operations and bytes that succeeded; merged: how many of them went along in the system call of another one;
+    failed: how many did not, those a policy ignores or retries too; time_ns: from submission to completion, all of
+    them added up.
+    """
+
+    __slots__ = ("bytes", "failed", "merged", "operations", "time_ns")
+
+    def __init__(self) -> None:
+        self.operations = 0
+        self.bytes = 0
+        self.merged = 0
+        self.failed = 0
+        self.time_ns = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class BlockStats:
+    """Counters of one drive; they only grow, but for ``in_flight``. Write-zeroes count as writes."""
+
+    __slots__ = ("discard", "flush", "in_flight", "max_in_flight", "read", "write")
+
+    def __init__(self) -> None:
+        self.read = OperationStats()
+        self.write = OperationStats()
+        self.flush = OperationStats()
+        self.discard = OperationStats()
+        self.in_flight = 0
+        """Requests submitted and not yet complete."""
+        self.max_in_flight = 0
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """Plain data, for whoever prints or sends it."""
+        return {
+            "read": self.read.as_dict(),
+            "write": self.write.as_dict(),
+            "flush": self.flush.as_dict(),
+            "discard": self.discard.as_dict(),
+            "in_flight": self.in_flight,
+            "max_in_flight": self.max_in_flight,
+        }

@@ -1,0 +1,127 @@
+"""A bounded pool of worker threads: started as there is work, ended when there has been none for a while.
+
+A job goes straight to an idle worker, the one that was busy last (its stack and the caches are warm). Without an idle
+one a thread is started, up to the limit; beyond that jobs wait in order.
+"""
+
+from __future__ import annotations
+
+from pyvmm.light import Lock, Thread, deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LIMIT_THREADS = 16
+IDLE_S = 10.0
+
+
+class Worker:
+    """One thread of the pool, and the job it was given while it sleeps on ``wake``."""
+
+    __slots__ = ("job", "thread", "wake")
+
+    def __init__(self) -> None:
+        self.wake = Lock()
+        self.wake.acquire()
+        self.job: object = None
+        self.thread: Thread | None = None
+
+
+class ThreadPool:
+    """Calls ``work(job)`` for every job, on one of its threads. ``work`` may not raise."""
+
+    def __init__(self, work: Callable[[object], None], limit: int = LIMIT_THREADS, idle_s: float = IDLE_S) -> None:
+        self._work = work
+        self._limit = limit
+        self._idle_s = idle_s
+        self._lock = Lock()
+        self._queue: deque[object] = deque()
+        self._idle: list[Worker] = []
+        self._workers: dict[Worker, None] = {}
+        self._closed = False
+
+    @property
+    def threads(self) -> int:
+        return len(self._workers)
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def submit(self, job: object) -> None:
+        """RuntimeError where the host has not room for even one thread."""
+        with self._lock:
+            if self._idle:
+                worker = self._idle.pop()
+                worker.job = job
+                worker.wake.release()
+                return
+            if len(self._workers) < self._limit and self._start_locked(job):
+                return
+            self._queue.append(job)
+
+    def _start_locked(self, job: object) -> bool:
+        worker = Worker()
+        worker.job = job
+        worker.thread = Thread(lambda: self._run(worker))
+        self._workers[worker] = None
+        try:
+            worker.thread.start()
+        except RuntimeError:
+            del self._workers[worker]
+            if not self._workers:
+                raise
+            return False
+        return True
+
+    def remove(self, job: object) -> bool:
+        """Take back a job that still waits. False: it has begun, or is done."""
+        with self._lock:
+            try:
+                self._queue.remove(job)
+            except ValueError:
+                return False
+            return True
+
+    def take_if(self, wanted: Callable[[object], bool]) -> object | None:
+        """For ``work``: the next waiting job where ``wanted(job)``, to be done along with the present one."""
+        with self._lock:
+            if self._queue and wanted(self._queue[0]):
+                return self._queue.popleft()
+            return None
+
+    def _run(self, worker: Worker) -> None:
+        while True:
+            job = worker.job
+            worker.job = None
+            if job is not None:
+                self._work(job)
+                del job
+            with self._lock:
+                if self._queue:
+                    worker.job = self._queue.popleft()
+                    continue
+                if self._closed:
+                    break
+                self._idle.append(worker)
+            if not worker.wake.acquire(timeout=self._idle_s):
+                with self._lock:
+                    if worker in self._idle:
+                        self._idle.remove(worker)
+                        break
+                worker.wake.acquire()  # a job came in this very moment
+        with self._lock:
+            self._workers.pop(worker, None)
+
+    def close(self) -> None:
+        """Do what is queued, end the threads and wait for them."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            workers = list(self._workers)
+        for worker in idle:
+            worker.wake.release()
+        for worker in workers:
+            assert worker.thread is not None
+            worker.thread.join()
