@@ -1,8 +1,8 @@
 """ACPI fixed hardware: power management events, sleep control, the PM timer and the power button.
 
 ACPI Specification 6.5, sections 4.8.2 (PM timer, power button) and 4.8.3 (PM1a_EVT, PM1a_CNT, PM_TMR). The
-FADT names the block's ports; it states no SMI command port, so the machine is in ACPI mode from the start and
-SCI_EN reads as 1 always.
+FADT names the block's ports. Where it states no SMI command port, the machine is in ACPI mode from the start and
+SCI_EN reads as 1 always; where it does, the guest asks for it there (4.8.3.2.1, 16.3.1) and set_acpi_mode is told.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AcpiPm(Device):
 
     ``sci`` is the level-triggered SCI. ``on_shutdown()`` is called when the guest enters S5, on its vCPU
     thread with ``lock`` held. ``s5_type`` is the SLP_TYP that the DSDT's \\_S5 names. ``timer_bits`` is 24 or
-    32: the FADT's TMR_VAL_EXT says which.
+    32: the FADT's TMR_VAL_EXT says which. ``acpi_mode``: SCI_EN at power-on; without it no event makes an SCI.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class AcpiPm(Device):
         *,
         s5_type: int,
         timer_bits: int = 32,
+        acpi_mode: bool = True,
     ) -> None:
         self._clock = clock
         self._sci = sci
@@ -69,12 +70,14 @@ class AcpiPm(Device):
         self._half = 1 << (timer_bits - 1)
         self._timer = clock.timer(self._on_timer)
         self._ticks_offset = 0
+        self._starts_in_acpi_mode = acpi_mode
         self._power_on()
 
     def _power_on(self) -> None:
         self._status = 0
         self._enable = 0
         self._control = 0
+        self._sci_en = SCI_EN if self._starts_in_acpi_mode else 0
         self._toggle = self._next_toggle()
 
     def _ticks(self) -> int:
@@ -92,7 +95,7 @@ class AcpiPm(Device):
             # The hot one: kernels poll it, and nothing else depends on its being read.
             return self._ticks() & self._timer_mask & ((1 << 8 * size) - 1)
         self._update()
-        block = self._status | self._enable << 8 * PM1_EN | (self._control | SCI_EN) << 8 * PM1_CNT
+        block = self._status | self._enable << 8 * PM1_EN | (self._control | self._sci_en) << 8 * PM1_CNT
         block |= (self._ticks() & self._timer_mask) << 8 * PM_TMR
         return block >> 8 * offset & ((1 << 8 * size) - 1)
 
@@ -122,7 +125,7 @@ class AcpiPm(Device):
         if self._ticks() >= self._toggle:
             self._status |= TMR
             self._toggle = self._next_toggle()
-        self._sci.set(int(self._status & self._enable != 0))
+        self._sci.set(int(self._sci_en and self._status & self._enable != 0))
         if self._enable & ~self._status & TMR:
             ticks = self._toggle - self._ticks_offset
             self._timer.arm(-(-ticks * NS_PER_SECOND // PM_TIMER_HZ))
@@ -134,6 +137,12 @@ class AcpiPm(Device):
             self._update()
 
     # The host's side
+
+    def set_acpi_mode(self, on: bool) -> None:
+        """SCI_EN, which the guest can't write: the chipset's SMI command port was asked for ACPI mode, or its end."""
+        with self.lock:
+            self._sci_en = SCI_EN if on else 0
+            self._update()
 
     def press(self) -> None:
         """The power button, pressed and let go. From any thread. The guest decides what to do about it."""
@@ -153,6 +162,7 @@ class AcpiPm(Device):
                 "status": self._status,
                 "enable": self._enable,
                 "control": self._control,
+                "sci_en": self._sci_en,
                 "ticks": self._ticks(),
                 "toggle": self._toggle,
             }
@@ -163,6 +173,7 @@ class AcpiPm(Device):
             self._status = state["status"]
             self._enable = state["enable"]
             self._control = state["control"]
+            self._sci_en = state["sci_en"]
             self._ticks_offset += state["ticks"] - self._ticks()
             self._toggle = state["toggle"]
             self._update()

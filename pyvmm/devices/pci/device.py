@@ -1,0 +1,349 @@
+"""PciDevice: one function on the PCI bus, its 256 bytes of configuration space and what its base addresses decode.
+
+PCI Local Bus Specification 3.0, chapter 6: 6.1 (type 0 header), 6.2.2 and 6.2.3 (command, status), 6.2.5 (base
+addresses).
+
+A function states which bits of which register the guest may change (``writable``) and which a one clears
+(``clear_on_one``); all else is fixed. Registers that do something have their work in ``changed``, which runs after
+bytes have changed.
+
+Configuration space is under the lock of the PciHost: its handlers run on vCPU threads with that lock held. What a
+function decodes moves from inside such a write, and unmapping waits for a handler under way; so no handler of a BAR's
+region may touch configuration space. ``set_interrupt`` may be called from anywhere: it takes the function's own lock
+only.
+"""
+
+from __future__ import annotations
+
+from pyvmm.device import Device
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from pyvmm.address_space import AddressSpace, MemoryRegion
+    from pyvmm.device import DeviceLock
+    from pyvmm.devices.pci.host import PciHost
+
+CONFIG_BYTES = 256
+
+# Type 0 header
+VENDOR_ID = 0x00
+DEVICE_ID = 0x02
+COMMAND = 0x04
+STATUS = 0x06
+REVISION_ID = 0x08
+CLASS_CODE = 0x09  # three bytes: programming interface, subclass, base class
+CACHE_LINE_SIZE = 0x0C
+LATENCY_TIMER = 0x0D
+HEADER_TYPE = 0x0E
+BAR0 = 0x10
+BAR_COUNT = 6
+SUBSYSTEM_VENDOR_ID = 0x2C
+SUBSYSTEM_ID = 0x2E
+INTERRUPT_LINE = 0x3C
+INTERRUPT_PIN = 0x3D
+
+# Command
+COMMAND_IO = 0x0001
+COMMAND_MEMORY = 0x0002
+COMMAND_BUS_MASTER = 0x0004
+COMMAND_PARITY = 0x0040
+COMMAND_SERR = 0x0100
+COMMAND_INTX_DISABLE = 0x0400
+
+# Status
+STATUS_INTX = 0x0008
+STATUS_FAST_BACK_TO_BACK = 0x0080
+STATUS_DEVSEL_MEDIUM = 0x0200
+
+MULTIFUNCTION = 0x80  # of the header type
+BAR_IO = 0x1
+BAR_PREFETCHABLE = 0x8
+BAR_TOP = 0xFFFF_FFFF  # a base address that reaches this has just been sized, or decodes nothing that can be there
+
+VENDOR_INTEL = 0x8086
+# What QEMU's chipset functions carry: guests know a virtual machine by it.
+SUBSYSTEM = (0x1AF4, 0x1100)
+
+
+class Window:
+    """Regions of an address space that go together to a base the guest chooses: a BAR, or a chipset's own block.
+
+    Where something else answers already, none of them is mapped and the window is ``blocked``: no guest has a use for
+    two answers to one address, and what was there first stays.
+    """
+
+    __slots__ = ("_parts", "_space", "base", "wanted")
+
+    def __init__(self, space: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]) -> None:
+        """``parts``: offset in the window and region of each."""
+        self._space = space
+        self._parts = list(parts)
+        self.wanted: int | None = None
+        """Where the guest has put it; None: it is not decoded."""
+        self.base: int | None = None
+        """Where it is."""
+
+    @property
+    def blocked(self) -> bool:
+        return self.base != self.wanted
+
+    def place(self, base: int | None) -> bool:
+        """Go to ``base``, or nowhere. True where that gave addresses up, which another window may be waiting for."""
+        self.wanted = base
+        if base == self.base:
+            return False
+        gave_up = self.base is not None
+        self._unmap()
+        if base is not None:
+            self._map(base)
+        return gave_up
+
+    def retry(self) -> None:
+        """Something has moved: try once more."""
+        if self.blocked and self.wanted is not None:
+            self._map(self.wanted)
+
+    def _map(self, base: int) -> None:
+        try:
+            for offset, region in self._parts:
+                self._space.add(base + offset, region)
+        except ConfigError:  # taken, or past the end of the space
+            self._unmap()
+        else:
+            self.base = base
+
+    def _unmap(self) -> None:
+        for _, region in self._parts:
+            if region.space is self._space:
+                self._space.unmap(region)
+        self.base = None
+
+
+class Bar:
+    """A base address register of ``size`` bytes (a power of two) and the window it moves."""
+
+    __slots__ = ("flags", "register", "size", "window")
+
+    def __init__(self, index: int, size: int, flags: int, window: Window) -> None:
+        self.register = BAR0 + 4 * index
+        self.size = size
+        self.flags = flags  # the read-only low bits
+        self.window = window
+
+
+class PciDevice(Device):
+    """A function. ``class_code``: base class, subclass and programming interface as one number of 24 bits.
+
+    Subclasses state their registers with ``define`` and their BARs with ``add_io_bar`` and ``add_memory_bar`` when they
+    are made, and override ``changed`` and ``bus_master_changed``. PciHost.add puts it on the bus.
+    """
+
+    def __init__(
+        self,
+        *,
+        device_id: int,
+        class_code: int,
+        vendor_id: int = VENDOR_INTEL,
+        revision: int = 0,
+        subsystem: tuple[int, int] = SUBSYSTEM,
+        command: int = 0,
+        command_writable: int = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_SERR | COMMAND_INTX_DISABLE,
+        status: int = STATUS_DEVSEL_MEDIUM,
+        interrupt_pin: int = 0,
+    ) -> None:
+        self.config = bytearray(CONFIG_BYTES)
+        self._power_on = bytearray(CONFIG_BYTES)
+        self._writable = bytearray(CONFIG_BYTES)
+        self._clear_on_one = bytearray(CONFIG_BYTES)
+        self._bars: list[Bar] = []
+        self._windows: list[Window] = []
+        self._host: PciHost | None = None
+        self.slot = 0
+        self._intx_level = 0
+        self._intx_shown = 0  # what of it the bus has been told
+        self.define(VENDOR_ID, 2, vendor_id)
+        self.define(DEVICE_ID, 2, device_id)
+        self.define(COMMAND, 2, command, command_writable)
+        self.define(STATUS, 2, status)
+        self.define(REVISION_ID, 4, class_code << 8 | revision)
+        self.define(CACHE_LINE_SIZE, 1, 0, 0xFF)
+        self.define(SUBSYSTEM_VENDOR_ID, 2, subsystem[0])
+        self.define(SUBSYSTEM_ID, 2, subsystem[1])
+        self.define(INTERRUPT_LINE, 1, 0, 0xFF)
+        self.define(INTERRUPT_PIN, 1, interrupt_pin)
+
+    # -- what a subclass states ----------------------------------------------------------------------------------------
+
+    def define(self, register: int, size: int, value: int, writable: int = 0, clear_on_one: int = 0) -> None:
+        """A register of ``size`` bytes: its power-on value, the bits a write sets, the bits writing a one clears."""
+        end = register + size
+        self._power_on[register:end] = self.config[register:end] = value.to_bytes(size, "little")
+        self._writable[register:end] = writable.to_bytes(size, "little")
+        self._clear_on_one[register:end] = clear_on_one.to_bytes(size, "little")
+
+    def add_window(self, space: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]) -> Window:
+        """A block of the chip that moves otherwise than by a BAR: the subclass places it."""
+        window = Window(space, parts)
+        self._windows.append(window)
+        return window
+
+    def add_io_bar(self, index: int, size: int, pio: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]) -> Bar:
+        """BAR ``index``: ``size`` ports, with the regions of ``parts`` at their offsets."""
+        return self._add_bar(index, size, BAR_IO, pio, parts)
+
+    def add_memory_bar(
+        self,
+        index: int,
+        size: int,
+        mmio: AddressSpace,
+        parts: Sequence[tuple[int, MemoryRegion]],
+        *,
+        prefetchable: bool = False,
+    ) -> Bar:
+        """BAR ``index``: ``size`` bytes of 32-bit memory addresses."""
+        return self._add_bar(index, size, BAR_PREFETCHABLE if prefetchable else 0, mmio, parts)
+
+    def _add_bar(
+        self, index: int, size: int, flags: int, space: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]
+    ) -> Bar:
+        smallest = 4 if flags & BAR_IO else 16
+        if not 0 <= index < BAR_COUNT or size < smallest or size & (size - 1) or size > 1 << 31:
+            raise ConfigError(f"BAR {index} of {size} bytes: give BAR 0 to 5, a power of two from {smallest} to 2 GiB")
+        bar = Bar(index, size, flags, self.add_window(space, parts))
+        self._bars.append(bar)
+        self.define(bar.register, 4, flags, BAR_TOP & ~(size - 1))
+        return bar
+
+    def changed(self, first: int, last: int) -> None:
+        """Bytes ``first`` to ``last`` were written and some of them are different now. The host's lock is held.
+
+        Also called for all 256 after a reset or a load.
+        """
+        if first < COMMAND + 2 and last >= COMMAND:
+            self._update_bars()
+            self.bus_master_changed(self.bus_master)
+            self._show_intx()
+        elif first < BAR0 + 4 * BAR_COUNT and last >= BAR0:
+            self._update_bars()
+
+    def bus_master_changed(self, enabled: bool) -> None:
+        """The command register was written: may the function reach memory? Called with the same value again, too."""
+
+    # -- the registers, by name ----------------------------------------------------------------------------------------
+
+    def get(self, register: int, size: int = 1) -> int:
+        """What ``size`` bytes at ``register`` hold."""
+        return int.from_bytes(self.config[register : register + size], "little")
+
+    @property
+    def command(self) -> int:
+        return self.get(COMMAND, 2)
+
+    @property
+    def bus_master(self) -> bool:
+        return bool(self.config[COMMAND] & COMMAND_BUS_MASTER)
+
+    # -- the bus's side: the host's lock is held -----------------------------------------------------------------------
+
+    def config_read(self, register: int, size: int) -> int:
+        """A configuration read of 1, 2 or 4 bytes; what lies past the 256 reads as zeros."""
+        return int.from_bytes(self.config[register : register + size], "little")
+
+    def config_write(self, register: int, size: int, value: int) -> None:
+        """A configuration write of 1, 2 or 4 bytes."""
+        end = min(register + size, CONFIG_BYTES)
+        size = end - register
+        with self.lock:  # against set_interrupt, which changes the status register
+            old = int.from_bytes(self.config[register:end], "little")
+            mask = int.from_bytes(self._writable[register:end], "little")
+            cleared = int.from_bytes(self._clear_on_one[register:end], "little") & value
+            new = (old & ~mask | value & mask) & ~cleared
+            if new == old:
+                return
+            self.config[register:end] = new.to_bytes(size, "little")
+        self.changed(register, end - 1)
+
+    def plug(self, host: PciHost, slot: int) -> None:
+        """It is on ``host``'s bus now."""
+        self._host = host
+        self.slot = slot
+
+    def be_multifunction(self) -> None:
+        """Others share its slot (6.2.1): whoever finds function 0 looks for them."""
+        self.define(HEADER_TYPE, 1, MULTIFUNCTION)
+
+    def retry_blocked(self) -> None:
+        for window in self._windows:
+            window.retry()
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def bar_base(self, bar: Bar) -> int | None:
+        """The address that the BAR decodes; None where the command register, zero or the top says none."""
+        enable = COMMAND_IO if bar.flags & BAR_IO else COMMAND_MEMORY
+        if not self.config[COMMAND] & enable:
+            return None
+        base = self.get(bar.register, 4) & ~(bar.size - 1)
+        return base if base and base + bar.size - 1 < BAR_TOP else None
+
+    def _update_bars(self) -> None:
+        for bar in self._bars:
+            self.place(bar.window, self.bar_base(bar))
+
+    def place(self, window: Window, base: int | None) -> None:
+        """Move a window; whatever waits for the addresses it gives up is tried again."""
+        if window.place(base):
+            if self._host is not None:
+                self._host.retry_blocked()
+            else:
+                self.retry_blocked()
+
+    # -- INTx ----------------------------------------------------------------------------------------------------------
+
+    def set_interrupt(self, level: int) -> None:
+        """Drive the function's interrupt pin (level sensitive). From any thread."""
+        with self.lock:
+            self._intx_level = level
+            if level:
+                self.config[STATUS] |= STATUS_INTX
+            else:
+                self.config[STATUS] &= ~STATUS_INTX
+            self._show_intx()
+
+    def _show_intx(self) -> None:
+        with self.lock:
+            level = 0 if self.command & COMMAND_INTX_DISABLE else self._intx_level
+            pin = self.config[INTERRUPT_PIN]
+            if level != self._intx_shown and pin and self._host is not None:
+                self._intx_shown = level
+                self._host.intx(self.slot, pin - 1, level)
+
+    # -- the machine's side --------------------------------------------------------------------------------------------
+
+    @property
+    def _config_lock(self) -> DeviceLock:
+        return self.lock if self._host is None else self._host.lock
+
+    def reset(self) -> None:
+        """RST#: every register at its power-on value, nothing decoded, the interrupt pin let go."""
+        with self._config_lock:
+            with self.lock:
+                self.config[:] = self._power_on
+                self._intx_level = 0
+            self.changed(0, CONFIG_BYTES - 1)
+
+    def save(self) -> dict[str, Any]:
+        with self._config_lock, self.lock:
+            return {"config": bytes(self.config), "intx": self._intx_level}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Whatever it decodes moves to where it was. The interrupt router's own state has the line levels."""
+        with self._config_lock:
+            with self.lock:
+                self.config[:] = state["config"]
+                self._intx_level = state["intx"]
+            self.changed(0, CONFIG_BYTES - 1)
