@@ -16,7 +16,7 @@ from pyvmm.x86 import aml, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from pyvmm.guest_memory import GuestMemory
 
@@ -29,6 +29,7 @@ HEADER_BYTES = 36
 RSDP_BYTES = 36
 RSDP_V1_BYTES = 20  # what its first checksum covers
 FACS_BYTES = 64
+FACS_ALIGNMENT = 64
 FADT_BYTES = 276
 FADT_REVISION = 6
 FADT_MINOR_REVISION = 5
@@ -48,6 +49,9 @@ VGA_NOT_PRESENT = 1 << 2
 NO_C2 = 101
 NO_C3 = 1001
 CMOS_CENTURY = 0x32
+# What SMI_CMD takes where there is one, as the PIIX4's firmware has them.
+ACPI_ENABLE = 0xF1
+ACPI_DISABLE = 0xF0
 PROFILE_UNSPECIFIED = 0
 
 SYSTEM_IO = 1  # address space of a Generic Address Structure
@@ -106,6 +110,24 @@ def build(
     aml.device terms for \\_SB beside the ISA devices. The tables follow one another from ``base``, the RSDP
     is at ``rsdp``. ConfigError when they do not fit below ``end``.
     """
+    others = [("APIC", madt(cpus))] if irqchip else []
+    return arrange(dsdt(cpus, devices), fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
+
+
+def arrange(
+    dsdt: bytes,
+    make_fadt: Callable[[int, int], bytes],
+    others: Iterable[tuple[str, bytes]],
+    *,
+    cpus: int,
+    rsdp: int,
+    base: int,
+    end: int,
+) -> AcpiTables:
+    """Tables in a row from ``base``, with pointers to one another: FACS, DSDT, the FADT that
+    ``make_fadt(facs, dsdt)`` gives for their addresses, ``others`` by signature, RSDT and XSDT. ConfigError when
+    they do not fit below ``end``.
+    """
     tables: dict[str, tuple[int, bytes]] = {}
     at = base
 
@@ -116,11 +138,10 @@ def build(
         tables[signature] = (gpa, data)
         return gpa
 
-    facs_gpa = place("FACS", facs(), 64)
-    dsdt_gpa = place("DSDT", dsdt(cpus, devices))
-    roots = [place("FACP", fadt(facs_gpa, dsdt_gpa))]
-    if irqchip:
-        roots.append(place("APIC", madt(cpus)))
+    facs_gpa = place("FACS", facs(), FACS_ALIGNMENT)
+    dsdt_gpa = place("DSDT", dsdt)
+    roots = [place("FACP", make_fadt(facs_gpa, dsdt_gpa))]
+    roots += [place(signature, data) for signature, data in others]
     rsdt_gpa = place("RSDT", table(b"RSDT", 1, pack(f"<{len(roots)}I", *roots)))
     xsdt_gpa = place("XSDT", table(b"XSDT", 1, pack(f"<{len(roots)}Q", *roots)))
     if at > end:
@@ -173,21 +194,23 @@ def gas(port: int, size_bytes: int, access: int) -> bytes:
     return pack("<BBBBQ", SYSTEM_IO, size_bytes * 8, 0, access, port)
 
 
-def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
-    """Fixed ACPI Description Table. No SMI command: the machine is in ACPI mode from the start (SCI_EN reads
-    one).
+def fadt(facs_gpa: int, dsdt_gpa: int, *, gpe0: int = 0, gpe0_bytes: int = 0, smi_command: int = 0) -> bytes:
+    """Fixed ACPI Description Table.
+
+    ``gpe0`` is the port of a general purpose event block, of ``gpe0_bytes``: half status, half enable. Without
+    ``smi_command``, the port that takes ACPI_ENABLE and ACPI_DISABLE, the machine is in ACPI mode from the start
+    (SCI_EN reads one).
     """
     pm1a_evt = layout.PORT_PM + layout.PM1A_EVT
     pm1a_cnt = layout.PORT_PM + layout.PM1A_CNT
     pm_tmr = layout.PORT_PM + layout.PM_TMR
     parts = (
         pack("<IIxBH", facs_gpa, dsdt_gpa, PROFILE_UNSPECIFIED, layout.IRQ_SCI),
-        pack("<I4B", 0, 0, 0, 0, 0),  # SMI_CMD, ACPI_ENABLE, ACPI_DISABLE, S4BIOS_REQ, PSTATE_CNT
-        pack(
-            "<8I", pm1a_evt, 0, pm1a_cnt, 0, 0, pm_tmr, 0, 0
-        ),  # 1a/1b event, 1a/1b control, PM2, timer, GPE0, GPE1
+        pack("<IBBxx", smi_command, *((ACPI_ENABLE, ACPI_DISABLE) if smi_command else (0, 0))),
+        # PM1a and PM1b event, PM1a and PM1b control, PM2 control, timer, GPE0, GPE1
+        pack("<8I", pm1a_evt, 0, pm1a_cnt, 0, 0, pm_tmr, gpe0, 0),
         pack("<4B", layout.PM1A_EVT_BYTES, layout.PM1A_CNT_BYTES, 0, layout.PM_TMR_BYTES),
-        pack("<4B", 0, 0, 0, 0),  # GPE0 and GPE1 length, GPE1 base, CST_CNT
+        pack("<Bxxx", gpe0_bytes),  # then GPE1 length and base, CST_CNT
         pack("<HHHHBB", NO_C2, NO_C3, 0, 0, 0, 0),  # latencies, cache flush size and stride, duty cycle
         pack("<BBB", 0, 0, CMOS_CENTURY),  # RTC alarm's day and month: not there
         pack("<Hx", LEGACY_DEVICES | HAS_8042 | VGA_NOT_PRESENT),
@@ -200,14 +223,18 @@ def fadt(facs_gpa: int, dsdt_gpa: int) -> bytes:
         gas(pm1a_cnt, layout.PM1A_CNT_BYTES, WORD_ACCESS),
         bytes(12 + 12),  # PM1b control, PM2 control
         gas(pm_tmr, layout.PM_TMR_BYTES, DWORD_ACCESS),
-        bytes(12 + 12),  # GPE0, GPE1
+        gas(gpe0, gpe0_bytes, BYTE_ACCESS) if gpe0 else bytes(12),
+        bytes(12),  # GPE1
         bytes(12 + 12 + 8),  # sleep registers of hardware-reduced machines, hypervisor vendor
     )
     return table(b"FACP", FADT_REVISION, b"".join(parts))
 
 
-def madt(cpus: int) -> bytes:
-    """Multiple APIC Description Table. Processor n has APIC id n and ACPI UID n."""
+def madt(cpus: int, level_irqs: Iterable[int] = (layout.IRQ_SCI,)) -> bytes:
+    """Multiple APIC Description Table. Processor n has APIC id n and ACPI UID n.
+
+    ``level_irqs`` are the ISA interrupts that are level-triggered and active high: the SCI and PCI's.
+    """
     entries = [pack("<II", layout.LAPIC, PCAT_COMPAT)]
     for n in range(cpus):
         if n <= MAX_XAPIC_ID:
@@ -216,7 +243,7 @@ def madt(cpus: int) -> bytes:
             entries.append(pack("<BBHIII", LOCAL_X2APIC, 16, 0, n, ENABLED, n))
     entries.append(pack("<BBBxII", IO_APIC, 12, 0, layout.IOAPIC, 0))
     entries.append(_override(layout.IRQ_TIMER, layout.GSI_TIMER, CONFORMS))
-    entries.append(_override(layout.IRQ_SCI, layout.IRQ_SCI, ACTIVE_HIGH | LEVEL))
+    entries += [_override(irq, irq, ACTIVE_HIGH | LEVEL) for irq in level_irqs]
     entries.append(pack("<BBBHB", LOCAL_APIC_NMI, 6, ALL_PROCESSORS, CONFORMS, LINT1))
     if cpus > MAX_XAPIC_ID + 1:
         entries.append(pack("<BBHIB3x", LOCAL_X2APIC_NMI, 12, CONFORMS, ALL_X2_PROCESSORS, LINT1))
@@ -230,10 +257,12 @@ def _override(isa_irq: int, gsi: int, flags: int) -> bytes:
 
 def dsdt(cpus: int, devices: Iterable[bytes] = ()) -> bytes:
     """Differentiated System Description Table, revision 2: integers have 64 bits."""
-    body = aml.scope("_SB", *processors(cpus), *isa_devices(), *devices)
-    # Two of the four numbers count: SLP_TYP for PM1a and PM1b control (7.4.2).
-    s5 = aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
-    return table(b"DSDT", 2, body + s5)
+    return table(b"DSDT", 2, aml.scope("_SB", *processors(cpus), *isa_devices(), *devices) + soft_off())
+
+
+def soft_off() -> bytes:
+    """\\_S5, the only sleep state. Two of the four numbers count: SLP_TYP for PM1a and PM1b control (7.4.2)."""
+    return aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
 
 
 def processors(cpus: int) -> list[bytes]:

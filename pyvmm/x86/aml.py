@@ -1,7 +1,8 @@
 """A small encoder of AML, the byte code of the DSDT. Each function returns the bytes of one term.
 
-ACPI 6.5, chapter 20 (AML grammar) and 6.4 (resource descriptors). Only what tables of constants need: names,
-packages, buffers, scopes, devices, methods, resource templates. A further device is one call:
+ACPI 6.5, chapter 20 (AML grammar) and 6.4 (resource descriptors). Names, packages, buffers, scopes, devices,
+resource templates, and of methods what a few lines that read and write a register take. A further device is one
+call:
 
     device("VM00", name("_HID", "LNRO0005"), name("_UID", 0), name("_CRS", resources(memory32(base, 512),
     interrupt(5))))
@@ -32,6 +33,18 @@ MULTI_NAME_PREFIX = 0x2F
 EXT_PREFIX = 0x5B
 DEVICE_OP = 0x82  # behind EXT_PREFIX
 RETURN_OP = 0xA4
+OP_REGION_OP = 0x80  # behind EXT_PREFIX
+FIELD_OP = 0x81  # behind EXT_PREFIX
+LOCAL0 = b"\x60"
+ARG0 = b"\x68"
+STORE_OP = 0x70
+AND_OP = 0x7B
+OR_OP = 0x7D
+CREATE_DWORD_FIELD_OP = 0x8A
+IF_OP = 0xA0
+ELSE_OP = 0xA1
+PCI_CONFIG = 2  # address space of an operation region
+BYTE_ACCESS = 1  # of a field: byte by byte, no lock, bits beside it preserved
 
 # Resource descriptors: small ones carry their length in the low three bits, large ones in a word behind the
 # tag.
@@ -39,11 +52,20 @@ IRQ_TAG = 0x22  # without the flags byte: edge, active high, exclusive
 IO_TAG = 0x47
 END_TAG = 0x79
 MEMORY32_FIXED_TAG = 0x86
+DWORD_ADDRESS_TAG = 0x87
+WORD_ADDRESS_TAG = 0x88
 EXTENDED_INTERRUPT_TAG = 0x89
 DECODE_16 = 1  # IO: the device looks at all 16 address lines
 CONSUMER = 1 << 0
 EDGE = 1 << 1
 ACTIVE_LOW = 1 << 2
+SHARED = 1 << 3
+# Address space descriptors (6.4.3.5): resource type, general flags, type flags.
+MEMORY_RANGE, IO_RANGE, BUS_RANGE = 0, 1, 2
+FIXED = 1 << 2 | 1 << 3  # both ends are, and it is produced: handed on to the devices behind the bridge
+ENTIRE_IO = 3  # no holes where ISA devices alias
+READ_WRITE = 1
+CACHEABLE = 1 << 1
 
 
 def integer(value: int) -> bytes:
@@ -168,7 +190,76 @@ def memory32(base: int, length: int, writable: bool = True) -> bytes:
     return pack("<BHBII", MEMORY32_FIXED_TAG, 9, int(writable), base, length)
 
 
-def interrupt(gsi: int, *, edge: bool = False, active_low: bool = False) -> bytes:
-    """Interrupt (ResourceConsumer, ...) {gsi}: level and active high unless said."""
-    flags = CONSUMER | (EDGE if edge else 0) | (ACTIVE_LOW if active_low else 0)
-    return pack("<BHBBI", EXTENDED_INTERRUPT_TAG, 6, flags, 1, gsi)
+def interrupt(*gsis: int, edge: bool = False, active_low: bool = False, shared: bool = False) -> bytes:
+    """Interrupt (ResourceConsumer, ...) {gsis}: level, active high and exclusive unless said."""
+    flags = CONSUMER | (EDGE if edge else 0) | (ACTIVE_LOW if active_low else 0) | (SHARED if shared else 0)
+    count = len(gsis)
+    return pack(f"<BHBB{count}I", EXTENDED_INTERRUPT_TAG, 2 + 4 * count, flags, count, *gsis)
+
+
+def bus_range(first: int, last: int) -> bytes:
+    """WordBusNumber (ResourceProducer, MinFixed, MaxFixed, ...): the buses behind a host bridge."""
+    return _word_address(BUS_RANGE, 0, first, last)
+
+
+def io_range(first: int, last: int) -> bytes:
+    """WordIO (ResourceProducer, ..., EntireRange, ...): ports that a bridge hands on."""
+    return _word_address(IO_RANGE, ENTIRE_IO, first, last)
+
+
+def memory_range(first: int, last: int, *, cacheable: bool = False) -> bytes:
+    """DWordMemory (ResourceProducer, ..., ReadWrite, ...): addresses that a bridge hands on."""
+    flags = READ_WRITE | (CACHEABLE if cacheable else 0)
+    size = last - first + 1
+    return pack("<BHBBB5I", DWORD_ADDRESS_TAG, 23, MEMORY_RANGE, FIXED, flags, 0, first, last, 0, size)
+
+
+def _word_address(kind: int, flags: int, first: int, last: int) -> bytes:
+    size = last - first + 1
+    return pack("<BHBBB5H", WORD_ADDRESS_TAG, 13, kind, FIXED, flags, 0, first, last, 0, size)
+
+
+# Registers, and the expressions of methods. An operand is a constant, or AML: LOCAL0, ARG0, name_string("X").
+
+
+def operation_region(path: str, space: int, offset: int, length: int) -> bytes:
+    """OperationRegion (path, space, offset, length)"""
+    head = bytes((EXT_PREFIX, OP_REGION_OP)) + name_string(path) + bytes((space,))
+    return head + integer(offset) + integer(length)
+
+
+def byte_fields(region: str, *names: str) -> bytes:
+    """Field (region, ByteAcc, NoLock, Preserve) {names, 8 bits each}"""
+    # The length of a field has the form of a package's, but is of bits and does not count itself.
+    fields = b"".join(name_string(field) + bytes((8,)) for field in names)
+    return _sized(bytes((EXT_PREFIX, FIELD_OP)), name_string(region) + bytes((BYTE_ACCESS,)) + fields)
+
+
+def store(what: Value, target: bytes) -> bytes:
+    """Store (what, target)"""
+    return bytes((STORE_OP,)) + value(what) + target
+
+
+def bit_and(left: Value, right: Value, target: bytes = b"\0") -> bytes:
+    """And (left, right, target); without a target the value alone."""
+    return bytes((AND_OP,)) + value(left) + value(right) + target
+
+
+def bit_or(left: Value, right: Value, target: bytes = b"\0") -> bytes:
+    """Or (left, right, target); without a target the value alone."""
+    return bytes((OR_OP,)) + value(left) + value(right) + target
+
+
+def create_dword_field(source: bytes, byte: int, path: str) -> bytes:
+    """CreateDWordField (source, byte, path)"""
+    return bytes((CREATE_DWORD_FIELD_OP,)) + source + integer(byte) + name_string(path)
+
+
+def when(condition: bytes, *terms: bytes) -> bytes:
+    """If (condition) {terms}"""
+    return _sized(bytes((IF_OP,)), condition + b"".join(terms))
+
+
+def otherwise(*terms: bytes) -> bytes:
+    """Else {terms}, right behind ``when``."""
+    return _sized(bytes((ELSE_OP,)), b"".join(terms))

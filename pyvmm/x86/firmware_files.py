@@ -1,0 +1,257 @@
+"""What PC firmware (SeaBIOS) reads about the board besides its devices: fw_cfg files and items, and CMOS bytes.
+
+SeaBIOS docs/Runtime_config.md; QEMU docs/specs/fw_cfg.rst for the items with a number. Everything that takes time
+to make is a callable: a machine that boots without firmware never pays for it.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import TypeAlias
+
+    Data: TypeAlias = bytes | Callable[[], bytes]
+
+# Items by number: devices/fw_cfg.py has all of them, but lies above.
+UUID = 0x0002
+NOGRAPHIC = 0x0004
+BOOT_MENU = 0x000E
+IRQ0_OVERRIDE = 0x8002
+
+BOOT_ORDER_FILE = "bootorder"
+GEOMETRY_FILE = "bios-geometry"
+SERIAL_CONSOLE_FILE = "etc/sercon-port"
+MENU_WAIT_FILE = "etc/boot-menu-wait"
+FAIL_WAIT_FILE = "etc/boot-fail-wait"
+NEVER_RETRY = 0xFFFF_FFFF
+
+# Open Firmware device paths, as SeaBIOS builds them for what it finds.
+IDE_CONTROLLER = "/pci@i0cf8/ide@1,1"
+OPTION_ROM = "/rom@genroms/"
+
+# CMOS: SeaBIOS reads the boot order here for what the file does not name, one nibble a kind of device.
+CMOS_TRANSLATION = 0x39  # two bits a disk: how BIOS geometry comes from the disk's
+CMOS_BOOT_FLAG1 = 0x38  # upper nibble: third choice; bit 0: boot floppies without a signature
+CMOS_BOOT_FLAG2 = 0x3D  # lower nibble: first choice, upper: second
+CMOS_FLOPPY_TYPES = 0x10
+BOOT_KINDS = {"a": 1, "c": 2, "d": 3, "n": 4}  # floppy, disk, CD-ROM, network, in QEMU's letters
+DEFAULT_ORDER = "cda"
+
+# Disk geometry: what IDENTIFY says, and how far a BIOS call's cylinder (10 bits), head (8) and sector (6) reach.
+HEADS = 16
+SECTORS_PER_TRACK = 63
+BIOS_CYLINDERS = 1024
+LARGE_LIMIT = 131_072  # cylinders times heads up to which doubling heads helps
+TRANSLATION_NONE, TRANSLATION_LBA, TRANSLATION_LARGE = 0, 1, 2
+
+
+def pc_firmware_files(
+    cpus: int,
+    memory: Iterable[tuple[int, int]],
+    *,
+    irqchip: bool = True,
+    boot_paths: Iterable[str] = (),
+    geometries: Mapping[str, tuple[int, int, int]] | None = None,
+    serial_console: int | None = layout.PORT_COM1,
+    boot_menu_wait_ms: int | None = None,
+    boot_fail_wait_ms: int | None = None,
+    option_roms: Mapping[str, bytes] | None = None,
+    uuid: bytes = bytes(16),
+    cpu_id: tuple[int, int, str] | None = None,
+    acpi_devices: Iterable[bytes] = (),
+    gpe0: bool = True,
+    smi_command: bool = False,
+) -> dict[str, Data]:
+    """{name: content} of the fw_cfg files, but for etc/e820.
+
+    memory        (gpa, size_bytes) of the ranges of RAM, as GuestMemory.regions; what is mapped into the hole
+                  below 4 GiB does not count.
+    irqchip       local APICs and an IOAPIC are there.
+    boot_paths    devices in the order to try them: ide_path(n), rom_path(name).
+    geometries    BIOS geometry (cylinders, heads, sectors) by device path.
+    serial_console  port of the UART that carries the BIOS's console, or None.
+    boot_menu_wait_ms  how long the boot menu may be called up, where pc_firmware_items turned it on.
+    boot_fail_wait_ms  try again after this time when nothing boots; None: never.
+    option_roms   {name: image} of ROMs to run, made by option_rom().
+    cpu_id        CPUID leaf 1's EAX and EDX and the vendor string, for SMBIOS.
+    acpi_devices, gpe0, smi_command  as acpi_pc.build's.
+    """
+    ranges = [(gpa, size) for gpa, size in memory if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
+    fail_wait = NEVER_RETRY if boot_fail_wait_ms is None else boot_fail_wait_ms
+    files: dict[str, Data] = {FAIL_WAIT_FILE: fail_wait.to_bytes(4, "little")}
+    if boot_menu_wait_ms is not None:
+        files[MENU_WAIT_FILE] = boot_menu_wait_ms.to_bytes(4, "little")
+    if serial_console is not None:
+        files[SERIAL_CONSOLE_FILE] = serial_console.to_bytes(2, "little")
+    paths = list(boot_paths)
+    if paths:
+        files[BOOT_ORDER_FILE] = boot_order(paths)
+    if geometries:
+        files[GEOMETRY_FILE] = bios_geometry(geometries)
+    for name, image in (option_roms or {}).items():
+        files[f"genroms/{name}"] = image
+    devices = list(acpi_devices)
+    tables = AcpiFiles(cpus, low_ram(ranges), irqchip, devices, gpe0, smi_command)
+    files.update(tables.callables())
+    files.update(SmbiosFiles(cpus, ranges, uuid, cpu_id).callables())
+    return files
+
+
+def pc_firmware_items(*, uuid: bytes = bytes(16), boot_menu: bool = False, irqchip: bool = True) -> dict[int, bytes]:
+    """{key: content} of fw_cfg items with a number, beside FwCfg.describe_machine's."""
+    return {
+        UUID: uuid,
+        # The console is a UART by etc/sercon-port; this one would mean the first UART whatever that file says.
+        NOGRAPHIC: bytes(2),
+        BOOT_MENU: int(boot_menu).to_bytes(2, "little"),
+        # Interrupt 0 is wired to pin 2 of the IOAPIC: SeaBIOS's own MP table says so then.
+        IRQ0_OVERRIDE: int(irqchip).to_bytes(4, "little"),
+    }
+
+
+def pc_cmos(order: str = DEFAULT_ORDER, translations: Iterable[int] = ()) -> list[tuple[int, int]]:
+    """(index, value) of CMOS bytes, beside those that Rtc sets by itself (memory, processors, equipment).
+
+    ``order`` has up to three of QEMU's letters, for devices that bootorder does not name. ``translations``: the
+    TRANSLATION_ of the disks, primary master first. ConfigError for another letter, or one given twice.
+    """
+    if len(order) > 3 or len(set(order)) < len(order) or not set(order) <= set(BOOT_KINDS):
+        raise ConfigError(f"boot order {order!r}: use up to three of a (floppy), c (disk), d (CD-ROM), n (network)")
+    first, second, third = ([BOOT_KINDS[letter] for letter in order] + [0, 0, 0])[:3]
+    packed = sum(translation << 2 * n for n, translation in enumerate(translations))
+    return [
+        (CMOS_FLOPPY_TYPES, 0),
+        (CMOS_BOOT_FLAG1, third << 4),
+        (CMOS_BOOT_FLAG2, second << 4 | first),
+        (CMOS_TRANSLATION, packed),
+    ]
+
+
+def low_ram(ranges: Iterable[tuple[int, int]]) -> int:
+    """Bytes of RAM below 4 GiB."""
+    return sum(size for gpa, size in ranges if gpa < layout.RAM_HOLE)
+
+
+# Boot order
+
+
+def ide_path(index: int) -> str:
+    """The device path of IDE drive 0 (primary master) to 3 (secondary slave)."""
+    return f"{IDE_CONTROLLER}/drive@{index // 2}/disk@{index % 2}"
+
+
+def rom_path(name: str) -> str:
+    """The device path of the option ROM genroms/``name``."""
+    return OPTION_ROM + name
+
+
+def ide_boot_paths(drives: Iterable[tuple[int, str]], order: str = DEFAULT_ORDER) -> list[str]:
+    """The paths of (index, media) drives, media as DriveOptions has it: by the letters of ``order``, lower index first.
+
+    Kinds that ``order`` does not name are left out.
+    """
+    letters = {"disk": "c", "cdrom": "d"}
+    ranked = sorted((order.index(letters[media]), n) for n, media in drives if letters[media] in order)
+    return [ide_path(n) for _, n in ranked]
+
+
+def boot_order(paths: Iterable[str]) -> bytes:
+    """The file ``bootorder``: a path a line, and the zero that QEMU ends it with."""
+    return "\n".join(paths).encode("ascii") + b"\0"
+
+
+def bios_geometry(geometries: Mapping[str, tuple[int, int, int]]) -> bytes:
+    """The file ``bios-geometry``: path, cylinders, heads and sectors a track of each disk that has its own."""
+    lines = [f"{path} {c} {h} {s}" for path, (c, h, s) in geometries.items()]
+    return "\n".join(lines).encode("ascii") + b"\0"
+
+
+def translation(sectors: int) -> int:
+    """How a BIOS is to make its geometry of a disk with 16 heads and 63 sectors a track: as QEMU chooses."""
+    cylinders = min(max(sectors // (HEADS * SECTORS_PER_TRACK), 2), 16383)
+    if cylinders <= BIOS_CYLINDERS:
+        return TRANSLATION_NONE
+    return TRANSLATION_LARGE if cylinders * HEADS <= LARGE_LIMIT else TRANSLATION_LBA
+
+
+# Files made when they are wanted
+
+
+class AcpiFiles:
+    """etc/acpi/tables, etc/acpi/rsdp and etc/table-loader, built together at the first look at one of them."""
+
+    __slots__ = ("_arguments", "_files")
+
+    def __init__(
+        self, cpus: int, ram_below_4g_bytes: int, irqchip: bool, devices: list[bytes], gpe0: bool, smi_command: bool
+    ) -> None:
+        self._arguments = (cpus, ram_below_4g_bytes, irqchip, devices, gpe0, smi_command)
+        self._files: dict[str, bytes] = {}
+
+    def callables(self) -> dict[str, Data]:
+        from pyvmm.x86.table_loader import RSDP_FILE, SCRIPT_FILE, TABLES_FILE
+
+        return {
+            RSDP_FILE: lambda: self._file(RSDP_FILE),
+            TABLES_FILE: lambda: self._file(TABLES_FILE),
+            SCRIPT_FILE: lambda: self._file(SCRIPT_FILE),
+        }
+
+    def _file(self, name: str) -> bytes:
+        if not self._files:
+            from pyvmm.x86 import acpi_pc, table_loader
+
+            cpus, low, irqchip, devices, gpe0, smi_command = self._arguments
+            tables = acpi_pc.build(
+                cpus,
+                ram_below_4g_bytes=low,
+                irqchip=irqchip,
+                devices=devices,
+                gpe0=gpe0,
+                smi_command=smi_command,
+                rsdp=0,
+                base=0,
+                end=layout.MIB,
+            )
+            self._files = table_loader.acpi_files(tables)
+        return self._files[name]
+
+
+class SmbiosFiles:
+    """etc/smbios/smbios-anchor and etc/smbios/smbios-tables, built together at the first look at one of them."""
+
+    __slots__ = ("_cpu_id", "_cpus", "_files", "_ranges", "_uuid")
+
+    def __init__(
+        self, cpus: int, ranges: list[tuple[int, int]], uuid: bytes, cpu_id: tuple[int, int, str] | None
+    ) -> None:
+        self._cpus = cpus
+        self._ranges = ranges
+        self._uuid = uuid
+        self._cpu_id = cpu_id
+        self._files: dict[str, bytes] = {}
+
+    def callables(self) -> dict[str, Data]:
+        from pyvmm.x86.smbios import ANCHOR_FILE, TABLES_FILE
+
+        return {ANCHOR_FILE: lambda: self._file(ANCHOR_FILE), TABLES_FILE: lambda: self._file(TABLES_FILE)}
+
+    def _file(self, name: str) -> bytes:
+        if not self._files:
+            from pyvmm.x86 import smbios
+
+            signature, features, vendor = self._cpu_id or (0, 0, smbios.MANUFACTURER)
+            tables = smbios.build(
+                self._cpus,
+                self._ranges,
+                uuid=self._uuid,
+                signature=signature,
+                features=features,
+                vendor=vendor,
+            )
+            self._files = tables.files()
+        return self._files[name]
