@@ -1,0 +1,251 @@
+"""Guests that do what they are told over their serial port, under pyvmm and under QEMU: what the disk benchmarks share.
+
+Every guest has a process of its own (``measure.Contender``) that builds the machine and then works through requests:
+a line of JSON in, bytes for the guest; the guest answers with a line of text; a line of JSON out, with that text and
+what the turn cost in exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import measure
+
+READY = "READY"  # what a guest says when it can be told something
+READY_S = 300.0  # Linux in an emulated lab on a busy host takes its time
+TURN_S = 120.0
+
+# Exits by reason, port and direction: their count, and the ns outside of KVM_RUN.
+Rows = dict[str, tuple[float, float]]
+
+
+# -- in the child ------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """The host's end of the guest's serial port: whole lines of what it says."""
+
+    def __init__(self) -> None:
+        self._said = bytearray()
+        self._lines: list[str] = []
+        self._heard: list[str] = []
+        self._changed = threading.Condition()
+
+    def hear(self, data: bytes) -> None:
+        """Bytes from the guest."""
+        self._said += data
+        if b"\n" in data:
+            *lines, rest = bytes(self._said).split(b"\n")
+            self._said = bytearray(rest)
+            with self._changed:
+                self._lines += [line.decode("ascii", "replace").strip() for line in lines]
+                self._changed.notify_all()
+
+    def until(self, wanted: Callable[[str], bool], timeout_s: float) -> str:
+        """The next line that is wanted."""
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._lines, timeout_s):
+                    heard = "\n".join([*self._heard[-30:], bytes(self._said).decode("ascii", "replace")])
+                    raise SystemExit(f"the guest said nothing for {timeout_s} s; the last was\n{heard}")
+                line = self._lines.pop(0)
+            self._heard.append(line)
+            if wanted(line):
+                return line
+
+
+class ExitCount:
+    """KVM's own count of exits to user space of one process, by perf; None where perf does not count."""
+
+    def __init__(self, pid: int) -> None:
+        self.command = ["perf", "stat", "-x", ",", "-D", "-1", "-e", "kvm:kvm_userspace_exit", "-p", str(pid)]
+        self.count: int | None = None
+
+    def __enter__(self) -> ExitCount:
+        control, self._control = os.pipe()
+        self._acks, acks = os.pipe()
+        self._process: subprocess.Popen[str] | None = None
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [*self.command, "--control", f"fd:{control},{acks}"],
+                pass_fds=(control, acks),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        os.close(control)
+        os.close(acks)
+        self._say("enable")
+        return self
+
+    def _say(self, word: str) -> None:
+        with contextlib.suppress(OSError):  # perf has given up
+            os.write(self._control, word.encode() + b"\n")
+            os.read(self._acks, 16)
+
+    def __exit__(self, *exc: object) -> None:
+        self._say("disable")
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            for row in self._process.communicate()[1].splitlines():
+                fields = row.split(",")
+                if len(fields) > 2 and fields[2].startswith("kvm:") and fields[0].isdigit():
+                    self.count = int(fields[0])
+        os.close(self._control)
+        os.close(self._acks)
+
+
+def child(work: dict[str, Any]) -> None:
+    """Build the machine, say hello when the guest is ready, then serve requests until there are no more."""
+    (qemu if work["contender"] == "qemu" else pyvmm)(work)
+
+
+def is_answer(line: str) -> bool:
+    """Kernel messages may stand between: an answer begins with T (times) or E (error)."""
+    return line[:2] in ("T ", "E ") or line.startswith("failed")
+
+
+def serve(line: Line, send: Callable[[bytes], object], pid: int, rows: Callable[[], Rows]) -> None:
+    for text in sys.stdin:
+        request = json.loads(text)
+        before = rows()
+        with ExitCount(pid) if request["perf"] else contextlib.nullcontext() as counted:
+            send(bytes(request["bytes"]))
+            said = line.until(is_answer, TURN_S)
+        used = {}
+        for key, new in rows().items():
+            old = before.get(key, (0, 0))
+            used[key] = (new[0] - old[0], new[1] - old[1])
+        exits = None if counted is None else counted.count
+        print(json.dumps({"said": said, "exits": exits, "rows": used}), flush=True)
+
+
+def pyvmm(work: dict[str, Any]) -> None:
+    import pyvmm
+    from pyvmm.block.options import DriveOptions
+    from pyvmm.chardev import CallableChardev
+
+    line = Line()
+    serial = CallableChardev(line.hear)
+    if work["contender"] == "window":
+        from pyvmm.boards import pc
+
+        pc.gather_writes = lambda m: None
+
+    def rows() -> Rows:
+        return {
+            f"{row.reason} {'' if row.address is None else hex(row.address)} {row.direction}": (row.count, row.sum_ns)
+            for row in m.exit_stats()
+        }
+
+    options = {name: work[name] for name in ("kernel", "initrd", "append", "memory_mib") if name in work}
+    with pyvmm.Machine(machine="pc", drives=[DriveOptions(work["image"])], serial=serial, **options) as m:
+        m.resume()
+        line.until(lambda said: said == READY, READY_S)
+        print(json.dumps({"tsc_khz": m.cpus[0].vcpu.tsc_khz}), flush=True)
+        serve(line, serial.feed, os.getpid(), rows)
+
+
+def qemu(work: dict[str, Any]) -> None:
+    command = ["qemu-system-x86_64", "-accel", "kvm", "-machine", "pc", "-m", str(work["memory_mib"])]
+    command += ["-no-user-config", "-nodefaults", "-display", "none", "-vga", "none", "-serial", "stdio"]
+    # Made up for lost ticks, a PIT would keep software KVM from ever taking another interrupt.
+    command += ["-global", "kvm-pit.lost_tick_policy=discard"]
+    command += ["-drive", f"file={work['image']},if=ide,format=raw,cache=writeback,aio=threads"]
+    if "PYVMM_LAB" in os.environ:
+        command += ["-cpu", "host"]
+    for name in ("kernel", "initrd", "append"):
+        if name in work:
+            command += [f"-{name}", work[name]]
+    line = Line()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def listen() -> None:
+            while data := stdout.read(4096):
+                line.hear(data)
+
+        threading.Thread(target=listen, daemon=True).start()
+        try:
+            line.until(lambda said: said == READY, READY_S)
+            print(json.dumps({"pid": process.pid}), flush=True)
+            serve(line, stdin.write, process.pid, dict)
+        finally:
+            process.terminate()  # it flushes and closes the image
+
+
+# -- in the benchmark --------------------------------------------------------------------------------------------
+
+
+class Guest(measure.Contender):
+    """A child with its guest; ``hello`` is what it said when that was ready."""
+
+    def __init__(self, script: str, work: dict[str, Any]) -> None:
+        super().__init__(measure.child_command(script, work))
+        self.hello = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args!r} ended early, with status {self.process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def turn(self, request: bytes, *, perf: bool = False) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"bytes": list(request), "perf": perf}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(READY_S)
+        return ""
+
+
+class Used:
+    """What the timed turns of one contender took: time a turn, and pyvmm's exits with its own time in them."""
+
+    def __init__(self) -> None:
+        self.times: list[list[float]] = []  # a list a set of processes, a value a round
+        self.units = 0
+        self.exits: float | None = None  # a unit, by perf
+        self.rows: dict[str, list[float]] = {}
+
+    def take(self, answer: dict[str, Any], units: int) -> None:
+        self.units += units
+        for key, (count, ns) in answer["rows"].items():
+            total = self.rows.setdefault(key, [0, 0])
+            total[0] += count
+            total[1] += ns
+
+    @property
+    def own_us(self) -> float:
+        """pyvmm's own time, a unit."""
+        return sum(ns for _, ns in self.rows.values()) * measure.US_PER_NS / self.units
+
+    def print_rows(self, unit: str) -> None:
+        """Where pyvmm's own time went."""
+        for key, (count, ns) in sorted(self.rows.items(), key=lambda item: -item[1][1])[:8]:
+            if count:
+                each = f"{count / self.units:>8.2f} a {unit}{ns / count:>9.0f} ns each"
+                print(f"{'':<38}{key:<20}{each}{ns * measure.US_PER_NS / self.units:>8.2f} us a {unit}")
+
+
+def ratios(theirs: Used, ours: Used) -> tuple[float, float, float]:
+    """How many times as fast ours was, median and 95% interval, by rounds."""
+    groups = [[q / p for q, p in zip(x, y, strict=True)] for x, y in zip(theirs.times, ours.times, strict=True)]
+    low, high = measure.interval(groups)
+    return measure.median([value for each in groups for value in each]), low, high
