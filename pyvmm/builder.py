@@ -12,16 +12,20 @@ from pyvmm.device import IrqLine
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.light import Thread
+from pyvmm.memory_map import MemoryMap
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
     from typing import Any
 
     from pyvmm.address_space import AddressSpace
     from pyvmm.chardev import Chardev
+    from pyvmm.clock import Clock
     from pyvmm.config import Image, Serial
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.machine import Machine
@@ -76,21 +80,56 @@ def build(m: Machine) -> None:
     m.memory = GuestMemory(
         config.memory_mib * layout.MIB, shared=config.shared_memory, huge_pages=config.huge_pages
     )
+    pc = pc_board() if config.machine == "pc" else None
+    if pc is not None:
+        pc.add_roms(m)
+    m.memory_map = MemoryMap(m.memory, m.mmio)
+    if pc is not None:
+        pc.open_window(m)
+    if config.accel == "kvm":
+        open_kvm(m)
+    if not in_kernel_irqchip(m):
+        make_user_irqchip(m)
+    make_devices(m)
+    if pc is not None:
+        pc.make_devices(m)
+    boot = load_guest(m)
+    if config.accel == "kvm":
+        make_cpus(m)
+        if boot is not None:
+            enter_guest(m, boot)
+        if m._coalesced:
+            attach_ring(m, m.pio)
+        if m.vm.has_irqchip or m._coalesced:
+            in_background(m, lambda: settle(m))
+
+
+def pc_board() -> ModuleType:
+    from pyvmm.boards import pc
+
+    return pc
+
+
+def open_kvm(m: Machine) -> None:
+    """The VM, its memory slots, then its irqchip: in the order that is quick."""
     m.kvm = Kvm()
     check_limits(m)
     m.vm = m.kvm.create_vm()
-    m.vm.set_memory(m.memory)
-    if config.irqchip == "kernel":
+    set_slot = m.vm.set_memory_slot
+    m.memory_map.attach(
+        lambda slot, gpa, size, host, readonly: set_slot(slot, gpa, size, host, MEM_READONLY if readonly else 0)
+    )
+    if m.config.irqchip == "kernel":
         make_kernel_irqchip(m)
-    make_devices(m)
-    boot = load_guest(m)
-    make_cpus(m)
-    if boot is not None:
-        enter_guest(m, boot)
+
+
+def settle(m: Machine) -> None:
+    """What waits for grace periods in KVM, longer than all of the recipe: it comes last, and nothing waits for it."""
     if m.vm.has_irqchip:
-        # A guest slow to take its ticks is not to be flooded with them later. Turning that off waits for a grace
-        # period, longer than all of the recipe: it comes last, and nothing waits for it.
-        in_background(m, lambda: m.vm.set_pit_reinject(False))
+        # A guest slow to take its ticks is not to be flooded with them later.
+        m.vm.set_pit_reinject(False)
+    for space, address, size in m._coalesced:
+        m.vm.coalesce(address, size, pio=space is m.pio)
 
 
 def check_limits(m: Machine) -> None:
@@ -135,9 +174,13 @@ def pc_routes() -> list[tuple[int, str, int, int]]:
     return routes
 
 
+def in_kernel_irqchip(m: Machine) -> bool:
+    return m.config.irqchip == "kernel" and m.config.accel == "kvm"
+
+
 def irq_line(m: Machine, irq: int) -> IrqLine:
     """A line to ISA interrupt ``irq``, into whichever controller the machine has."""
-    if m.config.irqchip == "off":
+    if not in_kernel_irqchip(m):
         from pyvmm.devices.i8259 import I8259Pair
 
         pic = m.devices["pic"]
@@ -158,16 +201,16 @@ def make_devices(m: Machine) -> None:
     from pyvmm.devices.serial import Serial
 
     pio, config = m.pio, m.config
-    if config.irqchip == "off":
-        make_user_irqchip(m)
     serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial), m.clock)
     pm = AcpiPm(m.clock, irq_line(m, layout.IRQ_SCI), m.guest_shutdown, s5_type=layout.SLP_TYP_S5)
     reset = ResetControl(m.guest_reset)
     fw_cfg = FwCfg(m.memory)
     m.devices.update(serial=serial, acpi_pm=pm, reset_control=reset, fw_cfg=fw_cfg)
     pio.map(layout.PORT_COM1, 8, serial, name="serial")
-    pio.map(layout.PORT_PM, 12, pm, name="acpi_pm")
-    pio.map(layout.PORT_RESET, 1, reset, name="reset")
+    if config.machine == "microvm":
+        # On a pc the chipset's functions say where these are.
+        pio.map(layout.PORT_PM, 12, pm, name="acpi_pm")
+        pio.map(layout.PORT_RESET, 1, reset, name="reset")
     pio.map(layout.PORT_FW_CFG, 2, fw_cfg, name="fw_cfg")
     pio.map(layout.PORT_FW_CFG_DMA, 8, fw_cfg.dma, name="fw_cfg.dma")
     make_legacy_devices(m)
@@ -221,10 +264,13 @@ def make_debug_devices(m: Machine) -> None:
 
     config = m.config
     port80 = Port80()
-    debugcon = DebugCon(chardev(m, config.debugcon))
-    m.devices.update(port80=port80, debugcon=debugcon)
+    m.devices["port80"] = port80
     m.pio.map(layout.PORT_POST, 1, port80, name="port80")
-    m.pio.map(layout.PORT_DEBUG_CONSOLE, 1, debugcon, name="debugcon")
+    if config.machine == "microvm" or config.debugcon not in (None, "none"):
+        # Where it answers SeaBIOS writes a log to it, one exit a character: not for nobody.
+        debugcon = DebugCon(chardev(m, config.debugcon))
+        m.devices["debugcon"] = debugcon
+        m.pio.map(layout.PORT_DEBUG_CONSOLE, 1, debugcon, name="debugcon")
     if config.debug_exit is not None:
         debug_exit = DebugExit(m.debug_exit)
         m.devices["debug_exit"] = debug_exit
@@ -237,7 +283,7 @@ def make_testdev(m: Machine) -> None:
     from pyvmm.address_space import BufferRegion
     from pyvmm.devices.testdev import TestDev
 
-    lines = [irq_line(m, n) for n in range(layout.IOAPIC_PINS if m.vm.has_irqchip else layout.ISA_IRQS)]
+    lines = [irq_line(m, n) for n in range(layout.IOAPIC_PINS if in_kernel_irqchip(m) else layout.ISA_IRQS)]
 
     def set_gsi(n: int, level: int) -> None:
         if n < len(lines):
@@ -333,6 +379,8 @@ def image_name(image: Image, otherwise: str) -> str:
 
 def write_tables(m: Machine) -> int:
     """ACPI and MP tables into the BIOS area; the ACPI root pointer's address."""
+    if m.config.machine == "pc":
+        return int(pc_board().write_tables(m))
     from pyvmm.x86 import acpi, mptable
 
     irqchip = m.config.irqchip == "kernel"
@@ -440,6 +488,8 @@ def reset(m: Machine) -> None:
     for cpu, saved in zip(m.cpus, state["vcpus"], strict=True):
         vcpu_state.load(cpu.vcpu, saved)
         cpu.exec.halted = False
+    if m.config.machine == "pc":
+        pc_board().after_reset(m)
     boot = load_guest(m, clean=False)
     if boot is not None:
         enter_guest(m, boot)
@@ -447,13 +497,27 @@ def reset(m: Machine) -> None:
 
 def coalesce(m: Machine, space: AddressSpace, address: int, size: int) -> None:
     """Register the zone, and have every vCPU drain the ring."""
+    attach_ring(m, space)
+    m.vm.coalesce(address, size, pio=space is m.pio)
+
+
+def attach_ring(m: Machine, space: AddressSpace) -> None:
+    """Every vCPU drains the ring from now on. ConfigError where KVM has none for this space."""
     offset = m.kvm.check_extension("KVM_CAP_COALESCED_PIO" if space is m.pio else "KVM_CAP_COALESCED_MMIO")
     if not offset:
         raise ConfigError(f"this host's KVM does not coalesce {space.name} writes: map the range without it")
     page = m.kvm.check_extension("KVM_CAP_COALESCED_MMIO")
     for cpu in m.cpus:
         cpu.exec.coalesced_ring(page, m._ring_lock)
-    m.vm.coalesce(address, size, pio=space is m.pio)
+
+
+def virtual_clock() -> Clock:
+    """Guest time that stands still until somebody moves it; the wall clock starts at the host's."""
+    from time import time_ns
+
+    from pyvmm.clock import VirtualClock
+
+    return VirtualClock(wall_ns=time_ns())
 
 
 def tear_down(m: Machine) -> None:
@@ -462,6 +526,8 @@ def tear_down(m: Machine) -> None:
         thread.join()
     if "debugcon" in m.devices:
         m.devices["debugcon"].flush()  # type: ignore[attr-defined]  # a DebugCon: its last line may have no end
+    for backend in m.backends.values():
+        backend.close()
     for made in m.chardevs:
         made.close()
     m.event_loop.close()

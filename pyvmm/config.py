@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from pyvmm.block.options import DriveOptions
     from pyvmm.chardev import Chardev
 
     # A file by its path, or its content.
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 FLAT_MODES = ("real16", "protected32", "long64")
 IRQCHIPS = ("kernel", "off")
+MACHINES = ("pc", "microvm")
+ACCELERATORS = ("kvm", "qtest")
 # isa-debug-exit's port as kvm-unit-tests expect it.
 DEBUG_EXIT_PORT = 0xF4
 
@@ -27,6 +30,8 @@ DEBUG_EXIT_PORT = 0xF4
 class MachineConfig:
     """The arguments of Machine, with their defaults.
 
+    machine      "pc" (i440FX, PIIX3 with IDE, firmware) or "microvm" (no PCI); None: pc where there is a drive or
+                 firmware, else microvm.
     memory_mib   RAM in MiB.
     cpus         number of vCPUs.
     kernel       bzImage, ELF with a PVH note, or multiboot v1 kernel: a path, or its bytes.
@@ -34,6 +39,10 @@ class MachineConfig:
     modules      (path or bytes, command line) of multiboot modules, instead of initrd.
     append       the kernel's command line.
     flat         a flat binary, instead of kernel: loaded at flat_address and entered there in flat_mode.
+    drives       disk images: paths, DriveOptions, or QEMU's words ("file=a.img,index=1,cache=none"); on IDE.
+    firmware     a BIOS image for pc; None: this host's SeaBIOS, where neither kernel nor flat
+                 binary is given.
+    boot         what firmware tries, in order: letters c (disk), d (CD-ROM), n (kernel).
     cpu          "host", and features to hide: "host,-xsave,-cx16".
     irqchip      "kernel", or "off": a PIC pair and a PIT in Python, one vCPU.
     serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
@@ -44,9 +53,11 @@ class MachineConfig:
     debug_exit   port of isa-debug-exit, or None.
     fw_cfg       {name: bytes} of more fw_cfg files.
     shared_memory  RAM in a memfd that other processes can map.
+    accel        "kvm", or "qtest": devices only, driven from outside, no vCPU, guest time by hand.
     huge_pages   None, "transparent", "2M" or "1G".
     """
 
+    machine: str | None = None
     memory_mib: int = 256
     cpus: int = 1
     kernel: Image | None = None
@@ -56,6 +67,9 @@ class MachineConfig:
     flat: Image | None = None
     flat_address: int | None = None
     flat_mode: str = "real16"
+    drives: Sequence[DriveOptions | str | os.PathLike[str]] = ()
+    firmware: Image | None = None
+    boot: str = "cd"
     cpu: str = "host"
     irqchip: str = "kernel"
     serial: Serial = None
@@ -65,6 +79,7 @@ class MachineConfig:
     testdev: bool = False
     debug_exit: int | None = DEBUG_EXIT_PORT
     fw_cfg: Mapping[str, bytes] = {}
+    accel: str = "kvm"
     shared_memory: bool = False
     huge_pages: str | None = None
 
@@ -78,6 +93,13 @@ class MachineConfig:
                 raise ConfigError(f"there is no option {name!r}" + (f": did you mean {near[0]}?" if near else ""))
             setattr(self, name, value)
         self.check()
+        if self.drives:
+            self.drives = parse_drives(self.drives)
+        if self.machine is None:
+            on_pc = self.drives or self.firmware is not None or self.accel == "qtest"
+            self.machine = "pc" if on_pc else "microvm"
+        if self.machine == "microvm" and (self.drives or self.firmware is not None):
+            raise ConfigError("machine='microvm' has no IDE and no firmware: use machine='pc'")
 
     def check(self) -> None:
         """ConfigError for what can be told to be wrong without opening anything."""
@@ -87,6 +109,12 @@ class MachineConfig:
             raise ConfigError(f"cpus={self.cpus!r}: give a whole number of vCPUs, at least 1")
         if self.irqchip not in IRQCHIPS:
             raise ConfigError(f"irqchip={self.irqchip!r}: use 'kernel' or 'off'")
+        if self.machine is not None and self.machine not in MACHINES:
+            raise ConfigError(f"machine={self.machine!r}: use 'pc' or 'microvm'")
+        if self.accel not in ACCELERATORS:
+            raise ConfigError(f"accel={self.accel!r}: use 'kvm' or 'qtest'")
+        if not isinstance(self.boot, str) or set(self.boot) - set("cdn"):
+            raise ConfigError(f"boot={self.boot!r}: use letters of c (disk), d (CD-ROM) and n (kernel)")
         if self.irqchip == "off" and self.cpus > 1:
             raise ConfigError(
                 f"irqchip='off' has no local APICs to start {self.cpus} vCPUs: use cpus=1, or irqchip='kernel'"
@@ -105,6 +133,27 @@ class MachineConfig:
             raise ConfigError(f"debug_exit={self.debug_exit!r}: give a port below 0xffff, or None")
 
 
+def parse_drives(drives: Sequence[DriveOptions | str | os.PathLike[str]]) -> list[DriveOptions]:
+    """DriveOptions of each. A string with a ``=`` in it is QEMU's -drive, another a path."""
+    import os
+
+    from pyvmm.block.options import DriveOptions
+
+    if isinstance(drives, (str, os.PathLike, DriveOptions)):
+        raise ConfigError(f"drives={drives!r}: give a list of drives")
+    parsed = []
+    for drive in drives:
+        if isinstance(drive, DriveOptions):
+            parsed.append(drive)
+        elif isinstance(drive, str) and "=" in drive:
+            parsed.append(DriveOptions.parse(drive))
+        elif isinstance(drive, (str, os.PathLike)):
+            parsed.append(DriveOptions(os.fspath(drive)))
+        else:
+            raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
+    return parsed
+
+
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -118,6 +167,10 @@ def from_file(path: str) -> dict[str, Any]:
         [
             (name, kind, msgspec.UNSET)
             for name, kind in (
+                ("machine", str),
+                ("drives", list[str]),
+                ("firmware", str),
+                ("boot", str),
                 ("memory_mib", int),
                 ("cpus", int),
                 ("kernel", str),

@@ -22,7 +22,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pyvmm.block.backend import BlockBackend
     from pyvmm.chardev import Chardev
+    from pyvmm.clock import Clock
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine
     from pyvmm.exit_stats import ExitStat
@@ -30,37 +32,44 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
     from pyvmm.light import Thread
+    from pyvmm.memory_map import MemoryMap
     from pyvmm.run_state import RunState
 
 STATUS_SHUTDOWN = 0
 STATUS_RESET = 6
+STATUS_IO_ERROR = 10
 
 
 class Machine:
     """A machine, built and paused at its first instruction. The arguments are MachineConfig's.
 
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
-    vCPUs, ``devices`` the board's devices by name, ``clock`` guest time. Raises ConfigError for what is asked wrongly
-    and KvmError for what the host refuses.
+    vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. Raises
+    ConfigError for what is asked wrongly and KvmError for what the host refuses.
     """
 
     kvm: Kvm
     vm: Vm
     memory: GuestMemory
+    memory_map: MemoryMap
     cpus: list[Cpu]
+    clock: Clock
 
     def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
         self.config = config if config is not None else MachineConfig(**options)
         self.pio = AddressSpace("pio", 1 << 16)
         self.mmio = AddressSpace("mmio", 1 << 52)
         self.event_loop = EventLoop(self._loop_raised)
-        self.clock = self.event_loop.clock
-        self.clock.stop()
-        self.control = RunControl(self._on_light, self.clock.in_callback)
+        self.event_loop.clock.stop()
+        self.clock = self.event_loop.clock if self.config.accel == "kvm" else builder.virtual_clock()
+        self.control = RunControl(self._on_light, self.event_loop.clock.in_callback)
         self.devices: dict[str, Device] = {}
+        self.backends: dict[str, BlockBackend] = {}
+        self.io_error = ""
         self.chardevs: list[Chardev] = []
         self.cpus = []
         self._ring_lock = DeviceLock()
+        self._coalesced: list[tuple[AddressSpace, int, int]] = []
         self._background: list[Thread] = []
         self._tsc_khz = 0
         self._images = builder.Images()
@@ -97,6 +106,8 @@ class Machine:
                 raise TimeoutError(f"the guest was still running after {timeout_s} s")
         if self.control.error is not None:
             raise self.control.error
+        if self.control.state_name == states.IO_ERROR:
+            return ExitStatus(STATUS_IO_ERROR, f"io-error: {self.io_error}")
         status = self.control.status
         return status if status is not None else ExitStatus(STATUS_SHUTDOWN, "paused")
 
@@ -105,7 +116,15 @@ class Machine:
         return self.control.wait(timeout_s)
 
     def resume(self) -> None:
-        """Start, or go on after a pause, and return at once. StateError where the guest has ended."""
+        """Start, or go on after a pause, and return at once. StateError where the guest has ended.
+
+        After an io-error the requests that failed are tried again.
+        """
+        if not self.cpus:
+            raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
+        if self.control.state_name == states.IO_ERROR:
+            for backend in self.backends.values():
+                backend.resume()
         for cpu in self.cpus:
             cpu.start()
         self.control.resume()
@@ -139,6 +158,11 @@ class Machine:
         ended = ExitStatus(status, reason)
         self.control.request(lambda: self.control.end(ended, None, states.SHUTDOWN))
 
+    @property
+    def has_ioapic(self) -> bool:
+        """Whether there are an IOAPIC and local APICs, or a PIC pair only."""
+        return builder.in_kernel_irqchip(self)
+
     # -- what devices and vCPUs tell -----------------------------------------------------------------------
 
     def guest_shutdown(self) -> None:
@@ -152,6 +176,15 @@ class Machine:
             return
 
         self.control.request(self._reset)
+
+    def drive_error(self, backend: BlockBackend, operation: str, number: int, action: str) -> None:
+        """A drive's request failed; on ``stop`` it waits, and so does the machine (QEMU's rerror and werror)."""
+        if action != "stop":
+            return
+        import os
+
+        self.io_error = f"{backend.name}: {operation}: {os.strerror(number)}"
+        self.control.request(lambda: self.control.end(None, None, states.IO_ERROR))
 
     def debug_exit(self, value: int) -> None:
         """isa-debug-exit was written."""
@@ -205,19 +238,30 @@ class Machine:
 
     def _on_light(self, green: bool) -> None:
         if green:
-            self.clock.resume()
+            self.event_loop.clock.resume()
         else:
-            self.clock.stop()
+            self.event_loop.clock.stop()
+            self.drain()
+
+    def drain(self) -> None:
+        """Return when no drive has a request under way. The caller holds no device's lock."""
+        for backend in self.backends.values():
+            backend.drain()
 
     def _reset(self) -> None:
         """Every vCPU is parked: devices, interrupt controllers, memory image and vCPUs back to power-on.
 
         A machine that somebody paused meanwhile stays so.
         """
+        self.drain()
+        for backend in self.backends.values():
+            backend.drop_stalled()
+        self.memory_map.hold()
         for device in self._all_devices():
             with device.lock:
                 device.reset()
         builder.reset(self)
+        self.memory_map.release()
         self.control.restarted()
 
     def _all_devices(self) -> list[Device]:

@@ -69,6 +69,7 @@ class MemoryMap:
         self._mmio = mmio
         self._rom: RamRegion | None = None
         self._set_slot: SetSlot | None = None
+        self._held = False
         self._slots: dict[tuple[int, int, int, bool], int] = {}
         self._written: list[MemoryRegion] = []
         self.sections: list[Section] = [Section(r.gpa, r.size_bytes, r, 0, r.readonly) for r in memory.ram]
@@ -123,8 +124,16 @@ class MemoryMap:
         self._set_slot = set_slot
         self._publish()
 
+    def hold(self) -> None:
+        """Keep changes from KVM until ``release``: while no vCPU runs, only where they end up counts."""
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        self._publish()
+
     def _publish(self) -> None:
-        if self._set_slot is None:
+        if self._set_slot is None or self._held:
             return
         wanted = {s.key for s in self.sections}
         for key in [k for k in self._slots if k not in wanted]:

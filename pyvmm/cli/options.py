@@ -37,8 +37,11 @@ class Option:
         self.many = many
 
 
-def parse(options: Sequence[Option], args: Sequence[str]) -> dict[str, Any]:
-    """{key: value} of what was given. ConfigError names what is wrong and what to do."""
+def parse(options: Sequence[Option], args: Sequence[str], *, words: str = "") -> dict[str, Any]:
+    """{key: value} of what was given. ConfigError names what is wrong and what to do.
+
+    What is no option makes the list ``values[words]``, where ``words`` is given.
+    """
     by_name = {name: option for option in options for name in option.names}
     values: dict[str, Any] = {}
     rest = list(args)
@@ -46,6 +49,9 @@ def parse(options: Sequence[Option], args: Sequence[str]) -> dict[str, Any]:
         word = rest.pop(0)
         name, equals, attached = word.partition("=") if word.startswith("--") else (word, "", "")
         option = by_name.get(name)
+        if option is None and words and not word.startswith("-"):
+            values.setdefault(words, []).append(word)
+            continue
         if option is None:
             raise ConfigError(unknown(word, name, by_name))
         if not option.metavar:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 from pyvmm.cli.options import Option, mib, number, parse, port_or_none, usage
 from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError, GuestError
-from pyvmm.machine import Machine
+from pyvmm.machine import STATUS_IO_ERROR, Machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
+
+    from pyvmm.block.options import DriveOptions
 
 
 def split_module(text: str) -> tuple[str, str]:
@@ -29,6 +33,12 @@ def split_fw_cfg(text: str) -> tuple[str, str]:
 
 
 OPTIONS = (
+    Option("--machine -M", "KIND", "pc (i440FX, IDE, firmware) or microvm; default: pc with a drive or firmware"),
+    Option("--drive", "SPEC", "a disk as QEMU words it: file=a.img,index=1,cache=none,werror=stop; may be repeated",
+           key="drives", many=True),
+    Option("--cdrom", "FILE", "a CD image, on the second channel"),
+    Option("--firmware", "FILE", "BIOS image (default: SeaBIOS, where there is neither kernel nor flat binary)"),
+    Option("--boot", "ORDER", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cd)"),
     Option("--kernel -k", "FILE", "bzImage, ELF with a PVH note, or multiboot v1 kernel", key="kernel"),
     Option("--initrd", "FILE", "initial RAM disk; for multiboot the first module"),
     Option("--append", "TEXT", "the kernel's command line"),
@@ -55,16 +65,19 @@ OPTIONS = (
     Option("--help -h", "", "this"),
 )
 
-TITLE = """\
-usage: pyvmm run [OPTIONS]
+CDROM_INDEX = 2  # master of the second channel, as QEMU's -cdrom
 
-Runs one guest. On a terminal Ctrl-A x quits and Ctrl-A h tells the other keys. Exit status: 0 guest power-off,
-odd (value << 1) | 1 by isa-debug-exit, 2 wrong use or host error, 4 KVM internal error or unhandled exit,
-6 reset with --no-reboot, 8 a device raised, 124 --timeout."""
+TITLE = """\
+usage: pyvmm run [OPTIONS] [DISK.IMG ...]
+
+Runs one guest: from disk images by firmware, or a kernel, or a flat binary. On a terminal Ctrl-A x quits and
+Ctrl-A h tells the other keys. Exit status: 0 guest power-off, odd (value << 1) | 1 by isa-debug-exit, 2 wrong use or
+host error, 4 KVM internal error or unhandled exit, 6 reset with --no-reboot, 8 a device raised, 124 --timeout. A guest that
+a drive's error has stopped (werror, rerror) goes on at SIGCONT."""
 
 
 def run(args: list[str]) -> int:
-    given = parse(OPTIONS, args)
+    given = parse(OPTIONS, args, words="images")
     if given.pop("help", False):
         print(usage(TITLE, OPTIONS), end="")
         return 0
@@ -83,12 +96,25 @@ def configure(given: dict[str, Any]) -> MachineConfig:
         from pyvmm.config import from_file
 
         given = {**from_file(path), **given}
-    if "kernel" not in given and "flat" not in given:
-        raise ConfigError("no guest: give --kernel FILE or --flat FILE (or see `pyvmm demo`)")
+    given["drives"] = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
+    if not (given["drives"] or any(name in given for name in ("kernel", "flat", "firmware"))):
+        raise ConfigError("no guest: give a disk image, --kernel FILE or --flat FILE (or see `pyvmm demo`)")
     if "fw_cfg" in given:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
     given.setdefault("serial", "stdio")
     return MachineConfig(raw_terminal=True, **given)
+
+
+def images(paths: Sequence[str], cdrom: str | None) -> list[DriveOptions]:
+    """The drives that are given by a path alone."""
+    if not paths and cdrom is None:
+        return []
+    from pyvmm.block.options import DriveOptions
+
+    drives = [DriveOptions(path) for path in paths]
+    if cdrom is not None:
+        drives.append(DriveOptions(cdrom, media="cdrom", index=CDROM_INDEX))
+    return drives
 
 
 def read_file(path: str) -> bytes:
@@ -138,7 +164,7 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
 
     message = ""
     try:
-        status = int(machine.run(timeout_s))
+        status = run_through_errors(machine, timeout_s)
     except GuestError as error:
         message = error.dump or str(error)
         status = error.status
@@ -152,3 +178,31 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
         if text:
             print(text, file=sys.stderr, flush=True)
     return status & 0xFF
+
+
+def run_through_errors(machine: Machine, timeout_s: float | None) -> int:
+    """machine.run; where a drive's error stops the guest, say so, and go on when told to."""
+    from time import monotonic
+
+    end = None if timeout_s is None else monotonic() + timeout_s
+    left_s = timeout_s
+    while (status := machine.run(left_s)) == STATUS_IO_ERROR:
+        remedy = f"mend it, then `kill -CONT {os.getpid()}`"
+        wait_for_sigcont(f"pyvmm: {status.reason}; the guest is stopped: {remedy}", left_s)
+        left_s = None if end is None else max(0.0, end - monotonic())
+    return int(status)
+
+
+def wait_for_sigcont(message: str, timeout_s: float | None) -> None:
+    import select
+    import signal
+
+    heard, tell = os.pipe()
+    before = signal.signal(signal.SIGCONT, lambda _number, _frame: os.write(tell, b"."))
+    try:
+        print(message, file=sys.stderr, flush=True)
+        select.select([heard], [], [], timeout_s)
+    finally:
+        signal.signal(signal.SIGCONT, before)
+        os.close(heard)
+        os.close(tell)

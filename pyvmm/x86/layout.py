@@ -114,8 +114,14 @@ PORT_PIC_ELCR = 0x4D0  # edge/level control of both PICs
 PORT_FW_CFG = 0x510  # QEMU's firmware configuration: selector, data
 PORT_FW_CFG_DMA = 0x514
 PORT_PM = 0x600  # ACPI PM block, clear of everything PCI firmware assigns
+PORT_PCI = 0xCF8  # configuration mechanism 1: address, then data at 0xcfc
 PORT_RESET = 0xCF9  # the FADT's reset register; chipsets have had it here since the PIIX3
 PORT_TESTDEV_IRQ = 0x2000  # pc-testdev: 0x2000 + n drives interrupt line n
+
+# ATA's two channels: first port of the command block (8 of them), the control port, the ISA interrupt (ATA/ATAPI host
+# adapters standard, "compatibility mode").
+IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
+IDE_GATHERED_BYTES = 7  # all of the command block but the command register: writes there do nothing by themselves
 
 # Offsets in the PM block and their sizes in bytes.
 PM1A_EVT = 0

@@ -149,6 +149,9 @@ def test_a_file_may_set_every_option_that_is_plain_data(tmp_path: Path) -> None:
     content = ""
     for option, annotation in MachineConfig.__annotations__.items():
         if option not in only_in_python:
+            if "Sequence" in annotation:
+                content += f"{option} = ['x']\n"
+                continue
             kind = bool if "bool" in annotation else int if "int" in annotation else str
             content += f"{option} = {values[kind]}\n"
     assert (

@@ -116,6 +116,19 @@ def test_a_change_touches_only_what_differs(pc: Pc) -> None:
     assert pc.slots.calls == before
 
 
+def test_what_is_held_reaches_kvm_as_its_last_state_only(pc: Pc) -> None:
+    pc.map.set_window([(0xC_0000, 0x4_0000, RAM)])
+    pc.map.attach(pc.slots.set)
+    before = pc.slots.calls
+    pc.map.hold()
+    pc.map.set_window([(0xC_0000, 0x4_0000, ROM)])
+    pc.map.set_window([(0xC_0000, 0x3_0000, RAM), (0xF_0000, 0x1_0000, RAM_READONLY)])
+    assert pc.slots.calls == before
+    pc.map.release()
+    assert pc.slots.calls == before + 2
+    assert pc.slots.at(0xF_0000) == (pc.ram_host + 0xF_0000, True)
+
+
 def test_reads_and_writes_as_a_processor_does(pc: Pc) -> None:
     pc.memory.write(0xE_0000, b"shadow")
     pc.map.set_window([(0xE_0000, 0x8000, RAM_READONLY), (0xE_8000, 0x1_8000, ROM)])
