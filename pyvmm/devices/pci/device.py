@@ -20,12 +20,14 @@ from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pyvmm.address_space import AddressSpace, MemoryRegion
     from pyvmm.device import DeviceLock
     from pyvmm.devices.pci.host import PciHost
+
+    Part = tuple[int, Callable[[], MemoryRegion]]
 
 CONFIG_BYTES = 256
 
@@ -74,14 +76,17 @@ class Window:
 
     Where something else answers already, none of them is mapped and the window is ``blocked``: no guest has a use for
     two answers to one address, and what was there first stays.
+
+    ``parts`` are pairs of an offset in the window and a function that makes the region there. A region is mapped once:
+    another vCPU may still be reading its address from a view it took before a move, and must not find the new one.
     """
 
-    __slots__ = ("_parts", "_space", "base", "wanted")
+    __slots__ = ("_parts", "_regions", "_space", "base", "wanted")
 
-    def __init__(self, space: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]) -> None:
-        """``parts``: offset in the window and region of each."""
+    def __init__(self, space: AddressSpace, parts: Sequence[Part]) -> None:
         self._space = space
         self._parts = list(parts)
+        self._regions: list[MemoryRegion] = []
         self.wanted: int | None = None
         """Where the guest has put it; None: it is not decoded."""
         self.base: int | None = None
@@ -109,17 +114,16 @@ class Window:
 
     def _map(self, base: int) -> None:
         try:
-            for offset, region in self._parts:
-                self._space.add(base + offset, region)
+            for offset, make in self._parts:
+                self._regions.append(self._space.add(base + offset, make()))
         except ConfigError:  # taken, or past the end of the space
             self._unmap()
         else:
             self.base = base
 
     def _unmap(self) -> None:
-        for _, region in self._parts:
-            if region.space is self._space:
-                self._space.unmap(region)
+        while self._regions:
+            self._space.unmap(self._regions.pop())
         self.base = None
 
 
@@ -185,14 +189,14 @@ class PciDevice(Device):
         self._writable[register:end] = writable.to_bytes(size, "little")
         self._clear_on_one[register:end] = clear_on_one.to_bytes(size, "little")
 
-    def add_window(self, space: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]) -> Window:
+    def add_window(self, space: AddressSpace, parts: Sequence[Part]) -> Window:
         """A block of the chip that moves otherwise than by a BAR: the subclass places it."""
         window = Window(space, parts)
         self._windows.append(window)
         return window
 
-    def add_io_bar(self, index: int, size: int, pio: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]) -> Bar:
-        """BAR ``index``: ``size`` ports, with the regions of ``parts`` at their offsets."""
+    def add_io_bar(self, index: int, size: int, pio: AddressSpace, parts: Sequence[Part]) -> Bar:
+        """BAR ``index``: ``size`` ports, ``parts`` as Window has them."""
         return self._add_bar(index, size, BAR_IO, pio, parts)
 
     def add_memory_bar(
@@ -200,16 +204,14 @@ class PciDevice(Device):
         index: int,
         size: int,
         mmio: AddressSpace,
-        parts: Sequence[tuple[int, MemoryRegion]],
+        parts: Sequence[Part],
         *,
         prefetchable: bool = False,
     ) -> Bar:
         """BAR ``index``: ``size`` bytes of 32-bit memory addresses."""
         return self._add_bar(index, size, BAR_PREFETCHABLE if prefetchable else 0, mmio, parts)
 
-    def _add_bar(
-        self, index: int, size: int, flags: int, space: AddressSpace, parts: Sequence[tuple[int, MemoryRegion]]
-    ) -> Bar:
+    def _add_bar(self, index: int, size: int, flags: int, space: AddressSpace, parts: Sequence[Part]) -> Bar:
         smallest = 4 if flags & BAR_IO else 16
         if not 0 <= index < BAR_COUNT or size < smallest or size & (size - 1) or size > 1 << 31:
             raise ConfigError(f"BAR {index} of {size} bytes: give BAR 0 to 5, a power of two from {smallest} to 2 GiB")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pyvmm.address_space import MemoryRegion
 from pyvmm.devices.pci.device import (
+    BAR0,
     COMMAND,
     COMMAND_BUS_MASTER,
     COMMAND_IO,
@@ -150,11 +151,12 @@ class Piix3Ide(PciDevice):
             status=STATUS_DEVSEL_MEDIUM | STATUS_FAST_BACK_TO_BACK,
         )
         self._bus_masters = [channel.bus_master for channel in channels]
-        parts = [
-            (BUS_MASTER_BYTES * n, MemoryRegion(BUS_MASTER_BYTES, bus_master, name=f"ide{n}.bus_master"))
-            for n, bus_master in enumerate(self._bus_masters)
-        ]
-        self.add_io_bar(BUS_MASTER_BAR, BUS_MASTER_BYTES * len(parts), pio, parts)
+        first, second = self._bus_masters
+        parts = (
+            (0, lambda: MemoryRegion(BUS_MASTER_BYTES, first, name="ide0.bus_master")),
+            (BUS_MASTER_BYTES, lambda: MemoryRegion(BUS_MASTER_BYTES, second, name="ide1.bus_master")),
+        )
+        self.add_io_bar(BUS_MASTER_BAR, 2 * BUS_MASTER_BYTES, pio, parts)
         self.define(LATENCY_TIMER, 1, 0, 0xF0)
         self.define(IDETIM, 2, 0, 0xFFFF)
         self.define(IDETIM + 2, 2, 0, 0xFFFF)
@@ -168,7 +170,7 @@ class Piix3Ide(PciDevice):
     def post_firmware(self, base: int = 0xC000) -> None:
         """The bus masters at ``base``, both channels' decoders on."""
         with self._config_lock:
-            self.config_write(0x10 + 4 * BUS_MASTER_BAR, 4, base)
+            self.config_write(BAR0 + 4 * BUS_MASTER_BAR, 4, base)
             self.config_write(IDETIM, 2, IDETIM_DECODE)
             self.config_write(IDETIM + 2, 2, IDETIM_DECODE)
             self.config_write(COMMAND, 2, COMMAND_IO | COMMAND_BUS_MASTER)

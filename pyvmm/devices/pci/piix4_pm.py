@@ -40,6 +40,7 @@ SMBBA = 0x90
 SMBBA_ADDRESS = 0xFFF0
 SMBHSTCFG = 0xD2
 SMB_HST_EN = 0x01
+SMBUS_BYTES = 16
 IO_SPACE = 0x1  # the lowest bit of a base register, fixed
 
 # Kept: (register, bytes, writable bits).
@@ -118,7 +119,7 @@ class SmbusHost(Device):
     __slots__ = ("registers",)
 
     def __init__(self) -> None:
-        self.registers = bytearray(16)
+        self.registers = bytearray(SMBUS_BYTES)
 
     def read(self, offset: int, size: int) -> int:
         return self.registers[offset]
@@ -157,8 +158,8 @@ class Piix4Pm(PciDevice):
         self.gpe = GpeBlock()
         self.smbus = SmbusHost()
         self._blocks: tuple[Apm | GpeBlock | SmbusHost, ...] = (self.apm, self.gpe, self.smbus)
-        self._pm = self.add_window(pio, [(0, MemoryRegion(BLOCK_BYTES, acpi, name="acpi_pm"))])
-        self._smb = self.add_window(pio, [(0, MemoryRegion(16, self.smbus, name="smbus"))])
+        self._pm = self.add_window(pio, [(0, lambda: MemoryRegion(BLOCK_BYTES, acpi, name="acpi_pm"))])
+        self._smb = self.add_window(pio, [(0, lambda: MemoryRegion(SMBUS_BYTES, self.smbus, name="smbus"))])
         self.define(PMBASE, 4, IO_SPACE, PMBASE_ADDRESS)
         # No SMM: as QEMU says it without, so that SeaBIOS leaves it alone.
         self.define(DEVACTB, 4, APMC_EN, 0xFFFF_FFFF)
