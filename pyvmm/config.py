@@ -181,6 +181,7 @@ def from_file(path: str) -> dict[str, Any]:
                 ("flat_mode", str),
                 ("cpu", str),
                 ("irqchip", str),
+                ("accel", str),
                 ("serial", str),
                 ("debugcon", str),
                 ("no_reboot", bool),

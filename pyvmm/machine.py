@@ -122,12 +122,12 @@ class Machine:
         """
         if not self.cpus:
             raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
-        if self.control.state_name == states.IO_ERROR:
-            for backend in self.backends.values():
-                backend.resume()
         for cpu in self.cpus:
             cpu.start()
         self.control.resume()
+        # After that: one that fails again stops the machine again.
+        for backend in self.backends.values():
+            backend.resume()
 
     def pause(self) -> None:
         """Park every vCPU, their accesses complete. Returns when they are.

@@ -762,7 +762,9 @@ def test_the_names_of_the_states_are_those_of_the_enum() -> None:
     assert names == {state.value for state in RunState}
     assert all(getattr(run_control, state.name) == state.value for state in RunState)
     assert set(ENDED) == {s.value for s in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.CLOSED)}
-    assert set(RESUMABLE) == {s.value for s in (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG)}
+    assert set(RESUMABLE) == {
+        s.value for s in (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG, RunState.IO_ERROR)
+    }
 
 
 def test_the_state_can_only_be_read(board: Board) -> None:
