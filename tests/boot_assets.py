@@ -62,6 +62,11 @@ def multiboot_kernel() -> Path:
     return _the_file(package("multiboot"), "usr/lib/multiboot/examples/kernel")
 
 
+def firmware() -> Path:
+    """SeaBIOS for a pc."""
+    return _the_file(package("seabios"), "usr/share/seabios/bios-256k.bin")
+
+
 # ---- kernels -------------------------------------------------------------------------------------
 
 
@@ -218,14 +223,21 @@ class Cpio:
         return archive + b"\0" * (-len(archive) % 512)
 
 
-# Runs as process 1. Every applet of busybox is a command; the archive's modules are loaded in their order.
+# Runs as process 1. Every applet of busybox is a command; the archive's modules are loaded in their order, with their
+# parameters from the kernel's command line (libata.dma=0), as modprobe does it.
 INIT_HEAD = """\
 #!/bin/busybox sh
 export PATH=/bin HOME=/ PS1='# '
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-for module in /modules/*.ko; do [ ! -e "$module" ] || insmod "$module"; done
+for module in /modules/*.ko; do
+    name=${module#/modules/*-} options=
+    for word in $(cat /proc/cmdline); do
+        case $word in "${name%.ko}".*) options="$options ${word#*.}" ;; esac
+    done
+    [ ! -e "$module" ] || insmod "$module" $options
+done
 """
 
 # For initrd(): an interactive shell with job control on the first serial port; its `exit` powers off.
