@@ -1,4 +1,4 @@
-"""A terminal with `pyvmm run` in it: type, and wait for what comes, always with a time limit."""
+"""A terminal with `pyvmm run` in it, or the serial line of a Machine: type, and wait for what comes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import pty
 import select
 import subprocess
 import sys
+import threading
 import time
 from types import TracebackType
+
+from pyvmm.chardev import CallableChardev
 
 
 class Console:
@@ -82,3 +85,31 @@ class Console:
 
 def pyvmm_run(*args: str) -> Console:
     return Console(sys.executable, "-m", "pyvmm", "run", *args)
+
+
+class SerialLine:
+    """The host's end of the serial port of a Machine in this process: ``Machine(serial=line.chardev)``."""
+
+    def __init__(self) -> None:
+        self.chardev = CallableChardev(self._hear)
+        self.output = ""
+        self._seen = 0
+        self._changed = threading.Condition()
+
+    def send(self, text: str) -> None:
+        self.chardev.feed(text.encode())
+
+    def expect(self, text: str, timeout_s: float) -> str:
+        """As Console.expect."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: self.output.find(text, self._seen) >= 0, timeout_s)
+            assert came, f"no {text!r} within {timeout_s} s; the last of the output:\n{self.output[-3000:]}"
+            at = self.output.find(text, self._seen)
+            between = self.output[self._seen : at]
+            self._seen = at + len(text)
+            return between
+
+    def _hear(self, data: bytes) -> None:
+        with self._changed:
+            self.output += data.decode("utf-8", "replace")
+            self._changed.notify_all()

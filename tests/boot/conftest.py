@@ -29,3 +29,9 @@ def make_initrd(tmp_path: Path) -> Callable[..., Path]:
 def multiboot_kernel() -> Path:
     """The example kernel of Debian's multiboot package."""
     return boot_assets.multiboot_kernel()
+
+
+@pytest.fixture(scope="session")
+def firmware() -> Path:
+    """SeaBIOS, out of Debian's package."""
+    return boot_assets.firmware()
