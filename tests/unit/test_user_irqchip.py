@@ -1,4 +1,4 @@
-"""The controllers wired up: ISA interrupts to both, the PIC through LINT0 or the I/O APIC, the pins somebody watches."""
+"""The controllers wired up: ISA interrupts to both, the PIC through LINT0 or the I/O APIC, pins that are watched."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def test_watched_pins(bench: Bench) -> None:
     assert len(seen) == 3
     outputs = controllers["pic"].outputs
     assert outputs is not None
-    outputs.watch = lambda n, level: seen.append(("intr", n, level))
     bench.program_pic()
+    outputs.watch = lambda n, level: seen.append(("intr", n, level))
     bench.irqchip.set_irq(3, 1)
     bench.irqchip.acknowledge()
     assert seen[3:] == [("intr", 0, 1), ("intr", 0, 0)]
