@@ -1,21 +1,24 @@
 """BlockBackend: a drive as a device sees it.
 
-A request is counted, checked against the image's size and the requests before it, and then is a coroutine: it waits
-for its turn, for the throttle, for the driver; a failure meets the policy of the drive; at its end ``cb(ret)``.
+A request is checked against the image's size, counted, and then is a coroutine, ``co_do_rw``: it waits for requests
+before it that it overlaps, for the throttle, for the driver; a failure meets the drive's policy; at its end comes
+``cb(ret)``, 0 or a negative errno.
 
 Threads: any may submit. The callback runs on the submitting thread, before ``aio_*`` returns, where nothing had to be
-waited for; else on the event loop's thread, or on one that drains, with no lock held.
+waited for; else on the event loop's thread, or on one that drains or resumes, with no lock of ours held. A callback
+may submit, but not drain: its own request is in flight until it returns.
+
+Order: of two requests in flight that overlap, one of them a write, the later one starts when the earlier is complete.
 """
 
 from __future__ import annotations
 
 import os
-from errno import EACCES, EINVAL, EIO, ENOMEDIUM
+from errno import EACCES, ECANCELED, EINVAL, EIO, ENOMEDIUM, ENOSPC
 from time import monotonic_ns
 
 from pyvmm.block.coroutine import AioContext, Waiter, start
-from pyvmm.block.iov import iov_length
-from pyvmm.block.options import DriveOptions
+from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import BlockStats
 from pyvmm.errors import ConfigError
 
@@ -24,170 +27,494 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.block.coroutine import Loop
-    from pyvmm.block.driver import FormatDriver, Iov
+    from pyvmm.block.driver import FormatDriver, Iov, ProtocolDriver
+    from pyvmm.block.options import DriveOptions
+    from pyvmm.block.throttle import Throttle
     from pyvmm.clock import Clock
 
     Callback = Callable[[int], object]
     OnError = Callable[["BlockBackend", str, int, str], object]
 
 SECTOR_BYTES = 512
+CD_SECTOR_BYTES = 2048
 READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES = range(5)
 OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes")
+
+
+class Turn(Waiter):
+    """A request's wait for those before it that it overlaps."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        self._request = request
+
+    def cancel(self) -> None:
+        self._request.backend._cancel_turn(self._request, self)
 
 
 class Request:
     """One request, from ``aio_*`` until its callback."""
 
     __slots__ = (
-        "_backend",
-        "begin",
-        "blockers",
-        "callback",
-        "cancelled",
-        "dependents",
-        "end",
-        "iov",
-        "kind",
-        "length",
-        "offset",
-        "since_ns",
-        "turn",
-        "waiter",
+        *("backend", "begin", "blockers", "callback", "cancelled", "dependents", "end", "iov", "kind", "length"),
+        *("number", "offset", "since_ns", "turn", "waiter"),
     )
 
     def __init__(
         self, backend: BlockBackend, kind: int, offset: int, length: int, iov: Iov, callback: Callback
     ) -> None:
-        self._backend = backend
+        self.backend = backend
         self.kind = kind
         self.offset = offset
         self.length = length
         self.iov = iov
-        self.callback = callback
+        self.callback: Callback | None = callback
         self.cancelled = False
         self.waiter: Waiter | None = None
+        self.blockers = 0  # how many it waits for
+        self.turn: Turn | None = None
+        self.dependents: list[Request] | None = None  # who waits for it
+        self.number = 0  # in the order of submission
+        self.begin = self.end = 0  # the bytes it touches
         self.since_ns = monotonic_ns()
 
     def cancel(self) -> None:
-        """Ask for an early end. The callback still comes, once: with -ECANCELED, or with the result."""
-        waiter = self.waiter
-        self.cancelled = True
-        if waiter is not None:
-            waiter.cancel()
+        """Ask for an early end. The callback still comes, once: with -ECANCELED, or with the result.
+
+        Never from within ``cancel``.
+        """
+        self.backend._cancel(self)
 
 
 class BlockBackend:
+    """A drive. ``on_error(backend, operation, errno, action)`` is called for each request that failed on the host, with
+    what follows by the drive's policy: "report", "ignore" or "stop". It may be called wherever a callback may.
+    """
+
     def __init__(
-        self, options: DriveOptions, driver: FormatDriver | None, context: AioContext, on_error: OnError | None
+        self,
+        options: DriveOptions,
+        driver: FormatDriver | None,
+        context: AioContext,
+        *,
+        stats: BlockStats | None = None,
+        throttle: Throttle | None = None,
+        on_error: OnError | None = None,
     ) -> None:
+        self.options = options
         self.name = options.name
-        self._options = options
+        self.read_only = not options.guest_may_write
+        self.size_bytes = 0 if driver is None else driver.size_bytes
+        self.sectors = -(-self.size_bytes // SECTOR_BYTES)
+        """Size in sectors of 512 bytes. What is missing of the last one reads as zeros."""
+        self.write_cache = options.cache not in ("writethrough", "directsync")
+        """False: each write is on stable storage before it is complete. The guest may change it."""
+        self.stats = BlockStats() if stats is None else stats
+        self._counters = (self.stats.read, self.stats.write, self.stats.flush, self.stats.discard, self.stats.write)
         self._driver = driver
         self._context = context
         self._lock = context.lock
+        self._throttle = throttle
         self._on_error = on_error
-        self.stats = BlockStats()
-        self._kinds = (self.stats.read, self.stats.write, self.stats.flush, self.stats.discard, self.stats.write)
-        self.read_only = options.readonly or options.media == "cdrom"
-        self.size_bytes = 0 if driver is None else driver.size_bytes
-        self.sectors = -(-self.size_bytes // SECTOR_BYTES)
+        self._unmap = options.discard == "unmap"
+        self._detect_zeroes = options.detect_zeroes != "off"
+        self._flushes = options.cache != "unsafe"
+        self._alignment = 1 if driver is None else driver.alignment
+        self._skew = 0 if driver is None else driver.skew
+        self._submitted = 0
+        self._tracked: dict[Request, None] = {}  # in flight, with a range; oldest first
+        self._stalled: list[Request] = []  # put aside by a policy, and what came after
+        self._written = self._flushed = 0  # counts of writes that are complete, and that were so at the last flush
+
+    # -- what a device asks -----------------------------------------------------------------------------------
 
     @property
     def inserted(self) -> bool:
+        """Whether there is a medium; without one every request fails with ENOMEDIUM."""
         return self._driver is not None
 
     def aio_readv(self, sector: int, iov: Iov, cb: Callback) -> Request:
-        request = Request(self, READ, sector * SECTOR_BYTES, iov_length(iov), iov, cb)
-        return self._submit(request)
+        """Fill ``iov`` (views of bytes, a whole number of sectors in all) from ``sector`` on."""
+        return self._submit(Request(self, READ, sector * SECTOR_BYTES, iov_length(iov), iov, cb))
 
     def aio_writev(self, sector: int, iov: Iov, cb: Callback) -> Request:
+        """Write ``iov`` from ``sector`` on. Its memory may not change before the callback."""
         return self._submit(Request(self, WRITE, sector * SECTOR_BYTES, iov_length(iov), iov, cb))
 
     def aio_flush(self, cb: Callback) -> Request:
+        """Every write that is complete now is on stable storage when the callback says 0."""
         return self._submit(Request(self, FLUSH, 0, 0, (), cb))
 
     def aio_discard(self, sector: int, count: int, cb: Callback) -> Request:
+        """The guest has no more use for these sectors; what they read as from now on is open."""
         return self._submit(Request(self, DISCARD, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb))
 
     def aio_write_zeroes(self, sector: int, count: int, cb: Callback) -> Request:
+        """These sectors read as zeros from now on."""
         return self._submit(Request(self, WRITE_ZEROES, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb))
 
+    # -- what the machine asks --------------------------------------------------------------------------------
+
+    @property
+    def stalled(self) -> int:
+        """How many requests an error policy has put aside, and with them those submitted since."""
+        return len(self._stalled)
+
+    def drain(self) -> None:
+        """Return when nothing is in flight. Limits of rate do not hold meanwhile.
+
+        Callbacks that are due run here. Any thread but a callback's; the caller holds no device's lock, and sees to it
+        that the guest submits no more. What a policy has put aside stays there.
+        """
+        throttle = self._throttle
+        if throttle is not None:
+            throttle.open()
+        try:
+            self._context.run_until(self._idle_locked)
+        finally:
+            if throttle is not None:
+                throttle.shut()
+
+    def resume(self) -> None:
+        """Submit again, in order, what an error policy has put aside."""
+        driver = self._driver
+        with self._lock:
+            again, self._stalled = self._stalled, []
+            again.sort(key=lambda request: request.number)
+            for request in again:
+                request.since_ns = monotonic_ns()
+                self._enter_locked(request)
+        for request in again:
+            assert driver is not None
+            start(self._co_do_rw(request, driver), request)
+
+    def drop_stalled(self) -> None:
+        """Forget what an error policy has put aside: its callbacks never come. For a reset."""
+        with self._lock:
+            dropped, self._stalled = self._stalled, []
+        for request in dropped:
+            request.iov = ()
+            request.callback = None
+
+    def close(self) -> None:
+        """Drain, flush, and give the image back; what was put aside is dropped. Idempotent."""
+        self.drop_stalled()
+        self.drain()
+        self.drop_stalled()
+        if self._driver is not None:
+            if not self.read_only:
+                self.aio_flush(lambda ret: None)
+                self.drain()
+                self.drop_stalled()
+            driver, self._driver = self._driver, None
+            driver.close()
+
+    # -- a request's life -------------------------------------------------------------------------------------
+
     def _submit(self, request: Request) -> Request:
+        driver = self._driver
         end = request.offset + request.length
-        if self._driver is None:
-            ret = -ENOMEDIUM
-        elif request.length % SECTOR_BYTES or request.length < 0:
-            ret = -EINVAL
-        elif request.offset < 0 or end > self.sectors * SECTOR_BYTES:
-            ret = -EIO
-        elif self.read_only and request.kind not in (READ, FLUSH):
-            ret = -EACCES
-        else:
-            with self._lock:
-                self.stats.in_flight += 1
-            start(self._co_do_rw(request, self._driver))
-            return request
-        request.callback(ret)
+        if driver is None:
+            return self._refuse(request, -ENOMEDIUM)
+        if request.offset < 0 or end > self.sectors * SECTOR_BYTES:
+            return self._refuse(request, -EIO)
+        if request.length % SECTOR_BYTES or request.length < 0:
+            return self._refuse(request, -EINVAL)
+        if self.read_only and request.kind not in (READ, FLUSH):
+            return self._refuse(request, -EACCES)
+        with self._lock:
+            self._submitted += 1
+            request.number = self._submitted
+            if self._stalled:
+                self._stalled.append(request)
+                return request
+            self._enter_locked(request)
+        start(self._co_do_rw(request, driver), request)
         return request
+
+    def _refuse(self, request: Request, ret: int) -> Request:
+        """The guest's own mistake: no policy asked."""
+        with self._lock:
+            self._counters[request.kind].failed += 1
+        request.iov = ()
+        callback, request.callback = request.callback, None
+        assert callback is not None
+        callback(ret)
+        return request
+
+    def _enter_locked(self, request: Request) -> None:
+        """Count it in, and find those before it that it has to wait for."""
+        stats = self.stats
+        stats.in_flight += 1
+        if stats.in_flight > stats.max_in_flight:
+            stats.max_in_flight = stats.in_flight
+        if not request.length:
+            return
+        # What O_DIRECT makes of a write that is not whole blocks touches all of them.
+        begin = request.offset + self._skew
+        end = begin + request.length
+        request.begin = begin = begin - begin % self._alignment
+        request.end = end = end + -end % self._alignment
+        if self._tracked:
+            for other in self._tracked:
+                if other.begin < end and begin < other.end and (request.kind != READ or other.kind != READ):
+                    if other.dependents is None:
+                        other.dependents = []
+                    other.dependents.append(request)
+                    request.blockers += 1
+            if request.blockers:
+                request.turn = Turn(request)
+        self._tracked[request] = None
 
     async def _co_do_rw(self, request: Request, driver: FormatDriver) -> None:
         try:
-            if request.kind == READ:
+            ret = 0
+            if request.turn is not None:
+                ret = await request.turn
+                request.turn = None
+                if not ret and self._put_aside(request):
+                    return
+            if self._throttle is not None and request.kind <= WRITE and not ret:
+                throttled = self._throttle.admit(request.kind == WRITE, request.length)
+                if throttled is not None:
+                    ret = await throttled
+            if ret or request.cancelled:
+                ret = -ECANCELED
+            elif request.kind == READ:
                 ret = await driver.co_readv(request.offset, request.iov, request.length)
-            elif request.kind == WRITE:
-                ret = await driver.co_writev(request.offset, request.iov, request.length, False)
-            elif request.kind == FLUSH:
-                ret = await driver.co_flush()
-            elif request.kind == DISCARD:
-                ret = await driver.co_discard(request.offset, request.length)
             else:
-                ret = await driver.co_write_zeroes(request.offset, request.length, False, False)
-            counters = self._kinds[request.kind]
-            with self._lock:
-                if ret < 0:
-                    counters.failed += 1
-                else:
-                    counters.operations += 1
-                    counters.bytes += request.length
-                counters.time_ns += monotonic_ns() - request.since_ns
-            request.iov = ()
-            request.callback(ret)
+                ret = await self._co_change(request, driver)
+        except BaseException:
+            self._leave(request)
+            raise
+        self._finish(request, ret)
+
+    async def _co_change(self, request: Request, driver: FormatDriver) -> int:
+        """Everything but a read."""
+        kind, offset, length, fua = request.kind, request.offset, request.length, not self.write_cache
+        if kind == FLUSH:
+            written = self._written
+            if not self._flushes or written == self._flushed:
+                return 0
+            ret = await driver.co_flush()
+            if ret == 0:
+                with self._lock:
+                    self._flushed = max(self._flushed, written)
+            return ret
+        if kind == WRITE:
+            if self._detect_zeroes and all_zeros(request.iov):
+                may_unmap = self._unmap and self.options.detect_zeroes == "unmap"
+                ret = await driver.co_write_zeroes(offset, length, may_unmap, fua)
+            else:
+                ret = await driver.co_writev(offset, request.iov, length, fua)
+        elif kind == WRITE_ZEROES:
+            ret = await driver.co_write_zeroes(offset, length, self._unmap, fua)
+        elif self._unmap:
+            ret = await driver.co_discard(offset, length)
+        else:
+            return 0
+        with self._lock:
+            self._written += 1
+        return ret
+
+    def _finish(self, request: Request, ret: int) -> None:
+        """Count it, ask the policy, tell the device."""
+        action = "" if ret >= 0 or request.cancelled else self._action(request.kind, -ret)
+        with self._lock:
+            counters = self._counters[request.kind]
+            if ret >= 0:
+                counters.operations += 1
+                counters.bytes += request.length
+            elif ret != -ECANCELED:
+                counters.failed += 1
+            counters.time_ns += monotonic_ns() - request.since_ns
+            freed = self._untrack_locked(request)
+            stop = action == "stop" and not request.cancelled
+            if stop:
+                self._stalled.append(request)
+                self._count_out_locked()
+        if freed:
+            self._give_turns(freed)
+        if stop:
+            if self._on_error is not None:
+                self._on_error(self, OPERATIONS[request.kind], -ret, action)
+            return
+        callback = request.callback
+        request.iov = ()
+        request.callback = request.waiter = None
+        assert callback is not None
+        try:
+            if action and self._on_error is not None:
+                self._on_error(self, OPERATIONS[request.kind], -ret, action)
+            callback(0 if action == "ignore" else ret)
         finally:
             with self._lock:
-                self.stats.in_flight -= 1
-                self._context.notify_locked()
+                self._count_out_locked()
 
-    def drain(self) -> None:
-        self._context.run_until(lambda: self.stats.in_flight == 0)
+    def _action(self, kind: int, errno: int) -> str:
+        """What the drive's policy says of a failure (QEMU's rerror and werror; a flush counts as a write)."""
+        policy = self.options.rerror if kind == READ else self.options.werror
+        if policy == "enospc":
+            return "stop" if errno == ENOSPC else "report"
+        return policy
 
-    def resume(self) -> None:
-        """Submit again what an error policy has put aside."""
+    def _untrack_locked(self, request: Request) -> list[Turn]:
+        """Whose turn it is now."""
+        self._tracked.pop(request, None)
+        dependents, request.dependents = request.dependents, None
+        freed: list[Turn] = []
+        for other in dependents or ():
+            if other.blockers:
+                other.blockers -= 1
+                if not other.blockers:
+                    assert other.turn is not None
+                    freed.append(other.turn)
+        return freed
 
-    def drop_stalled(self) -> None:
-        """Forget what an error policy has put aside: its callbacks never come."""
+    def _give_turns(self, turns: list[Turn]) -> None:
+        # By the event loop: from here a chain of them would nest as deep as it is long.
+        for turn in turns:
+            self._context.complete(turn, 0)
 
-    def close(self) -> None:
-        """Drain, and give the image back. Later requests find no medium. Idempotent."""
-        self.drain()
-        driver, self._driver = self._driver, None
-        if driver is not None:
-            driver.close()
+    def _count_out_locked(self) -> None:
+        self.stats.in_flight -= 1
+        if not self.stats.in_flight:
+            self._context.notify_locked()
+
+    def _idle_locked(self) -> bool:
+        return not self.stats.in_flight
+
+    def _put_aside(self, request: Request) -> bool:
+        """It is its turn; but where something before it was put aside, it has to stay behind that."""
+        with self._lock:
+            if not self._stalled or request.cancelled:
+                return False
+            freed = self._untrack_locked(request)
+            self._stalled.append(request)
+            self._count_out_locked()
+        self._give_turns(freed)
+        return True
+
+    def _leave(self, request: Request) -> None:
+        """An exception ended it, and is on its way to stop the machine."""
+        with self._lock:
+            freed = self._untrack_locked(request)
+            request.iov = ()
+            request.callback = request.waiter = None
+            self._count_out_locked()
+        self._give_turns(freed)
+
+    # -- cancel -----------------------------------------------------------------------------------------------
+
+    def _cancel(self, request: Request) -> None:
+        with self._lock:
+            if request.callback is None:
+                return
+            request.cancelled = True
+            stalled = request in self._stalled
+            if stalled:
+                self._stalled.remove(request)
+                self.stats.in_flight += 1
+        if stalled:
+            waiter = Waiter()
+            start(self._co_cancelled(request, waiter), request)
+            self._context.complete(waiter, -ECANCELED)
+        elif (waiting_for := request.waiter) is not None:
+            waiting_for.cancel()
+
+    async def _co_cancelled(self, request: Request, waiter: Waiter) -> None:
+        self._finish(request, await waiter)
+
+    def _cancel_turn(self, request: Request, turn: Turn) -> None:
+        with self._lock:
+            if not request.blockers:
+                return
+            request.blockers = 0
+        self._context.complete(turn, -ECANCELED)
 
 
 def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnError | None = None) -> BlockBackend:
-    from pyvmm.block.file_posix import FilePosix
-    from pyvmm.block.raw import RawDriver
+    """Open the drive's image. ConfigError where that can't be: missing, a directory, locked, too small, unreadable.
 
+    ``clock`` is what the limits of rate go by. io_uring needs ``add_reader`` and ``remove_reader`` of the loop too.
+    """
     context = AioContext(loop)
     if options.file is None:
-        return BlockBackend(options, None, context, on_error)
-    path = os.fspath(options.file)
-    read_only = options.readonly or options.media == "cdrom"
+        return BlockBackend(options, None, context, on_error=on_error)
+    stats = BlockStats()
+    file = open_protocol(options, context, stats)
     try:
-        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-        size = os.lseek(fd, 0, os.SEEK_END)
-    except OSError as exc:
-        raise ConfigError(f"the image {path} can't be opened: {exc.strerror}") from exc
-    file = FilePosix(fd, context, size_bytes=size, read_only=read_only, in_memory=False)
-    size_bytes = size - options.offset if options.size is None else options.size
-    return BlockBackend(options, RawDriver(file, options.offset, size_bytes), context, on_error)
+        throttle = None
+        from pyvmm.block.raw import RawDriver
+        from pyvmm.block.throttle import Throttle
+
+        if Throttle.wanted(options):
+            throttle = Throttle(options, clock, context)
+        driver = RawDriver(file, options.offset, window_size(options, file.size_bytes))
+    except BaseException:
+        file.close()
+        raise
+    return BlockBackend(options, driver, context, stats=stats, throttle=throttle, on_error=on_error)
+
+
+def open_protocol(options: DriveOptions, context: AioContext, stats: BlockStats) -> ProtocolDriver:
+    """What the option ``file`` names: a path, "file:PATH", or "blkdebug:RULES:" and one of these."""
+    from pyvmm.block.image import Image
+
+    assert options.file is not None
+    path = os.fspath(options.file)
+    rules = []
+    while path.startswith("blkdebug:"):
+        rules_path, colon, path = path.removeprefix("blkdebug:").partition(":")
+        if not colon or not path:
+            raise ConfigError(f"the image {options.file} names none: write blkdebug:RULES:IMAGE")
+        rules.append(rules_path)
+    image = Image(
+        path.removeprefix("file:"),
+        writable=options.guest_may_write,
+        direct=options.cache in ("none", "directsync"),
+        locking=options.locking,
+    )
+    file: ProtocolDriver
+    try:
+        if options.aio == "io_uring":
+            from pyvmm.block.io_uring import FileUring
+
+            file = FileUring(image, context, stats)
+        else:
+            from pyvmm.block.file_posix import FilePosix
+
+            file = FilePosix(image, context, stats)
+    except BaseException:
+        image.close()
+        raise
+    try:
+        for rules_path in reversed(rules):
+            from pyvmm.block.blkdebug import BlkDebug, read_rules
+
+            file = BlkDebug(file, read_rules(rules_path), context)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def window_size(options: DriveOptions, file_bytes: int) -> int:
+    """How many bytes of the image are the disk."""
+    least = CD_SECTOR_BYTES if options.media == "cdrom" else SECTOR_BYTES
+    there = file_bytes - options.offset
+    if options.size is not None and options.size > there:
+        raise ConfigError(
+            f"the image {options.file} has {file_bytes} bytes, and offset={options.offset}, size={options.size} ask for"
+            f" {options.offset + options.size}: give a window that is inside"
+        )
+    size_bytes = there if options.size is None else options.size
+    if file_bytes == 0:
+        raise ConfigError(f"the image {options.file} is empty: make it as large as the disk, with truncate -s SIZE")
+    if size_bytes < least:
+        raise ConfigError(
+            f"the image {options.file} is too small: {max(0, size_bytes)} bytes are not one sector of {least} bytes"
+        )
+    return size_bytes

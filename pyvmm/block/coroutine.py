@@ -1,13 +1,16 @@
 """A request is a native coroutine. This is all that is needed to run one: no asyncio, no task, no queue of its own.
 
-``start(coroutine)`` runs it on the caller's thread until it ends or awaits a Waiter whose result is not there. A request
-that need not wait has run from end to end when ``start`` returns. One that waits is continued by whoever brings
-the result: workers hand that to the AioContext, and the event loop's thread (or one that drains) goes on.
+``start(coroutine, owner)`` runs it on the caller's thread until it ends or awaits a Waiter whose result is not there. A
+request that need not wait has run from end to end when ``start`` returns. One that waits is continued by whoever
+brings the result: workers hand that to the AioContext, and the event loop's thread (or one that drains) goes on.
 """
 
 from __future__ import annotations
 
-from pyvmm.light import Condition, Lock, deque
+import os
+import select
+
+from pyvmm.light import Lock, deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
 
         def call_soon(self, callback: Callable[[], None], /) -> None: ...
 
+    class ReaderLoop(Loop, Protocol):
+        """What the io_uring engine needs."""
+
+        def add_reader(self, fd: int, callback: Callable[[], None], /) -> None: ...
+        def remove_reader(self, fd: int, /) -> bool: ...
+
+    class Owner(Protocol):
+        """Whoever wants to know what its coroutine waits for, to cancel that."""
+
+        waiter: Waiter | None
+
 
 class Waiter:
     """One result, brought once, for one coroutine that awaits it.
@@ -27,11 +41,12 @@ class Waiter:
     whoever comes second goes on with the coroutine.
     """
 
-    __slots__ = ("_coroutine", "_turn", "error", "result")
+    __slots__ = ("_coroutine", "_owner", "_turn", "error", "result")
 
     def __init__(self) -> None:
         self._turn = Lock()
         self._coroutine: Coroutine[Waiter, None, None] | None = None
+        self._owner: Owner | None = None
         self.result = 0
         self.error: BaseException | None = None
 
@@ -41,28 +56,33 @@ class Waiter:
             raise self.error
         return self.result
 
-    def sleep(self, coroutine: Coroutine[Waiter, None, None]) -> bool:
+    def sleep(self, coroutine: Coroutine[Waiter, None, None], owner: Owner) -> bool:
         """The coroutine has yielded this. False where the result is there: go on at once."""
         self._coroutine = coroutine
+        self._owner = owner
+        owner.waiter = self
         return self._turn.acquire(False)
 
     def set(self) -> None:
         """``result`` or ``error`` is there: go on with the coroutine, unless it is about to look by itself."""
         if not self._turn.acquire(False):
-            assert self._coroutine is not None
-            start(self._coroutine)
+            coroutine, owner = self._coroutine, self._owner
+            assert coroutine is not None
+            assert owner is not None
+            self._coroutine = self._owner = None
+            start(coroutine, owner)
 
     def cancel(self) -> None:
         """Bring -ECANCELED where what it waits for has not begun. Any thread; the result comes the usual way."""
 
 
-def start(coroutine: Coroutine[Waiter, None, None]) -> None:
+def start(coroutine: Coroutine[Waiter, None, None], owner: Owner) -> None:
     """Run ``coroutine`` until it ends, or waits for what somebody will bring. Raises what it raises."""
     send: Any = coroutine.send
     try:
         while True:
             waiter: Waiter = send(None)
-            if waiter.sleep(coroutine):
+            if waiter.sleep(coroutine, owner):
                 return
     except StopIteration:
         pass
@@ -76,11 +96,18 @@ class AioContext:
 
     def __init__(self, loop: Loop) -> None:
         self.lock = Lock()
-        self._changed = Condition(self.lock)
-        self._watchers = 0
-        self._loop = loop
+        self.loop = loop
         self._due: deque[Waiter] = deque()
         self._called = False  # the loop has been told, and has not looked yet
+        self._watchers: list[int] = []  # eventfds of threads in run_until
+        self._sources: list[tuple[int, Callable[[], None]]] = []
+
+    def add_source(self, fd: int, collect: Callable[[], None]) -> None:
+        """Completions that do not come by ``complete``: who drains waits for ``fd`` too and calls ``collect``."""
+        self._sources.append((fd, collect))
+
+    def remove_source(self, fd: int) -> None:
+        self._sources = [source for source in self._sources if source[0] != fd]
 
     def complete(self, waiter: Waiter, result: int) -> None:
         """Hand over a result, from any thread."""
@@ -95,45 +122,67 @@ class AioContext:
     def _hand_over(self, waiter: Waiter) -> None:
         with self.lock:
             self._due.append(waiter)
-            if self._watchers:
-                self._changed.notify_all()
+            self.notify_locked()
             if self._called:
                 return
             self._called = True
-        self._loop.call_soon(self._on_loop)
+        self.loop.call_soon(self._on_loop)
 
     def _on_loop(self) -> None:
         with self.lock:
             self._called = False
         self.run_due()
 
-    def run_due(self) -> bool:
-        """Go on with every coroutine whose result is there. Whether there was one."""
-        ran = False
+    def run_due(self) -> None:
+        """Go on with every coroutine whose result is there. One that raises leaves the others to the loop."""
         while True:
             with self.lock:
                 if not self._due:
-                    return ran
+                    return
                 waiter = self._due.popleft()
-            ran = True
-            waiter.set()
+            try:
+                waiter.set()
+            except BaseException:
+                with self.lock:
+                    call = bool(self._due) and not self._called
+                    self._called |= call
+                if call:
+                    self.loop.call_soon(self._on_loop)
+                raise
 
     def notify_locked(self) -> None:
         """Something that ``run_until`` may be waiting for has changed; the lock is held."""
-        if self._watchers:
-            self._changed.notify_all()
+        for fd in self._watchers:
+            os.eventfd_write(fd, 1)
 
     def run_until(self, idle: Callable[[], bool]) -> None:
         """Run what is due, and wait for more, until ``idle()``, which is called under the lock."""
-        while True:
-            self.run_due()
+        self.run_due()
+        with self.lock:
+            if not self._due and idle():
+                return
+        wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        poll = select.poll()
+        poll.register(wake_fd, select.POLLIN)
+        for fd, _ in self._sources:
+            poll.register(fd, select.POLLIN)
+        try:
             with self.lock:
-                if self._due:
-                    continue
-                if idle():
-                    return
-                self._watchers += 1
+                self._watchers.append(wake_fd)
+            while True:
+                for _, collect in self._sources:
+                    collect()
+                self.run_due()
+                with self.lock:
+                    if not self._due and idle():
+                        return
+                poll.poll()
                 try:
-                    self._changed.wait()
-                finally:
-                    self._watchers -= 1
+                    os.eventfd_read(wake_fd)
+                except BlockingIOError:
+                    pass
+        finally:
+            with self.lock:
+                if wake_fd in self._watchers:
+                    self._watchers.remove(wake_fd)
+            os.close(wake_fd)

@@ -20,10 +20,66 @@ CHOICES = {
     "rerror": ("report", "ignore", "stop"),
     "werror": ("report", "ignore", "stop", "enospc"),
 }
+SERIAL_CHARACTERS = 20  # ATA IDENTIFY words 10-19
+MODEL_CHARACTERS = 40  # words 27-46
+LAST_INDEX = 3
+THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what in ("", "_read", "_write"))
+SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+# QEMU's -drive: key -> our name. Those with a value of their own to translate are in DriveOptions.parse.
+KEYS = {
+    **{name: name for name in ("file", "id", "format", "media", "cache", "aio", "rerror", "werror", "serial", "model")},
+    "if": "interface",
+    "index": "index",
+    "bus": "bus",
+    "unit": "unit",
+    "discard": "discard",
+    "detect-zeroes": "detect_zeroes",
+    "read-only": "readonly",
+    "readonly": "readonly",
+    "locking": "locking",
+    "file.locking": "locking",
+    "force-share": "force_share",
+    "offset": "offset",
+    "size": "size",
+}
+for unit in ("bps", "iops"):
+    for theirs, old, ours in (("total", "", ""), ("read", "_rd", "_read"), ("write", "_wr", "_write")):
+        for maximum in ("", "max"):
+            our_name = f"throttle_{unit}{ours}{maximum and '_max'}"
+            KEYS[f"throttling.{unit}-{theirs}{maximum and '-max'}"] = our_name
+            KEYS[f"{unit}{maximum and '_max'}{old}"] = our_name
+FLAGS = ("readonly", "locking", "force_share")
+NUMBERS = ("index", "bus", "unit", "offset", "size", *THROTTLES, *(f"{name}_max" for name in THROTTLES))
+ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 
 class DriveOptions:
-    """The drive's options, as keyword arguments of these names."""
+    """One drive.
+
+    file           path of the image or block device; None: a CD drive with no disc in it. "blkdebug:RULES:IMAGE" has
+                   the image fail as the file RULES says (pyvmm/block/blkdebug.py).
+    id             its name; without one its place gives it: ide0-hd0.
+    format         "raw".
+    media          "disk", or "cdrom": read only.
+    interface      "ide".
+    index          0 primary master, 1 primary slave, 2 secondary master, 3 secondary slave; None: the next free one.
+    cache          "writeback": the host's page cache, flushed when the guest says so. "none": O_DIRECT, else the same.
+                   "writethrough", "directsync": the same two, every write on stable storage before it is complete.
+                   "unsafe": flushes are not done.
+    aio            "threads", or "io_uring" (needs the liburing package).
+    discard        "unmap": what the guest discards becomes a hole; "ignore".
+    detect_zeroes  "on": writes of nothing but zeros are told to the file system as such; "unmap": and become holes,
+                   where discard="unmap".
+    readonly       the guest may not write.
+    rerror, werror what follows when the host can't read, or write: "report" it to the guest; "ignore"; "stop" the
+                   machine, and try again when it goes on; "enospc" (werror): stop for lack of room, else report.
+    locking        False: open the image although another program has it open.
+    offset, size   the window of the image that is the disk, in bytes; size None: to its end.
+    throttle_bps, throttle_iops, and both with _read or _write: bytes, operations a second; 0: no limit. With _max
+                   after that: the rate that bursts may reach.
+    serial, model  what the drive calls itself.
+    """
 
     file: str | os.PathLike[str] | None = None
     id: str | None = None
@@ -41,6 +97,18 @@ class DriveOptions:
     locking: bool = True
     offset: int = 0
     size: int | None = None
+    throttle_bps: int = 0
+    throttle_bps_read: int = 0
+    throttle_bps_write: int = 0
+    throttle_iops: int = 0
+    throttle_iops_read: int = 0
+    throttle_iops_write: int = 0
+    throttle_bps_max: int = 0
+    throttle_bps_read_max: int = 0
+    throttle_bps_write_max: int = 0
+    throttle_iops_max: int = 0
+    throttle_iops_read_max: int = 0
+    throttle_iops_write_max: int = 0
     serial: str | None = None
     model: str | None = None
 
@@ -48,16 +116,138 @@ class DriveOptions:
         self.file = file
         for name, value in values.items():
             if name not in type(self).__annotations__:
-                raise ConfigError(f"a drive has no option {name!r}: see DriveOptions for those there are")
+                raise ConfigError(f"a drive has no option {name!r}{nearest(name, type(self).__annotations__)}")
             setattr(self, name, value)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"drive option {name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        self.check()
 
     @property
     def name(self) -> str:
-        """Its id, or the name its place on the IDE channels gives it, as in QEMU: ide1-cd0 is index 2."""
+        """Its id, or what its place on the IDE channels calls it, as in QEMU: index 2 is ide1-hd0 or ide1-cd0."""
         if self.id is not None:
             return self.id
         kind = "cd" if self.media == "cdrom" else "hd"
         return kind if self.index is None else f"ide{self.index // 2}-{kind}{self.index % 2}"
+
+    @property
+    def guest_may_write(self) -> bool:
+        return not self.readonly and self.media != "cdrom"
+
+    def check(self) -> None:
+        """ConfigError for what can be told to be wrong without opening anything."""
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"drive option {name}={value!r}: use {' or '.join(allowed)}")
+        if self.file is None and self.media != "cdrom":
+            raise ConfigError("a disk without an image: give file=PATH (only a CD drive may be empty)")
+        if self.file is not None and not (isinstance(self.file, str) or hasattr(self.file, "__fspath__")):
+            raise ConfigError(f"drive option file={self.file!r}: give a path")
+        if self.file is not None and self.file == "":
+            raise ConfigError("drive option file='': give the path of an image")
+        if self.index is not None and not (is_count(self.index) and self.index <= LAST_INDEX):
+            raise ConfigError(
+                f"drive option index={self.index!r}: use 0 or 1 (primary master, slave), 2 or 3 (secondary ones)"
+            )
+        for name in ("readonly", "locking"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"drive option {name}={getattr(self, name)!r}: use True or False")
+        if not is_count(self.offset):
+            raise ConfigError(f"drive option offset={self.offset!r}: give bytes from the image's beginning")
+        if self.size is not None and not (is_count(self.size) and self.size):
+            raise ConfigError(f"drive option size={self.size!r}: give bytes, or None for all there are")
+        self._check_throttles()
+        for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS)):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and text.isascii() and text.isprintable()):
+                raise ConfigError(f"drive option {name}={text!r}: use printable ASCII characters")
+            if text is not None and len(text) > limit:
+                raise ConfigError(f"drive option {name}={text!r}: use at most {limit} characters")
+
+    def _check_throttles(self) -> None:
+        for name in THROTTLES:
+            rate, burst = getattr(self, name), getattr(self, f"{name}_max")
+            for shown, value in ((name, rate), (f"{name}_max", burst)):
+                if not is_count(value):
+                    raise ConfigError(f"drive option {shown}={value!r}: give a whole number a second, 0 for no limit")
+            if burst and not rate:
+                raise ConfigError(f"drive option {name}_max={burst} without {name}: give the lasting rate too")
+            if burst and burst < rate:
+                raise ConfigError(f"drive option {name}_max={burst} is below {name}={rate}: give more, or leave it out")
+        for unit in ("bps", "iops"):
+            total = f"throttle_{unit}"
+            for part in (f"{total}_read", f"{total}_write"):
+                if getattr(self, total) and getattr(self, part):
+                    raise ConfigError(f"drive options {total} and {part}: give the total, or reads and writes apart")
+
+    @classmethod
+    def parse(cls, text: str) -> DriveOptions:
+        """From QEMU's -drive: "file=x.img,if=ide,index=1,cache=none,throttling.bps-total=1M,read-only=on".
+
+        A comma in a value is written twice. ConfigError for what is wrong.
+        """
+        values: dict[str, Any] = {}
+        for item in split_commas(text):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ConfigError(f"drive option {item!r} has no value: write {item}=VALUE")
+            if key not in KEYS:
+                raise ConfigError(f"a drive has no option {key!r}{nearest(key, KEYS)}")
+            values[KEYS[key]] = translate(key, KEYS[key], value)
+        if values.pop("force_share", False):
+            values["locking"] = False
+        bus, unit_number = values.pop("bus", None), values.pop("unit", None)
+        if bus is not None or unit_number is not None:
+            if "index" in values:
+                raise ConfigError("drive option index beside bus or unit: give the one or the others")
+            values["index"] = (bus or 0) * 2 + (unit_number or 0)
+            if (unit_number or 0) > 1:
+                raise ConfigError(f"drive option unit={unit_number}: use 0 (master) or 1 (slave)")
+        return cls(**values)
+
+
+def translate(key: str, name: str, value: str) -> object:
+    """The Python value of ``key=value``."""
+    if name in FLAGS:
+        if value == "auto" and name == "locking":
+            return True
+        if value not in ON_OFF:
+            raise ConfigError(f"drive option {key}={value}: use on or off")
+        return ON_OFF[value]
+    if name in NUMBERS:
+        factor = SUFFIXES.get(value[-1:].lower(), 0)
+        try:
+            return int(value[:-1], 10) * factor if factor else int(value, 10)
+        except ValueError:
+            raise ConfigError(f"drive option {key}={value}: give a number, perhaps with k, M, G or T") from None
+    if key == "discard" and value in ("on", "off"):
+        return "unmap" if value == "on" else "ignore"
+    if key == "file" and not value:
+        return None
+    return value
+
+
+def split_commas(text: str) -> list[str]:
+    """At single commas; two stand for one."""
+    items = [""]
+    position = 0
+    while position < len(text):
+        if text[position] != ",":
+            items[-1] += text[position]
+        elif text[position : position + 2] == ",,":
+            items[-1] += ","
+            position += 1
+        else:
+            items.append("")
+        position += 1
+    return [item for item in items if item]
+
+
+def nearest(name: str, known: dict[str, Any]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, 1)
+    return f": did you mean {near[0]}?" if near else ": see DriveOptions for those there are"
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,128 @@
+"""Opening an image on the host: what it is, how large, who else has it, how O_DIRECT wants it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from errno import EACCES, EINVAL, ENOENT, EPERM, EROFS
+
+from pyvmm.block.locking import lock_image, users
+from pyvmm.errors import ConfigError
+
+# Smallest first: 1 is a file system that doesn't care (tmpfs), the others are block sizes of disks and file systems.
+ALIGNMENTS = (1, 512, 1024, 2048, 4096, 16384, 65536)
+# Reading and writing these never waits for a device.
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
+
+
+class Image:
+    """An open image. ``direct``: its descriptor has O_DIRECT; ``alignment``: what that asks of offsets and lengths, in
+    bytes (1: nothing); ``tail_fd``: for the part of a last block, without O_DIRECT.
+    """
+
+    def __init__(self, path: str, *, writable: bool, direct: bool = False, locking: bool = True) -> None:
+        """ConfigError for whatever is wrong with ``path``."""
+        self.path = path
+        self.read_only = not writable
+        self.direct = direct
+        self.alignment = 1
+        self.tail_fd = -1
+        self.fd = open_or_say(path, (os.O_RDWR if writable else os.O_RDONLY) | (os.O_DIRECT if direct else 0))
+        try:
+            if locking and not lock_image(self.fd, writable):
+                raise ConfigError(locked(path, self.fd, writable))
+            self.size_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+            self.in_memory = in_memory(os.fstat(self.fd))
+            if direct:
+                self.alignment = probe_alignment(path, self.fd)
+                if writable and self.size_bytes % self.alignment:
+                    self.tail_fd = open_or_say(path, os.O_RDWR)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for fd in (self.fd, self.tail_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.tail_fd = -1
+
+
+def open_or_say(path: str, flags: int) -> int:
+    """A descriptor, or ConfigError. What is neither file nor block device is not opened: a FIFO would wait for ever."""
+    try:
+        refuse_kind(path, os.stat(path).st_mode)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(why_not_opened(path, flags, exc)) from exc
+    try:
+        refuse_kind(path, os.fstat(fd).st_mode)  # it may be another one by now
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def refuse_kind(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise ConfigError(f"the image {path} is a directory: give the path of an image in it")
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ConfigError(f"the image {path} is neither a file nor a block device: give the path of one")
+
+
+def why_not_opened(path: str, flags: int, exc: OSError | ValueError) -> str:
+    if isinstance(exc, ValueError):
+        return f"the image {path!r} is no path: {exc}"
+    writing = flags & os.O_ACCMODE == os.O_RDWR
+    if exc.errno == ENOENT:
+        return f"the image {path} does not exist: give the path of one, or make an empty one: truncate -s 1G {path}"
+    if exc.errno in (EACCES, EPERM, EROFS) and writing and os.access(path, os.R_OK):
+        return f"the image {path} may not be written ({exc.strerror}): allow it, or give read-only=on"
+    if exc.errno in (EACCES, EPERM):
+        return f"the image {path} may not be read ({exc.strerror}): allow it with chmod, or run as its owner"
+    if exc.errno == EINVAL and flags & os.O_DIRECT:
+        return f"the file system of the image {path} knows no O_DIRECT: use cache=writeback or writethrough"
+    return f"the image {path} can't be opened: {exc.strerror}"
+
+
+def locked(path: str, fd: int, writable: bool) -> str:
+    who = users(fd)
+    by = f"by {' and '.join(who)}" if who else "by another program"
+    wanted = "writing" if writable else "reading, and somebody writes to it"
+    remedy = "end that first" if writable else "end that first, or give locking=off if stale data may be read"
+    return f"the image {path} can't be opened for {wanted}: it is in use {by}: {remedy}"
+
+
+def probe_alignment(path: str, fd: int) -> int:
+    """The least alignment of offset and length that the kernel takes for O_DIRECT."""
+    memory = mmap.mmap(-1, ALIGNMENTS[-1])
+    try:
+        with memoryview(memory) as view:
+            for alignment in ALIGNMENTS:
+                with view[:alignment] as piece:
+                    try:
+                        os.preadv(fd, [piece], 0)
+                        return alignment
+                    except OSError as exc:
+                        if exc.errno != EINVAL:
+                            raise ConfigError(f"the image {path} can't be read: {exc.strerror}") from exc
+    finally:
+        memory.close()
+    raise ConfigError(f"the image {path} can't be read with O_DIRECT: use cache=writeback or writethrough")
+
+
+def in_memory(status: os.stat_result) -> bool:
+    """Whether the file is on a file system that lives in memory, by /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    try:
+        with open("/proc/self/mountinfo") as mounts:
+            for line in mounts:
+                fields = line.split(" ")
+                if fields[2] == device:
+                    return fields[fields.index("-", 6) + 1] in MEMORY_FILE_SYSTEMS
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
