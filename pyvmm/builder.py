@@ -353,8 +353,8 @@ def load_guest(m: Machine, *, clean: bool = True) -> BootState | None:
             flat_mode=config.flat_mode,
             clean=clean,
         )
-    if config.kernel is None:
-        return None
+    if config.kernel is None or config.firmware is not None:
+        return None  # firmware boots a kernel by itself, out of fw_cfg
     kernel = images.get(config.kernel, "kernel")
     modules = [(images.get(image, "module"), line) for image, line in config.modules]
     initrd = images.get(config.initrd, "initrd") if config.initrd is not None else None
@@ -537,6 +537,8 @@ def tear_down(m: Machine) -> None:
     for name in ("vm", "kvm", "memory"):
         if hasattr(m, name):
             getattr(m, name).close()
+    if "fw_cfg" in m.devices:
+        m.devices["fw_cfg"].close()  # type: ignore[attr-defined]  # a FwCfg: it may have views of the images
     m._images.close()
     for space in (m.pio, m.mmio):
         for region in space.regions:

@@ -197,18 +197,52 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
     config = m.config
     irqchip = m.has_ioapic
     drives = [(drive.index, drive.media) for drive in config.drives]  # type: ignore[union-attr]  # parsed by the config
+    roms = {}
+    if config.kernel is not None and uses_firmware(m):
+        roms = hand_over_kernel(m, fw_cfg)
     files = firmware_files.pc_firmware_files(
         config.cpus,
         m.memory.regions,
         irqchip=irqchip,
-        boot_paths=firmware_files.ide_boot_paths(drives, config.boot),  # type: ignore[arg-type]  # all are placed now
+        option_roms=roms,
+        boot_paths=firmware_files.boot_paths(drives, config.boot, kernel=next(iter(roms), None)),  # type: ignore[arg-type]  # all are placed now
     )
     for name, data in files.items():
         fw_cfg.add_file(name, data)
     for key, item in firmware_files.pc_firmware_items(irqchip=irqchip).items():
         fw_cfg.add(key, item)
-    for index, value in firmware_files.pc_cmos():
+    for index, value in firmware_files.pc_cmos(translations=translations(m)):
         m.devices["rtc"].cmos[index] = value  # type: ignore[attr-defined]  # an Rtc
+
+
+def hand_over_kernel(m: Machine, fw_cfg: FwCfg) -> dict[str, bytes]:
+    """The kernel and its initrd into fw_cfg; the option ROM that fetches and starts them, by its name."""
+    from pyvmm import guests
+    from pyvmm.x86 import linuxboot
+
+    config, images = m.config, m._images
+    assert config.kernel is not None
+    if config.modules:
+        raise ConfigError("a kernel that firmware boots takes no modules: give an initrd, or leave the firmware out")
+    items = linuxboot.kernel_items(
+        m.memory,
+        images.get(config.kernel, "kernel"),
+        name=os.fsdecode(config.kernel) if isinstance(config.kernel, (str, os.PathLike)) else "kernel",
+        initrd=None if config.initrd is None else images.get(config.initrd, "initrd"),
+        append=config.append,
+    )
+    for key, data in items.items():
+        fw_cfg.add(key, data)
+    return {linuxboot.ROM_NAME: linuxboot.option_rom(guests.image("linuxboot"))}
+
+
+def translations(m: Machine) -> list[int]:
+    """How a BIOS makes its geometry of each disk, primary master first."""
+    from pyvmm.devices.ide.disk import IdeDisk
+    from pyvmm.x86.firmware_files import TRANSLATION_NONE, translation
+
+    drives = [*m.devices["ide0"].drives, *m.devices["ide1"].drives]  # type: ignore[attr-defined]  # IdeChannels
+    return [translation(drive.sectors) if isinstance(drive, IdeDisk) else TRANSLATION_NONE for drive in drives]
 
 
 def write_tables(m: Machine) -> int:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from pyvmm.guest_memory import GuestMemory
 
-    Data: TypeAlias = bytes | Callable[[], bytes]
+    Content: TypeAlias = bytes | bytearray | memoryview
+    Data: TypeAlias = bytes | memoryview | Callable[[], bytes]
 
 # Keys.
 SIGNATURE = 0x0000
@@ -97,14 +98,14 @@ class Item:
         self.size_bytes = size_bytes
         self.writable = writable
         self.on_write = on_write
-        self.content: bytes | bytearray | None = None
+        self.content: Content | None = None
 
     @property
     def volatile(self) -> bool:
         """True where the content is no constant, so that a saved machine must bring it along."""
         return self.writable or callable(self.source)
 
-    def produce(self) -> bytes | bytearray:
+    def produce(self) -> Content:
         """The content. ValueError where a callable gives another size than was announced."""
         if self.content is None:
             data = self.source() if callable(self.source) else self.source
@@ -146,9 +147,9 @@ class FwCfgDma(Device):
 class FwCfg(Device):
     """Selector and data port: map it (2 bytes, 0x510) and ``dma`` (8 bytes, 0x514).
 
-    Items are bytes, or callables that make them when the guest first wants them: before that they cost
-    nothing. Adding an item under a key or a name that is taken, or a name that does not fit, is a
-    ConfigError. State is saved, loaded and reset here for both parts.
+    Items are bytes, byte views of something larger (which ``close`` lets go of), or callables that make them when
+    the guest first wants them: before that they cost nothing. Adding an item under a key or a name that is taken,
+    or a name that does not fit, is a ConfigError. State is saved, loaded and reset here for both parts.
     """
 
     valid_sizes = (1, 2)
@@ -219,6 +220,13 @@ class FwCfg(Device):
         self.add(RAM_SIZE, ram_bytes.to_bytes(8, "little"))
         self.add_file("etc/e820", e820_table(e820))
 
+    def close(self) -> None:
+        """Let go of all items, so that the files they are views of can be closed."""
+        with self.lock:
+            self._items.clear()
+            self._files.clear()
+            self._select(SIGNATURE)
+
     def content(self, key: int) -> bytes:
         """What the guest reads under ``key`` now. KeyError where there is no such item."""
         with self.lock:
@@ -250,7 +258,7 @@ class FwCfg(Device):
     def _select(self, key: int) -> None:
         self._key = key & KEY_MASK
         item = self._items.get(self._key)
-        self._data: bytes | bytearray = b"" if item is None else item.produce()
+        self._data: Content = b"" if item is None else item.produce()
         self._length = len(self._data)
         self._position = 0
 

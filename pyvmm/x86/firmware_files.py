@@ -71,7 +71,8 @@ def pc_firmware_files(
     memory        (gpa, size_bytes) of the ranges of RAM, as GuestMemory.regions; what is mapped into the hole
                   below 4 GiB does not count.
     irqchip       local APICs and an IOAPIC are there.
-    boot_paths    devices in the order to try them: ide_path(n), rom_path(name).
+    boot_paths    devices in the order to try them: made by boot_paths, or by hand of ide_path and
+                  rom_path.
     geometries    BIOS geometry (cylinders, heads, sectors) by device path.
     serial_console  port of the UART that carries the BIOS's console, or None.
     boot_menu_wait_ms  how long the boot menu may be called up, where pc_firmware_items turned it on.
@@ -149,14 +150,19 @@ def rom_path(name: str) -> str:
     return OPTION_ROM + name
 
 
-def ide_boot_paths(drives: Iterable[tuple[int, str]], order: str = DEFAULT_ORDER) -> list[str]:
-    """The paths of (index, media) drives, media as DriveOptions has it: by the letters of ``order``, lower index first.
+def boot_paths(
+    drives: Iterable[tuple[int, str]], order: str = DEFAULT_ORDER, *, kernel: str | None = None
+) -> list[str]:
+    """Of (index, media) drives, media as DriveOptions has it: by the letters of ``order``, lower index first.
 
-    Kinds that ``order`` does not name are left out.
+    Kinds that ``order`` does not name are left out. ``kernel`` is the name of an option ROM that boots one: where
+    ``order`` does not say when (n), before all else.
     """
     letters = {"disk": "c", "cdrom": "d"}
-    ranked = sorted((order.index(letters[media]), n) for n, media in drives if letters[media] in order)
-    return [ide_path(n) for _, n in ranked]
+    ranked = [(order.index(letters[media]), ide_path(n)) for n, media in sorted(drives) if letters[media] in order]
+    if kernel is not None:
+        ranked.append((order.find("n"), rom_path(kernel)))
+    return [path for _, path in sorted(ranked)]
 
 
 def boot_order(paths: Iterable[str]) -> bytes:

@@ -21,13 +21,13 @@ LAYERS = [
     ],
     [
         *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.run_control", "pyvmm.run_state"),
-        *("pyvmm.dump", "pyvmm.x86"),
+        *("pyvmm.dump", "pyvmm.x86", "pyvmm.guests"),
     ],
     ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.block"],
     ["pyvmm.devices"],
     ["pyvmm.config", "pyvmm.builder", "pyvmm.machine"],
     ["pyvmm"],
-    ["pyvmm.guests", "pyvmm.cli", "pyvmm.__main__"],
+    ["pyvmm.cli", "pyvmm.__main__"],
 ]
 # A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
 DEVICES_MAY = ["errors", "light", "device", "clock", "address_space", "guest_memory", "chardev", "block", "devices"]

@@ -112,7 +112,16 @@ def test_device_paths() -> None:
 )
 def test_drives_in_order(order: str, indices: list[int]) -> None:
     drives = [(3, "disk"), (1, "cdrom"), (0, "disk"), (2, "cdrom")]
-    assert ff.ide_boot_paths(drives, order) == [ff.ide_path(n) for n in indices]
+    assert ff.boot_paths(drives, order) == [ff.ide_path(n) for n in indices]
+
+
+def test_a_kernel_comes_first_or_where_the_order_says() -> None:
+    drives = [(0, "disk"), (2, "cdrom")]
+    disk, cd, kernel = ff.ide_path(0), ff.ide_path(2), "/rom@genroms/linuxboot.bin"
+    assert ff.boot_paths(drives, "cd", kernel="linuxboot.bin") == [kernel, disk, cd]
+    assert ff.boot_paths(drives, "dnc", kernel="linuxboot.bin") == [cd, kernel, disk]
+    assert ff.boot_paths(drives, "dnc") == [cd, disk]
+    assert ff.boot_paths([], "c", kernel="linuxboot.bin") == [kernel]
 
 
 def test_cmos() -> None:
