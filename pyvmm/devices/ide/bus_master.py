@@ -1,0 +1,191 @@
+"""BusMaster: one channel's half of a bus master IDE function, the 8 ports that move data without the processor.
+
+"Programming Interface for Bus Master IDE Controller", revision 1.0 (registers: section 2; PRD tables: section 1), as in
+Intel's 82371SB (PIIX3). Where they are silent QEMU's behaviour: the direction bit is kept and otherwise ignored, the
+command says which way the data goes; a table that is too short for the command moves nothing.
+
+How a transfer ended shows in the status register: (INTERRUPT, ACTIVE) is (1, 0) where the table had exactly the
+command's length, (1, 1) where it was longer, (0, 0) where it was too short, or, with ERROR, not all in RAM.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from pyvmm.device import Device
+from pyvmm.devices.ide.registers import (
+    BM_ACTIVE,
+    BM_COMMAND,
+    BM_DRIVES_CAN_DMA,
+    BM_ERROR,
+    BM_INTERRUPT,
+    BM_PRD_TABLE,
+    BM_START,
+    BM_STATUS,
+    BM_TO_MEMORY,
+)
+from pyvmm.errors import BusError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.device import DeviceLock
+    from pyvmm.devices.ide.activity import Activity
+    from pyvmm.guest_memory import GuestMemory
+
+PRD = Struct("<II")  # physical address, bit 0 ignored; byte count, bit 0 ignored, 0 is 64 KiB; bit 31 ends the table
+PRD_BYTES_MASK = 0xFFFE
+PRD_LONGEST_BYTES = 0x10000
+PRD_LAST = 0x8000_0000
+PAGE_BYTES = 4096
+TABLE_BOUNDARY_BYTES = 0x10000  # a table lies inside one such block; what goes on past it has no end
+
+
+class BusMaster(Device):
+    """``transfer`` is the drive's DMA command, from its first moment; it begins when the guest sets the start bit."""
+
+    __slots__ = ("_enabled", "_memory", "_running", "command", "prd_table", "status", "transfer")
+
+    def __init__(self, lock: DeviceLock, memory: GuestMemory) -> None:
+        """``lock`` is the channel's: each calls the other."""
+        object.__setattr__(self, "lock", lock)
+        self._memory = memory
+        self._enabled = True
+        self.command = 0
+        self.status = 0
+        self.prd_table = 0
+        self.transfer: Activity | None = None
+        self._running = False  # the transfer has begun
+
+    @property
+    def enabled(self) -> bool:
+        """The PCI function may be bus master. Without that nothing moves; with it again, what waits goes on."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        with self.lock:
+            self._enabled = enabled
+            self._begin()
+
+    # -- registers -----------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> int:
+        if offset == 2:  # BM_STATUS
+            return self.status
+        registers = self.command | self.status << 16 | self.prd_table << 32
+        return registers >> 8 * offset & (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset == BM_PRD_TABLE and size == 4:
+            self.prd_table = value & 0xFFFF_FFFC
+            return
+        for at in range(offset, offset + size):
+            self._write_byte(at, value & 0xFF)
+            value >>= 8
+
+    def _write_byte(self, offset: int, value: int) -> None:
+        if offset >= BM_PRD_TABLE:
+            shift = 8 * (offset - BM_PRD_TABLE)
+            self.prd_table = (self.prd_table & ~(0xFF << shift) | value << shift) & 0xFFFF_FFFC
+        elif offset == BM_COMMAND:
+            changed = self.command ^ value
+            self.command = value & (BM_START | BM_TO_MEMORY)
+            if changed & BM_START:
+                if value & BM_START:
+                    self.status |= BM_ACTIVE
+                    self._begin()
+                else:
+                    self._stop()
+        elif offset == BM_STATUS:
+            kept = self.status & (BM_ACTIVE | BM_ERROR | BM_INTERRUPT) & ~(value & (BM_ERROR | BM_INTERRUPT))
+            self.status = kept | value & BM_DRIVES_CAN_DMA
+
+    def _stop(self) -> None:
+        self.status &= ~BM_ACTIVE
+        if self._running and self.transfer is not None:
+            self.transfer.stop()
+
+    # -- for the transfers ---------------------------------------------------------------------------------------------
+
+    def attach(self, transfer: Activity) -> None:
+        """A command wants data moved. It begins at once where the guest has set the start bit already."""
+        self.transfer = transfer
+        self._running = False
+        self._begin()
+
+    def _begin(self) -> None:
+        transfer = self.transfer
+        if transfer is not None and not self._running and self._enabled and self.status & BM_ACTIVE:
+            self._running = True
+            transfer.begin()
+
+    def detach(self, transfer: Activity) -> None:
+        if self.transfer is transfer:
+            self.transfer = None
+
+    def end(self, transfer: Activity, more: bool = False) -> None:
+        """The command is over. ``more``: the table is not at its end, so the bus master stays active."""
+        if self.transfer is transfer:
+            self.transfer = None
+            if not more:
+                self.status &= ~BM_ACTIVE
+
+    def gather(self, size: int, write: bool) -> tuple[list[memoryview], bool] | None:
+        """The guest's memory for ``size`` bytes, by the PRD table, which is read here, once; and whether it is longer.
+
+        ``write``: the memory is going to be written. None, and no longer active, where the table is too short, or where
+        it or what it describes is not all in RAM.
+        """
+        view = self._memory.view
+        try:
+            pieces, left, more = self._walk(size)
+            if not left:
+                return [view(address, length, write) for address, length in pieces], more
+        except BusError:
+            self.status |= BM_ERROR
+        self.status &= ~BM_ACTIVE
+        return None
+
+    def _walk(self, size: int) -> tuple[list[tuple[int, int]], int, bool]:
+        """The (address, length) that the table gives for ``size`` bytes, neighbours joined; how many it does not have;
+        whether there is more in it."""
+        pieces: list[tuple[int, int]] = []
+        start = end = -1  # of the piece that may still grow
+        at = self.prd_table
+        boundary = (at | TABLE_BOUNDARY_BYTES - 1) + 1
+        while at < boundary:
+            # RAM comes in pages, so this is all there or not at all.
+            page = bytes(self._memory.view(at, PAGE_BYTES - at % PAGE_BYTES, False))
+            at += len(page)
+            for address, count in PRD.iter_unpack(page):
+                address &= ~1
+                length = count & PRD_BYTES_MASK or PRD_LONGEST_BYTES
+                more = length > size or not count & PRD_LAST
+                length = min(length, size)
+                if address != end:
+                    if end > start:
+                        pieces.append((start, end - start))
+                    start = address
+                end = address + length
+                size -= length
+                if not size or count & PRD_LAST:
+                    pieces.append((start, end - start))
+                    return pieces, size, more
+        return pieces, size, False
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self.command = 0
+        self.status = 0
+        self.prd_table = 0
+
+    def save(self) -> dict[str, Any]:
+        return {"command": self.command, "status": self.status, "prd_table": self.prd_table}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.command = state["command"]
+        self.status = state["status"]
+        self.prd_table = state["prd_table"]

@@ -1,0 +1,269 @@
+"""IdeChannel: one ATA channel, with a drive, two or none: the ports, selection, the interrupt, resets.
+
+ATA/ATAPI-6, chapters 7 and 9. Where the standard calls a result indeterminate QEMU's behaviour decides: while the
+selected drive is busy or has data to move, commands and writes to the command block (which drive is selected among
+them) are lost; an absent drive's status is zero. All its registers are: so a BIOS sees at the first look that nobody
+is there.
+
+A transfer's data goes through ``data``, the compiled window at the first port (see pio.py), and through the guest's
+memory by ``bus_master`` (see dma.py). What the guest polls, the status registers, is served first.
+"""
+
+from __future__ import annotations
+
+from pyvmm.address_space import FifoRegion
+from pyvmm.device import Device
+from pyvmm.devices.ide.bus_master import BusMaster
+from pyvmm.devices.ide.disk import IdeDisk
+from pyvmm.devices.ide.drive import Drive
+from pyvmm.devices.ide.pio import PioBuffer
+from pyvmm.devices.ide.registers import (
+    ALWAYS_ON,
+    BM_INTERRUPT,
+    CONTROL_HOB,
+    DEVICE,
+    DEVICE_RESET,
+    ERROR,
+    HOB,
+    NIEN,
+    SRST,
+    TAKEN,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.clock import Clock
+    from pyvmm.device import IrqLine
+    from pyvmm.devices.ide.atapi import AtapiDrive
+    from pyvmm.guest_memory import GuestMemory
+
+
+class IdeChannel(Device):
+    """The seven ports from 1F1h on are ``read`` and ``write``, 3F6h is ``control_read`` and ``control_write``."""
+
+    impl_sizes = (1, 1)
+
+    __slots__ = (
+        "_buffer",
+        "_control",
+        "_drive",
+        "_hob",
+        "_irq",
+        "_present",
+        "bus_master",
+        "clock",
+        "data",
+        "drives",
+        "memory",
+        "name",
+        "on_data_out",
+    )
+
+    def __init__(
+        self,
+        irq: IrqLine,
+        clock: Clock,
+        drives: tuple[IdeDisk | AtapiDrive | None, IdeDisk | AtapiDrive | None],
+        memory: GuestMemory,
+        name: str = "ide0",
+    ) -> None:
+        self.name = name
+        self.clock = clock
+        self.memory = memory
+        self._irq = irq
+        self._buffer: PioBuffer | None = None
+        self._control = 0
+        self._hob = False
+        self.data = FifoRegion(1, self, self._on_window_end, wide=True, name=f"{name}.data")
+        self.bus_master = BusMaster(self.lock, memory)
+        self.on_data_out: Callable[[], object] | None = None
+        """Called when a command has opened the data port for the guest's writes; the channel's lock is held."""
+        made = [plug(drive) for drive in drives]
+        self.drives: tuple[Drive, Drive] = (made[0], made[1])
+        self._present = [drive for drive in made if drive.present]
+        self._drive: Drive = made[0]
+        for unit, drive in enumerate(made):
+            drive.attach(self, unit)
+        self.reset()
+
+    # -- the ports -----------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> int:
+        drive = self._drive
+        if offset == 6:  # STATUS
+            if drive.intrq:
+                drive.intrq = False
+                self._irq.set(0)
+            return drive.status
+        if offset == ERROR:
+            return drive.error
+        if self._hob and offset < DEVICE:
+            return drive.regs[offset + HOB]
+        return drive.regs[offset]
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset == 6:  # COMMAND
+            self._command(value)
+            return
+        if self._drive.status & 0x88:  # TAKEN
+            return
+        self._hob = False
+        if offset == 5:  # DEVICE
+            self._select(value)
+            return
+        for drive in self._present:
+            regs = drive.regs
+            regs[offset + 8] = regs[offset]
+            regs[offset] = value
+
+    def control_read(self, offset: int, size: int) -> int:
+        """Alternate status: the status, with no effect on the interrupt."""
+        return self._drive.status
+
+    def control_write(self, offset: int, size: int, value: int) -> None:
+        """Device control."""
+        changed = self._control ^ value
+        self._control = value
+        self._hob = bool(value & CONTROL_HOB)
+        if changed & SRST:
+            if value & SRST:
+                self._begin_reset()
+            else:
+                self._end_reset()
+        if changed & NIEN:
+            self._drive_irq()
+
+    def _select(self, value: int) -> None:
+        drive = self._drive
+        for present in self._present:
+            present.regs[DEVICE] = value | ALWAYS_ON
+        self._drive = self.drives[value >> 4 & 1]
+        if self._drive is not drive:
+            self._drive_irq()
+
+    def _command(self, opcode: int) -> None:
+        drive = self._drive
+        if drive.status & TAKEN:
+            if opcode == DEVICE_RESET:
+                drive.device_reset()
+            return
+        if drive.intrq:
+            drive.intrq = False
+            self._irq.set(0)
+        self._hob = False
+        drive.execute(opcode)
+
+    def _on_window_end(self) -> None:
+        activity = self._drive.activity
+        if activity is not None:
+            activity.on_end()
+
+    # -- the interrupt -------------------------------------------------------------------------------------------------
+
+    def interrupt(self, drive: Drive) -> None:
+        """INTRQ of ``drive``: it reaches the line while the drive is selected and interrupts are on."""
+        drive.intrq = True
+        if drive is self._drive and not self._control & NIEN:
+            self.bus_master.status |= BM_INTERRUPT
+            self._irq.set(1)
+
+    def _drive_irq(self) -> None:
+        level = self._drive.intrq and not self._control & NIEN
+        if level:
+            self.bus_master.status |= BM_INTERRUPT
+        self._irq.set(int(level))
+
+    # -- resets --------------------------------------------------------------------------------------------------------
+
+    @property
+    def in_reset(self) -> bool:
+        """SRST is set."""
+        return bool(self._control & SRST)
+
+    def _begin_reset(self) -> None:
+        for drive in self._present:
+            drive.begin_reset()
+        self.data.close()
+        self._select(0)
+        self._drive_irq()
+
+    def _end_reset(self) -> None:
+        for drive in self._present:
+            drive.end_reset()
+
+    def diagnose(self) -> None:
+        """EXECUTE DEVICE DIAGNOSTIC: both drives carry it out, the first one answers for both (8.9)."""
+        for drive in self._present:
+            if not drive.resetting:  # else it is about to do the same
+                drive.set_signature()
+        self._select(0)
+        if self._drive.present:
+            self.interrupt(self._drive)
+
+    def reset(self) -> None:
+        """Power on. Requests that are under way are forgotten: whoever resets the machine drains its backends."""
+        self._control = 0
+        self._hob = False
+        self._buffer = None
+        for drive in self._present:
+            drive.power_on()
+        self.data.close()
+        self.bus_master.reset()
+        self._drive = self.drives[0]
+        self._select(0)
+        self._irq.set(0)
+
+    # -- for the drives ------------------------------------------------------------------------------------------------
+
+    @property
+    def buffer(self) -> PioBuffer:
+        """Memory for what goes through the data port: one, because one drive at a time can use that."""
+        if self._buffer is None:
+            self._buffer = PioBuffer()
+        return self._buffer
+
+    def forget_buffer(self) -> None:
+        """A request is still under way that uses it."""
+        self._buffer = None
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        with self.lock:
+            return {
+                "control": self._control,
+                "hob": self._hob,
+                "selected": self._drive.unit,
+                "bus_master": self.bus_master.save(),
+                "drives": [drive.save() for drive in self.drives],
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        with self.lock:
+            self.data.close()
+            self._buffer = None
+            self._control = state["control"]
+            self._hob = state["hob"]
+            self._drive = self.drives[state["selected"]]
+            self.bus_master.load(state["bus_master"])
+            for drive, saved in zip(self.drives, state["drives"], strict=True):
+                if drive.present:
+                    drive.load(saved)
+            self._irq.set(int(self._drive.intrq and not self._control & NIEN))
+            for drive, saved in zip(self.drives, state["drives"], strict=True):
+                if drive.present and saved["activity"] is not None:
+                    drive.resume(saved["activity"])
+
+
+def plug(device: IdeDisk | AtapiDrive | None) -> Drive:
+    """What stands for ``device`` on the channel."""
+    if device is None:
+        return Drive()
+    if isinstance(device, Drive):
+        return device
+    from pyvmm.devices.ide.packet_drive import PacketDrive
+
+    return PacketDrive(device)

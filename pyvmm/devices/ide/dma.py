@@ -1,0 +1,150 @@
+"""DMA transfers of a disk: sectors straight between the image and the guest's memory (ATA/ATAPI-6, 9.7).
+
+The command waits for the bus master to be started, or finds it started. A transfer that the host's page cache serves is
+over, interrupt and all, before the guest's write to the one or the other register has returned.
+"""
+
+from __future__ import annotations
+
+from errno import ECANCELED
+from struct import Struct
+
+from pyvmm.devices.ide.activity import Activity
+from pyvmm.devices.ide.chain import SECTOR_BYTES, Discards, Flush, Mover
+from pyvmm.devices.ide.registers import ABRT, BUSY, UNC
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.devices.ide.disk import IdeDisk
+
+ENTRY = Struct("<Q")
+
+
+class DmaTransfer(Activity):
+    """``count`` sectors from ``lba`` on, all of which the disk has."""
+
+    __slots__ = ("_count", "_disk", "_flush", "_lba", "_more", "_read")
+
+    def __init__(self, disk: IdeDisk, read: bool, lba: int, count: int, flush: bool) -> None:
+        """``read``: to the guest's memory. ``flush``: the command ends when the data is on the medium."""
+        super().__init__(disk)
+        self._disk = disk
+        self._read = read
+        self._lba = lba
+        self._count = count
+        self._flush = flush
+        self._more = False
+
+    def start(self) -> None:
+        disk = self._disk
+        disk.activity = self
+        disk.status = BUSY
+        self.channel.bus_master.attach(self)
+
+    def begin(self) -> None:
+        gathered = self.channel.bus_master.gather(self._count * SECTOR_BYTES, self._read)
+        if gathered is None:
+            self.channel.bus_master.end(self)
+            self._disk.halt()
+            return
+        iov, self._more = gathered
+        backend = self._disk.backend
+        aio = backend.aio_readv if self._read else backend.aio_writev
+        mover = Mover(self.channel.lock, aio, self._lba, iov, self._count, lambda: self._moved(mover))
+        self.pending = mover
+        mover.start()
+
+    def _moved(self, mover: Mover) -> None:
+        if not self.came_back():
+            return
+        if mover.moved < self._count:
+            disk = self._disk
+            self.channel.bus_master.end(self)
+            disk.set_lba(self._lba + mover.moved)
+            disk.set_count(self._count - mover.moved)
+            disk.fail(UNC if self._read and mover.ret != -ECANCELED else ABRT)
+        elif self._flush:
+            flush = Flush(self.channel.lock, self._disk.backend, lambda: self._flushed(flush))
+            self.pending = flush
+            flush.start()
+        else:
+            self._end()
+
+    def _flushed(self, flush: Flush) -> None:
+        if not self.came_back():
+            return
+        if flush.ret < 0:
+            self.channel.bus_master.end(self)
+            self._disk.fail(ABRT)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        disk = self._disk
+        disk.set_lba(self._lba + self._count)
+        disk.set_count(0)
+        self.channel.bus_master.end(self, self._more)
+        disk.finish()
+
+    def save(self) -> dict[str, Any]:
+        """From its beginning: moving the same sectors once more does no harm."""
+        return {"kind": "dma", "read": self._read, "lba": self._lba, "count": self._count, "flush": self._flush}
+
+
+class Trim(Activity):
+    """DATA SET MANAGEMENT with TRIM (ATA8-ACS, 7.5): blocks of ranges come by DMA, and the image may forget them.
+
+    A range is 48 bits of LBA and 16 bits of length, which may be 0. One that reaches past the end fails the command
+    before any sector is forgotten.
+    """
+
+    __slots__ = ("_blocks", "_disk", "_more")
+
+    def __init__(self, disk: IdeDisk, blocks: int) -> None:
+        super().__init__(disk)
+        self._disk = disk
+        self._blocks = blocks
+        self._more = False
+
+    def start(self) -> None:
+        self._disk.activity = self
+        self._disk.status = BUSY
+        self.channel.bus_master.attach(self)
+
+    def begin(self) -> None:
+        gathered = self.channel.bus_master.gather(self._blocks * SECTOR_BYTES, False)
+        if gathered is None:
+            self.channel.bus_master.end(self)
+            self._disk.halt()
+            return
+        iov, self._more = gathered
+        ranges = []
+        for (entry,) in ENTRY.iter_unpack(b"".join(iov)):
+            lba, count = entry & (1 << 48) - 1, entry >> 48
+            if lba + count > self._disk.sectors:
+                self._end(ABRT)
+                return
+            if count:
+                ranges.append((lba, count))
+        if not ranges:
+            self._end(0)
+            return
+        discards = Discards(self.channel.lock, self._disk.backend, ranges, lambda: self._discarded(discards))
+        self.pending = discards
+        discards.start()
+
+    def _discarded(self, discards: Discards) -> None:
+        if self.came_back():
+            self._end(ABRT if discards.ret < 0 else 0)
+
+    def _end(self, error: int) -> None:
+        self.channel.bus_master.end(self, self._more and not error)
+        if error:
+            self._disk.fail(error)
+        else:
+            self._disk.finish()
+
+    def save(self) -> dict[str, Any]:
+        return {"kind": "trim", "blocks": self._blocks}
