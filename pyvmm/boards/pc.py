@@ -129,7 +129,7 @@ def make_ide(m: Machine) -> tuple[IdeChannel, IdeChannel]:
     from pyvmm.devices.ide.channel import IdeChannel
 
     units: list[IdeDisk | AtapiDrive | None] = [None] * UNITS
-    for index, drive in placed(m.config.drives):
+    for index, drive in placed(m.config.drives):  # type: ignore[arg-type]  # parsed by the config
         units[index] = make_drive(m, index, drive)
     made = []
     for n, (command, control, irq) in enumerate(layout.IDE_CHANNELS):
