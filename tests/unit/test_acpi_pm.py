@@ -232,3 +232,22 @@ def test_save_and_load_go_on_at_another_time() -> None:
     again = Bench(timer_bits=24)
     again.pm.load(other.pm.save())
     assert again.sci == [1]
+
+
+def test_a_chipset_that_starts_outside_of_acpi_mode(bench: Bench) -> None:
+    sci: list[int] = []
+    pm = AcpiPm(bench.clock, IrqLine(sci.append), bench.shut_down, s5_type=5, acpi_mode=False)
+    pm.write(2, 2, PWRBTN)
+    pm.press()
+    assert (pm.read(4, 2), sci) == (0, [])
+    pm.set_acpi_mode(True)
+    assert (pm.read(4, 2), sci) == (1, [1])
+    pm.write(4, 2, 0)  # SCI_EN is not the guest's to write
+    assert pm.read(4, 2) == 1
+    state = pm.save()
+    pm.reset()
+    assert (pm.read(4, 2), sci) == (0, [1, 0])
+    pm.load(state)
+    assert (pm.read(4, 2), sci) == (1, [1, 0, 1])
+    pm.set_acpi_mode(False)
+    assert sci == [1, 0, 1, 0]
