@@ -478,6 +478,16 @@ def power_on_state(m: Machine) -> dict[str, Any]:
 
 def reset(m: Machine) -> None:
     """The kernel's side back to power-on, the guest's images loaded anew. Every vCPU is parked."""
+    if m.config.accel == "kvm":
+        reset_kernel(m)
+    if m.config.machine == "pc":
+        pc_board().after_reset(m)
+    boot = load_guest(m, clean=False)
+    if boot is not None and m.cpus:
+        enter_guest(m, boot)
+
+
+def reset_kernel(m: Machine) -> None:
     from pyvmm.x86 import vcpu_state
 
     state = power_on_state(m)
@@ -488,11 +498,6 @@ def reset(m: Machine) -> None:
     for cpu, saved in zip(m.cpus, state["vcpus"], strict=True):
         vcpu_state.load(cpu.vcpu, saved)
         cpu.exec.halted = False
-    if m.config.machine == "pc":
-        pc_board().after_reset(m)
-    boot = load_guest(m, clean=False)
-    if boot is not None:
-        enter_guest(m, boot)
 
 
 def coalesce(m: Machine, space: AddressSpace, address: int, size: int) -> None:
