@@ -22,7 +22,7 @@ ENTRY_POINT_BYTES = 31
 INTERMEDIATE_AT = 16  # the second anchor string, from where its own checksum counts
 
 MANUFACTURER = "pyvmm"
-PRODUCT = "pyvmm virtual machine"
+PRODUCT = "pc (i440FX + PIIX3)"
 BOARD_VERSION = "pc-i440fx"
 
 # Handles: a structure's type in the upper byte, its number in the lower one.
