@@ -128,7 +128,8 @@ cdef inline int python_read(region_t *region, uint64_t offset, int size, uint64_
     prefetch(region.device)
     prefetch(region.read_func)
     take_lock(region, ts)
-    if not region.mapped:
+    # The offset is of the view this vCPU has: the region may have gone since, or gone elsewhere.
+    if not region.mapped or offset > region.last - region.base:
         pthread_mutex_unlock(region.lock)
         return BUS_UNMAPPED
     if ts != NULL:
@@ -166,7 +167,8 @@ cdef inline int python_write(region_t *region, uint64_t offset, int size, uint64
     prefetch(region.device)
     prefetch(region.write_func)
     take_lock(region, ts)
-    if not region.mapped:
+    # The offset is of the view this vCPU has: the region may have gone since, or gone elsewhere.
+    if not region.mapped or offset > region.last - region.base:
         pthread_mutex_unlock(region.lock)
         return BUS_UNMAPPED
     if ts != NULL:

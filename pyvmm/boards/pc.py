@@ -101,6 +101,8 @@ def make_devices(m: Machine) -> None:
         host.add(device, slot, function)
     m.devices.update(pci=host, i440fx=bridge, piix3=isa, piix3_ide=ide, piix4_pm=pm)
     m.pio.map(layout.PORT_PCI, 8, host, name="pci")
+    m.pio.map(layout.PORT_APM, 2, pm.apm, name="apm")
+    m.pio.map(layout.PORT_GPE0, 4, pm.gpe, name="gpe0")
     describe(m, m.devices["fw_cfg"])  # type: ignore[arg-type]  # builder made a FwCfg
     if not uses_firmware(m) and m.config.accel == "kvm":
         leave_as_firmware_would(m)

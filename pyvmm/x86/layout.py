@@ -105,6 +105,7 @@ PORT_RTC = 0x70
 PORT_POST = 0x80
 PORT_FAST_A20 = 0x92
 PORT_PIC_SLAVE = 0xA0
+PORT_APM = 0xB2  # the PIIX's advanced power management control and status
 PORT_TESTDEV = 0xE0  # pc-testdev: latch 0xe0, page flush 0xe4, byte latch 0xe8
 PORT_DEBUG_EXIT = 0xF4  # isa-debug-exit, where kvm-unit-tests write their status
 PORT_COM2 = 0x2F8
@@ -118,6 +119,7 @@ PORT_PCI = 0xCF8  # configuration mechanism 1: address, then data at 0xcfc
 PORT_RESET = 0xCF9  # the FADT's reset register; chipsets have had it here since the PIIX3
 PORT_TESTDEV_IRQ = 0x2000  # pc-testdev: 0x2000 + n drives interrupt line n
 
+PORT_GPE0 = 0xAFE0  # general purpose events, where QEMU's PIIX4 has them
 # ATA's two channels: first port of the command block (8 of them), the control port, the ISA interrupt (ATA/ATAPI host
 # adapters standard, "compatibility mode").
 IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
