@@ -42,6 +42,11 @@ def uses_firmware(m: Machine) -> bool:
     return config.firmware is not None or (config.kernel is None and config.flat is None and config.accel == "kvm")
 
 
+def boots_directly(m: Machine) -> bool:
+    """Whether a kernel is entered that expects the chipset as firmware leaves it."""
+    return m.config.accel == "kvm" and not uses_firmware(m)
+
+
 def add_roms(m: Machine) -> None:
     """The firmware's image below 4 GiB; its end shows below 1 MiB too."""
     if not uses_firmware(m):
@@ -72,7 +77,7 @@ def open_window(m: Machine) -> None:
             isa_rom = RamRegion(WINDOW_END - size, size, readonly=True, name="isa-bios")
             memoryview(isa_rom)[:] = memoryview(region)[region.size_bytes - size :]
     m.memory_map.open_window(isa_rom)
-    shown = ROM if uses_firmware(m) else RAM
+    shown = RAM if boots_directly(m) else ROM
     m.memory_map.set_window([(WINDOW, PAM - WINDOW, BUS), (PAM, WINDOW_END - PAM, shown)])
 
 
@@ -104,7 +109,7 @@ def make_devices(m: Machine) -> None:
     m.pio.map(layout.PORT_APM, 2, pm.apm, name="apm")
     m.pio.map(layout.PORT_GPE0, 4, pm.gpe, name="gpe0")
     describe(m, m.devices["fw_cfg"])  # type: ignore[arg-type]  # builder made a FwCfg
-    if not uses_firmware(m) and m.config.accel == "kvm":
+    if boots_directly(m):
         leave_as_firmware_would(m)
     gather_writes(m)
 
@@ -119,7 +124,7 @@ def leave_as_firmware_would(m: Machine) -> None:
 
 def after_reset(m: Machine) -> None:
     """The devices are at power-on again."""
-    if not uses_firmware(m) and m.config.accel == "kvm":
+    if boots_directly(m):
         leave_as_firmware_would(m)
 
 
@@ -154,8 +159,6 @@ def placed(drives: list[DriveOptions]) -> list[tuple[int, DriveOptions]]:
     for drive in drives:
         if drive.index is None:
             continue
-        if not 0 <= drive.index < UNITS:
-            raise ConfigError(f"drive {drive.file}: index={drive.index}: IDE has places 0 to {UNITS - 1}")
         if drive.index in taken:
             raise ConfigError(f"drives {taken[drive.index].file} and {drive.file} both want index={drive.index}")
         taken[drive.index] = drive

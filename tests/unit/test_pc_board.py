@@ -1,0 +1,180 @@
+"""The pc board without a vCPU: its parts at their places, drives by index, firmware, reset. Needs no /dev/kvm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyvmm
+from pyvmm import ConfigError, Machine, StateError
+from pyvmm.block.options import DriveOptions
+from pyvmm.boards.pc import placed
+
+IDS = {0x0000: 0x1237_8086, 0x0800: 0x7000_8086, 0x0900: 0x7010_8086, 0x0B00: 0x7113_8086}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"".join(bytes([n]) * 512 for n in range(64)))
+    return path
+
+
+def board(**options: Any) -> Machine:
+    return Machine(accel="qtest", memory_mib=4, **options)
+
+
+@pytest.fixture
+def pc(image: Path) -> Iterator[Machine]:
+    with board(drives=[image]) as machine:
+        yield machine
+
+
+def config_read(m: Machine, address: int, size: int = 4) -> int:
+    m.pio.write(0xCF8, 4, 0x8000_0000 | address & ~3)
+    return m.pio.read(0xCFC + (address & 3), size)
+
+
+def config_write(m: Machine, address: int, size: int, value: int) -> None:
+    m.pio.write(0xCF8, 4, 0x8000_0000 | address & ~3)
+    m.pio.write(0xCFC + (address & 3), size, value)
+
+
+def identify(m: Machine, base: int, unit: int) -> bytes:
+    """IDENTIFY DEVICE by PIO; empty where nobody answers."""
+    m.pio.write(base + 6, 1, 0xA0 | unit << 4)
+    m.pio.write(base + 7, 1, 0xEC)
+    if not m.pio.read(base + 7, 1) & 0x08:
+        return b""
+    return b"".join(m.pio.read(base, 2).to_bytes(2, "little") for _ in range(256))
+
+
+def test_the_chipset_is_on_the_bus(pc: Machine) -> None:
+    found = {at: config_read(pc, at) for at in range(0, 0x1_0000, 0x100)}
+    assert {at: value for at, value in found.items() if value != 0xFFFF_FFFF} == IDS
+
+
+def test_a_drive_answers_at_its_place_and_nobody_at_the_others(pc: Machine) -> None:
+    data = identify(pc, 0x1F0, 0)
+    assert int.from_bytes(data[120:124], "little") == 64  # words 60 and 61: sectors by LBA28
+    assert identify(pc, 0x1F0, 1) == identify(pc, 0x170, 0) == identify(pc, 0x170, 1) == b""
+
+
+def test_a_sector_is_read_by_pio(pc: Machine) -> None:
+    for port, value in ((2, 1), (3, 7), (4, 0), (5, 0), (6, 0xE0), (7, 0x20)):
+        pc.pio.write(0x1F0 + port, 1, value)
+    pc.drain()
+    assert pc.pio.read(0x1F7, 1) & 0x89 == 0x08
+    assert b"".join(pc.pio.read(0x1F0, 4).to_bytes(4, "little") for _ in range(128)) == bytes([7]) * 512
+    assert pc.pio.read(0x1F7, 1) & 0x88 == 0
+
+
+def test_pam_switches_what_shows_below_1_mib(pc: Machine) -> None:
+    gpa = 0xC_0000
+    pc.memory_map.write(gpa, b"lost")
+    assert pc.memory_map.read(gpa, 4) == b"\xff" * 4
+    config_write(pc, 0x5A, 1, 0x33)
+    pc.memory_map.write(gpa, b"kept")
+    assert pc.memory_map.read(gpa, 4) == b"kept"
+    config_write(pc, 0x5A, 1, 0x11)
+    pc.memory_map.write(gpa, b"lost")
+    assert pc.memory_map.read(gpa, 4) == b"kept"
+    config_write(pc, 0x72, 1, 0x4A)  # D_OPEN
+    pc.memory_map.write(0xA_0000, b"smm")
+    config_write(pc, 0x72, 1, 0x0A)
+    assert pc.memory_map.read(0xA_0000, 3) == b"\xff" * 3
+    assert pc.memory.read(0xA_0000, 3) == b"smm"
+
+
+def test_bus_master_and_pm_blocks_go_where_the_guest_says(pc: Machine) -> None:
+    assert pc.pio.read(0xC002, 1) == 0xFF
+    config_write(pc, 0x920, 4, 0xC000)
+    config_write(pc, 0x904, 2, 5)
+    assert pc.pio.read(0xC002, 1) != 0xFF
+    config_write(pc, 0xB40, 4, 0x600)
+    config_write(pc, 0xB80, 1, 1)
+    assert pc.pio.find(0x600) is not None
+    config_write(pc, 0x920, 4, 0xD000)
+    assert pc.pio.find(0xC000) is None
+    assert pc.pio.read(0xD00A, 1) != 0xFF
+
+
+def test_a_reset_brings_the_board_back(pc: Machine) -> None:
+    config_write(pc, 0x5A, 1, 0x33)
+    config_write(pc, 0x920, 4, 0xC000)
+    config_write(pc, 0x904, 2, 5)
+    pc.pio.write(0xCF9, 1, 6)
+    assert config_read(pc, 0x5A, 1) == 0
+    assert pc.pio.find(0xC000) is None
+    assert pc.memory_map.read(0xC_0000, 1) == b"\xff"
+
+
+def test_time_stands_still_until_it_is_moved(pc: Machine) -> None:
+    before = pc.clock.now_ns()
+    pc.clock.step(1_000_000)  # type: ignore[attr-defined]  # a VirtualClock
+    assert pc.clock.now_ns() == before + 1_000_000
+
+
+def test_there_is_no_vcpu_to_run(pc: Machine) -> None:
+    assert pc.cpus == []
+    with pytest.raises(StateError, match="qtest"):
+        pc.run(1)
+
+
+def test_drives_go_to_free_places_and_cds_to_the_second_channel() -> None:
+    disk, second, cd = DriveOptions("a"), DriveOptions("b", index=0), DriveOptions("c", media="cdrom")
+    assert [index for index, _ in placed([disk, second, cd])] == [0, 1, 2]
+    assert (second.index, disk.index, cd.index) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("drives", "message"),
+    [
+        ([DriveOptions("a", index=1), DriveOptions("b", index=1)], "a and b both want index=1"),
+        ([DriveOptions("a") for _ in range(5)], "all 4 places"),
+    ],
+)
+def test_places_that_are_not_there(drives: list[DriveOptions], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        placed(drives)
+
+
+def test_host_mistakes_are_one_sentence(tmp_path: Path, image: Path) -> None:
+    odd = tmp_path / "odd.bin"
+    odd.write_bytes(b"x" * 5000)
+    for options, message in (
+        ({"drives": [tmp_path / "none.img"]}, "none.img"),
+        ({"drives": [tmp_path]}, "directory"),
+        ({"firmware": odd}, "whole pages"),
+        ({"drives": [image], "machine": "microvm"}, "microvm"),
+        ({"drives": image}, "a list of drives"),
+        ({"machine": "isapc"}, "use 'pc' or 'microvm'"),
+        ({"boot": "x"}, "letters of c"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            board(**options)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_same_image_is_not_opened_twice_for_writing(image: Path) -> None:
+    with board(drives=[image]):
+        with pytest.raises(ConfigError, match="lock"):
+            board(drives=[image])
+        with board(drives=[DriveOptions(image, locking=False)]):
+            pass
+    with board(drives=[image]):
+        pass
+
+
+def test_nothing_is_left_of_many_boards(image: Path) -> None:
+    import os
+
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with board(drives=[image], firmware=bytes(4096)) as machine:
+            assert machine.memory_map.read(0xFFFF_F000, 4) == bytes(4)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert pyvmm.RunState.CLOSED is machine.state
