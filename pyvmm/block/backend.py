@@ -200,7 +200,7 @@ class BlockBackend:
 
     def close(self) -> None:
         """Drain, flush, and give the image back; what was put aside is dropped. Idempotent."""
-        self.drop_stalled()
+        self._on_error = None  # nobody is left to stop
         self.drain()
         self.drop_stalled()
         if self._driver is not None:

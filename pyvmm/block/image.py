@@ -31,7 +31,7 @@ class Image:
         self.fd = open_or_say(path, (os.O_RDWR if writable else os.O_RDONLY) | (os.O_DIRECT if direct else 0))
         try:
             if locking and not lock_image(self.fd, writable):
-                raise ConfigError(locked(path, self.fd, writable))
+                raise ConfigError(locked(path, self.fd))
             self.size_bytes = os.lseek(self.fd, 0, os.SEEK_END)
             self.in_memory = in_memory(os.fstat(self.fd))
             if direct:
@@ -58,6 +58,7 @@ def open_or_say(path: str, flags: int) -> int:
         raise ConfigError(why_not_opened(path, flags, exc)) from exc
     try:
         refuse_kind(path, os.fstat(fd).st_mode)  # it may be another one by now
+        os.set_blocking(fd, True)  # io_uring would take it at its word
     except BaseException:
         os.close(fd)
         raise
@@ -86,12 +87,9 @@ def why_not_opened(path: str, flags: int, exc: OSError | ValueError) -> str:
     return f"the image {path} can't be opened: {exc.strerror}"
 
 
-def locked(path: str, fd: int, writable: bool) -> str:
-    who = users(fd)
-    by = f"by {' and '.join(who)}" if who else "by another program"
-    wanted = "writing" if writable else "reading, and somebody writes to it"
-    remedy = "end that first" if writable else "end that first, or give locking=off if stale data may be read"
-    return f"the image {path} can't be opened for {wanted}: it is in use {by}: {remedy}"
+def locked(path: str, fd: int) -> str:
+    who = " and ".join(users(fd)) or "another program"
+    return f"the image {path} is in use by {who}: end that first, or give locking=off and take the risk"
 
 
 def probe_alignment(path: str, fd: int) -> int:

@@ -28,7 +28,7 @@ def lock_image(fd: int, writes: bool) -> bool:
     File systems that know no locks let everybody in, as in QEMU.
     """
     does = [CONSISTENT_READ, WRITE] if writes else [CONSISTENT_READ]
-    forbids = [WRITE, RESIZE]
+    forbids = [WRITE]
     mine = [DOES_BASE + n for n in does] + [FORBIDS_BASE + n for n in forbids]
     counterparts = [FORBIDS_BASE + n for n in does] + [DOES_BASE + n for n in forbids]
     try:

@@ -50,7 +50,7 @@ class ThreadPool:
         return len(self._queue)
 
     def submit(self, job: object) -> None:
-        """RuntimeError where the host has not room for even one thread."""
+        """Have ``work(job)`` called; here and now where the host has no room for even one thread."""
         with self._lock:
             if self._idle:
                 worker = self._idle.pop()
@@ -59,7 +59,10 @@ class ThreadPool:
                 return
             if len(self._workers) < self._limit and self._start_locked(job):
                 return
-            self._queue.append(job)
+            if self._workers:
+                self._queue.append(job)
+                return
+        self._work(job)
 
     def _start_locked(self, job: object) -> bool:
         worker = Worker()
@@ -70,10 +73,8 @@ class ThreadPool:
             worker.thread.start()
         except RuntimeError:
             del self._workers[worker]
-            if not self._workers:
-                raise
-            return False
-        return True
+            worker.thread = None
+        return worker.thread is not None
 
     def remove(self, job: object) -> bool:
         """Take back a job that still waits. False: it has begun, or is done."""
@@ -113,15 +114,16 @@ class ThreadPool:
                 worker.wake.acquire()  # a job came in this very moment
         with self._lock:
             self._workers.pop(worker, None)
+            worker.thread = None
 
     def close(self) -> None:
         """Do what is queued, end the threads and wait for them."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-            workers = list(self._workers)
+            threads = [worker.thread for worker in self._workers]
         for worker in idle:
             worker.wake.release()
-        for worker in workers:
-            assert worker.thread is not None
-            worker.thread.join()
+        for thread in threads:
+            if thread is not None:
+                thread.join()

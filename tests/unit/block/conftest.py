@@ -1,0 +1,54 @@
+"""Drives on images of their own, and an event loop that tells what it was given to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from block_drives import ManualLoop, TestLoop
+
+from pyvmm.block import BlockBackend, DriveOptions, open_drive
+
+
+@pytest.fixture
+def loop() -> Iterator[TestLoop]:
+    """A real event loop. What its callbacks raised fails the test."""
+    loop = TestLoop()
+    yield loop
+    loop.close()
+    assert loop.errors == []
+
+
+@pytest.fixture
+def manual_loop() -> ManualLoop:
+    return ManualLoop()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """1 MiB of bytes that tell their place."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"".join(number.to_bytes(4, "little") * 128 for number in range(2048)))
+    return path
+
+
+@pytest.fixture
+def drive(image: Path, loop: TestLoop) -> Iterator[Callable[..., BlockBackend]]:
+    """``drive(cache="none")``: that image as a drive, closed in the end."""
+    opened = []
+
+    def open_it(file: Path | str | None = image, **options: object) -> BlockBackend:
+        on_error = options.pop("on_error", None)
+        backend = open_drive(
+            DriveOptions(file, **options),
+            loop=loop,
+            clock=loop.clock,
+            on_error=on_error,  # type: ignore[arg-type]
+        )
+        opened.append(backend)
+        return backend
+
+    yield open_it
+    for backend in opened:
+        backend.close()
