@@ -17,7 +17,7 @@ LAYERS = [
     ["pyvmm.kvm"],
     [
         *("pyvmm.atomic", "pyvmm.bus", "pyvmm.guest_memory", "pyvmm.address_space", "pyvmm.device"),
-        *("pyvmm.clock", "pyvmm.light"),
+        *("pyvmm.clock", "pyvmm.light", "pyvmm.memory_map"),
     ],
     [
         *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.run_control", "pyvmm.run_state"),
@@ -25,9 +25,9 @@ LAYERS = [
     ],
     ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.block"],
     ["pyvmm.devices"],
-    ["pyvmm.config", "pyvmm.builder", "pyvmm.machine"],
+    ["pyvmm.config", "pyvmm.builder", "pyvmm.boards", "pyvmm.machine"],
     ["pyvmm"],
-    ["pyvmm.cli", "pyvmm.__main__"],
+    ["pyvmm.cli", "pyvmm.control", "pyvmm.__main__"],
 ]
 # A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
 DEVICES_MAY = ["errors", "light", "device", "clock", "address_space", "guest_memory", "chardev", "block", "devices"]
