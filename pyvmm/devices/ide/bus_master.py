@@ -155,11 +155,13 @@ class BusMaster(Device):
         start = end = -1  # of the piece that may still grow
         at = self.prd_table
         boundary = (at | TABLE_BOUNDARY_BYTES - 1) + 1
-        while at < boundary:
-            # RAM comes in pages, so this is all there or not at all.
-            page = bytes(self._memory.view(at, PAGE_BYTES - at % PAGE_BYTES, False))
-            at += len(page)
-            for address, count in PRD.iter_unpack(page):
+        while at + PRD.size <= boundary:
+            # RAM comes in pages, so what is left of this one is all there or not at all. Tables are aligned to 4 bytes
+            # only: an entry may begin on one page and end on the next.
+            entries_bytes = PAGE_BYTES - at % PAGE_BYTES & -PRD.size or PRD.size
+            entries = bytes(self._memory.view(at, entries_bytes, False))
+            at += entries_bytes
+            for address, count in PRD.iter_unpack(entries):
                 address &= ~1
                 length = count & PRD_BYTES_MASK or PRD_LONGEST_BYTES
                 more = length > size or not count & PRD_LAST

@@ -134,7 +134,7 @@ class IdeChannel(Device):
             else:
                 self._end_reset()
         if changed & NIEN:
-            self._drive_irq()
+            self.update_irq()
 
     def _select(self, value: int) -> None:
         drive = self._drive
@@ -142,7 +142,7 @@ class IdeChannel(Device):
             present.regs[DEVICE] = value | ALWAYS_ON
         self._drive = self.drives[value >> 4 & 1]
         if self._drive is not drive:
-            self._drive_irq()
+            self.update_irq()
 
     def _command(self, opcode: int) -> None:
         drive = self._drive
@@ -170,7 +170,8 @@ class IdeChannel(Device):
             self.bus_master.status |= BM_INTERRUPT
             self._irq.set(1)
 
-    def _drive_irq(self) -> None:
+    def update_irq(self) -> None:
+        """The line follows the selected drive."""
         level = self._drive.intrq and not self._control & NIEN
         if level:
             self.bus_master.status |= BM_INTERRUPT
@@ -188,7 +189,7 @@ class IdeChannel(Device):
             drive.begin_reset()
         self.data.close()
         self._select(0)
-        self._drive_irq()
+        self.update_irq()
 
     def _end_reset(self) -> None:
         for drive in self._present:
@@ -224,6 +225,12 @@ class IdeChannel(Device):
         if self._buffer is None:
             self._buffer = PioBuffer()
         return self._buffer
+
+    def open_write(self, buffer: memoryview | bytearray, start: int, size: int | None = None) -> None:
+        """Open the data port for the first data of a command that comes from the guest."""
+        self.data.open_write(buffer, start, size)
+        if self.on_data_out is not None:
+            self.on_data_out()
 
     def forget_buffer(self) -> None:
         """A request is still under way that uses it."""

@@ -126,8 +126,7 @@ class IdeDisk(Drive):
 
     def drop(self) -> None:
         super().drop()
-        if self.lingering is not None:
-            self._reader = self._writer = None  # they wait for their callback
+        self._reader = self._writer = None  # what was dropped stays so
 
     # -- addresses (6.2) -----------------------------------------------------------------------------------------------
 

@@ -175,15 +175,14 @@ class Drive:
         self.settings_power_on()
         self.set_signature()
 
-    def set_signature(self, mid: int = 0, high: int = 0, status: int = READY) -> None:
-        """What tells the kinds of devices apart after a reset or a diagnostic (9.12), and its result."""
+    def set_signature(self) -> None:
+        """What tells the kinds of devices apart after a reset or a diagnostic (9.12), and its result: a disk's."""
         regs = self.regs
         regs[COUNT] = regs[LBA_LOW] = 1
-        regs[LBA_MID] = mid
-        regs[LBA_HIGH] = high
+        regs[LBA_MID] = regs[LBA_HIGH] = 0
         regs[DEVICE] = ALWAYS_ON | (regs[DEVICE] & DEV)
         self.error = PASSED
-        self.status = status
+        self.status = READY
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 

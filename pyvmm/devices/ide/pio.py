@@ -245,9 +245,8 @@ class PioWriter(PioTransfer):
         self._flush = flush
         if self._set_up(lba, count, block):
             self._next_chunk()
-            on_data_out = self.channel.on_data_out
-            if on_data_out is not None:
-                on_data_out()
+            if self.channel.on_data_out is not None:
+                self.channel.on_data_out()
 
     def _next_chunk(self) -> None:
         self._chunk = min(self._left, CHUNK_SECTORS)

@@ -1,0 +1,340 @@
+"""The data of packet commands, by PIO and by DMA, to the host and from it (ATA/ATAPI-6, 9.8 and 9.9).
+
+By PIO the drive says how long each DRQ block is: not longer than the byte count limit that the host gave with PACKET,
+and even unless it is the last. One interrupt goes with each block, and one with the end.
+"""
+
+from __future__ import annotations
+
+from errno import ECANCELED, ENOMEDIUM
+
+from pyvmm.devices.ide.activity import Activity
+from pyvmm.devices.ide.atapi import ABORTED_COMMAND, NO_ADDITIONAL_SENSE
+from pyvmm.devices.ide.chain import Mover
+from pyvmm.devices.ide.pio import BUFFER_BYTES
+from pyvmm.devices.ide.registers import ABRT, BUSY, BYTES_HIGH, BYTES_LOW, DATA, REASON_IO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.devices.ide.packet_drive import PacketDrive
+
+BLOCK_BYTES = 2048
+SECTORS_PER_BLOCK = 4
+LONGEST_BYTES = 0xFFFE  # FFFFh means this too
+
+
+class PacketActivity(Activity):
+    """``backend`` is the disc that the packet was about: the drive's user may take it out before the end."""
+
+    __slots__ = ("backend", "packet_drive")
+
+    def __init__(self, drive: PacketDrive) -> None:
+        super().__init__(drive)
+        self.packet_drive = drive
+        self.backend: Any = drive.device.backend
+
+    def byte_count_limit(self) -> int:
+        regs = self.drive.regs
+        return min(LONGEST_BYTES, regs[BYTES_HIGH] << 8 | regs[BYTES_LOW])
+
+    def announce(self, size: int, reason: int) -> None:
+        """A DRQ block of ``size`` bytes."""
+        drive = self.packet_drive
+        drive.regs[BYTES_LOW] = size & 0xFF
+        drive.regs[BYTES_HIGH] = size >> 8
+        drive.set_reason(reason)
+        drive.status = DATA
+        self.channel.interrupt(drive)
+
+    def read_failed(self, ret: int, lba: int) -> None:
+        """The block at ``lba`` can't be had, because of ``-ret``."""
+        if ret == -ECANCELED:
+            self.packet_drive.device.fail(ABORTED_COMMAND, NO_ADDITIONAL_SENSE)
+        else:
+            self.packet_drive.device.read_failed(-ret, lba)
+        self.packet_drive.check_condition()
+
+
+def block_size(left: int, limit: int) -> int:
+    """Of the next DRQ block, ``left`` bytes before the end; 0 where the limit allows none."""
+    return left if left <= limit else limit & ~1
+
+
+class PacketIn(PacketActivity):
+    """``data`` first, then ``count`` blocks from ``lba`` on, through the channel's buffer.
+
+    The buffer holds what has been fetched from ``_start`` to ``_end``; the window is the first ``_size`` bytes of
+    that.
+    """
+
+    __slots__ = (
+        "_asked",
+        "_end",
+        "_failure",
+        "_lba",
+        "_left",
+        "_limit",
+        "_memory",
+        "_size",
+        "_skipped",
+        "_start",
+        "_waiting",
+    )
+
+    def __init__(self, drive: PacketDrive, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
+        super().__init__(drive)
+        self._memory = self.channel.buffer.memory
+        self._memory[: len(data)] = data
+        self._start = 0
+        self._end = len(data)
+        self._lba = lba  # the next block to fetch
+        self._left = count
+        self._failure = 0  # what the backend gave for that one
+        self._asked = 0
+        self._size = 0
+        self._skipped = 0  # bytes of the open window that were moved before its state was saved and loaded
+        self._limit = self.byte_count_limit()
+        self._waiting = False
+
+    def start(self) -> None:
+        self.drive.activity = self
+        self._go_on()
+
+    def _go_on(self) -> None:
+        have = self._end - self._start
+        left = have if self._failure else have + self._left * BLOCK_BYTES
+        if not left:
+            if self._failure:
+                self.read_failed(self._failure, self._lba)
+            else:
+                self.packet_drive.packet_done()
+            return
+        self._size = size = block_size(left, self._limit)
+        if not size:
+            self.drive.fail(ABRT)  # a host that allows nothing (8.23.5.3)
+        elif size > have:
+            self._fetch()
+        else:
+            self.channel.data.open_read(self._memory, self._start, size)
+            self.announce(size, REASON_IO)
+
+    def on_end(self) -> None:
+        self._start += self._size
+        self._skipped = 0
+        self._go_on()
+
+    def _fetch(self) -> None:
+        """As many blocks as there is room for, behind what is left of the last ones."""
+        if self.backend is None:
+            self.read_failed(-ENOMEDIUM, self._lba)
+            return
+        have = self._end - self._start
+        memory = self._memory
+        memory[:have] = memory[self._start : self._end]
+        self._start, self._end = 0, have
+        self._asked = count = min(self._left, (BUFFER_BYTES - have) // BLOCK_BYTES)
+        self.drive.status = BUSY
+        iov = [memory[have : have + count * BLOCK_BYTES]]
+        sectors = count * SECTORS_PER_BLOCK
+        mover = Mover(
+            self.channel.lock,
+            self.backend.aio_readv,
+            self._lba * SECTORS_PER_BLOCK,
+            iov,
+            sectors,
+            lambda: self._fetched(mover),
+        )
+        self._waiting = True
+        self.pending = mover
+        mover.start()
+
+    def _fetched(self, mover: Mover) -> None:
+        self._waiting = False
+        if not self.came_back():
+            return
+        got = mover.moved // SECTORS_PER_BLOCK
+        self._end += got * BLOCK_BYTES
+        self._lba += got
+        self._left -= got
+        if got < self._asked:
+            self._failure = mover.ret
+        self._go_on()
+
+    def save(self) -> dict[str, Any]:
+        moved = 0 if self._waiting else self._skipped + self.channel.data.position
+        return {
+            "kind": "packet-in",
+            "data": bytes(self._memory[self._start : self._end]),
+            "lba": self._lba,
+            "left": self._left,
+            "failure": self._failure,
+            "limit": self._limit,
+            "waiting": self._waiting,
+            "size": self._size,
+            "moved": moved,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        data = state["data"]
+        self._memory[: len(data)] = data
+        self._end = len(data)
+        self._lba = state["lba"]
+        self._left = state["left"]
+        self._failure = state["failure"]
+        self._limit = state["limit"]
+        self._size = state["size"]
+        self._skipped = moved = state["moved"]
+        self.drive.activity = self
+        if state["waiting"]:
+            self._fetch()
+        else:
+            self.channel.data.open_read(self._memory, moved, self._size - moved)
+
+
+class PacketOut(PacketActivity):
+    """``length`` bytes from the host, for the drive's data_out."""
+
+    __slots__ = ("_data", "_limit", "_size", "_skipped", "_start")
+
+    def __init__(self, drive: PacketDrive, length: int) -> None:
+        super().__init__(drive)
+        self._data = bytearray(length)
+        self._start = 0
+        self._size = 0
+        self._skipped = 0
+        self._limit = self.byte_count_limit()
+
+    def start(self) -> None:
+        self.drive.activity = self
+        self._go_on()
+
+    def _go_on(self) -> None:
+        left = len(self._data) - self._start
+        self._size = size = block_size(left, self._limit)
+        if not left:
+            self.drive.status = BUSY
+            self.packet_drive.data_came(bytes(self._data))
+        elif not size:
+            self.drive.fail(ABRT)
+        else:
+            self.channel.open_write(self._data, self._start, size)
+            self.announce(size, 0)
+
+    def on_end(self) -> None:
+        self._start += self._size
+        self._skipped = 0
+        self._go_on()
+
+    def save(self) -> dict[str, Any]:
+        moved = self._skipped + self.channel.data.position
+        return {
+            "kind": "packet-out",
+            "length": len(self._data),
+            "data": bytes(self._data[: self._start + moved]),
+            "moved": moved,
+            "size": self._size,
+            "limit": self._limit,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        data = state["data"]
+        self._data[: len(data)] = data
+        self._skipped = moved = state["moved"]
+        self._start = len(data) - moved
+        self._size = state["size"]
+        self._limit = state["limit"]
+        self.drive.activity = self
+        self.channel.open_write(self._data, len(data), self._size - moved)
+
+
+class PacketDma(PacketActivity):
+    """Base of the two below: the bus master is to move ``length`` bytes, to memory or from it."""
+
+    __slots__ = ("_length", "_more", "_to_memory")
+
+    def __init__(self, drive: PacketDrive, length: int, to_memory: bool) -> None:
+        super().__init__(drive)
+        self._length = length
+        self._to_memory = to_memory
+        self._more = False
+
+    def start(self) -> None:
+        self.drive.activity = self
+        self.drive.status = BUSY
+        self.channel.bus_master.attach(self)
+
+    def begin(self) -> None:
+        bus_master = self.channel.bus_master
+        gathered = bus_master.gather(self._length, self._to_memory)
+        if gathered is None:
+            bus_master.end(self)
+            self.drive.halt()
+            return
+        iov, self._more = gathered
+        self.move(iov)
+
+    def move(self, iov: list[memoryview]) -> None:
+        raise NotImplementedError
+
+    def end(self, more: bool) -> None:
+        self.channel.bus_master.end(self, more)
+
+
+class PacketDmaIn(PacketDma):
+    """``data``, or ``count`` blocks from ``lba`` on."""
+
+    __slots__ = ("_count", "_data", "_lba")
+
+    def __init__(self, drive: PacketDrive, data: bytes, lba: int, count: int) -> None:
+        super().__init__(drive, len(data) or count * BLOCK_BYTES, True)
+        self._data = data
+        self._lba = lba
+        self._count = count
+
+    def move(self, iov: list[memoryview]) -> None:
+        if self._data:
+            at = 0
+            for view in iov:
+                view[:] = self._data[at : at + len(view)]
+                at += len(view)
+            self.end(self._more)
+            self.packet_drive.packet_done()
+            return
+        if self.backend is None:
+            self.end(False)
+            self.read_failed(-ENOMEDIUM, self._lba)
+            return
+        sectors = self._count * SECTORS_PER_BLOCK
+        lba = self._lba * SECTORS_PER_BLOCK
+        mover = Mover(self.channel.lock, self.backend.aio_readv, lba, iov, sectors, lambda: self._moved(mover))
+        self.pending = mover
+        mover.start()
+
+    def _moved(self, mover: Mover) -> None:
+        if not self.came_back():
+            return
+        if mover.ret < 0:
+            self.end(False)
+            self.read_failed(mover.ret, self._lba + mover.moved // SECTORS_PER_BLOCK)
+        else:
+            self.end(self._more)
+            self.packet_drive.packet_done()
+
+    def save(self) -> dict[str, Any]:
+        return {"kind": "packet-dma-in", "data": self._data, "lba": self._lba, "count": self._count}
+
+
+class PacketDmaOut(PacketDma):
+    __slots__ = ()
+
+    def __init__(self, drive: PacketDrive, length: int) -> None:
+        super().__init__(drive, length, False)
+
+    def move(self, iov: list[memoryview]) -> None:
+        self.end(self._more)
+        self.packet_drive.data_came(b"".join(iov))
+
+    def save(self) -> dict[str, Any]:
+        return {"kind": "packet-dma-out", "length": self._length}
