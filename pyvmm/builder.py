@@ -180,12 +180,8 @@ def in_kernel_irqchip(m: Machine) -> bool:
 
 def irq_line(m: Machine, irq: int) -> IrqLine:
     """A line to ISA interrupt ``irq``, into whichever controller the machine has."""
-    if not in_kernel_irqchip(m):
-        from pyvmm.devices.i8259 import I8259Pair
-
-        pic = m.devices["pic"]
-        assert isinstance(pic, I8259Pair)
-        return IrqLine(lambda level: pic.set_irq(irq, level), irq)
+    if m.user_irqchip is not None:
+        return m.user_irqchip.irqline(irq)
     set_level = m.vm.irq_line
     return IrqLine(lambda level: set_level(irq, level), irq)
 
@@ -241,17 +237,19 @@ def make_legacy_devices(m: Machine) -> None:
 
 
 def make_user_irqchip(m: Machine) -> None:
-    """irqchip='off': PIC pair and PIT in Python; their output reaches the one vCPU when that is made."""
+    """irqchip='off': all controllers and the PIT in Python; their output reaches the one vCPU when that is made."""
     from pyvmm.devices.i8254 import I8254
-    from pyvmm.devices.i8259 import I8259Pair
+    from pyvmm.devices.user_irqchip import UserIrqchip
 
-    pic = I8259Pair(lambda level: m.cpus[0].exec.interrupt(level) if m.cpus else None)
-    m.devices["pic"] = pic
+    chip = UserIrqchip(m.clock, lambda level: m.cpus[0].exec.interrupt(level) if m.cpus else None)
+    m.user_irqchip = chip
     pit = I8254(m.clock, irq_line(m, layout.IRQ_TIMER))
-    m.devices["pit"] = pit
-    m.pio.map(layout.PORT_PIC_MASTER, 2, pic.master, name="pic.master")
-    m.pio.map(layout.PORT_PIC_SLAVE, 2, pic.slave, name="pic.slave")
-    m.pio.map(layout.PORT_PIC_ELCR, 2, pic.elcr, name="pic.elcr")
+    m.devices.update(pic=chip.pic, ioapic=chip.ioapic, lapic=chip.lapic, pit=pit)
+    m.pio.map(layout.PORT_PIC_MASTER, 2, chip.pic.master, name="pic.master")
+    m.pio.map(layout.PORT_PIC_SLAVE, 2, chip.pic.slave, name="pic.slave")
+    m.pio.map(layout.PORT_PIC_ELCR, 2, chip.pic.elcr, name="pic.elcr")
+    m.mmio.map(layout.IOAPIC, layout.IOAPIC_BYTES, chip.ioapic, name="ioapic")
+    m.mmio.map(layout.LAPIC, layout.LAPIC_BYTES, chip.lapic, name="lapic")
     m.pio.map(layout.PORT_PIT, 4, pit, name="pit")
     m.pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
 
@@ -283,7 +281,7 @@ def make_testdev(m: Machine) -> None:
     from pyvmm.address_space import BufferRegion
     from pyvmm.devices.testdev import TestDev
 
-    lines = [irq_line(m, n) for n in range(layout.IOAPIC_PINS if in_kernel_irqchip(m) else layout.ISA_IRQS)]
+    lines = [irq_line(m, n) for n in range(layout.IOAPIC_PINS)]
 
     def set_gsi(n: int, level: int) -> None:
         if n < len(lines):
@@ -392,14 +390,13 @@ def write_tables(m: Machine) -> int:
 
 
 def make_cpus(m: Machine) -> None:
-    user_irqchip = m.config.irqchip == "off"
     for index in range(m.config.cpus):
         vcpu = m.vm.create_vcpu(index)
         table = cpuid_table(m, index)
         vcpu.cpuid = table
-        loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=user_irqchip)
-        if user_irqchip:
-            loop.acknowledge = m.devices["pic"].acknowledge  # type: ignore[attr-defined]  # an I8259Pair
+        loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=m.user_irqchip is not None)
+        if m.user_irqchip is not None:
+            loop.acknowledge = m.user_irqchip.acknowledge
         m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped, table))
 
 

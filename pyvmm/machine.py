@@ -20,6 +20,7 @@ from pyvmm.run_control import ExitStatus, RunControl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from pyvmm.block.backend import BlockBackend
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pyvmm.clock import Clock
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine
+    from pyvmm.devices.irq_pins import ControllerPins
+    from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.exit_stats import ExitStat
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm.system import Kvm
@@ -68,6 +71,7 @@ class Machine:
         self.io_error = ""
         self.chardevs: list[Chardev] = []
         self.cpus = []
+        self.user_irqchip: UserIrqchip | None = None
         self._ring_lock = DeviceLock()
         self._coalesced: list[tuple[AddressSpace, int, int]] = []
         self._background: list[Thread] = []
@@ -159,9 +163,14 @@ class Machine:
         self.control.request(lambda: self.control.end(ended, None, states.SHUTDOWN))
 
     @property
+    def irq_controllers(self) -> Mapping[str, ControllerPins]:
+        """The pins of the interrupt controllers by name, where those are in Python: to watch and to drive them."""
+        return {} if self.user_irqchip is None else self.user_irqchip.controllers
+
+    @property
     def has_ioapic(self) -> bool:
         """Whether there are an IOAPIC and local APICs, or a PIC pair only."""
-        return builder.in_kernel_irqchip(self)
+        return builder.in_kernel_irqchip(self) or self.config.accel == "qtest"
 
     # -- what devices and vCPUs tell -----------------------------------------------------------------------
 
