@@ -7,6 +7,7 @@ import random
 import struct
 from collections.abc import Callable, Sequence
 from errno import ECANCELED, EIO
+from functools import cache
 from typing import Any
 
 from pyvmm.address_space import AddressSpace
@@ -32,8 +33,14 @@ BSY, DRDY, DSC, DRQ, ERR = 0x80, 0x40, 0x10, 0x08, 0x01
 UNC, IDNF, ABRT = 0x40, 0x10, 0x04
 
 
+@cache
+def noise(sectors: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(sectors * SECTOR)
+
+
 def pattern(sectors: int, seed: int = 1) -> bytearray:
-    return bytearray(random.Random(seed).randbytes(sectors * SECTOR))
+    """So many sectors of what looks like nothing else."""
+    return bytearray(noise(sectors, seed))
 
 
 class FakeRequest:
