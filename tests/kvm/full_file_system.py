@@ -1,7 +1,7 @@
 """A guest writes to an image on a small file system that is full: python full_file_system.py DIRECTORY.
 
-test_disk_faults.py runs it where it may mount something there. A line for each stop of the machine: "io-error", and at last "passed",
-which it only says where everything the guest wrote is in the image.
+test_disk_faults.py runs it where it may mount something there. A line for each stop of the machine: "io-error", and at
+last "passed", which it only says where everything the guest wrote is in the image.
 """
 
 from __future__ import annotations
