@@ -1,4 +1,4 @@
-"""What the benchmarks share: host facts, guests, child processes, statistics. Standard library only.
+"""What the scripts here share: host facts, guests, child processes; statistics by sampling. Standard library only.
 
 A benchmark is run as ``python benchmarks/NAME.py``. Every contender runs in a process of its own: the script
 starts itself with ``--child`` and the work as JSON; the child prints one line of JSON.
@@ -10,14 +10,16 @@ import argparse
 import importlib.util
 import json
 import os
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from sampling import histogram_quantile, interval, median, quantile
+
+__all__ = ["histogram_quantile", "interval", "median", "quantile"]  # and all below
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -204,39 +206,3 @@ def access(direction: str, port: int) -> bytes:
 def samples_of(memory: bytes) -> list[int]:
     """The guest's tick counts out of the bytes it stored them in."""
     return memoryview(memory).cast("I").tolist()
-
-
-# -- statistics ----------------------------------------------------------------------------------------------
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Nearest rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def interval(groups: Sequence[Sequence[float]], resamples: int = 1000) -> tuple[float, float]:
-    """The 95% bootstrap interval of the median. A group is what one process gave: both are resampled."""
-    source = random.Random(1)
-
-    def resampled() -> float:
-        chosen = source.choices(groups, k=len(groups))
-        return median([value for group in chosen for value in source.choices(group, k=len(group))])
-
-    medians = sorted(resampled() for _ in range(resamples))
-    return medians[int(0.025 * resamples)], medians[int(0.975 * resamples)]
-
-
-def histogram_quantile(histogram: Sequence[tuple[float, int]], q: float) -> float:
-    """Out of the exit profiler's [(upper bound, count)]; buckets double: interpolated on a log scale."""
-    target = q * sum(count for _, count in histogram)
-    seen = 0
-    for bound, count in histogram:
-        if seen + count >= target:
-            return float(bound / 2 * 2 ** ((target - seen) / count))
-        seen += count
-    return 0.0

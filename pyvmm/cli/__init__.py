@@ -1,4 +1,4 @@
-"""The command: ``pyvmm run``, ``pyvmm demo``, ``pyvmm doctor``. Each verb imports what it needs when it is called."""
+"""The command: ``pyvmm run``, ``demo``, ``doctor``, ``bench``. Each verb imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ usage: pyvmm VERB [OPTIONS]
   run      run a guest; `pyvmm run --help` lists the options
   demo     run the small guest that comes with pyvmm, and show what its exits cost
   doctor   can this host run guests, how well, and what to do about what is missing
+  bench    what an exit and a start cost on this host, against a loop in C and other VMMs
 
   --help, --version
 """
@@ -68,4 +69,8 @@ def dispatch(args: list[str]) -> int:
         from pyvmm.cli.doctor import doctor
 
         return doctor(args[1:])
-    raise ConfigError(f"there is no verb {verb!r}: use run, demo or doctor")
+    if verb == "bench":
+        from pyvmm.cli.bench import bench
+
+        return bench(args[1:])
+    raise ConfigError(f"there is no verb {verb!r}: use run, demo, doctor or bench")
