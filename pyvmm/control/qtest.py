@@ -10,6 +10,7 @@ from __future__ import annotations
 import binascii
 import os
 
+from pyvmm.clock import VirtualClock
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.guest_memory import GPA_END
 from pyvmm.light import Lock, Thread
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm.address_space import AddressSpace
-    from pyvmm.clock import VirtualClock
+    from pyvmm.clock import Clock
     from pyvmm.devices.irq_pins import ControllerPins, IrqPins
 
     class Memory(Protocol):
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         @property
         def memory_map(self) -> Memory: ...
         @property
-        def clock(self) -> VirtualClock: ...
+        def clock(self) -> Clock: ...  # a VirtualClock
         @property
         def irq_controllers(self) -> Mapping[str, ControllerPins]: ...
 
@@ -102,6 +103,9 @@ class Session:
         self, board: Board, send: Callable[[str], None], over: Callable[[], bool] = lambda: False
     ) -> None:
         self._board = board
+        if not isinstance(board.clock, VirtualClock):
+            raise StateError("qtest moves guest time by hand: make the machine with accel='qtest'")
+        self._clock = board.clock
         self._send = send
         self._over = over
         self._watched: str | None = None  # the one controller whose pins are reported
@@ -146,13 +150,21 @@ class Session:
         return port
 
     def _in(self, words: list[str]) -> str:
-        value = self._board.pio.read(self._port(words[1]), SIZES[words[0][-1]])
-        return f"OK 0x{value:04x}"
+        size, port = SIZES[words[0][-1]], self._port(words[1])
+        if port + size <= PORTS:
+            return f"OK 0x{self._board.pio.read(port, size):04x}"
+        # Past the last port there is nobody.
+        data = bytes(self._board.pio.read(at, 1) for at in range(port, PORTS)).ljust(size, b"\xff")
+        return f"OK 0x{int.from_bytes(data, 'little'):04x}"
 
     def _out(self, words: list[str]) -> str:
         size = SIZES[words[0][-1]]
         port, value = self._port(words[1]), number(words[2], "VALUE")
-        self._board.pio.write(port, size, value & (1 << 8 * size) - 1)
+        if port + size <= PORTS:
+            self._board.pio.write(port, size, value & (1 << 8 * size) - 1)
+            return "OK"
+        for at in range(port, PORTS):
+            self._board.pio.write(at, 1, value >> 8 * (at - port) & 0xFF)
         return "OK"
 
     def _read_value(self, words: list[str]) -> str:
@@ -231,7 +243,7 @@ class Session:
     # -- time ----------------------------------------------------------------------------------------------------
 
     def _clock_step(self, words: list[str]) -> str:
-        clock = self._board.clock
+        clock = self._clock
         if len(words) > 1:
             return self._advance(clock.now_ns() + self._nanoseconds(words[1]))
         deadline_ns = clock.next_deadline_ns
@@ -248,7 +260,7 @@ class Session:
 
     def _advance(self, to_ns: int) -> str:
         """Move guest time to ``to_ns``, from deadline to deadline; it never goes back."""
-        clock = self._board.clock
+        clock = self._clock
         if to_ns > INT64_MAX:
             raise Refused("FAIL guest time ends at 2**63 - 1 ns")
         while not self._over():
