@@ -62,7 +62,7 @@ def identify(disk: IdeDisk) -> bytes:
     words[63] = 0x0007 | selected(disk.transfer_mode, MULTIWORD_DMA, HIGHEST_MULTIWORD)
     words[64] = 0x0003  # PIO modes 3 and 4
     words[65:69] = [120, 120, 120, 120]  # ns a cycle of multiword DMA and of PIO
-    words[80] = 0x01F0  # ATA/ATAPI-4 to -7, ATA8-ACS
+    words[80] = 0x00F0  # ATA/ATAPI-4 to -7: for ATA8-ACS word 48 would say that the disk does Trusted Computing
     words[82] = NOP_COMMAND | LOOK_AHEAD | WRITE_CACHE | POWER_MANAGEMENT
     words[83] = VALID | FLUSH_EXT | FLUSH | LBA48
     words[84] = VALID | FUA

@@ -84,7 +84,7 @@ class TestIdentify:
         assert words[53] & 7 == 7
         assert words[63] == 0x0007
         assert words[64] == 0x0003
-        assert words[80] & 0x1F0 == 0x1F0
+        assert words[80] == 0xF0
         assert words[83] & 0xC000 == 0x4000
         assert words[83] & 0x3400 == words[86] & 0x3400 == 0x3400  # FLUSH EXT, FLUSH, 48 bits
         assert words[82] & 0x20 == words[85] & 0x20 == 0x20  # write cache
