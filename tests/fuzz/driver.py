@@ -36,13 +36,11 @@ class Report:
 def run(directory: Path, accesses: int, seed: int, watch: bool = True) -> Report:
     """AssertionError (Escaped), or what a device raised, with the last accesses in its notes."""
     board = FencedBoard(directory)
+    board.power_up()
     guest = Guest(board, Choices(seed))
     slowest_s = 0.0
     begin = time.monotonic()
     try:
-        board.power_up()
-        for backend in board.backends.values():
-            backend.mood = guest.mood
         next_check = CHECK_EVERY
         while guest.accesses < accesses:
             if watch:

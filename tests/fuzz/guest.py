@@ -117,11 +117,13 @@ class Guest:
             )
             for _ in range(weight)
         ]
+        self._moods = Choices(0)
         for backend in board.backends.values():
             backend.mood = self.mood
 
     def step(self) -> None:
         action = self.choices.pick(self._weighted)
+        self._moods = Choices(self.choices.number(8))
         self.steps[action.__name__] = self.steps.get(action.__name__, 0) + 1
         self.log.append((action.__name__, 0, 0, 0))
         action()
@@ -142,10 +144,11 @@ class Guest:
         return "\n".join(lines[-limit:])
 
     def mood(self) -> str | int:
-        what = self.choices.below(20)
+        # From choices of its own: it is asked on other threads too, and in the middle of devices' work.
+        what = self._moods.below(20)
         if what < 13:
             return "now"
-        return "hold" if what < 18 else self.choices.pick((errno.EIO, errno.ENOSPC))
+        return "hold" if what < 18 else self._moods.pick((errno.EIO, errno.ENOSPC))
 
     # -- accesses ------------------------------------------------------------------------------------------------------
 
@@ -388,7 +391,8 @@ class Guest:
 
     def fw_cfg(self) -> None:
         choices = self.choices
-        key = choices.pick((0, 1, 3, 5, 0x11, 0x19, 0x20, 0x21, 0x8002, 0xC001, choices.number(16)))
+        writable = self.board.writable_key
+        key = choices.pick((0, 1, 3, 5, 0x11, 0x19, 0x20, 0x21, writable, 0x8002, 0xC001, choices.number(16)))
         self.write(0x510, 2, key)
         for _ in range(choices.below(40)):
             self.read(0x511 if choices.chance(95) else 0x510, choices.pick((1, 1, 1, 2, 4)))
@@ -399,8 +403,9 @@ class Guest:
 
     def fw_cfg_dma(self) -> None:
         choices = self.choices
-        control = choices.below(0x40) << 16 | choices.below(32)
-        length = choices.pick((0, 1, 4, 64, 4096, 0x1_0000, MEMORY_BYTES, MEMORY_BYTES + 1, 0xFFFF_FFFF))
+        key = self.board.writable_key if choices.chance(30) else choices.below(0x40)
+        control = key << 16 | choices.below(32)
+        length = choices.pick((0, 300, 1, 4, 64, 4096, 0x1_0000, MEMORY_BYTES, MEMORY_BYTES + 1, 0xFFFF_FFFF))
         access = control.to_bytes(4, "big") + length.to_bytes(4, "big") + self.address().to_bytes(8, "big")
         if choices.chance(5):
             access = choices.blob(16)

@@ -37,6 +37,8 @@ SMALL_BYTES = 300 * SECTOR_BYTES + 100  # the last sector is not all there
 CD_BYTES = 700 * 2048 + 512
 DISC_BYTES = 20 * 2048  # of the disc that goes in and out
 
+WRITABLE_BYTES = 300  # of an item of fw_cfg
+
 PRIMARY, SECONDARY = 0x1F0, 0x170
 CONTROL = {PRIMARY: 0x3F6, SECONDARY: 0x376}
 BUS_MASTER_BASE = 0xC000
@@ -97,20 +99,22 @@ class Guards:
 
 
 def fenced_memory(size_bytes: int, **options: Any) -> tuple[GuestMemory, Guards]:
-    """Guest memory whose neighbours in this process are guards; where others are, it is made anew elsewhere."""
-    crowded = []
+    """Guest memory whose neighbours in this process are guards."""
+    # Some are made, until three lie in a row: the one in the middle has room where the outer two are given back.
+    made: dict[int, GuestMemory] = {}
     for _ in range(64):
-        # Three such areas in a row, the outer two of which are given back: the middle one has room on both sides.
-        below, memory, above = sorted(
-            (GuestMemory(size_bytes, **options) for _ in range(3)), key=lambda made: made.ram[0].host_address
-        )
-        below.close()
-        above.close()
-        guards = Guards(memory.ram[0])
-        if guards.complete:
-            return memory, guards
-        guards.close()
-        crowded.append(memory)
+        memory = GuestMemory(size_bytes, **options)
+        made[memory.ram[0].host_address] = memory
+        middle = next((at for at in made if at - size_bytes in made and at + size_bytes in made), None)
+        if middle is not None:
+            memory = made.pop(middle)
+            for other in made.values():
+                other.close()
+            guards = Guards(memory.ram[0])
+            if guards.complete:
+                return memory, guards
+            guards.close()
+            made = {middle: memory}
     raise RuntimeError("found no place for guest memory with room for guards")
 
 
@@ -236,6 +240,8 @@ class FencedBoard:
         self.disc = self._open_drive(
             self.options("disc", media="cdrom"), loop=self.machine.event_loop, clock=self.machine.clock
         )
+        fw_cfg: Any = self.machine.devices["fw_cfg"]
+        self.writable_key: int = fw_cfg.add_file("opt/test/writable", pattern(WRITABLE_BYTES, 6), writable=True)
         self.pio = self.machine.pio
         self.memory = self.machine.memory
         self.memory_map = self.machine.memory_map
@@ -421,7 +427,7 @@ class FencedBoard:
     def check_errors(self) -> None:
         """Raise what a device has raised in a callback or a reset."""
         if self.machine.control.error is not None:
-            raise Escaped("a device's callback raised") from self.machine.control.error
+            raise Escaped(f"a device's callback raised: {self.machine.control.error!r}") from self.machine.control.error
 
     def close(self) -> None:
         self.drain()
