@@ -17,6 +17,7 @@ usage: pyvmm VERB [OPTIONS]
   run      run a guest; `pyvmm run --help` lists the options
   demo     run the small guest that comes with pyvmm, and show what its exits cost
   doctor   can this host run guests, how well, and what to do about what is missing
+  qtest    a board without a vCPU, driven from outside through QEMU's qtest protocol
   bench    what an exit and a start cost on this host, against a loop in C and other VMMs
 
   --help, --version
@@ -69,8 +70,12 @@ def dispatch(args: list[str]) -> int:
         from pyvmm.cli.doctor import doctor
 
         return doctor(args[1:])
+    if verb == "qtest":
+        from pyvmm.cli.qtest import qtest
+
+        return qtest(args[1:])
     if verb == "bench":
         from pyvmm.cli.bench import bench
 
         return bench(args[1:])
-    raise ConfigError(f"there is no verb {verb!r}: use run, demo, doctor or bench")
+    raise ConfigError(f"there is no verb {verb!r}: use run, demo, doctor, qtest or bench")

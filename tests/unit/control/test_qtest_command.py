@@ -1,0 +1,116 @@
+"""``pyvmm qtest`` as a command: on its socket, at the end of somebody's, its drives, its end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from qtest_client import TIMEOUT_S, Client
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started = []
+
+    def run(*args: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pyvmm", "qtest", *map(str, args)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def client_of(process: subprocess.Popen[str], path: Path) -> Client:
+    """Connected as soon as it says that it listens."""
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"pyvmm: qtest on {path}\n"
+    return Client.connected_to(path)
+
+
+def test_a_disk_through_a_socket(start: Start, tmp_path: Path) -> None:
+    image, path = tmp_path / "disk.img", tmp_path / "qtest.sock"
+    image.write_bytes(b"".join(bytes([n]) * 512 for n in range(64)))
+    process = start("--socket", path, "--memory", 16, image)
+    client = client_of(process, path)
+    assert client.ask("irq_intercept_in ioapic") == "OK"
+    for port, value in ((0x1F2, 1), (0x1F3, 5), (0x1F4, 0), (0x1F5, 0), (0x1F6, 0xE0), (0x1F7, 0x20)):  # READ, LBA 5
+        assert client.ask(f"outb {port} {value}") == "OK"
+    while int(client.ask("inb 0x3f6").split()[1], 16) & 0x88 != 0x08:  # until it has data
+        pass
+    assert client.ask("inw 0x1f0") == "OK 0x0505"
+    assert client.ask("inb 0x1f7") == "OK 0x0058"
+    assert client.irqs == ["IRQ raise 14", "IRQ lower 14"]
+    assert client.ask("writel 0xfffffc 0x1234") == "OK"  # the last RAM there is
+    assert client.ask("readq 0xfffffc") == "OK 0xffffffff00001234"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_S) == 128 + signal.SIGTERM
+    assert not path.exists()
+
+
+def test_a_guest_visible_reset(start: Start, tmp_path: Path) -> None:
+    """Software resets the machine through 0xcf9; the board goes on, at power-on."""
+    path = tmp_path / "qtest.sock"
+    client = client_of(start("--socket", path), path)
+    for line in ("outb 0x21 0x55", "outl 0xcf8 0x80000004", "outw 0xcfc 0", "outb 0xcf9 6"):
+        assert client.ask(line) == "OK"
+    assert client.ask("inb 0x21") == "OK 0x0000"
+    assert client.ask("inl 0xcf8") == "OK 0x0000"
+
+
+def test_connecting(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "test.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        listener.settimeout(TIMEOUT_S)
+        process = start("--connect", path)
+        client = Client(listener.accept()[0])
+    assert client.ask("endianness") == "OK little"
+    client.hang_up()
+    assert process.wait(TIMEOUT_S) == 0
+
+
+def test_ctrl_c(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "qtest.sock"
+    process = start("--socket", path)
+    client_of(process, path).hang_up()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT_S) == 130
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "one of --socket PATH"),
+        (("--socket", "a", "--connect", "b"), "one of --socket PATH"),
+        (("--socket", "/nowhere/a"), "give a path that can be made"),
+        (("--connect", "/nowhere/a"), "start what listens there first"),
+        (("--socket", "a", "--kernel", "b"), "there is no option --kernel"),
+        (("--socket", "a", "/nowhere/disk.img"), "/nowhere/disk.img"),
+    ],
+)
+def test_wrong_use(start: Start, args: tuple[str, ...], message: str) -> None:
+    process = start(*args)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_help(start: Start) -> None:
+    text, errors = start("--help").communicate(timeout=TIMEOUT_S)
+    assert "--connect" in text
+    assert "--drive" in text
+    assert "--kernel" not in text
+    assert errors == ""
