@@ -58,7 +58,7 @@ SCENARIOS: dict[str, list[Step]] = {
     "pio in, multiple": [("cmd", 0xC4, 100, 40), ("wait",), *pull(40 * SECTOR, 3000), ("wait",), ("lba",)],
     "pio in, several chunks": [
         ("ext", 0x24, 5, 600),
-        *[step for n in (256, 256, 88) for step in [("wait",), *pull(n * SECTOR, 30000)]],
+        *[step for n in (256, 256, 88) for step in [("wait",), *pull(n * SECTOR, 60000)]],
         ("wait",),
         ("lba",),
     ],
@@ -67,7 +67,7 @@ SCENARIOS: dict[str, list[Step]] = {
     "pio out, multiple": [("cmd", 0xC5, 7, 8), *push(NEW), ("wait",), ("image", 0, 16)],
     "pio out, several chunks": [
         ("ext", 0x34, 5, 300),
-        *push(bytes(pattern(256, seed=5)), 30000),
+        *push(bytes(pattern(256, seed=5)), 60000),
         ("wait",),
         *push(bytes(pattern(44, seed=6)), 12800),
         ("wait",),
@@ -126,7 +126,7 @@ SCENARIOS: dict[str, list[Step]] = {
     "packet in": [*packet(bytes((0x12, 0, 0, 0, 36)), 10), *pull(36, 4), ("wait",), ("in", STATUS)],
     "packet read": [
         *packet(bytes((0x28, 0, 0, 0, 0, 3, 0, 0, 90, 0)), 30000),
-        *[step for size in (30000,) * 6 + (90 * 2048 - 180000,) for step in (*pull(size, 20000), ("wait",))],
+        *[step for size in (30000,) * 6 + (90 * 2048 - 180000,) for step in (*pull(size, 29000), ("wait",))],
         ("in", STATUS),
     ],
     "packet dma": [
