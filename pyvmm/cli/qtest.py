@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 
 from pyvmm.cli.options import Option, parse, usage
@@ -39,6 +38,8 @@ reads and writes ports and memory, moves guest time and watches interrupts."""
 
 
 def qtest(args: list[str]) -> int:
+    import signal
+
     given = parse(OPTIONS, args, words="images")
     if given.pop("help", False):
         print(usage(TITLE, OPTIONS), end="")
