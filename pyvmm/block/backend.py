@@ -24,7 +24,7 @@ from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pyvmm.block.coroutine import Loop
     from pyvmm.block.driver import FormatDriver, Iov, ProtocolDriver
@@ -52,6 +52,9 @@ class Turn(Waiter):
 
     def cancel(self) -> None:
         self._request.backend._cancel_turn(self._request, self)
+
+
+NOBODY: tuple[Turn, ...] = ()
 
 
 class Request:
@@ -252,10 +255,10 @@ class BlockBackend:
             stats.max_in_flight = stats.in_flight
         if not request.length:
             return
-        # What O_DIRECT makes of a write that is not whole blocks touches all of them.
-        begin = request.offset + self._skew
+        request.begin = begin = request.offset + self._skew
         end = begin + request.length
-        request.begin = begin = begin - begin % self._alignment
+        # What O_DIRECT makes of a write that is not whole blocks touches all of them. With the end rounded up, any
+        # two that share a block overlap.
         request.end = end = end + -end % self._alignment
         if self._tracked:
             for other in self._tracked:
@@ -360,12 +363,14 @@ class BlockBackend:
             return "stop" if errno == ENOSPC else "report"
         return policy
 
-    def _untrack_locked(self, request: Request) -> list[Turn]:
+    def _untrack_locked(self, request: Request) -> Sequence[Turn]:
         """Whose turn it is now."""
         self._tracked.pop(request, None)
+        if request.dependents is None:
+            return NOBODY
         dependents, request.dependents = request.dependents, None
         freed: list[Turn] = []
-        for other in dependents or ():
+        for other in dependents:
             if other.blockers:
                 other.blockers -= 1
                 if not other.blockers:
@@ -373,7 +378,7 @@ class BlockBackend:
                     freed.append(other.turn)
         return freed
 
-    def _give_turns(self, turns: list[Turn]) -> None:
+    def _give_turns(self, turns: Sequence[Turn]) -> None:
         # By the event loop: from here a chain of them would nest as deep as it is long.
         for turn in turns:
             self._context.complete(turn, 0)

@@ -51,7 +51,8 @@ def test_an_error_at_a_sector(faulty: Callable[..., BlockBackend]) -> None:
 
 def test_skip_times_and_once(faulty: Callable[..., BlockBackend]) -> None:
     backend = faulty(
-        '[inject-error]\nevent = "read_aio"\nskip = "2"\ntimes = "2"\n[inject-error]\nevent="flush_to_disk"\nonce="on"\n'
+        '[inject-error]\nevent = "read_aio"\nskip = "2"\ntimes = "2"\n'
+        '[inject-error]\nevent = "flush_to_disk"\nonce = "on"\n'
     )
     assert [attempt(backend, 0) for _ in range(6)] == [0, 0, -EIO, -EIO, 0, 0]
     assert write(backend, 0, bytes(512)) == 0

@@ -170,21 +170,29 @@ def test_users_are_named(image: Path) -> None:
 
 
 class Qemu:
-    """QEMU with an image open, stopped. It greets by QMP when it has opened everything."""
+    """QEMU with an image open, stopped. It answers by QMP when it has opened everything; else it ends."""
 
     def __init__(self, path: Path, read_only: bool) -> None:
         drive = f"file={path},format=raw,if=none,id=d" + (",read-only=on" if read_only else "")
         self.process = subprocess.Popen(
-            ["qemu-system-x86_64", "-accel", "tcg", "-display", "none", "-S", "-nodefaults", "-qmp", "stdio"]
-            + ["-drive", drive, "-device", "virtio-blk-pci,drive=d"],
+            [
+                *("qemu-system-x86_64", "-accel", "tcg", "-display", "none", "-S", "-nodefaults", "-qmp", "stdio"),
+                *("-drive", drive, "-device", "virtio-blk-pci,drive=d"),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        self.runs = bool(line) and "QMP" in json.loads(line)
+        try:
+            self.process.stdin.write('{"execute": "qmp_capabilities"}\n')
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        lines = [json.loads(line) for line in (self.process.stdout.readline(), self.process.stdout.readline()) if line]
+        self.runs = len(lines) == 2 and lines[1] == {"return": {}}
 
     def __enter__(self) -> Qemu:
         return self

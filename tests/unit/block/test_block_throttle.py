@@ -137,6 +137,21 @@ def test_drain_does_not_wait_for_guest_time() -> None:
     assert len(drive.done) == 60
 
 
+def test_drain_lets_through_what_callbacks_submit_meanwhile() -> None:
+    drive = Drive(throttle_iops=10)
+    left = [20]
+
+    def callback(ret: int) -> None:
+        left[0] -= 1
+        if left[0]:
+            drive.backend.aio_readv(0, [memoryview(bytearray(512))], callback)
+
+    drive.backend.aio_readv(0, [memoryview(bytearray(512))], callback)
+    assert left == [18]
+    drive.backend.drain()
+    assert left == [0]
+
+
 def test_cancel_of_one_that_waits() -> None:
     drive = Drive(throttle_iops=1)
     drive.submit("read")
