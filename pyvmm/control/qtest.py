@@ -347,7 +347,8 @@ class QtestServer:
     """Serves ``board`` on Unix sockets, one client at a time; what a client has done to the board stays for the next.
 
     ``listen(path)`` then ``serve()``, or ``connect(path)`` as QEMU does for libqtest, whose test has the listening
-    end. Both return when it is over; ``start()`` serves on a thread instead. ``close()``, from any thread, ends all.
+    end; ``talk(socket)`` serves one that is there already. They return when it is over; ``start()`` serves on a thread
+    instead. ``close()``, from any thread, ends all.
     """
 
     def __init__(self, board: Board) -> None:
@@ -385,7 +386,7 @@ class QtestServer:
                 if self._closed:
                     return
                 raise
-            self._serve_client(client)
+            self.talk(client)
 
     def start(self) -> None:
         """``serve`` on a thread of its own, until ``close``."""
@@ -402,7 +403,7 @@ class QtestServer:
         except OSError as error:
             client.close()
             raise ConfigError(f"socket {path}: {error.strerror or error}: start what listens there first") from None
-        self._serve_client(client)
+        self.talk(client)
 
     def close(self) -> None:
         """Hang up, listen no more, take the socket's path away. Calling it again is fine."""
@@ -422,7 +423,8 @@ class QtestServer:
                 except FileNotFoundError:
                     pass
 
-    def _serve_client(self, client: socket.socket) -> None:
+    def talk(self, client: socket.socket) -> None:
+        """Serve the client at the other end of ``client`` until it hangs up, and close it."""
         with self._lock:
             self._client = client
         session = Session(self._board, self._send, lambda: self._closed)
