@@ -81,6 +81,9 @@ class BusMaster(Device):
         if offset == BM_PRD_TABLE and size == 4:
             self.prd_table = value & 0xFFFF_FFFC
             return
+        if size == 1:
+            self._write_byte(offset, value)
+            return
         for at in range(offset, offset + size):
             self._write_byte(at, value & 0xFF)
             value >>= 8

@@ -80,7 +80,7 @@ class IdeChannel(Device):
         self.data = FifoRegion(1, self, self._on_window_end, wide=True, name=f"{name}.data")
         self.bus_master = BusMaster(self.lock, memory)
         self.on_data_out: Callable[[], object] | None = None
-        """Called when a command has opened the data port for the guest's writes; the channel's lock is held."""
+        """Called when the drive asks for data after it was not ready for any; the channel's lock is held."""
         made = [plug(drive) for drive in drives]
         self.drives: tuple[Drive, Drive] = (made[0], made[1])
         self._present = [drive for drive in made if drive.present]
@@ -206,16 +206,17 @@ class IdeChannel(Device):
 
     def reset(self) -> None:
         """Power on. Requests that are under way are forgotten: whoever resets the machine drains its backends."""
-        self._control = 0
-        self._hob = False
-        self._buffer = None
-        for drive in self._present:
-            drive.power_on()
-        self.data.close()
-        self.bus_master.reset()
-        self._drive = self.drives[0]
-        self._select(0)
-        self._irq.set(0)
+        with self.lock:
+            self._control = 0
+            self._hob = False
+            self._buffer = None
+            for drive in self._present:
+                drive.power_on()
+            self.data.close()
+            self.bus_master.reset()
+            self._drive = self.drives[0]
+            self._select(0)
+            self._irq.set(0)
 
     # -- for the drives ------------------------------------------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class IdeChannel(Device):
         return self._buffer
 
     def open_write(self, buffer: memoryview | bytearray, start: int, size: int | None = None) -> None:
-        """Open the data port for the first data of a command that comes from the guest."""
+        """Open the data port for what the guest writes."""
         self.data.open_write(buffer, start, size)
         if self.on_data_out is not None:
             self.on_data_out()

@@ -245,13 +245,13 @@ class PioWriter(PioTransfer):
         self._flush = flush
         if self._set_up(lba, count, block):
             self._next_chunk()
-            if self.channel.on_data_out is not None:
-                self.channel.on_data_out()
 
     def _next_chunk(self) -> None:
         self._chunk = min(self._left, CHUNK_SECTORS)
         self._next = 0
         self._ask()
+        if self.channel.on_data_out is not None:
+            self.channel.on_data_out()
 
     def _ask(self) -> None:
         """For the next DRQ block."""
@@ -352,7 +352,7 @@ class PioWriter(PioTransfer):
         if not state["waiting"]:
             self._skipped = moved = state["moved"]
             size = (self._next - self._begin) * SECTOR_BYTES
-            self._data.open_write(self._memory, self._begin * SECTOR_BYTES + moved, size - moved)
+            self.channel.open_write(self._memory, self._begin * SECTOR_BYTES + moved, size - moved)
         elif self._chunk:
             self._put()
         else:

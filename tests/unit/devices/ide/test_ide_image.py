@@ -28,9 +28,7 @@ class Real:
         self.errors: list[BaseException] = []
         self.loop = EventLoop(self.errors.append)
         self.path = path
-        self.backend: BlockBackend = open_drive(
-            DriveOptions(path, **options), loop=self.loop, clock=self.loop.clock
-        )
+        self.backend: BlockBackend = open_drive(DriveOptions(path, **options), loop=self.loop, clock=self.loop.clock)
         drive = AtapiDrive(self.backend) if options.get("media") == "cdrom" else IdeDisk(self.backend)
         self.bench = Bench(drive)
 

@@ -30,6 +30,8 @@ from ide_bench import (
     pattern,
 )
 
+from pyvmm.devices.ide.atapi import AtapiDrive
+
 READ, READ_EXT, READ_MULTIPLE, READ_MULTIPLE_EXT = 0x20, 0x24, 0xC4, 0x29
 WRITE, WRITE_EXT, WRITE_MULTIPLE, WRITE_MULTIPLE_EXT, WRITE_FUA = 0x30, 0x34, 0xC5, 0x39, 0xCE
 SET_MULTIPLE = 0xC6
@@ -412,3 +414,28 @@ class TestWriteCache:
         bench.command_ext(WRITE_FUA, 5, 1)
         bench.push(bytes(SECTOR))
         assert (bench.status(), bench.inb(ERROR)) == (FAILED, ABRT)
+
+
+class TestDataOut:
+    """Whoever gathers the guest's writes to the data port is told when there will be some."""
+
+    def test_for_each_chunk_and_for_packets(self) -> None:
+        drive, backend = disk()
+        bench = Bench(drive, AtapiDrive(None))
+        windows: list[bool] = []
+        bench.channel.on_data_out = lambda: windows.append(bench.channel.data.writing)
+        bench.read_pio(READ, 0, 4)
+        assert windows == []
+        bench.write_pio(WRITE, 0, bytes(4 * SECTOR))
+        assert windows == [True]
+        backend.held = True
+        bench.command_ext(WRITE_EXT, 0, 300)
+        bench.push(bytes(256 * SECTOR), 4)
+        assert windows == [True] * 2
+        backend.release()
+        assert windows == [True] * 3
+        bench.push(bytes(44 * SECTOR), 4)
+        backend.release()
+        bench.packet(bytes(6), unit=1)
+        assert windows == [True] * 4
+        assert not bench.channel.data.writing
