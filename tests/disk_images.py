@@ -34,7 +34,7 @@ PARTITION_SECTOR = 2048  # where partitions begin: room for a boot loader before
 DISK_MIB = 16  # FAT16 needs more than 4084 clusters
 EPOCH = 1_700_000_000  # every file's date
 
-HELLO = "Hello from a file on the disk.\n"
+HELLO = "Hello from a file on the disk\n"
 SERIAL_SPEED = 115200
 
 

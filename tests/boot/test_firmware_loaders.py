@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from pyvmm.address_space import AddressSpace
 
 # Generous: they end what hangs. Software KVM takes 2 s to the boot sector, and 10 to GRUB 2's prompt.
 BOOT_S = 60.0
-COMMAND_S = 60.0
+COMMAND_S = 120.0
 
 NOISE = disk_images.files()["noise.txt"].decode().strip()
+
+# Ends of "GRUB Loading stage2." and "Welcome to GRUB!", which went to the BIOS console: SeaBIOS holds the last
+# characters back until a timer tick finds it at work again, and that is during a later command. No other line ends so.
+LATE = (".\n", "!\n\n")
 
 VGA_TEXT = 0xB_8000
 VGA_TEXT_BYTES = 0x8000
@@ -30,6 +35,8 @@ def typed(console: Console | SerialLine, prompt: str, command: str) -> str:
     """What a loader answers; its echo of the command is cut off."""
     console.send(command + "\r")
     said = console.expect(prompt, COMMAND_S).replace("\r", "")
+    for late in LATE:
+        said = said.replace(late, "")
     echo, _, answer = said.partition("\n")
     assert command in echo, said
     return answer.strip()
@@ -101,7 +108,8 @@ def test_grub_legacy_reads_files_and_boots_a_multiboot_kernel(tmp_path: Path, fi
 
         geometry = typed(line, prompt, "geometry (hd0)")
         sectors = disk.stat().st_size // disk_images.SECTOR
-        assert f"drive 0x80: C/H/S = {sectors // (16 * 63)}/16/63, The number of sectors = {sectors}, LBA" in geometry
+        cylinders = sectors // (16 * 63) - 1  # a BIOS keeps the last for itself
+        assert f"drive 0x80: C/H/S = {cylinders}/16/63, The number of sectors = {sectors}, LBA" in geometry
         assert "Partition num: 0,  Filesystem type is fat, partition type 0xe" in geometry
         assert typed(line, prompt, "cat (hd0,0)/hello.txt") == HELLO.strip()
         assert typed(line, prompt, "cmp (hd0,0)/one.bin (hd0,0)/same.bin") == ""
@@ -116,7 +124,10 @@ def test_grub_legacy_reads_files_and_boots_a_multiboot_kernel(tmp_path: Path, fi
         assert "cmdline = (hd0,0)/kernel of this test" in screen
         assert "boot_device = 0x8000ffff" in screen
         # What SeaBIOS made of fw_cfg's memory map: 64 MiB but for its own tables at the end.
-        assert "mem_lower = 639KB, mem_upper = 64384KB" in screen
+        sizes = re.search(r"mem_lower = (\d+)KB, mem_upper = (\d+)KB", screen)
+        assert sizes
+        assert int(sizes[1]) == 639
+        assert 63 * 1024 - 256 <= int(sizes[2]) < 63 * 1024
 
 
 def test_grub_2_reads_a_file_by_the_bios_and_by_its_own_driver(tmp_path: Path, firmware: Path) -> None:
