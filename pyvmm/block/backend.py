@@ -451,11 +451,12 @@ def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnE
     stats = BlockStats()
     file = open_protocol(options, context, stats)
     try:
-        throttle = None
         from pyvmm.block.raw import RawDriver
-        from pyvmm.block.throttle import Throttle
 
-        if Throttle.wanted(options):
+        throttle = None
+        if options.throttled:
+            from pyvmm.block.throttle import Throttle
+
             throttle = Throttle(options, clock, context)
         driver = RawDriver(file, options.offset, window_size(options, file.size_bytes))
     except BaseException:

@@ -129,6 +129,11 @@ class DriveOptions:
         return kind if self.index is None else f"ide{self.index // 2}-{kind}{self.index % 2}"
 
     @property
+    def throttled(self) -> bool:
+        """Whether there is a limit of rate at all."""
+        return any(getattr(self, name) for name in THROTTLES)
+
+    @property
     def guest_may_write(self) -> bool:
         return not self.readonly and self.media != "cdrom"
 

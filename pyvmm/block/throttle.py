@@ -85,13 +85,6 @@ class Throttle:
             for direction in (0, 1)
         )
 
-    @staticmethod
-    def wanted(options: DriveOptions) -> bool:
-        """Whether the options set a limit at all."""
-        from pyvmm.block.options import THROTTLES
-
-        return any(getattr(options, name) for name in THROTTLES)
-
     def admit(self, write: bool, length: int) -> ThrottledWaiter | None:
         """None: go on. Else await what this returns: 0, or -ECANCELED."""
         with self._lock:

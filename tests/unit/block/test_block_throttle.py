@@ -40,7 +40,7 @@ class Drive:
         self.loop = ManualLoop()
         context = AioContext(self.loop)
         drive = DriveOptions("x", **options)
-        assert Throttle.wanted(drive)
+        assert drive.throttled
         self.backend = BlockBackend(drive, Instant(), context, throttle=Throttle(drive, self.clock, context))
         self.done: list[tuple[str, int]] = []
         self._sector = 0
@@ -57,7 +57,7 @@ class Drive:
 
 
 def test_no_limits_no_throttle() -> None:
-    assert not Throttle.wanted(DriveOptions("x"))
+    assert not DriveOptions("x").throttled
 
 
 @pytest.mark.parametrize("what", ["read", "write"])
