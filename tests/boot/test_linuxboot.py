@@ -49,12 +49,31 @@ results:
 """
 
 
+# Resets the machine at its first boot, which it remembers in a byte of CMOS that the battery keeps.
+RESETS_ONCE = """
+        mov     $0x7e, %al
+        outb    %al, $0x70
+        inb     $0x71, %al
+        cmp     $0x5a, %al
+        je      entry
+        mov     $0x7e, %al
+        outb    %al, $0x70
+        mov     $0x5a, %al
+        outb    %al, $0x71
+        mov     $6, %al
+        mov     $0xcf9, %dx
+        outb    %al, %dx
+1:      hlt
+        jmp     1b
+"""
+
+
 class Kernel:
     """A bzImage of protocol 2.15 with SETUP in its real-mode part and a pattern behind that."""
 
-    def __init__(self, initrd_addr_max: int = INITRD_ADDR_MAX) -> None:
+    def __init__(self, initrd_addr_max: int = INITRD_ADDR_MAX, before: str = "") -> None:
         # The real-mode part is entered 0x20 paragraphs into its segment: offsets count from there.
-        program = asm.assemble(SETUP, "real16", HEADER_END - 0x200)
+        program = asm.assemble(before + SETUP, "real16", HEADER_END - 0x200)
         self.results = program.symbols["results"] + 0x200
         setup = bytearray((SETUP_SECTORS + 1) * 512)
         self.code = bytes((n * 7 >> 3) & 0xFF for n in range(3 * MIB + 48))
@@ -121,6 +140,18 @@ def test_a_kernel_is_entered_as_the_boot_protocol_says(
         assert place % 4096 == 0
         assert top - 0x10000 < place + size + 4096
         assert place + size <= min(initrd_addr_max + 1, memory_mib * MIB - 4096)
+
+
+def test_after_a_reset_it_is_booted_again(firmware: Path) -> None:
+    log = bytearray()
+    kernel = Kernel(before=RESETS_ONCE)
+    with pyvmm.Machine(
+        machine="pc", memory_mib=64, firmware=firmware, kernel=kernel.image, initrd=b"module", debugcon=log.extend
+    ) as m:
+        assert ended(m) == 0x15 << 1 | 1
+        assert log.count(b"Booting from ROM...") == 2
+        (place,) = struct.unpack("<I", m.memory.read(0x10218, 4))
+        assert m.memory.read(place, 6) == b"module"
 
 
 def test_a_kernel_waits_for_its_turn(firmware: Path, tmp_path: Path) -> None:
