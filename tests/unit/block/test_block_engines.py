@@ -436,7 +436,7 @@ def test_against_a_model(engine: str, cache: str, road: str, tmp_path: Path) -> 
         options = {"aio": engine, "cache": cache}
         path = tmp_path / "model.img"
 
-    run_state_machine_as_test(Model, settings=settings(max_examples=25, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(Model, settings=settings(max_examples=15, stateful_step_count=25, deadline=None))
 
 
 def test_the_engines_have_the_same_face(drive: Open, loop: TestLoop) -> None:
