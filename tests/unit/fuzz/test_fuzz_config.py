@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuzz.harness import MEMORY_BYTES, FencedBoard
+from fuzz.harness import MEMORY_BYTES, ROM_BASE, FencedBoard
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
@@ -138,7 +138,7 @@ DMA_ERROR, DMA_READ, DMA_SKIP, DMA_SELECT, DMA_WRITE = 1, 2, 4, 8, 16
 ACCESS = 0x1000
 KEYS = st.sampled_from((0, 1, 2, 3, 5, 0x19, 0x20, 0x21, 0x22, 0x3F, 0x7FFF, 0x8001, 0x8002, 0xFFFF))
 ADDRESSES = st.integers(0x2000, MEMORY_BYTES - 1) | st.sampled_from(
-    (MEMORY_BYTES - 1, MEMORY_BYTES, 0x4000_0000, (1 << 64) - 1, 1 << 63, 0xFFFE_0000, (1 << 52) - 8)
+    (MEMORY_BYTES - 1, MEMORY_BYTES, 0x4000_0000, (1 << 64) - 1, 1 << 63, ROM_BASE, (1 << 52) - 8)
 )
 
 
@@ -211,17 +211,20 @@ class FwCfgModel(OnBoard):
                 return DMA_ERROR
             expected[target : target + length] = item[start : start + length].ljust(length, b"\0")
         elif what & DMA_WRITE:
-            if self.key != self.board.writable_key or start + length > len(item) or not in_memory:
+            source = self.board.rom[target - ROM_BASE :] if target >= ROM_BASE else before[target:]
+            if self.key != self.board.writable_key or start + length > len(item) or length > len(source):
                 return DMA_ERROR
-            self.written[start : start + length] = before[target : target + length]
+            self.written[start : start + length] = source[:length]
         return 0
 
     @rule(at=ADDRESSES)
     def transfer_from_anywhere(self, at: int) -> None:
-        """The access itself lies where there is no memory, or asks for nothing."""
+        """The access itself lies where there is no memory, or asks for nothing; not in the ROM: what is there?"""
         if at < MEMORY_BYTES:
             at = min(at, MEMORY_BYTES - 16)
             self.board.memory.write(at, bytes(16))
+        elif at == ROM_BASE:
+            at -= 8
         self.pio.write(0x514, 4, int.from_bytes((at >> 32).to_bytes(4, "big"), "little"))
         self.pio.write(0x518, 4, int.from_bytes((at & 0xFFFF_FFFF).to_bytes(4, "big"), "little"))
 
