@@ -15,9 +15,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PORT_GPE0 = 0xAFE0  # clear of the I/O BARs, which firmware gives out from 0xc000
+PORT_GPE0 = layout.PORT_GPE0
 GPE0_BYTES = 4
-PORT_SMI_COMMAND = 0xB2  # the PIIX4's APMC
+PORT_SMI_COMMAND = layout.PORT_APM
 FW_CFG_BYTES = 12  # selector and data, then the DMA address
 
 # Configuration mechanism 1, which is the bridge's own; ports on both sides of it are handed on.
