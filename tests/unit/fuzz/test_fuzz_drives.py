@@ -209,11 +209,31 @@ class DiskModel(OnBoard):
 
     # What goes wrong
 
-    @rule(lba=st.integers(DISK_SECTORS, (1 << 28) - 1), opcode=st.sampled_from((READ, WRITE, READ_DMA, WRITE_DMA)))
-    def past_the_end(self, lba: int, opcode: int) -> None:
-        self.command(opcode, lba, 1)
-        assert self.status() == 0x51
-        assert self.pio.read(PRIMARY + ERROR, 1) == IDNF
+    @rule(
+        lba=st.sampled_from((DISK_SECTORS - 1, DISK_SECTORS, DISK_SECTORS + 1))
+        | st.integers(DISK_SECTORS, (1 << 28) - 1),
+        dma=st.sampled_from((READ_DMA, WRITE_DMA)),
+        pio=st.sampled_from((READ, WRITE)),
+    )
+    def past_the_end(self, lba: int, dma: int, pio: int) -> None:
+        """Not one sector of it is moved by DMA; by PIO those in front of the end are."""
+        self.lay_out(2, [])
+        self.start(1)
+        for opcode in (dma, pio) if lba >= DISK_SECTORS else (dma,):
+            self.command(opcode, lba, 2 if lba < DISK_SECTORS else 1)
+            assert self.status() == 0x51
+            assert self.pio.read(PRIMARY + ERROR, 1) == IDNF
+        self.pio.write(BUS_MASTER_BASE, 1, 0)
+
+    @rule(lba=SECTORS)
+    def started_too_late(self, lba: int) -> None:
+        """A DMA command is forgotten by a reset; what starts the bus master after that moves nothing."""
+        self.lay_out(1, [])
+        self.command(WRITE_DMA, lba, 1)
+        self.break_off("reset")
+        self.start(1)
+        assert self.status() == 0x50
+        self.pio.write(BUS_MASTER_BASE, 1, 0)
 
     @rule(
         writes=st.lists(
@@ -368,7 +388,7 @@ class CdModel(OnBoard):
         return (2, 0x3A) if reads and not self.present else None
 
     @rule(
-        lba=st.integers(0, CD_BLOCKS + 2),
+        lba=st.integers(0, CD_BLOCKS - 1) | st.integers(CD_BLOCKS - 3, CD_BLOCKS + 1),
         count=st.integers(0, 4),
         limit=st.sampled_from((0xFFFE, 0xFFFF, 2048, 4000, 2)),
     )
