@@ -11,7 +11,7 @@ from struct import Struct
 
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import SECTOR_BYTES, Discards, Flush, Mover
-from pyvmm.devices.ide.registers import ABRT, BUSY, UNC
+from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, UNC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ class DmaTransfer(Activity):
     def start(self) -> None:
         disk = self._disk
         disk.activity = self
-        disk.status = BUSY
+        disk.status = DATA  # ready for the bus master: a driver may look for that before it starts it
         self.channel.bus_master.attach(self)
 
     def begin(self) -> None:
+        self._disk.status = BUSY
         gathered = self.channel.bus_master.gather(self._count * SECTOR_BYTES, self._read)
         if gathered is None:
             self.channel.bus_master.end(self)
@@ -110,10 +111,11 @@ class Trim(Activity):
 
     def start(self) -> None:
         self._disk.activity = self
-        self._disk.status = BUSY
+        self._disk.status = DATA
         self.channel.bus_master.attach(self)
 
     def begin(self) -> None:
+        self._disk.status = BUSY
         gathered = self.channel.bus_master.gather(self._blocks * SECTOR_BYTES, False)
         if gathered is None:
             self.channel.bus_master.end(self)

@@ -262,10 +262,11 @@ class PacketDma(PacketActivity):
 
     def start(self) -> None:
         self.drive.activity = self
-        self.drive.status = BUSY
+        self.drive.status = DATA
         self.channel.bus_master.attach(self)
 
     def begin(self) -> None:
+        self.drive.status = BUSY
         bus_master = self.channel.bus_master
         gathered = bus_master.gather(self._length, self._to_memory)
         if gathered is None:

@@ -168,7 +168,8 @@ def test_read_by_dma(c: Cd, count: int) -> None:
 def test_dma_that_is_started_after_the_packet(c: Cd) -> None:
     c.bench.prd((0x20000, BLOCK))
     c.packet(read_10(5, 1), dma=True)
-    assert c.bench.alt() & BSY
+    assert c.bench.alt() == DONE | DRQ
+    assert c.bench.pull(4) == b"\xff" * 4
     c.bench.start()
     assert c.result() == (DONE, 0, 3)
     assert c.bench.memory.read(0x20000, BLOCK) == c.data(5, 1)
