@@ -125,6 +125,16 @@ def test_other_bytes_on_the_disk_are_noticed(board: FencedBoard) -> None:
         board.check_alive()
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris has no build for this Python")
+def test_the_atheris_target(tmp_path: Path) -> None:
+    command = [sys.executable, "tests/fuzz/fuzz_board.py", "-runs=300", "-seed=1", "-max_len=500", f"{tmp_path}/"]
+    command.append(f"-artifact_prefix={tmp_path}/")
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Done 300 runs" in run.stderr
+    assert list(tmp_path.iterdir())  # inputs that reached something new: the devices are instrumented
+
+
 def test_a_fuzzers_bytes_decide() -> None:
     choices = BytesChoices(bytes((3, 0xFF, 0x01, 2, 9)))
     assert choices.below(2) == 1
