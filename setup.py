@@ -23,8 +23,10 @@ def assemble(source: Path) -> None:
 
 
 def assemble_guests() -> None:
-    for source in sorted((HERE / "pyvmm" / "guests").glob("*.S")):
-        assemble(source)
+    # The benchmarks' too, for machines without an assembler; where there is one they are assembled when they run.
+    for guests in (HERE / "pyvmm" / "guests", HERE / "benchmarks" / "guests" / "exits"):
+        for source in sorted(guests.glob("*.S")):
+            assemble(source)
 
 
 class BuildPy(build_py):

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +172,13 @@ def choose_pin(asked: str | None) -> int | None:
     return cpu
 
 
-def leave_to_contenders(pin: int | None) -> None:
+@contextlib.contextmanager
+def left_to_contenders(pin: int | None) -> Iterator[None]:
     """Keep this process off the CPU its contenders are pinned to, where there is another."""
-    rest = os.sched_getaffinity(0) - {pin}
-    if pin is not None and rest:
-        os.sched_setaffinity(0, rest)
+    before = os.sched_getaffinity(0)
+    if pin is not None and before - {pin}:
+        os.sched_setaffinity(0, before - {pin})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

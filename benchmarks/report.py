@@ -107,6 +107,7 @@ class Case:
         self.title = title
         self.unit = unit
         self.reference = reference
+        self.details: dict[str, Any] = {}
         self.results: list[Result] = []
         for result in results:
             self.add(result)
@@ -129,13 +130,16 @@ class Case:
             "title": self.title,
             "unit": self.unit,
             "reference": self.reference,
+            "details": self.details,
             "contenders": [result.plain() for result in self.results],
         }
 
     @classmethod
     def from_plain(cls, data: dict[str, Any]) -> Case:
         results = [Result.from_plain(each) for each in data["contenders"]]
-        return cls(data["name"], data["title"], data["unit"], results, reference=data["reference"])
+        self = cls(data["name"], data["title"], data["unit"], results, reference=data["reference"])
+        self.details = data["details"]
+        return self
 
 
 def same_rounds(a: Result, b: Result) -> bool:

@@ -1,0 +1,10 @@
+# outb_to_uart.S, linked at 0x100000. A byte to COM1's scratch register: a device that every VMM has.
+
+        .set    ARMS, 1
+        .macro  arm
+        mov     $UART_SCRATCH, %edx
+        .endm
+        .macro  access
+        outb    %al, %dx
+        .endm
+        .include "exits.inc"

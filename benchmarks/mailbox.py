@@ -1,0 +1,142 @@
+"""The mailbox of an exit guest, read and written from outside through /proc/PID/mem: it works for every VMM alike.
+
+The guest needs no device to be told what to do, so nothing but the measured accesses leaves it. Offsets are those of
+guests/exits/exits.inc.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+MAILBOX = 0x18_0000
+SAMPLES = 0x20_0000
+MAGIC = 0x316D_6D76_7970_2121
+MEMORY_MIB = 64
+MIB = 1 << 20
+
+TURN, DONE, WARM_UP, EXPECTED, COUNTS = 0x08, 0x0C, 0x10, 0x2C, 0x80
+PLAN = struct.Struct("<5I")  # warm-up, pairs of blocks, accesses in a short and a long one, singles
+WORD = struct.Struct("<I")
+QUAD = struct.Struct("<Q")
+
+LOOK_S = 0.0002
+# Where a VMM may put guest RAM in a mapping: at its start, or at the next address that huge pages like.
+ALIGNMENT = 2 * MIB
+
+
+class Hung(Exception):
+    """The guest did not come to the end of what it was told."""
+
+
+class Plan(NamedTuple):
+    """What the guest does in a turn."""
+
+    warm_up: int
+    pairs: int
+    short: int
+    long: int
+    singles: int
+
+    @property
+    def accesses(self) -> int:
+        return self.warm_up + self.pairs * (self.short + self.long) + self.singles
+
+
+class Ticks(NamedTuple):
+    """What a turn gave, in TSC ticks."""
+
+    short: list[int]
+    long: list[int]
+    singles: list[int]
+
+
+class Memory:
+    """Of another process. OSError where the kernel does not allow it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+
+    def read(self, address: int, size: int) -> bytes:
+        return os.pread(self._fd, size, address)
+
+    def write(self, address: int, data: bytes) -> None:
+        os.pwrite(self._fd, data, address)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def find_guest(self) -> int | None:
+        """Where guest RAM begins: by the magic number that the guest has put into the mailbox."""
+        for start, end in writable(self.pid):
+            if end - start < MEMORY_MIB * MIB:
+                continue
+            for base in candidates(start, end - MEMORY_MIB * MIB):
+                try:
+                    if self.read(base + MAILBOX, QUAD.size) == QUAD.pack(MAGIC):
+                        return base
+                except OSError:
+                    continue
+        return None
+
+
+def writable(pid: int) -> list[tuple[int, int]]:
+    """Its private or shared mappings that can be written."""
+    found = []
+    with open(f"/proc/{pid}/maps") as file:
+        for line in file:
+            where, access, *_ = line.split()
+            if access.startswith("rw"):
+                start, _, end = where.partition("-")
+                found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def candidates(start: int, last: int) -> list[int]:
+    aligned = -(-start // ALIGNMENT) * ALIGNMENT
+    return [start, *range(aligned, last + 1, ALIGNMENT)]
+
+
+class Mailbox:
+    """Of a guest whose RAM is at ``base`` in its process."""
+
+    def __init__(self, memory: Memory, base: int) -> None:
+        self.memory = memory
+        self.base = base
+        self._turn = 0
+
+    def word(self, offset: int) -> int:
+        value: int = WORD.unpack(self.memory.read(self.base + MAILBOX + offset, WORD.size))[0]
+        return value
+
+    def put(self, offset: int, data: bytes) -> None:
+        self.memory.write(self.base + MAILBOX + offset, data)
+
+    @property
+    def ready(self) -> bool:
+        return self.memory.read(self.base + MAILBOX, QUAD.size) == QUAD.pack(MAGIC)
+
+    def count_of_other(self, cpu: int) -> int:
+        """Accesses that vCPU ``cpu`` (from 1) has made."""
+        at = self.base + MAILBOX + COUNTS + QUAD.size * (cpu - 1)
+        value: int = QUAD.unpack(self.memory.read(at, QUAD.size))[0]
+        return value
+
+    def take(self, plan: Plan, limit_s: float, alive: Callable[[], bool] = lambda: True) -> Ticks:
+        """One turn. Hung where its end does not come within ``limit_s``, or the process is gone (``alive`` false)."""
+        self.put(WARM_UP, PLAN.pack(*plan))
+        self._turn += 1
+        self.put(TURN, WORD.pack(self._turn))
+        end = time.monotonic() + limit_s
+        while self.word(DONE) != self._turn:
+            if time.monotonic() > end or not alive():
+                raise Hung(f"no end of a turn within {limit_s:g} s" if alive() else "its process has ended")
+            time.sleep(LOOK_S)
+        count = 2 * plan.pairs + plan.singles
+        ticks = struct.unpack(f"<{count}I", self.memory.read(self.base + SAMPLES, WORD.size * count))
+        blocks = ticks[: 2 * plan.pairs]
+        return Ticks(list(blocks[::2]), list(blocks[1::2]), list(ticks[2 * plan.pairs :]))
