@@ -90,6 +90,20 @@ def test_no_request_has_more_pieces_than_preadv_takes(piece: int) -> None:
     assert buffer[: count * SECTOR] == backend.data
 
 
+@pytest.mark.parametrize("first", [2, 4, 100, 510])
+@pytest.mark.parametrize("second", [2, 30])
+def test_pieces_that_make_no_whole_sectors_where_a_request_ends(first: int, second: int) -> None:
+    """The first 1024 of them end in the middle of a sector, whose beginning then waits for the next request."""
+    count = 64
+    sizes = [first, second, *[6] * (count * SECTOR // 6)]
+    buffer = bytearray(sum(sizes))
+    backend = FakeBackend(pattern(count))
+    run = Run(backend, 0, views(buffer, sizes), count)
+    assert run.ends == [(count, 0)]
+    assert buffer[: count * SECTOR] == backend.data
+    assert len(backend.log) > 1
+
+
 def test_large_ones_are_split() -> None:
     backend = FakeBackend(pattern(5000))
     run = Run(backend, 0, [memoryview(bytearray(5000 * SECTOR))], 5000)

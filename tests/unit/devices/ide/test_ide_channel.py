@@ -242,6 +242,38 @@ class TestReset:
         backend.held = False
         assert bench.read_pio(READ, 2, 2) == backend.data[2 * SECTOR : 4 * SECTOR]
 
+    @pytest.mark.parametrize("releases", [0, 1, 2])
+    @pytest.mark.parametrize("bad", [False, True])
+    @pytest.mark.parametrize("dma", [False, True])
+    @pytest.mark.parametrize("machine", [False, True])
+    def test_in_any_part_of_a_write(self, releases: int, bad: bool, dma: bool, machine: bool) -> None:
+        """The data, the flush, the search for the sector that can not be written."""
+        bench, backend = new_bench()
+        bench.command(0xEF, features=0x82)
+        backend.held = True
+        backend.bad = {3} if bad else set()
+        bench.prd((0x1000, 8 * SECTOR))
+        bench.start(False)
+        bench.command(0xCA if dma else 0x30, 0, 8)
+        if not dma:
+            bench.push(bytes(8 * SECTOR))
+        for _ in range(releases):
+            if backend.waiting:
+                backend.release()
+        bench.irqs.clear()
+        if machine:
+            bench.channel.reset()
+        else:
+            bench.out(CONTROL, 4, 0)
+        while backend.waiting:
+            backend.waiting[0].cancelled = False
+            backend.release()
+        assert bench.status() == DONE
+        assert 1 not in bench.irqs
+        backend.held, backend.bad = False, set()
+        bench.write_pio(0x30, 8, pattern(8, seed=4))
+        assert backend.data[8 * SECTOR : 16 * SECTOR] == pattern(8, seed=4)
+
     def test_a_callback_while_srst_is_set(self) -> None:
         bench, backend = new_bench()
         backend.held = True

@@ -347,6 +347,7 @@ class TestStopping:
 
     def test_bus_mastering_switched_off(self) -> None:
         bench, backend = new_bench()
+        assert bench.channel.bus_master.enabled
         bench.channel.bus_master.enabled = False
         bench.prd((0x2000, 512))
         bench.start()
@@ -433,6 +434,13 @@ class TestTrim:
         self.trim(bench, (5, 10), (0, 0), (100, 924))
         assert (bench.bm_status(), bench.status()) == (INTERRUPT, DONE)
         assert backend.discarded == [(5, 10), (100, 924)]
+
+    def test_a_table_that_is_too_short(self) -> None:
+        bench, backend = new_bench()
+        bench.prd((0x2000, 510))
+        bench.start(False)
+        bench.command_ext(TRIM, 0, 1, features=1)
+        assert (bench.bm_status(), bench.irqs, bench.status(), backend.log) == (0, [], DONE, [])
 
     def test_none(self) -> None:
         bench, backend = new_bench()

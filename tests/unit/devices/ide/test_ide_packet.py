@@ -300,6 +300,12 @@ def test_data_from_the_host(c: Cd, limit: int) -> None:
     assert (c.bench.alt(), c.bench.inb(REASON) & 3) == (DONE, 3)
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+def test_data_from_the_host_with_a_limit_that_allows_nothing(c: Cd, limit: int) -> None:
+    c.packet(mode_select(c)[0], limit)
+    assert (c.bench.status(), c.bench.inb(ERROR)) == (CHECK, ABRT)
+
+
 def test_data_from_the_host_that_is_wrong(c: Cd) -> None:
     cdb, data = mode_select(c)
     c.packet(cdb)

@@ -375,6 +375,20 @@ class TestSlow:
             assert bench.pull((end - begin) * SECTOR, 4) == data[begin * SECTOR : end * SECTOR]
         assert bench.status() == DONE
 
+    def test_a_write_that_fails_once_is_none(self) -> None:
+        bench, backend = new_bench()
+        backend.held = True
+        backend.bad = {10}
+        bench.command(WRITE, 0, 32)
+        bench.push(pattern(32, seed=4), 4)
+        backend.release()
+        backend.bad = set()
+        while backend.waiting:
+            assert bench.alt() & BSY
+            backend.release()
+        assert bench.status() == DONE
+        assert sectors(backend, 0, 32) == pattern(32, seed=4)
+
     def test_errors_that_are_found_later(self) -> None:
         bench, backend = new_bench()
         backend.held = True

@@ -73,7 +73,15 @@ SCENARIOS: dict[str, list[Step]] = {
         ("wait",),
         ("image", 0, 400),
     ],
-    "pio out, no write cache": [("cmd", 0xEF, 0, 0, 0x82), ("wait",), WRITE_8, *push(NEW), ("wait",), ("image", 0, 16)],
+    "pio out, no write cache": [
+        ("cmd", 0xEF, 0, 0, 0x82),
+        ("wait",),
+        WRITE_8,
+        *push(NEW),
+        ("release",),
+        ("wait",),
+        ("image", 0, 16),
+    ],
     "pio out, over the end": [
         ("cmd", 0x30, 1020, 8),
         *push(NEW[: 4 * SECTOR]),
@@ -141,6 +149,16 @@ SCENARIOS: dict[str, list[Step]] = {
         ("wait",),
         ("in", 0x1F1),
     ],
+    "packet out, dma": [
+        ("poke", 0x2000, MODE_SELECT),
+        ("out", BM, 0),
+        *packet(bytes((0x55, 0x10, 0, 0, 0, 0, 0, 0, 20)), dma=1),
+        ("prd", (0x2000, 20)),
+        ("out", BM, 1),
+        ("in", BM + 2),
+        ("in", STATUS),
+    ],
+    "identify packet": [("out", 0x1F6, 0xB0), ("out", COMMAND, 0xA1), *pull(512, 100), ("in", STATUS)],
     "packet, nothing there": [
         *packet(b"\xff"),
         ("in", 0x1F1),
@@ -182,6 +200,7 @@ class World:
             "image": lambda lba, count: bytes(self.disk.data[lba * SECTOR : (lba + count) * SECTOR]),
             "lba": bench.lba_ext,
             "irq": lambda: (self.settle(), bench.irq.level)[1],
+            "release": lambda: self.disk.waiting and self.disk.release(),
             "wait": lambda: (self.settle(), bench.alt())[1],
         }
         return acts[name](*args)
@@ -221,6 +240,32 @@ def test_the_rest_is_the_same_elsewhere(name: str, held: bool) -> None:
         assert [other.step(rest) for rest in steps[n:]] == expected[n:], (n, step)
         assert other.disk.data == reference.disk.data
         assert world.step(step) == expected[n]
+
+
+def test_a_reset_that_waited_is_over_elsewhere() -> None:
+    """What it waited for is not there."""
+    world = World(True)
+    world.step(READ_8)
+    world.bench.out(CONTROL, 4, 0)
+    assert world.bench.alt() & BSY
+    other = world.copy()
+    assert other.bench.alt() == 0x50
+
+
+def test_a_disc_that_is_not_there_when_a_state_is_loaded() -> None:
+    for dma in (0, 1):
+        world = World(False)
+        for step in packet(bytes((0x28, 0, 0, 0, 0, 3, 0, 0, 90, 0)), dma=dma):
+            world.step(step)
+        other = World(False)
+        drive = AtapiDrive(None)
+        other.bench = Bench(IdeDisk(other.disk), drive)  # type: ignore[arg-type]
+        other.bench.channel.load(world.bench.channel.save())
+        other.bench.prd(*((0x20000 + n * 0x10000, 0) for n in range(3)))
+        other.bench.out(BM, 9)
+        while other.bench.alt() & DRQ:
+            other.bench.pull(other.bench.inb(MID) | other.bench.inb(HIGH) << 8)
+        assert (other.bench.alt(), other.bench.inb(0x1F1)) == (0x51, 0x20)
 
 
 def test_a_copy_of_a_copy() -> None:
