@@ -172,8 +172,9 @@ def qemu(work: dict[str, Any]) -> None:
         stdin, stdout = process.stdin, process.stdout
 
         def listen() -> None:
-            while data := stdout.read(4096):
-                line.hear(data)
+            with contextlib.suppress(OSError):  # closed in the end
+                while data := stdout.read(4096):
+                    line.hear(data)
 
         threading.Thread(target=listen, daemon=True).start()
         try:
