@@ -299,8 +299,10 @@ class GatheredWrites:
             self._timer.arm(self._machine.clock.now_ns() + self.PERIOD_NS)
 
     def _look(self) -> None:
-        if not self._channel.data.writing:
-            return
+        # With the lock: between two blocks of one command no window is open for a moment.
+        with self._channel.lock:
+            if not self._channel.data.writing:
+                return
         for cpu in self._machine.cpus:
             cpu.exec.drain()
         self._timer.arm(self._machine.clock.now_ns() + self.PERIOD_NS)

@@ -84,9 +84,9 @@ class BusMaster(Device):
         if size == 1:
             self._write_byte(offset, value)
             return
-        for at in range(offset, offset + size):
-            self._write_byte(at, value & 0xFF)
-            value >>= 8
+        # From the top: a start must not have its interrupt cleared by the status byte of the same write.
+        for n in reversed(range(size)):
+            self._write_byte(offset + n, value >> 8 * n & 0xFF)
 
     def _write_byte(self, offset: int, value: int) -> None:
         if offset >= BM_PRD_TABLE:

@@ -67,6 +67,17 @@ def test_both_orders(command_first: bool, read: bool) -> None:
     assert bench.bm_status() == 0
 
 
+def test_one_write_that_forgets_old_results_and_starts() -> None:
+    bench, _ = new_bench()
+    for _ in range(2):
+        bench.prd((0x2000, SECTOR))
+        bench.command(READ, 3, 1)
+        bench.pio.write(BM, 4, 0x0006_0009)
+        assert bench.bm_status() == INTERRUPT
+        assert bench.status() == DONE
+        bench.out(BM, 0)
+
+
 @pytest.mark.parametrize("read", [False, True])
 def test_scattered(read: bool) -> None:
     bench, backend = new_bench()
