@@ -33,7 +33,9 @@ if TYPE_CHECKING:
         """What of the local APIC lives in the processor, where software changes it without telling."""
 
         cr8: int  # the upper half of the TPR
-        apic_base: int  # IA32_APIC_BASE
+
+        @property
+        def apic_base(self) -> int: ...  # IA32_APIC_BASE
 
 
 BASE_ENABLE = 1 << 11  # of IA32_APIC_BASE: cleared, the processor has no local APIC at all
@@ -349,24 +351,25 @@ class Lapic(Device):
         writable = LVT_WRITABLE[entry]
         if not self.svr & SVR_ENABLE:
             value |= MASKED  # 11.4.7.2
+        now = self._now()
         if entry == LVT_TIMER:
-            self._rebase()
+            self._rebase(now)
         self.lvt[entry] = self.lvt[entry] & REMOTE_IRR | value & writable
         if entry in LVT_LINT:
             if not is_level(value):
                 self.lvt[entry] &= ~REMOTE_IRR
             self._service_pin(LVT_LINT.index(entry))
         elif entry == LVT_TIMER:
-            self._arm()
+            self._arm(now)
 
     def _write_svr(self, value: int) -> None:
-        before = self.svr
-        self._rebase()
+        before, now = self.svr, self._now()
+        self._rebase(now)
         self.svr = value & SVR_WRITABLE
         if not self.svr & SVR_ENABLE:
             for entry in self.lvt:
                 self.lvt[entry] |= MASKED
-            self._arm()
+            self._arm(now)
         elif not before & SVR_ENABLE:
             self._bus.retry()
 
@@ -388,23 +391,23 @@ class Lapic(Device):
             return 0
         return self._initial - -left % self._initial
 
-    def _expire(self) -> None:
+    # Time goes on while these run, and a count may be shorter than they take: each access looks at the clock once.
+
+    def _expire(self, now: int) -> None:
         """Interrupt, where the time has come: a write may be here before the timer's own call is."""
-        if 0 <= self._due <= self._now():
+        if 0 <= self._due <= now:
             self._due = -1
             self.accept(FIXED, self.lvt[LVT_TIMER] & VECTOR, False)
 
-    def _rebase(self) -> None:
+    def _rebase(self, now: int) -> None:
         """Make now the start: the mode or the divider is about to change, and what has been counted stays counted."""
-        self._expire()
-        now = self._now()
+        self._expire(now)
         self._count = self._count_at(now)
         # The part of a count that is under way already is kept.
         self._start = now - (now - self._start & (1 << self._shift) - 1)
 
-    def _arm(self) -> None:
+    def _arm(self, now: int) -> None:
         entry = self.lvt[LVT_TIMER]
-        now = self._now()
         count = self._count_at(now)
         if entry & MASKED or not count:
             self._due = -1
@@ -419,10 +422,11 @@ class Lapic(Device):
 
     def _on_timer(self) -> None:
         with self._bus.lock:
-            self._expire()
+            now = self._now()
+            self._expire(now)
             if self.lvt[LVT_TIMER] & PERIODIC:
                 self._quiet_until_ns = self._clock.now_ns() + MIN_INTERVAL_NS
-                self._arm()
+                self._arm(now)
 
     # -- registers -----------------------------------------------------------------------------------------------
 
@@ -487,16 +491,18 @@ class Lapic(Device):
         elif offset == ICR_HIGH:
             self.icr = self.icr & ALL_ONES | (value & 0xFF << ID_SHIFT) << 32
         elif offset == INITIAL_COUNT:
-            self._expire()
+            now = self._now()
+            self._expire(now)
             self._initial = self._count = value
-            self._start = self._now()
-            self._arm()
+            self._start = now
+            self._arm(now)
         elif offset in LVT_WRITABLE:
             self._write_lvt(offset, value)
         elif offset == DIVIDE:
-            self._rebase()
+            now = self._now()
+            self._rebase(now)
             self._divide = value & DIVIDE_WRITABLE
-            self._arm()
+            self._arm(now)
         elif offset == SVR:
             self._write_svr(value)
         elif offset == LDR:
@@ -524,11 +530,12 @@ class Lapic(Device):
 
     def save(self) -> dict[str, Any]:
         with self._bus.lock:
-            self._rebase()
+            now = self._now()
+            self._rebase(now)
             state: dict[str, Any] = {name: getattr(self, name) for name in self.STATE}
             state.update({name[1:]: getattr(self, name) for name in self.INNER_STATE})
             state.update(lvt=[self.lvt[entry] for entry in LVT_WRITABLE], pins=list(self._pins))
-            state.update(count=self._count, fraction=self._now() - self._start)
+            state.update(count=self._count, fraction=now - self._start)
             return state
 
     def load(self, state: dict[str, Any]) -> None:
@@ -540,9 +547,10 @@ class Lapic(Device):
             self.lvt = dict(zip(LVT_WRITABLE, state["lvt"], strict=True))
             self._pins = list(state["pins"])
             self._count = state["count"]
-            self._start = self._now() - state["fraction"]
+            now = self._now()
+            self._start = now - state["fraction"]
             self._quiet_until_ns = 0
-            self._arm()
+            self._arm(now)
             # Told whatever it was before: the processor's end starts anew with a load.
             self.output = int(self._wants_pic() or (self._enabled and self._pending() >= 0))
             if self._on_output is not None:

@@ -516,6 +516,28 @@ def test_an_interrupt_that_is_due_is_not_lost_to_a_write() -> None:
         assert apic.acknowledge() == -1  # once
 
 
+class BusyClock(VirtualClock):
+    """Time passes with every look at it."""
+
+    def now_ns(self) -> int:
+        self._now_ns += 1000
+        return self._now_ns
+
+
+@pytest.mark.parametrize("count", range(1, 7000, 500))
+@pytest.mark.parametrize(("register", "value"), [(ESR, 0), (LVT_TIMER, 0x30), (DIVIDE, BY_1), (SVR, 0x1FF)])
+def test_a_count_that_runs_out_while_registers_are_written(count: int, register: int, value: int) -> None:
+    clock = BusyClock()
+    apic = Lapic(ApicBus(), clock)
+    for where, what in ((SVR, 0x1FF), (DIVIDE, BY_1), (LVT_TIMER, 0x30), (INITIAL, count), (register, value)):
+        apic.write(where, 4, what)
+    clock.step(10_000)
+    assert apic.acknowledge() == 0x30
+    apic.write(EOI, 4, 0)
+    clock.step(10_000)
+    assert apic.acknowledge() == -1
+
+
 # The processor's own registers
 
 
