@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pyvmm.x86.boot import BootState
 
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
-APIC_BASE_ENABLE = 1 << 11  # IA32_APIC_BASE (SDM vol. 3, 11.4.4)
 
 
 class Images:
@@ -381,11 +380,9 @@ def write_tables(m: Machine) -> int:
         return int(pc_board().write_tables(m))
     from pyvmm.x86 import acpi, mptable
 
-    irqchip = m.config.irqchip == "kernel"
-    tables = acpi.build(m.config.cpus, irqchip=irqchip)
+    tables = acpi.build(m.config.cpus)
     tables.write(m.memory)
-    if irqchip:
-        mptable.write(m.memory, m.config.cpus)
+    mptable.write(m.memory, m.config.cpus)
     return tables.rsdp
 
 
@@ -397,6 +394,8 @@ def make_cpus(m: Machine) -> None:
         loop = CpuExec(vcpu, m.pio, m.mmio, user_irqchip=m.user_irqchip is not None)
         if m.user_irqchip is not None:
             loop.acknowledge = m.user_irqchip.acknowledge
+            loop.on_tpr = m.user_irqchip.lapic.look_at_cpu
+            m.user_irqchip.lapic.cpu = loop
         m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped, table))
 
 
@@ -436,9 +435,6 @@ def enter_guest(m: Machine, boot: BootState) -> None:
     vcpu = m.cpus[0].vcpu
     regs, sregs = vcpu.regs, vcpu.sregs
     boot.apply(regs, sregs)
-    if not m.vm.has_irqchip:
-        # KVM shows CPUID's APIC bit by this one: there is no local APIC.
-        sregs["apic_base"] &= ~APIC_BASE_ENABLE
     vcpu.sregs = sregs
     vcpu.regs = regs
 

@@ -44,7 +44,7 @@ class MachineConfig:
                  binary is given.
     boot         what firmware tries, in order: letters c (disk), d (CD-ROM), n (kernel).
     cpu          "host", and features to hide: "host,-xsave,-cx16".
-    irqchip      "kernel", or "off": a PIC pair and a PIT in Python, one vCPU.
+    irqchip      "kernel", or "off": PIC pair, PIT, IOAPIC and local APIC in Python, one vCPU.
     serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
     debugcon     the same for the debug console at port 0x402.
     raw_terminal "stdio" takes the terminal over: raw mode, with Ctrl-A x to quit. For commands, not libraries.
@@ -117,7 +117,7 @@ class MachineConfig:
             raise ConfigError(f"boot={self.boot!r}: use letters of c (disk), d (CD-ROM) and n (kernel)")
         if self.irqchip == "off" and self.cpus > 1:
             raise ConfigError(
-                f"irqchip='off' has no local APICs to start {self.cpus} vCPUs: use cpus=1, or irqchip='kernel'"
+                f"irqchip='off' has the local APIC of one vCPU, not of {self.cpus}: use cpus=1, or irqchip='kernel'"
             )
         if self.kernel is not None and self.flat is not None:
             raise ConfigError("both a kernel and a flat binary: give one of them")

@@ -35,6 +35,7 @@ cdef class CpuExec(ViewUser):
     cdef public object msr_handler
     cdef public object on_hypercall
     cdef public object on_eoi
+    cdef public object on_tpr
     cdef public bint halted
     cdef readonly dict detail
     cdef readonly int error_number

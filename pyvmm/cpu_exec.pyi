@@ -40,11 +40,15 @@ class CpuExec(ViewUser):
     msr_handler: Any
     on_hypercall: Callable[[int, list[int]], int] | None
     on_eoi: Callable[[int], None] | None
+    on_tpr: Callable[[], None] | None
+    cr8: int
     halted: bool
     @property
     def detail(self) -> dict[str, Any]: ...
     @property
     def error_number(self) -> int: ...
+    @property
+    def apic_base(self) -> int: ...
     @property
     def wake_fd(self) -> int: ...
     def __init__(

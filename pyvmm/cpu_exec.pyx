@@ -181,12 +181,28 @@ cdef class CpuExec(ViewUser):
         """Let go of the spaces. The vCPU must be out of ``run``."""
         self.pio.detach(self)
         self.mmio.detach(self)
-        self.acknowledge = self.msr_handler = self.on_hypercall = self.on_eoi = None
+        self.acknowledge = self.msr_handler = self.on_hypercall = self.on_eoi = self.on_tpr = None
 
     def coalesced_ring(self, int page_offset, DeviceLock lock not None):
         """Drain KVM's coalesced ring, ``page_offset`` pages into the mapping; ``lock`` is the machine's one for it."""
         self._ring_lock = lock
         self.ring = <uapi.kvm_coalesced_mmio_ring *>(<char *>self.kvm_run + page_offset * PAGE_BYTES)
+
+    # -- of the local APIC, with irqchip off -------------------------------------------------------------------------
+
+    @property
+    def cr8(self):
+        """The task priority, as of the last exit; what is set here is the guest's from its next entry on."""
+        return self.kvm_run.cr8
+
+    @cr8.setter
+    def cr8(self, value):
+        self.kvm_run.cr8 = value
+
+    @property
+    def apic_base(self):
+        """IA32_APIC_BASE as of the last exit; 0 before the first."""
+        return self.kvm_run.apic_base
 
     # -- from other threads ------------------------------------------------------------------------------------------
 
@@ -348,7 +364,7 @@ cdef class CpuExec(ViewUser):
             return LOOP_GO_ON
         if reason == uapi.KVM_EXIT_SET_TPR or reason == uapi.KVM_EXIT_TPR_ACCESS:
             # The new priority is in kvm_run.cr8, and KVM keeps it; accesses are reported for patching, which we don't do.
-            return LOOP_GO_ON
+            return LOOP_GO_ON if self.on_tpr is None else uapi.KVM_EXIT_SET_TPR
         return <int>reason if reason < LOOP_KICKED else LOOP_STRANGE
 
     cdef int _port_access(self, uint32_t port, int size, uint64_t *value, bint is_write) noexcept nogil:
@@ -468,7 +484,13 @@ cdef class CpuExec(ViewUser):
             return raise_pending()
         if code == LOOP_INJECT:
             return self._exit_inject()
+        if code == uapi.KVM_EXIT_SET_TPR:
+            self.on_tpr()
+            return LOOP_GO_ON
         if code == uapi.KVM_EXIT_HLT:
+            if self.on_tpr is not None:
+                # A priority that was raised came without an exit: what it holds back must not end the sleep.
+                self.on_tpr()
             self.halted = self.user_irqchip
             return LOOP_GO_ON
         if code == uapi.KVM_EXIT_HYPERCALL:
@@ -486,6 +508,8 @@ cdef class CpuExec(ViewUser):
         vector = self.acknowledge()
         if vector is not None and vector >= 0:
             self.vcpu.interrupt(vector)
+            # KVM holds one: a second before the next entry would take its place. For that the window is asked for.
+            self.kvm_run.ready_for_interrupt_injection = 0
         return LOOP_GO_ON
 
     cdef int _exit_hlt(self) except -2:

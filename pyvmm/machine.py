@@ -167,11 +167,6 @@ class Machine:
         """The pins of the interrupt controllers by name, where those are in Python: to watch and to drive them."""
         return {} if self.user_irqchip is None else self.user_irqchip.controllers
 
-    @property
-    def has_ioapic(self) -> bool:
-        """Whether there are an IOAPIC and local APICs, or a PIC pair only."""
-        return builder.in_kernel_irqchip(self) or self.config.accel == "qtest"
-
     # -- what devices and vCPUs tell -----------------------------------------------------------------------
 
     def guest_shutdown(self) -> None:

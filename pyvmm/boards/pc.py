@@ -200,7 +200,6 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
     from pyvmm.x86 import firmware_files
 
     config = m.config
-    irqchip = m.has_ioapic
     drives = [(drive.index, drive.media) for drive in config.drives]  # type: ignore[union-attr]  # parsed by the config
     roms = {}
     if config.kernel is not None and uses_firmware(m):
@@ -208,13 +207,12 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
     files = firmware_files.pc_firmware_files(
         config.cpus,
         m.memory.regions,
-        irqchip=irqchip,
         option_roms=roms,
         boot_paths=firmware_files.boot_paths(drives, config.boot, kernel=next(iter(roms), None)),  # type: ignore[arg-type]  # all are placed now
     )
     for name, data in files.items():
         fw_cfg.add_file(name, data)
-    for key, item in firmware_files.pc_firmware_items(irqchip=irqchip).items():
+    for key, item in firmware_files.pc_firmware_items().items():
         fw_cfg.add(key, item)
     for index, value in firmware_files.pc_cmos(translations=translations(m)):
         m.devices["rtc"].cmos[index] = value  # type: ignore[attr-defined]  # an Rtc
@@ -255,10 +253,9 @@ def write_tables(m: Machine) -> int:
     from pyvmm.x86 import acpi_pc, mptable
 
     low = min(m.memory.size_bytes, layout.RAM_HOLE)
-    tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low, irqchip=m.has_ioapic)
+    tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low)
     tables.write(m.memory)
-    if m.has_ioapic:
-        mptable.write(m.memory, m.config.cpus)
+    mptable.write(m.memory, m.config.cpus)
     return tables.rsdp
 
 

@@ -20,7 +20,7 @@ NOTEBOOK_BYTES = 24
 NOTEBOOK_IRQ = 5
 
 OPTIONS = (
-    Option("--irqchip", "kernel|off", "interrupt controllers in KVM (default), or PICs and PIT in Python"),
+    Option("--irqchip", "kernel|off", "interrupt controllers and PIT in KVM (default), or in Python"),
     Option("--timeout", "SECONDS", "give up after that long (default 60); status 124", float),
     Option("--help -h", "", "this"),
 )

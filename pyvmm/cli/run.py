@@ -50,7 +50,7 @@ OPTIONS = (
     Option("--memory -m", "SIZE", "RAM: 256, 256M or 2G (default 256 MiB)", mib, key="memory_mib"),
     Option("--cpus", "N", "number of vCPUs (default 1)", number),
     Option("--cpu", "SPEC", "host, and features to hide: host,-xsave,-cx16"),
-    Option("--irqchip", "kernel|off", "interrupt controllers in KVM (default), or a PIC pair and PIT in Python"),
+    Option("--irqchip", "kernel|off", "interrupt controllers and PIT in KVM (default), or in Python"),
     Option("--serial", "WHERE", "COM1: stdio (default), none, pty, file:PATH"),
     Option("--debugcon", "WHERE", "debug console at port 0x402: none (default), stdio, pty, file:PATH"),
     Option("--debug-exit", "PORT", "where isa-debug-exit is (default 0xf4), or none", port_or_none),

@@ -354,7 +354,7 @@ long:
     call    wait_seen
     call    verdict_rsi
 
-    # CPUID leaf 1, EDX bit 9: is there a local APIC? Not with --irqchip off.
+    # CPUID leaf 1, EDX bit 9: is there a local APIC?
     mov     $1, %eax
     cpuid
     shr     $9, %edx

@@ -24,7 +24,7 @@ KVM_SIGNATURE = 0x4000_0000
 KVM_FEATURES = 0x4000_0001
 KVM_TIMING = 0x4000_0010  # TSC and APIC timer frequency in kHz, a convention begun by VMware
 KVM_SIGNATURE_WORDS = tuple(int.from_bytes(b"KVMKVMKVM\0\0\0"[n : n + 4], "little") for n in (0, 4, 8))
-KVM_APIC_TIMER_KHZ = 1_000_000  # KVM's APIC timer counts nanoseconds
+APIC_TIMER_KHZ = 1_000_000  # KVM's and ours count nanoseconds
 
 MAX_BASIC = 0x0
 FEATURES = 0x1
@@ -37,6 +37,9 @@ SVM = 0x8000_000A
 AMD_CACHES = 0x8000_001D
 AMD_TOPOLOGY = 0x8000_001E
 AMD_EXTENDED_TOPOLOGY = 0x8000_0026
+
+# What a local APIC in user space offers; everything else about APICs is KVM's own.
+PLAIN_APIC = {"apic", "arat"}
 
 HTT = 1 << 28  # leaf 1 EDX: the count of logical processors in EBX is valid
 CMP_LEGACY = 1 << 1  # leaf 0x80000001 ECX: those are cores, not threads
@@ -61,10 +64,10 @@ def build(
     """The entries for the processor with that APIC id of ``cpus``, all cores of one package.
 
     ``spec`` is ``host`` and features to hide or to insist on: ``host,-xsave,-cx16,+x2apic``; ``kvm=off``
-    hides KVM's own leaves. Hiding a feature hides what can't be without it. ``irqchip`` False hides the local
-    APIC. ``tsc_deadline`` says that KVM_CAP_TSC_DEADLINE_TIMER is there: KVM leaves that bit to us.
-    ``tsc_khz`` is told in leaf 0x40000010. ConfigError for a feature nobody knows, or one insisted on that
-    this KVM has not.
+    hides KVM's own leaves. Hiding a feature hides what can't be without it. ``irqchip`` False: the local APIC
+    is in user space, and what only KVM's has is hidden. ``tsc_deadline`` says that KVM_CAP_TSC_DEADLINE_TIMER
+    is there: KVM leaves that bit to us. ``tsc_khz`` is told in leaf 0x40000010. ConfigError for a feature
+    nobody knows, or one insisted on that this KVM has not.
     """
     leaves: Leaves = {}
     flags: dict[tuple[int, int], int] = {}
@@ -74,12 +77,12 @@ def build(
     hidden, wanted, kvm = parse(spec)
 
     _topology(leaves, flags, apic_id, cpus)
-    _hypervisor(leaves, kvm, irqchip, tsc_khz)
+    _hypervisor(leaves, kvm, tsc_khz)
     _set(leaves, "hypervisor")
     if tsc_deadline:
         _set(leaves, "tsc-deadline")
     if not irqchip:
-        hidden |= cpu_features.with_dependents("apic")
+        hidden |= cpu_features.with_dependents("apic") - PLAIN_APIC
     # KVM sets these as the guest sets CR4.
     hidden |= {"osxsave", "ospke"}
     for name in hidden:
@@ -202,7 +205,7 @@ def _amd_topology(leaves: Leaves, apic_id: int, cpus: int) -> None:
         topology[:] = [apic_id, apic_id & 0xFF, 0, 0]  # core id, one thread a core, node 0 of one
 
 
-def _hypervisor(leaves: Leaves, kvm: bool, irqchip: bool, tsc_khz: int | None) -> None:
+def _hypervisor(leaves: Leaves, kvm: bool, tsc_khz: int | None) -> None:
     """KVM's leaves: the signature, its paravirtual features, and the clock rates where they are known."""
     if not kvm:
         for key in [key for key in leaves if key[0] >> 8 == KVM_SIGNATURE >> 8]:
@@ -212,7 +215,7 @@ def _hypervisor(leaves: Leaves, kvm: bool, irqchip: bool, tsc_khz: int | None) -
     leaves[KVM_SIGNATURE, 0] = [KVM_FEATURES, *KVM_SIGNATURE_WORDS]
     if tsc_khz:
         leaves[KVM_SIGNATURE, 0][EAX] = KVM_TIMING
-        leaves[KVM_TIMING, 0] = [tsc_khz, KVM_APIC_TIMER_KHZ if irqchip else 0, 0, 0]
+        leaves[KVM_TIMING, 0] = [tsc_khz, APIC_TIMER_KHZ, 0, 0]
 
 
 def _xsave(leaves: Leaves) -> None:

@@ -15,7 +15,7 @@ def test_all_of_it_went_well(capfd: pytest.CaptureFixture[str], irqchip: str) ->
     assert told.err == ""
     assert "FAILED" not in told.out
     steps = [line for line in told.out.splitlines() if line.endswith("  ok")]
-    assert len(steps) == (9 if irqchip == "kernel" else 8)
+    assert len(steps) == 9
     for mode in ("Real mode", "Protected mode", "Long mode", "Back in real mode after the reset"):
         assert mode in told.out
     rows = {line.split()[0] for line in told.out.split("What reached pyvmm:")[1].splitlines() if line}

@@ -172,12 +172,6 @@ def test_pauses_while_ticks_come(boot: Callable[..., Guest]) -> None:
     assert guest.machine.control.status == PASSED
 
 
-def test_the_guest_sees_no_local_apic(boot: Callable[..., Guest]) -> None:
-    guest = boot("mov $1, %eax\n cpuid\n mov %edx, %ebx\n finish", irqchip="off")
-    assert guest.run() == PASSED
-    assert not guest.regs()["rbx"] & 1 << 9
-
-
 def test_the_serial_port_s_interrupt(boot: Callable[..., Guest]) -> None:
     """COM1's line, IRQ 4, through the Python PIC: the guest echoes what it receives and ends at a q."""
     from pyvmm.chardev import CallableChardev

@@ -13,7 +13,8 @@ from pyvmm.cpu_exec import CpuExec, StopReason
 from pyvmm.device import Device
 
 PAGE_BYTES = 4096
-REQUEST_INTERRUPT_WINDOW, IMMEDIATE_EXIT, EXIT_REASON, READY, IF_FLAG, CR8, UNION = 0, 1, 8, 12, 13, 16, 32
+REQUEST_INTERRUPT_WINDOW, IMMEDIATE_EXIT, EXIT_REASON, READY, IF_FLAG = 0, 1, 8, 12, 13
+CR8, APIC_BASE, UNION = 16, 24, 32
 IO_DATA = PAGE_BYTES  # where KVM puts the data of a port access
 RING = 2 * PAGE_BYTES  # where this page has its coalesced ring
 RING_ENTRIES = (PAGE_BYTES - 8) // 24

@@ -497,6 +497,28 @@ def test_set_tpr_goes_on_and_leaves_cr8_alone(guest: Guest) -> None:
     assert guest.page[k.CR8] == 9
 
 
+def test_a_user_space_apic_hears_of_a_lowered_priority() -> None:
+    guest = Guest(user_irqchip=True)
+    seen: list[int] = []
+    guest.cpu.on_tpr = lambda: seen.append(guest.cpu.cr8)
+    guest.page[k.CR8] = 3
+    assert guest.exit(k.SET_TPR) is None
+    assert seen == [3]
+    guest.page[k.CR8] = 5  # raised without an exit: looked at before the guest is put to sleep
+    assert guest.exit(k.HLT) is None
+    assert seen == [3, 5]
+    guest.cpu.close()
+    assert guest.cpu.on_tpr is None
+
+
+def test_what_of_the_apic_is_in_kvm_run(guest: Guest) -> None:
+    guest.cpu.cr8 = 7
+    assert guest.page[k.CR8] == guest.cpu.cr8 == 7
+    assert guest.cpu.apic_base == 0
+    guest.page[k.APIC_BASE : k.APIC_BASE + 8] = (0xFEE0_0900).to_bytes(8, "little")
+    assert guest.cpu.apic_base == 0xFEE0_0900
+
+
 def test_tpr_access_goes_on(guest: Guest) -> None:
     assert guest.exit(k.TPR_ACCESS, "QI", 0xFFFF_F000, 1) is None
 
