@@ -18,7 +18,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *, unsigned int)
     int madvise(void *, size_t, int)
     unsigned int MFD_CLOEXEC
-    int MADV_HUGEPAGE, MADV_DONTDUMP
+    int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP
 
 cdef extern from "<linux/memfd.h>" nogil:
     unsigned int MFD_HUGETLB, MFD_HUGE_2MB, MFD_HUGE_1GB
@@ -33,6 +33,28 @@ RAM_HIGH_BASE = 0x1_0000_0000
 GPA_END = 1 << 52
 
 _HUGE = {None: 0, "transparent": 0, "2M": MFD_HUGETLB | MFD_HUGE_2MB, "1G": MFD_HUGETLB | MFD_HUGE_1GB}
+
+
+cdef enum:
+    SMALL_PAGE_BYTES = 4096
+    LARGE_PAGE_BYTES = 2 << 20
+
+
+cdef void *map_aligned(size_t length, int flags) noexcept nogil:
+    """Anonymous memory at a multiple of 2 MiB, or MAP_FAILED.
+
+    Only there can KVM map a large page of the host's into the guest as one: 1 fault instead of 512.
+    """
+    cdef size_t more = length + LARGE_PAGE_BYTES - SMALL_PAGE_BYTES
+    cdef char *start = <char *>mmap(NULL, more, PROT_READ | PROT_WRITE, flags, -1, 0)
+    if start == <char *>MAP_FAILED:
+        return MAP_FAILED
+    cdef size_t before = -<size_t>start & (LARGE_PAGE_BYTES - 1)
+    if before:
+        munmap(start, before)
+    if more > before + length:
+        munmap(start + before + length, more - before - length)
+    return start + before
 
 
 cdef class RamRegion:
@@ -66,7 +88,9 @@ cdef class RamRegion:
             flags = MAP_SHARED if huge else MAP_SHARED | MAP_NORESERVE
         else:
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-        cdef void *p = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, self.fd, 0)
+        cdef bint large = self.fd < 0 and length >= LARGE_PAGE_BYTES
+        cdef void *p = map_aligned(length, flags) if large \
+            else mmap(NULL, length, PROT_READ | PROT_WRITE, flags, self.fd, 0)
         if p == MAP_FAILED:
             raise ConfigError(f"{name}: can't map {length >> 20} MiB: {os.strerror(errno)}"
                               + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge else "; ask for less memory"))
@@ -74,6 +98,9 @@ cdef class RamRegion:
         # Advice only: a kernel without transparent huge pages says EINVAL and the guest runs all the same.
         if huge_pages == "transparent":
             madvise(p, length, MADV_HUGEPAGE)
+        elif large and gpa == 0:
+            # On hosts that give large pages unasked: the first guest instruction needs not wait for 2 MiB of zeros.
+            madvise(p, LARGE_PAGE_BYTES, MADV_NOHUGEPAGE)
         madvise(p, length, MADV_DONTDUMP)
 
     def __dealloc__(self):

@@ -100,21 +100,26 @@ class Guards:
 
 def fenced_memory(size_bytes: int, **options: Any) -> tuple[GuestMemory, Guards]:
     """Guest memory whose neighbours in this process are guards."""
-    # Some are made, until three lie in a row: the one in the middle has room where the outer two are given back.
+    # Some are made, until one has room beside it, or three lie in a row: then the one in the middle has it where the
+    # outer two are given back.
     made: dict[int, GuestMemory] = {}
-    for _ in range(64):
-        memory = GuestMemory(size_bytes, **options)
-        made[memory.ram[0].host_address] = memory
-        middle = next((at for at in made if at - size_bytes in made and at + size_bytes in made), None)
-        if middle is not None:
-            memory = made.pop(middle)
-            for other in made.values():
-                other.close()
+    try:
+        for _ in range(64):
+            memory = GuestMemory(size_bytes, **options)
+            made[memory.ram[0].host_address] = memory
+            middle = next((at for at in made if at - size_bytes in made and at + size_bytes in made), None)
+            if middle is not None:
+                memory = made[middle]
+                for at in (middle - size_bytes, middle + size_bytes):
+                    made.pop(at).close()
             guards = Guards(memory.ram[0])
             if guards.complete:
+                del made[memory.ram[0].host_address]
                 return memory, guards
             guards.close()
-            made = {middle: memory}
+    finally:
+        for memory in made.values():
+            memory.close()
     raise RuntimeError("found no place for guest memory with room for guards")
 
 

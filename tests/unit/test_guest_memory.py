@@ -38,6 +38,23 @@ def test_small_memory_is_one_region_at_zero(memory: GuestMemory) -> None:
     assert memory.regions == [(0, 2 * MIB)]
 
 
+def mapped_bytes() -> int:
+    """The size of this process's address space."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_BYTES
+
+
+@pytest.mark.parametrize("size", [2 * MIB, 2 * MIB + PAGE_BYTES, 63 * MIB, 5 * GIB])
+def test_ram_stands_where_large_pages_can_be_mapped_and_takes_no_more_than_its_size(size: int) -> None:
+    before = mapped_bytes()
+    memory = GuestMemory(size)
+    after = mapped_bytes()
+    assert all((ram.host_address - ram.gpa) % (2 * MIB) == 0 for ram in memory.ram)
+    assert size <= after - before < size + MIB
+    memory.close()
+    del memory
+    assert abs(mapped_bytes() - before) < MIB
+
+
 def test_memory_starts_as_zeros(memory: GuestMemory) -> None:
     assert memory.read(0, 2 * MIB) == bytes(2 * MIB)
 
