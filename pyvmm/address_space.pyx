@@ -16,9 +16,10 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_BUFFER, REGION_EVENT, REGION_FIFO, REGION_LATCH,
-                        REGION_PYTHON, REGION_SINK, PY_VECTORCALL_ARGUMENTS_OFFSET, Py_DECREF, PyEval_RestoreThread,
+                        REGION_PYTHON, REGION_SINK, SHORTCUT_GATHER, SHORTCUT_LATCH, PY_VECTORCALL_ARGUMENTS_OFFSET, Py_DECREF, PyEval_RestoreThread,
                         PyEval_SaveThread, PyLong_FromUnsignedLongLong, PyObject_Vectorcall, PyThreadState, flat_view_find,
-                        flat_view_t, goes_direct, ones, python_read, python_write, region_t, take_lock, write)
+                        flat_view_t, goes_direct, ones, python_read, python_write, region_t, shortcut, take_lock,
+                        write)
 from pyvmm.atomic cimport ATOMIC_SEQ_CST, atomic_store
 from pyvmm.device cimport DeviceLock, pthread_mutex_unlock
 
@@ -178,6 +179,8 @@ cdef int handler_access(region_t *region, uint64_t offset, int size, uint64_t *v
     cdef int rc
     if region.kind != REGION_PYTHON:
         rc = compiled_access(region, offset, size, value, is_write, ts)
+    elif region.shortcuts and shortcut(region, offset, size, value, is_write, ts):
+        rc = BUS_OK
     elif is_write:
         rc = python_write(region, offset, size, value[0], ts)
     else:
@@ -369,6 +372,53 @@ cdef class MemoryRegion:
     def __repr__(self):
         where = f"{self.c.base:#x}-{self.c.last:#x}" if self.c.mapped else f"{self.size} bytes, not mapped"
         return f"<{type(self).__name__} {self.name} {where}>"
+
+
+cdef class RegisterRegion(MemoryRegion):
+    """The byte registers of a Python device, two of which may answer without Python while the device says so.
+
+    Reads of the ``latch``ed one give a value, writes to the ``gather``ed one are kept for ``take``: a newline, and what
+    no longer fits into ``capacity`` bytes, goes to the device's ``write`` as ever, and finds there what came before it.
+    All methods are for the device, which holds its lock.
+    """
+
+    def __init__(self, size, device, *, name=None, capacity=1024):
+        MemoryRegion.__init__(self, size, device, name=name)
+        if not 1 <= size <= 256 or capacity < 1:
+            raise ConfigError(f"{self.name}: {size} registers, {capacity} bytes of room: give 1 to 256, and at least 1")
+        self._buffer = bytearray(capacity)
+        self.c.memory = <uint8_t *>self._buffer
+        self.c.memory_size = capacity
+
+    def latch(self, uint8_t offset, uint8_t value):
+        """Until further notice a read of that byte gives ``value``."""
+        self.c.latched_at = offset
+        self.c.value = value
+        self.c.shortcuts |= SHORTCUT_LATCH
+
+    def unlatch(self):
+        """Every read is the device's again."""
+        self.c.shortcuts &= ~SHORTCUT_LATCH
+
+    def gather(self, uint8_t offset):
+        """Until further notice bytes written there are kept."""
+        self.c.gathered_at = offset
+        self.c.shortcuts |= SHORTCUT_GATHER
+
+    def release(self):
+        """Every write is the device's again. What was kept stays, to be taken."""
+        self.c.shortcuts &= ~SHORTCUT_GATHER
+
+    def take(self):
+        """What was kept since the last time: bytes."""
+        kept = self.c.memory[:self.c.position]
+        self.c.position = 0
+        return kept
+
+    @property
+    def gathering(self):
+        """Whether writes are being kept."""
+        return bool(self.c.shortcuts & SHORTCUT_GATHER)
 
 
 cdef class LatchRegion(MemoryRegion):

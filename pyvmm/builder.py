@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from pyvmm.x86.boot import BootState
 
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
+# How long a character of console output may wait for more, after another: nobody sees that, and a write a line is far
+# cheaper than a write a character.
+CONSOLE_GATHER_NS = 10_000_000
 
 
 class Images:
@@ -196,12 +199,13 @@ def make_devices(m: Machine) -> None:
     from pyvmm.devices.serial import Serial
 
     pio, config = m.pio, m.config
-    serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial), m.clock)
+    gather_ns = CONSOLE_GATHER_NS if config.accel == "kvm" else 0
+    serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial), m.clock, gather_ns=gather_ns)
     pm = AcpiPm(m.clock, irq_line(m, layout.IRQ_SCI), m.guest_shutdown, s5_type=layout.SLP_TYP_S5)
     reset = ResetControl(m.guest_reset)
     fw_cfg = FwCfg(m.memory)
     m.devices.update(serial=serial, acpi_pm=pm, reset_control=reset, fw_cfg=fw_cfg)
-    pio.map(layout.PORT_COM1, 8, serial, name="serial")
+    pio.add(layout.PORT_COM1, serial.region)
     if config.machine == "microvm":
         # On a pc the chipset's functions say where these are.
         pio.map(layout.PORT_PM, 12, pm, name="acpi_pm")

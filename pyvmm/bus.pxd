@@ -41,6 +41,11 @@ cdef enum region_kind:
     REGION_BUFFER       # plain memory
 
 
+cdef enum shortcut_kind:
+    SHORTCUT_LATCH = 1      # reads of the byte at latched_at give ``value``
+    SHORTCUT_GATHER = 2     # writes to the byte at gathered_at go to ``memory``
+
+
 cdef enum bus_result:
     BUS_OK = 0
     BUS_RAISED = -1     # a handler raised: the Python error indicator of this thread is set
@@ -72,6 +77,9 @@ cdef struct region_t:
     uint64_t count          # accesses served without Python
     int fd                  # EVENT
     int direction           # FIFO: 1 the guest reads, 2 it writes, 0 closed
+    uint8_t shortcuts       # PYTHON: which single bytes are answered here for now, SHORTCUT_*
+    uint8_t latched_at      # their offsets
+    uint8_t gathered_at
 
 
 cdef struct flat_view_t:
@@ -117,6 +125,28 @@ cdef inline void take_lock(region_t *region, PyThreadState *ts) noexcept nogil:
         own = PyEval_SaveThread()
         pthread_mutex_lock(region.lock)
         PyEval_RestoreThread(own)
+
+
+cdef inline bint shortcut(region_t *region, uint64_t offset, int size, uint64_t *value, bint is_write,
+                         PyThreadState *ts) noexcept nogil:
+    """Whether a Python device's region has answered by itself. A line's end, and what no longer fits, it leaves to Python."""
+    cdef bint served = False
+    if size != 1:
+        return False
+    take_lock(region, ts)
+    if region.mapped:
+        if not is_write:
+            if region.shortcuts & SHORTCUT_LATCH and offset == region.latched_at:
+                value[0] = region.value
+                served = True
+        elif region.shortcuts & SHORTCUT_GATHER and offset == region.gathered_at and <uint8_t>value[0] != 10 \
+                and region.position < region.memory_size:
+            region.memory[region.position] = <uint8_t>value[0]
+            region.position += 1
+            served = True
+    region.count += served
+    pthread_mutex_unlock(region.lock)
+    return served
 
 
 cdef inline int python_read(region_t *region, uint64_t offset, int size, uint64_t *value,

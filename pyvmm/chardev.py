@@ -42,7 +42,8 @@ class Chardev:
     """Base, and the contract. One device is at the other side; one thread at a time calls ``write``.
 
     ``can_write`` turns False when the queue is full: a device that can hold back does so until it is told by
-    the callback of ``set_writable``; what is written all the same may be lost.
+    the callback of ``set_writable``; what is written all the same may be lost. A write that finds it True is kept
+    whole.
     """
 
     can_write = True
@@ -215,11 +216,13 @@ class FdChardev(Chardev):
                         pass  # the machine is on its way out: close() sends it
 
     def _enqueue(self, data: bytes) -> None:
-        room = QUEUE_LIMIT_BYTES - len(self._queue)
-        self._queue += data[:room]
-        if len(data) >= room:
+        if not self.can_write:
+            kept = data[: max(0, QUEUE_LIMIT_BYTES - len(self._queue))]
+            self.lost_bytes += len(data) - len(kept)
+            data = kept
+        self._queue += data
+        if len(self._queue) >= QUEUE_LIMIT_BYTES:
             self.can_write = False
-            self.lost_bytes += len(data) - room
 
     def _send(self, data: bytes | bytearray) -> int:
         """How many bytes the descriptor took, or swallowed for want of a reader, without waiting."""

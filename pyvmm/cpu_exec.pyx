@@ -21,7 +21,7 @@ from pyvmm.atomic cimport (ATOMIC_ACQUIRE, ATOMIC_RELEASE, ATOMIC_SEQ_CST, atomi
                            atomic_load_u32, atomic_store, atomic_store_u32, atomic_store_u8)
 from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_FIFO, REGION_PYTHON, PyEval_RestoreThread,
                         PyEval_SaveThread, flat_view_find, flat_view_t, goes_direct, ones, python_read, python_write,
-                        region_t, write)
+                        region_t, shortcut, write)
 from pyvmm.device cimport DeviceLock, pthread_mutex_lock, pthread_mutex_unlock
 from pyvmm.exit_stats cimport (DIRECTION_IN, DIRECTION_NONE, DIRECTION_OUT, ExitStats, exit_key, exit_stat_add, rdtsc)
 from pyvmm.kvm cimport uapi
@@ -376,6 +376,8 @@ cdef class CpuExec(ViewUser):
             if region != NULL:
                 self.recent_port = region
         if region != NULL and region.kind == REGION_PYTHON and goes_direct(region, port - region.base, size):
+            if region.shortcuts and shortcut(region, port - region.base, size, value, is_write, self.ts):
+                return BUS_OK
             if is_write:
                 rc = python_write(region, port - region.base, size, value[0], self.ts)
             else:

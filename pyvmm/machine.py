@@ -230,10 +230,7 @@ class Machine:
 
     def _loop_raised(self, error: BaseException) -> None:
         """A timer or descriptor callback raised on the event loop's thread."""
-        import traceback
-
-        text = f"a device's callback raised {type(error).__name__}: {error}"
-        failure = DeviceError(text, text + "\n" + "".join(traceback.format_exception(error)).rstrip())
+        failure = callback_failure(error)
         failure.__cause__ = error
         self._fail(failure)
 
@@ -246,6 +243,14 @@ class Machine:
         else:
             self.event_loop.clock.stop()
             self.drain()
+            self._flush_console()
+
+    def _flush_console(self) -> None:
+        """What the guest has said is out before anybody hears that it stands."""
+        try:
+            self.devices["serial"].flush()  # type: ignore[attr-defined]  # builder made a Serial
+        except BaseException as error:
+            raise callback_failure(error) from error
 
     def drain(self) -> None:
         """Return when no drive has a request under way. The caller holds no device's lock."""
@@ -314,11 +319,21 @@ class Machine:
             return
         if self.cpus and self.control.state_name != states.PRELAUNCH:
             self._khz()
-        self.control.close()
-        builder.tear_down(self)
+        try:
+            self.control.close()
+        finally:
+            builder.tear_down(self)
 
     def __enter__(self) -> Machine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def callback_failure(error: BaseException) -> DeviceError:
+    """What a device raised outside of an exit, and so without a dump."""
+    import traceback
+
+    text = f"a device's callback raised {type(error).__name__}: {error}"
+    return DeviceError(text, text + "\n" + "".join(traceback.format_exception(error)).rstrip())

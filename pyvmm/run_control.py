@@ -287,10 +287,12 @@ class RunControl:
             self._cond.wait_for(lambda: self._acting in (0, get_ident()))
         for cpu in self.cpus:
             cpu.join()
-        self._stop_time()
-        with self._lock:
-            self.state_name = CLOSED
-            self._cond.notify_all()
+        try:
+            self._stop_time()
+        finally:
+            with self._lock:
+                self.state_name = CLOSED
+                self._cond.notify_all()
 
     def _would_wait_for_itself(self) -> bool:
         return self._on_cpu_thread() or self._acting == get_ident() or self._in_timer()

@@ -4,10 +4,15 @@ National Semiconductor PC16550D data sheet (registers: section 8). Where it is s
 other things, QEMU's behaviour: transmission takes no time; writing IER with ETBEI newly set raises the THRE
 interrupt while the holding register is empty; OUT2 is kept but does not gate the interrupt line; MCR comes up
 with OUT2, MSR with a carrier, the divisor with 9600 baud.
+
+A console's output is two exits a character, LSR read and THR written. ``region`` answers the first without Python and,
+where ``gather_ns`` is given, keeps the second: a byte after a silence goes out at once, those that follow it within
+``gather_ns`` are gathered and go out with the next newline, when there are many, or after that time.
 """
 
 from __future__ import annotations
 
+from pyvmm.address_space import RegisterRegion
 from pyvmm.device import Device
 from pyvmm.light import deque
 
@@ -90,6 +95,7 @@ MSR_RI = 0x40
 MSR_DCD = 0x80
 CONNECTED = MSR_DCD | MSR_DSR | MSR_CTS  # what the host's side shows: somebody is there and listens
 
+REGISTERS = 8
 FIFO_BYTES = 16
 DIVISOR_9600 = 12
 NS_PER_DIVIDED_BIT = 1_000_000_000 * 16 / 1_843_200  # the usual crystal; a bit takes 16 divided clocks
@@ -102,7 +108,7 @@ class Serial(Device):
     """Output goes to ``chardev`` on the vCPU's thread, input comes from it on the event loop's thread.
 
     Guests poll LSR and write THR for every character of a console: both are served first, from one
-    precomputed attribute each.
+    precomputed attribute each. ``region`` is the eight ports, for the bus: mapped there, it serves them by itself.
     """
 
     impl_sizes = (1, 1)
@@ -113,9 +119,12 @@ class Serial(Device):
         "_clock",
         "_divisor",
         "_fcr",
+        "_gather_ns",
+        "_gather_timer",
         "_ier",
         "_iir",
         "_irq",
+        "_last_put_ns",
         "_lcr",
         "_lsr",
         "_mcr",
@@ -131,9 +140,14 @@ class Serial(Device):
         "_timeout_pending",
         "_trigger",
         "_tx",
+        "region",
     )
 
-    def __init__(self, irq: IrqLine, chardev: Chardev, clock: Clock) -> None:
+    def __init__(self, irq: IrqLine, chardev: Chardev, clock: Clock, *, gather_ns: int = 0) -> None:
+        self.region = RegisterRegion(REGISTERS, self, name="serial")
+        self._gather_ns = gather_ns
+        self._gather_timer = clock.timer(self._on_gather_timer)
+        self._last_put_ns = -gather_ns
         self._irq = irq
         self._chardev = chardev
         self._put = chardev.write
@@ -190,9 +204,12 @@ class Serial(Device):
     def write(self, offset: int, size: int, value: int) -> None:
         if offset == 0:  # THR
             if self._thr_open:
-                self._put(BYTES[value])
-                if not self._chardev.can_write:
-                    self._thr_open = False
+                if self._gather_ns:
+                    self._put_gathered(value)
+                else:
+                    self._put(BYTES[value])
+                    if not self._chardev.can_write:
+                        self._thr_open = False
             elif self._lcr & LCR_DLAB:
                 self._set_divisor(self._divisor & 0xFF00 | value)
             else:
@@ -327,6 +344,45 @@ class Serial(Device):
         bits += bool(self._lcr & LCR_STOP) + bool(self._lcr & LCR_PARITY)
         self._char_ns = int(bits * (divisor or 0x10000) * NS_PER_DIVIDED_BIT)
 
+    # -- gathered output ------------------------------------------------------------------------------------
+
+    def _put_gathered(self, value: int) -> None:
+        """A byte that was not kept: it goes out, behind those that were. One soon after another begins to keep."""
+        region = self.region
+        self._put_all(region.take() + BYTES[value])
+        if not region.gathering:
+            now_ns = self._clock.now_ns()
+            # Not while time stands still, and the timer with it.
+            if self._thr_open and 0 < now_ns - self._last_put_ns < self._gather_ns:
+                region.gather(THR)
+                self._gather_timer.arm(now_ns + self._gather_ns)
+            self._last_put_ns = now_ns
+
+    def _put_all(self, data: bytes) -> None:
+        self._put(data)
+        if not self._chardev.can_write:
+            self._thr_open = False
+            self.region.release()
+
+    def _on_gather_timer(self) -> None:
+        with self.lock:
+            if not self.region.gathering:
+                return
+            now_ns = self._clock.now_ns()
+            if data := self.region.take():
+                self._last_put_ns = now_ns
+                self._gather_timer.arm(now_ns + self._gather_ns)
+                self._put_all(data)
+            else:
+                self.region.release()
+
+    def flush(self) -> None:
+        """Let out what was gathered, and begin anew."""
+        with self.lock:
+            self.region.release()
+            if data := self.region.take():
+                self._put_all(data)
+
     # -- both sides -----------------------------------------------------------------------------------------
 
     def _derive(self) -> None:
@@ -344,6 +400,8 @@ class Serial(Device):
             and not self._tx
             and self._chardev.can_write
         )
+        if not self._thr_open and self.region.gathering:
+            self.flush()
 
     def _update_irq(self) -> None:
         ier = self._ier
@@ -362,6 +420,11 @@ class Serial(Device):
             iir = IIR_NO_INT
         self._iir = iir
         self._irq.set(0 if iir == IIR_NO_INT else 1)
+        # Reading LSR changes nothing but where it shows errors.
+        if lsr & LSR_ERRORS:
+            self.region.unlatch()
+        else:
+            self.region.latch(LSR, lsr)
 
     def _received_enough(self) -> bool:
         if self._fcr & FCR_ENABLE:
@@ -479,11 +542,13 @@ class Serial(Device):
         """As by the MR pin (section 8.0, table I), with the values QEMU starts with. What was queued is lost.
         """
         with self.lock:
+            self.flush()
             self._power_on()
             self._accept_input()
 
     def save(self) -> dict[str, Any]:
         with self.lock:
+            self.flush()
             return {
                 "rbr": self._rbr,
                 "ier": self._ier,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 from guests import PASSED, PORT, Guest, Recorder
 
 from pyvmm.chardev import CallableChardev
+from pyvmm.errors import DeviceError
 
 
 @pytest.mark.parametrize("mode", ["real16", "protected32", "long64"])
@@ -127,6 +129,66 @@ def test_to_a_file(boot: Callable[..., Guest], tmp_path_factory: pytest.TempPath
     assert guest.run() == PASSED
     guest.close()
     assert path.read_bytes() == b"x" * 100
+
+
+POLLED_OUTPUT = """
+    mov     $text, %esi
+    mov     $lines, %ebx
+next_line:
+    mov     $text, %esi
+    mov     $text_end - text, %ecx
+1:  mov     $0x3fd, %edx
+2:  inb     %dx, %al
+    test    $0x20, %al                  # transmitter empty
+    jz      2b
+    mov     $0x3f8, %edx
+    lodsb
+    outb    %al, %dx
+    loop    1b
+    dec     %ebx
+    jnz     next_line
+    mov     $0x3f8, %edx
+    mov     $'.', %al
+    outb    %al, %dx
+    ending
+text: .ascii "a line of a console's output\\n"
+text_end:
+"""
+
+
+@pytest.mark.parametrize("ending", ["finish", "hlt"])
+def test_polled_output_comes_in_lines_whole_and_in_time(boot: Callable[..., Guest], ending: str) -> None:
+    """A byte at a time, heard by lines; what has no newline is not kept for long, also when the guest only waits."""
+    heard: list[bytes] = []
+    all_heard = threading.Event()
+
+    def hear(data: bytes) -> None:
+        heard.append(data)
+        if data.endswith(b"."):
+            all_heard.set()
+
+    guest = boot(POLLED_OUTPUT.replace("$lines", "$200").replace("ending", ending), serial=hear)
+    if ending == "finish":
+        assert guest.run() == PASSED
+    else:
+        guest.start()
+        assert all_heard.wait(60)
+        guest.machine.pause()
+    assert b"".join(heard) == b"a line of a console's output\n" * 200 + b"."
+    assert len(heard) < 2000  # of 5801 bytes
+    rows = {(row.address, row.direction): row for row in guest.machine.exit_stats()}
+    assert rows[0x3F8, "out"].count == 5801
+
+
+def test_what_the_callable_raises_for_the_last_bytes_ends_the_run(boot: Callable[..., Guest]) -> None:
+    def hear(data: bytes) -> None:
+        if b"z" in data:
+            raise KeyError("told to")
+
+    text = "mov $0x3f8, %edx\n" + "".join(f"mov $'{c}', %al\n outb %al, %dx\n" for c in "abcdefz")
+    guest = boot(text + "finish", serial=hear)
+    with pytest.raises(DeviceError, match="told to"):
+        guest.run()
 
 
 def test_debug_console(boot: Callable[..., Guest]) -> None:

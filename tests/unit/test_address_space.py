@@ -19,6 +19,7 @@ from pyvmm.address_space import (
     FifoRegion,
     LatchRegion,
     MemoryRegion,
+    RegisterRegion,
     SinkRegion,
 )
 from pyvmm.device import Device
@@ -665,6 +666,76 @@ def test_a_constant_swallows_writes() -> None:
     s.add(0, LatchRegion(8, 0xA5A5, writable=False))
     s.write(0, 8, 0)
     assert s.read(0, 8) == 0xA5A5
+
+
+class Registers(Device):
+    """Eight byte registers; what was kept for it stands in the log before what was written."""
+
+    impl_sizes = (1, 1)
+
+    def __init__(self, capacity: int = 4) -> None:
+        self.region = RegisterRegion(8, self, capacity=capacity)
+        self.log: list[Any] = []
+
+    def read(self, offset: int, size: int) -> int:
+        self.log.append(("r", offset))
+        return 0x10 + offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.log.append((self.region.take(), offset, value))
+
+
+def test_a_latched_register_answers_without_the_device() -> None:
+    s, device = space(), Registers()
+    s.add(0x3F8, device.region)
+    assert s.read(0x3FD, 1) == 0x15
+    device.region.latch(5, 0x60)
+    assert [s.read(0x3FD, 1), s.read(0x3FE, 1)] == [0x60, 0x16]
+    s.write(0x3FD, 1, 1)  # writes are the device's
+    device.region.latch(5, 0x61)
+    assert s.read(0x3FD, 1) == 0x61
+    assert s.read(0x3FC, 4) == 0x17_16_61_14  # a wide access byte by byte
+    device.region.unlatch()
+    assert s.read(0x3FD, 1) == 0x15
+    assert device.log == [("r", 5), ("r", 6), (b"", 5, 1), ("r", 4), ("r", 6), ("r", 7), ("r", 5)]
+    assert device.region.count == 3
+
+
+def test_a_gathered_register_keeps_bytes_until_a_newline_or_there_is_no_room() -> None:
+    s, device = space(), Registers(capacity=4)
+    s.add(0x3F8, device.region)
+    s.write(0x3F8, 1, ord("a"))
+    device.region.gather(0)
+    assert device.region.gathering
+    for byte in b"bc\ndefgh":
+        s.write(0x3F8, 1, byte)
+    s.write(0x3F9, 1, 7)  # another register: the device finds what came before
+    assert device.log == [(b"", 0, ord("a")), (b"bc", 0, 10), (b"defg", 0, ord("h")), (b"", 1, 7)]
+    s.write(0x3F8, 1, ord("i"))
+    device.region.release()
+    assert not device.region.gathering
+    s.write(0x3F8, 1, ord("j"))
+    assert device.log[-1] == (b"i", 0, ord("j"))
+    assert s.read(0x3F8, 1) == 0x10  # reads were the device's all along
+
+
+def test_registers_that_are_not_mapped_any_more_answer_nobody() -> None:
+    s, device = space(), Registers()
+    device.region.latch(5, 0x60)
+    device.region.gather(0)
+    s.add(0x3F8, device.region)
+    s.unmap(device.region)
+    s.write(0x3F8, 1, 65)
+    assert s.read(0x3FD, 1) == 0xFF
+    assert device.region.take() == b"" and device.log == []
+
+
+def test_what_registers_can_not_be() -> None:
+    for size, capacity in ((0, 1), (257, 1), (8, 0)):
+        with pytest.raises(ConfigError):
+            RegisterRegion(size, Ram(8), capacity=capacity)
+    with pytest.raises(OverflowError):
+        Registers().region.latch(256, 0)
 
 
 def test_sink_gathers_lines() -> None:

@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvm_page import Guest, Recorder
 
-from pyvmm.address_space import AddressSpace, BufferRegion, FifoRegion, LatchRegion, MemoryRegion, SinkRegion
+from pyvmm.address_space import (
+    AddressSpace,
+    BufferRegion,
+    FifoRegion,
+    LatchRegion,
+    MemoryRegion,
+    RegisterRegion,
+    SinkRegion,
+)
 from pyvmm.cpu_exec import CpuExec, StopReason
 from pyvmm.device import Device, DeviceLock
 from pyvmm.dump import reason_text
@@ -250,6 +258,27 @@ def test_a_window_whose_end_unmaps_the_port_answers_no_more(guest: Guest) -> Non
     guest.pio.add(0x1F0, fifo)
     fifo.open_read(b"abcd")
     assert guest.in_(0x1F0, 2, 4) == units(b"abcd\xff\xff\xff\xff", 2)
+
+
+def test_registers_answer_exits_by_themselves_while_the_device_says_so(guest: Guest) -> None:
+    device = Recorder(0x42)
+    device.impl_sizes = (1, 1)
+    region = RegisterRegion(8, device, capacity=16)
+    guest.pio.add(0x3F8, region)
+    region.latch(5, 0x60)
+    region.gather(0)
+    assert guest.in_(0x3FD, 1) == [0x60]
+    assert guest.out(0x3F8, 1, *b"many at once") is None
+    assert guest.in_(0x3FD, 1, 3) == [0x60] * 3
+    assert guest.out(0x3F8, 1, 10) is None
+    assert guest.in_(0x3F8, 1) == [0x42]
+    assert (device.reads, device.writes) == ([(0, 1)], [(0, 1, 10)])
+    assert region.take() == b"many at once"
+    region.unlatch()
+    region.release()
+    assert guest.in_(0x3FD, 1) == [0x42]
+    assert guest.out(0x3F8, 1, 65) is None
+    assert device.writes[1:] == [(0, 1, 65)]
 
 
 def test_fifo_sink_and_latch_answer_string_io(guest: Guest) -> None:

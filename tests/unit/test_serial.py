@@ -701,6 +701,163 @@ def test_nothing_sent_is_lost_or_reordered_while_the_guest_waits_for_thre(
     assert bench.inb(LSR) == 0x60
 
 
+# -- the region: what it answers by itself, and gathered output -----------------------------------------------
+
+GATHER_NS = 10_000_000
+
+
+class Gathering(Bench):
+    """The same UART behind its region, with output gathered; ``writes`` has what went out in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uart = Serial(self.irq, self.line, self.clock, gather_ns=GATHER_NS)
+        self.pio = AddressSpace("pio", 0x10000)
+        self.pio.add(0x3F8, self.uart.region)
+        self.clock.step(1_000_000_000)
+        self.writes: list[bytes] = []
+        put = self.line.write
+
+        def write(data: bytes) -> None:
+            self.writes.append(data)
+            put(data)
+
+        self.uart._put = write
+
+    def inb(self, offset: int) -> int:
+        return self.pio.read(0x3F8 + offset, 1)
+
+    def outb(self, offset: int, value: int) -> None:
+        self.pio.write(0x3F8 + offset, 1, value)
+
+    def say(self, text: bytes) -> None:
+        """As a console driver does: a microsecond a byte."""
+        for byte in text:
+            assert self.inb(LSR) == 0x60
+            self.outb(THR, byte)
+            self.clock.step(1000)
+
+
+@pytest.fixture
+def gathering() -> Gathering:
+    return Gathering()
+
+
+def test_a_byte_after_a_silence_goes_out_at_once(gathering: Gathering) -> None:
+    for byte in (b"a", b"b", b"c"):
+        gathering.say(byte)
+        assert gathering.writes[-1] == byte
+        gathering.clock.step(GATHER_NS)
+
+
+def test_a_line_goes_out_whole_behind_its_first_two_bytes(gathering: Gathering) -> None:
+    gathering.say(b"one line\nanother\nand ")
+    assert gathering.writes == [b"o", b"n", b"e line\n", b"another\n"]
+    gathering.clock.step(GATHER_NS)
+    assert gathering.writes[4:] == [b"and "]
+    gathering.say(b"on")
+    assert gathering.line.sent.endswith(b"and ")
+    gathering.clock.step(GATHER_NS)
+    assert gathering.line.sent == b"one line\nanother\nand on"
+    # Nothing more came: the next byte is one after a silence again, and no timer runs.
+    gathering.clock.step(2 * GATHER_NS)
+    gathering.say(b"x")
+    assert gathering.writes[-1] == b"x"
+    assert not gathering.uart.region.gathering
+
+
+def test_more_than_there_is_room_for(gathering: Gathering) -> None:
+    text = bytes(i % 251 + 11 & 0xFF for i in range(3000)).replace(b"\n", b"-")
+    for byte in text:
+        gathering.outb(THR, byte)
+        gathering.clock.step(1)
+    gathering.uart.flush()
+    assert gathering.line.sent == text
+    assert max(map(len, gathering.writes)) > 1000
+
+
+def test_while_time_stands_still_nothing_waits(gathering: Gathering) -> None:
+    for byte in b"paused":
+        gathering.outb(THR, byte)
+    assert gathering.line.sent == b"paused"
+
+
+@pytest.mark.parametrize(("offset", "value"), [(IER, THRI), (LCR, 0x83), (MCR, LOOP)])
+def test_what_ends_polled_output_lets_it_out_first(gathering: Gathering, offset: int, value: int) -> None:
+    gathering.say(b"abcdef")
+    assert gathering.line.sent == b"ab"
+    gathering.outb(offset, value)
+    assert gathering.line.sent == b"abcdef"
+
+
+@pytest.mark.parametrize("act", [Serial.flush, Serial.reset, Serial.save])
+def test_nothing_is_left_behind_by(gathering: Gathering, act: Callable[[Serial], object]) -> None:
+    gathering.say(b"abcdef")
+    act(gathering.uart)
+    assert gathering.line.sent == b"abcdef"
+    gathering.clock.step(2 * GATHER_NS)
+    assert gathering.line.sent == b"abcdef"
+
+
+def test_a_host_that_does_not_keep_up_ends_the_gathering(gathering: Gathering) -> None:
+    gathering.say(b"abc")
+    gathering.line.on_write = lambda: setattr(gathering.line, "can_write", False)
+    gathering.outb(THR, 10)
+    gathering.outb(THR, ord("d"))  # kept in the UART
+    assert gathering.inb(LSR) & 0x20 == 0
+    assert gathering.line.sent == b"abc\n"
+    gathering.line.on_write = lambda: None
+    gathering.line.drained()
+    assert gathering.line.sent == b"abc\nd"
+    assert gathering.inb(LSR) == 0x60
+
+
+ACCESSES = st.one_of(
+    st.tuples(st.just("read"), st.sampled_from([RBR, IER, IIR, LCR, MCR, LSR, LSR, LSR, MSR, SCR])),
+    st.tuples(st.just("say"), st.binary(max_size=12)),
+    st.tuples(st.just("write"), st.tuples(st.integers(1, 7), st.integers(0, 255))),
+    st.tuples(st.just("type"), st.binary(min_size=1, max_size=20)),
+    st.tuples(st.just("break"), st.none()),
+    st.tuples(st.just("step"), st.integers(0, 2 * GATHER_NS)),
+    st.tuples(st.just("stall"), st.none()),
+    st.tuples(st.just("drain"), st.none()),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(ACCESSES, max_size=50))
+def test_the_region_makes_no_difference_but_when_output_goes_out(accesses: list[tuple[str, Any]]) -> None:
+    plain, gathering = Bench(), Gathering()
+    plain.clock.step(1_000_000_000)
+    # Between its writes a guest does not notice when the host's side fills up: it does here, after each.
+    for name, argument in accesses:
+        for bench in (plain, gathering):
+            if name == "say":
+                for byte in argument:
+                    bench.outb(THR, byte)
+                    bench.clock.step(1000)
+            elif name == "write":
+                bench.outb(*argument)
+            elif name == "type":
+                bench.line.type(argument)
+            elif name == "break":
+                bench.line.send_break()
+            elif name == "step":
+                bench.clock.step(argument)
+            elif name == "stall":
+                bench.uart.flush()
+                bench.line.can_write = False
+                bench.uart._find_thr_open()
+            elif name == "drain":
+                bench.line.drained()
+        if name == "read":
+            assert plain.inb(argument) == gathering.inb(argument)
+        assert plain.irq.level == gathering.irq.level
+        assert plain.line.sent.startswith(gathering.line.sent)
+    assert plain.uart.save() == gathering.uart.save()
+    assert plain.line.sent == gathering.line.sent
+
+
 # -- whole: guest, bus, chardev, event loop, host ------------------------------------------------------------
 
 
