@@ -75,10 +75,11 @@ class Machine:
         self._ring_lock = DeviceLock()
         self._coalesced: list[tuple[AddressSpace, int, int]] = []
         self._background: list[Thread] = []
-        self._tsc_khz = 0
         self._images = builder.Images()
         try:
             builder.build(self)
+            # Asked for now: the ioctl waits for a vCPU that runs, and one that has halted for good never comes back.
+            self._tsc_khz = self.cpus[0].vcpu.tsc_khz if self.cpus else 0
         except BaseException:
             self.close()
             raise
@@ -292,7 +293,7 @@ class Machine:
         """Per exit reason, port or page, and direction: count and user-space time, all vCPUs together."""
         from pyvmm.exit_stats import merge
 
-        return merge([cpu.exec.stats.rows(self._khz()) for cpu in self.cpus])
+        return merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
 
     def exit_stats_table(self) -> str:
         """exit_stats() as text, with the regions' names."""
@@ -306,19 +307,12 @@ class Machine:
                 names[row.reason, row.address] = region.name if region is not None else "(nobody)"
         return format_table(rows, names)
 
-    def _khz(self) -> int:
-        if not self._tsc_khz:
-            self._tsc_khz = self.cpus[0].vcpu.tsc_khz
-        return self._tsc_khz
-
     # -- the end -------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End everything and give it back: threads, descriptors, memory. Idempotent."""
         if self.control.state_name == states.CLOSED:
             return
-        if self.cpus and self.control.state_name != states.PRELAUNCH:
-            self._khz()
         try:
             self.control.close()
         finally:

@@ -117,3 +117,24 @@ def test_a_line_of_a_python_device(boot: Callable[..., Guest]) -> None:
     guest.wait()
     assert guest.machine.control.status == PASSED
     assert guest.value("irqs") == 50
+
+
+def test_a_guest_that_halted_for_good_can_be_looked_at_and_closed(boot: Callable[..., Guest]) -> None:
+    """Its vCPU never comes out of KVM_RUN by itself, and some ioctls on it would wait for that."""
+    from guests import PORT, Recorder
+
+    guest = boot(
+        """
+        mov     $DEVICE_PORT, %edx
+        outb    %al, %dx
+        cli
+    1:  hlt
+        jmp     1b
+        """
+    )
+    device = Recorder()
+    guest.machine.pio.map(PORT, 1, device)
+    guest.start()
+    device.wait_for(1)
+    assert guest.exits("IO") == 1
+    guest.close()
