@@ -14,7 +14,7 @@ import pyvmm
 from pyvmm.address_space import AddressSpace
 
 # Generous: they end what hangs. Software KVM takes 2 s to the boot sector, and 10 to GRUB 2's prompt.
-BOOT_S = 60.0
+BOOT_S = 120.0
 COMMAND_S = 120.0
 
 NOISE = disk_images.files()["noise.txt"].decode().strip()
@@ -28,7 +28,7 @@ VGA_TEXT_BYTES = 0x8000
 
 
 def run_firmware(firmware: Path, *args: str) -> Console:
-    return pyvmm_run("--firmware", str(firmware), "--memory", "64", "--timeout", "240", *args)
+    return pyvmm_run("--firmware", str(firmware), "--memory", "64", "--timeout", "280", *args)
 
 
 def typed(console: Console | SerialLine, prompt: str, command: str) -> str:
