@@ -1,0 +1,123 @@
+"""``pyvmm run``, with a stopwatch on each step of it: python launch_traced.py FD run OPTIONS...
+
+Writes one line of JSON to the descriptor FD: CLOCK_MONOTONIC, ns, when this file's first statement ran (``born``), when
+the vCPUs went (``resumed``) and stood (``stopped``), and just before the interpreter goes (``ended``); and ``spent``:
+{step: ns}, each step less what it contains of others. Imports are a step of their own wherever they happen.
+"""
+
+from time import monotonic_ns
+
+BORN = monotonic_ns()
+
+import builtins  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+IMPORTS = "imports"
+# builder.py's names, and which step they are.
+STEPS = {
+    "GuestMemory": "memory",
+    "MemoryMap": "memory",
+    "Kvm": "KVM",
+    "open_kvm": "KVM",
+    "make_cpus": "KVM",
+    "cpuid_table": "CPUID",
+    "enter_guest": "KVM",
+    "make_user_irqchip": "devices",
+    "make_devices": "devices",
+    "load_guest": "loading",
+    "write_tables": "tables",
+    "tear_down": "closing",
+}
+
+
+class Stopwatch:
+    """Self time of nested steps, on one thread."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, int] = {}
+        self._inside: list[str] = []
+        self._since = monotonic_ns()
+
+    def _turn(self) -> None:
+        """What has passed goes to the step under way."""
+        now = monotonic_ns()
+        if self._inside:
+            name = self._inside[-1]
+            self.spent[name] = self.spent.get(name, 0) + now - self._since
+        self._since = now
+
+    def enter(self, name: str) -> None:
+        self._turn()
+        self._inside.append(name)
+
+    def leave(self) -> None:
+        self._turn()
+        self._inside.pop()
+
+    def timed(self, name: str, call: "Callable[..., Any]") -> "Callable[..., Any]":
+        def stamped(*args: "Any", **kwargs: "Any") -> "Any":
+            self.enter(name)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return stamped
+
+
+def main() -> int:
+    watch = Stopwatch()
+    stamps = {"born": BORN}
+    fd = int(sys.argv[1])
+    plain = builtins.__import__
+
+    def importing(name: str, *args: "Any", **kwargs: "Any") -> "Any":
+        if watch._inside[-1:] == [IMPORTS]:
+            return plain(name, *args, **kwargs)
+        watch.enter(IMPORTS)
+        try:
+            return plain(name, *args, **kwargs)
+        finally:
+            watch.leave()
+
+    builtins.__import__ = importing
+    watch.enter("command")
+    from pyvmm import builder, cli, machine
+    from pyvmm.cli import run  # noqa: F401
+
+    for name, step in STEPS.items():
+        setattr(builder, name, watch.timed(step, getattr(builder, name)))
+    resume, wait = machine.Machine.resume, machine.Machine.wait
+
+    def resumed(self: "Any") -> None:
+        stamps["resumed"] = monotonic_ns()
+        watch.enter("guest")
+        resume(self)
+
+    def waited(self: "Any", *args: "Any") -> bool:
+        try:
+            return wait(self, *args)
+        finally:
+            watch.leave()
+            stamps["stopped"] = monotonic_ns()
+
+    machine.Machine.resume, machine.Machine.wait = resumed, waited  # type: ignore[method-assign]
+    try:
+        return cli.main(sys.argv[2:])
+    finally:
+        watch.leave()
+        builtins.__import__ = plain
+        import json
+
+        line = json.dumps({**stamps, "ended": monotonic_ns(), "spent": watch.spent}) + "\n"
+        os.write(fd, line.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
