@@ -17,10 +17,10 @@ from typing import NamedTuple, TypeVar
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.system import Kvm
-from pyvmm_benchmarks import environment, exit_guests, sampling
+from pyvmm_benchmarks import environment, exit_guests, markdown, sampling
 from pyvmm_benchmarks.cases import CASES, ExitCase
 from pyvmm_benchmarks.contenders.c_floor import Floor
-from pyvmm_benchmarks.contenders.exit_contender import CantRun, Contender, Kind
+from pyvmm_benchmarks.contenders.exit_contender import LOOK_S, CantRun, Contender, Kind
 from pyvmm_benchmarks.contenders.others import CloudHypervisor, Firecracker, Kvmtool
 from pyvmm_benchmarks.contenders.ours import Pyvmm
 from pyvmm_benchmarks.contenders.python_loops import Loop
@@ -61,6 +61,7 @@ OPTIONS = (
     Option("--compare", "OLD.json", "print what changed beyond noise; exit status 1 on a regression of pyvmm"),
     Option("--tolerance", "PART", f"changes up to this part are noise (default {TOLERANCE})", float),
     Option("--from", "FILE", "measure nothing: take what --json has written (for --plot and --compare)", key="from_"),
+    Option("--markdown", "FILE", "put a table between the markers <!-- pyvmm bench exits --> and <!-- end --> of FILE"),
     Option("--list", "", "the cases and the contenders"),
     Option("--help -h", "", "this"),
 )
@@ -104,6 +105,8 @@ def main(args: Sequence[str]) -> int:
         print_report(report)
     if "json" in given:
         report.write(given["json"])
+    if "markdown" in given:
+        markdown.put(report, given["markdown"])
     if "plot" in given:
         from pyvmm_benchmarks import plots
 
@@ -262,17 +265,24 @@ def start_all(
     found: dict[str, Found],
     started: dict[str, Contender],
 ) -> None:
-    """All at once, then wait for each. Who can't is taken out, with its reason in ``found``."""
+    """All at once. Whoever is ready is stopped: its guest would take the time of those that are not. Who can't is taken
+    out, with its reason in ``found``.
+    """
     for kind in able:
         try:
             started[kind.name] = kind.start(case, directory, settings.pin)
         except (CantRun, OSError) as error:
             found[kind.name].reason = str(error)
-    for name, contender in list(started.items()):
-        try:
-            contender.wait_until_ready()
-        except CantRun as error:
-            drop(name, str(error), started, found)
+    waiting = list(started)
+    while waiting:
+        for name in list(waiting):
+            try:
+                if started[name].try_ready():
+                    waiting.remove(name)
+            except CantRun as error:
+                waiting.remove(name)
+                drop(name, str(error), started, found)
+        time.sleep(LOOK_S)
 
 
 def drop(name: str, reason: str, started: dict[str, Contender], found: dict[str, Found]) -> None:

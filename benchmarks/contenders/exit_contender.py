@@ -19,7 +19,7 @@ from pyvmm_benchmarks.cases import ExitCase
 from pyvmm_benchmarks.mailbox import EXPECTED, WORD, Mailbox, Memory, Plan, Ticks
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 15.0
+START_S = 60.0  # an emulated host takes its time
 LOOK_S = 0.002
 # Before we leave a CPU to those that are pinned to it.
 ALLOWED = os.sched_getaffinity(0)
@@ -72,6 +72,7 @@ class Contender:
         self.mailbox: Mailbox | None = None
         self.said: dict[str, str] = {}
         self._memory: Memory | None = None
+        self._start = time.monotonic()
         affinity = ALLOWED if pin is None else {pin}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         self.process = subprocess.Popen(
@@ -87,35 +88,45 @@ class Contender:
 
     def wait_until_ready(self) -> None:
         """Its guest waits for a turn, and is stopped. CantRun where that does not come about."""
-        end = time.monotonic() + START_S
-        base = self._told(end) if self.tells_memory else None
+        while not self.try_ready():
+            time.sleep(LOOK_S)
+
+    def try_ready(self) -> bool:
+        """Look whether its guest waits for a turn; then it is stopped. CantRun where it will never do so."""
+        ended = self.process.poll() is not None
+        if self._memory is None:
+            self._open_memory()
+        assert self._memory is not None
+        base = self._told() if self.tells_memory else self._memory.find_guest()
+        if base is not None:
+            mailbox = Mailbox(self._memory, base)
+            if mailbox.ready:
+                self.mailbox = mailbox
+                mailbox.put(EXPECTED, WORD.pack(self.case.cpus - 1))
+                self.stop()
+                return True
+        if ended:
+            raise CantRun(f"ended at once: {self.words()}")
+        if time.monotonic() > self._start + START_S:
+            raise CantRun(f"was not ready after {START_S:g} s")
+        return False
+
+    def _open_memory(self) -> None:
         try:
             self._memory = Memory(self.process.pid)
         except OSError as error:
             raise CantRun(f"/proc/PID/mem of another process: {error.strerror}: run it as root, or outside of the "
                           "container") from None  # fmt: skip
-        while True:
-            if base is None and (base := self._memory.find_guest()) is not None:
-                break
-            if base is not None and Mailbox(self._memory, base).ready:
-                break
-            if self.process.poll() is not None:
-                raise CantRun(f"ended at once: {self.words()}")
-            if time.monotonic() > end:
-                raise CantRun(f"its guest was not ready after {START_S:g} s")
-            time.sleep(LOOK_S)
-        self.mailbox = Mailbox(self._memory, base)
-        self.mailbox.put(EXPECTED, WORD.pack(self.case.cpus - 1))
-        self.stop()
 
-    def _told(self, end: float) -> int:
-        """The first line: words in pairs of name and value."""
-        line = read_line(self.process.stdout, end)
-        words = line.split()
-        self.said = dict(zip(words[::2], words[1::2], strict=False))
-        if "memory" not in self.said:
-            raise CantRun(f"ended at once: {self.words()}" if self.process.poll() is not None else f"said {line!r}")
-        self.tsc_khz = int(self.said["tsc_khz"])
+    def _told(self) -> int | None:
+        """Where guest RAM is: its first line, words in pairs of name and value. None while that is not there."""
+        if not self.said:
+            line = read_line(self.process.stdout, time.monotonic())
+            if not line:
+                return None
+            words = line.split()
+            self.said = dict(zip(words[::2], words[1::2], strict=False))
+            self.tsc_khz = int(self.said["tsc_khz"])
         return int(self.said["memory"], 0)
 
     def words(self) -> str:
