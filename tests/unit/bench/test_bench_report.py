@@ -15,10 +15,10 @@ from pyvmm_benchmarks.report import Case, Report, Result
 
 DOCS = Path(__file__).parents[3] / "docs" / "benchmarks.md"
 HOST = {
-    **{"time": "2026-01-01T00:00:00Z", "kvm": "a KVM", "kernel": "6.18", "cpu": "a CPU", "cpu_mhz": "2600"},
-    **{"cpus_usable": 2, "pinned_cpu": 1, "python": "CPython 3.11.7", "free_threaded": False, "load": 0.5},
-    **{"governor": "performance", "turbo": "off", "smt": "off", "mitigations": {}, "clocksource": "tsc"},
-    **{"transparent_hugepages": "madvise", "pyvmm": "0.1.0", "programs": {}},
+    "time": "2026-01-01T00:00:00Z", "kvm": "a KVM", "kernel": "6.18", "cpu": "a CPU", "cpu_mhz": "2600",
+    "cpus_usable": 2, "pinned_cpu": 1, "python": "CPython 3.11.7", "free_threaded": False, "load": 0.5,
+    "governor": "performance", "turbo": "off", "smt": "off", "mitigations": {}, "clocksource": "tsc",
+    "transparent_hugepages": "madvise", "pyvmm": "0.1.0", "programs": {},
 }
 
 
@@ -234,13 +234,13 @@ def test_a_place_that_can_not_be_written(tmp_path: Path) -> None:
 
 def test_a_table_in_a_document(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
-    path.write_text("before\n\n<!-- pyvmm bench exits -->\nold\n<!-- end -->\n\nafter <!-- end -->\n")
+    path.write_text("before\n\n<!-- pyvmm bench exits -->\nas it was\n<!-- end -->\n\nafter <!-- end -->\n")
     for _ in range(2):  # the second time it replaces its own
         markdown.put(made(other=result("other", 10.0)), path)
         text = path.read_text()
         assert text.startswith("before\n\n<!-- pyvmm bench exits -->\n")
         assert text.endswith("<!-- end -->\n\nafter <!-- end -->\n")
-        assert "old" not in text and text.count("| case |") == 1
+        assert "as it was" not in text and text.count("| case |") == 1
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "| case | c | pyvmm x c (95%) | other x c (95%) |"
     assert rows[2].startswith("| `outl_to_python`: PIO out | 8.032 us | 1.045 (1.0")
