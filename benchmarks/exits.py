@@ -41,13 +41,13 @@ CALIBRATION = Plan(warm_up=10, pairs=0, short=0, long=0, singles=9)
 BLOCK_S = 150e-6
 LEAST_LONG, MOST_LONG = 2, 1000
 SHORT_PART = 5  # a short block is that part of a long one
-MOST_PAIRS, MOST_SINGLES = 12, 200
+MOST_PAIRS, MOST_SINGLES = 12, 100
 LEAST_PAIRS, LEAST_SINGLES = 2, 5
 
 QUICK_S = 45.0
-QUICK_ROUNDS = (3, 12)  # at least and at most
-QUICK_TURN_S, TURN_LENGTH_S = 3e-3, 5e-3
-SETS, ROUNDS = 4, 15
+QUICK_ROUNDS = (3, 30)  # at least and at most
+TURN_LENGTH_S = 3e-3
+SETS, ROUNDS = 4, 30
 
 OPTIONS = (
     Option("--quick", "", "within a minute: one set of processes, as many rounds as there is time for"),
@@ -144,7 +144,7 @@ def measured(given: dict[str, object]) -> Report:
         int(str(given.get("sets", 1 if quick else SETS))),
         int(str(given.get("rounds", QUICK_ROUNDS[1] if quick else ROUNDS))),
         pin,
-        QUICK_TURN_S if quick else TURN_LENGTH_S,
+        TURN_LENGTH_S,
     )
     if settings.sets < 1 or settings.rounds < 1:
         raise ConfigError("--sets and --rounds: give at least 1")
@@ -305,11 +305,17 @@ def calibrate(case: ExitCase, started: dict[str, Contender], settings: Settings,
 
 
 def plan_for(cost_s: float, turn_s: float, *, blocks: bool = True) -> Plan:
-    """Blocks of at most BLOCK_S, half of the turn's length for them, the rest for singles."""
+    """Blocks of at most BLOCK_S, half of the turn's length for them, the rest for singles.
+
+    What takes longer than such a block by itself is measured singly: the clock's own part in it is small.
+    """
+    if not blocks or cost_s * LEAST_LONG > BLOCK_S:
+        singles = max(LEAST_SINGLES, min(MOST_SINGLES, int(turn_s / cost_s)))
+        return Plan(max(1, min(20, singles // 5)), 0, 0, 0, singles)
     long = max(LEAST_LONG, min(MOST_LONG, int(BLOCK_S / cost_s)))
     short = max(1, long // SHORT_PART)
     affordable = turn_s / cost_s
-    pairs = max(LEAST_PAIRS, min(MOST_PAIRS, int(0.5 * affordable / (long + short)))) if blocks else 0
+    pairs = max(LEAST_PAIRS, min(MOST_PAIRS, int(0.5 * affordable / (long + short))))
     singles = max(LEAST_SINGLES, min(MOST_SINGLES, int(0.4 * affordable)))
     return Plan(max(1, min(20, int(0.1 * affordable))), pairs, short, long, singles)
 
@@ -334,8 +340,8 @@ class Turns:
         self.samples.clear()
 
     def rounds(self) -> list[float]:
-        """Two turns each."""
-        return [(a + b) / 2 for a, b in zip(self.costs[::2], self.costs[1::2], strict=True)]
+        """Two turns each: the lesser, for whatever disturbs one only adds to it."""
+        return [min(pair) for pair in zip(self.costs[::2], self.costs[1::2], strict=True)]
 
 
 def cost(ticks: Ticks, plan: Plan) -> float:

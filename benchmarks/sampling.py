@@ -1,7 +1,7 @@
 """Turns, medians and intervals: how the figures are taken. Standard library only.
 
 Contenders take turns, A B C C B A a round, so that what slows the host down slows all of them; a contender's value of a
-round is the mean of its two turns, and a ratio is made within each round. Figures are medians over rounds. Several sets
+round is made from its two turns, and a ratio within each round. Figures are medians over rounds. Several sets
 of fresh processes may be measured: where the pages of a process happen to lie makes a difference that no number of
 rounds averages out. So values come as a list a set, of a value a round.
 """
