@@ -5,6 +5,7 @@ matplotlib (extra ``bench``) is imported when a picture is asked for; it draws w
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -14,6 +15,8 @@ COLUMNS = 3
 PANEL_INCHES = (5.2, 3.0)
 FORMATS = ("png", "svg")
 DPI = 110
+SUBTITLE_COLUMNS = 110
+CROWDED = 20  # times as much as the least
 # Beyond these quantiles one stray sample would squeeze all the rest together.
 SHOWN = (0.0, 0.995)
 
@@ -54,7 +57,15 @@ def draw(report: Report, prefix: str) -> list[str]:
 
 
 def subtitle(report: Report) -> str:
-    return f"{report.host['kvm']}; Linux {report.host['kernel']}; {report.host['cpu']}"
+    kvm = str(report.host["kvm"]).split(": kernels")[0]  # what PVM does in detail is in the report
+    return textwrap.fill(f"{kvm}; Linux {report.host['kernel']}; {report.host['cpu']}", SUBTITLE_COLUMNS)
+
+
+def log_axis(axis: Any, values: list[float]) -> None:
+    """Plain numbers; between the powers of ten only where there is room."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    crowded = not values or max(values) > CROWDED * min(values)
+    axis.set_minor_formatter((lambda value, _: "") if crowded else (lambda value, _: f"{value:g}"))
 
 
 def distributions(plt: Any, report: Report, colours: dict[str, Any]) -> Any:
@@ -82,12 +93,14 @@ def shape(result: Any) -> list[float]:
 
 
 def distribution(panel: Any, case: Case, colours: dict[str, Any]) -> None:
+    shown: list[float] = []
     for result in case.results:
         values = shape(result)
         if not values:
             continue
         kept = values[int(SHOWN[0] * len(values)) : max(2, round(SHOWN[1] * len(values)))]
         parts = [(n + 1) / len(values) for n in range(len(kept))]
+        shown += kept
         panel.step(kept, parts, where="post", label=result.name, color=colours[result.name], linewidth=1.3)
         middle = values[len(values) // 2]
         panel.plot([middle], [0.5], "o", color=colours[result.name], markersize=3.5)
@@ -97,8 +110,7 @@ def distribution(panel: Any, case: Case, colours: dict[str, Any]) -> None:
     panel.set_xlabel(case.unit, fontsize=8)
     panel.set_ylabel("part of the samples", fontsize=8)
     panel.tick_params(labelsize=7)
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    log_axis(panel.xaxis, shown)
     panel.tick_params(which="minor", labelsize=6)
     panel.grid(True, which="both", alpha=0.25)
     panel.legend(fontsize=7, loc="lower right")
@@ -124,8 +136,7 @@ def ratios(plt: Any, report: Report, colours: dict[str, Any]) -> Any:
                            color=colours[result.name])  # fmt: skip
     panel.axvline(1.0, color="black", linewidth=0.8)
     panel.set_xscale("log")
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    log_axis(panel.xaxis, [r.ratio.value for case in cases for r in case.results if r.ratio])
     panel.tick_params(which="both", labelsize=8)
     panel.set_yticks(range(len(cases)), [case.name for case in reversed(cases)], fontsize=8)
     panel.grid(True, which="both", axis="x", alpha=0.25)
