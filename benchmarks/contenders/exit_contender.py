@@ -94,29 +94,30 @@ class Contender:
     def try_ready(self) -> bool:
         """Look whether its guest waits for a turn; then it is stopped. CantRun where it will never do so."""
         ended = self.process.poll() is not None
-        if self._memory is None:
-            self._open_memory()
-        assert self._memory is not None
-        base = self._told() if self.tells_memory else self._memory.find_guest()
-        if base is not None:
-            mailbox = Mailbox(self._memory, base)
-            if mailbox.ready:
-                self.mailbox = mailbox
-                mailbox.put(EXPECTED, WORD.pack(self.case.cpus - 1))
-                self.stop()
-                return True
+        try:
+            mailbox = self._find_mailbox()
+        except OSError as error:
+            if self.process.poll() is None:
+                raise CantRun(f"/proc/PID/mem of another process: {error.strerror}: run it as root, or outside of the "
+                              "container") from None  # fmt: skip
+            mailbox, ended = None, True  # a process that has ended takes its place in /proc along
+        if mailbox is not None and mailbox.ready:
+            self.mailbox = mailbox
+            mailbox.put(EXPECTED, WORD.pack(self.case.cpus - 1))
+            self.stop()
+            return True
         if ended:
             raise CantRun(f"ended at once: {self.words()}")
         if time.monotonic() > self._start + START_S:
             raise CantRun(f"was not ready after {START_S:g} s")
         return False
 
-    def _open_memory(self) -> None:
-        try:
+    def _find_mailbox(self) -> Mailbox | None:
+        """None while its memory is not to be found. OSError where /proc does not let us look."""
+        if self._memory is None:
             self._memory = Memory(self.process.pid)
-        except OSError as error:
-            raise CantRun(f"/proc/PID/mem of another process: {error.strerror}: run it as root, or outside of the "
-                          "container") from None  # fmt: skip
+        base = self._told() if self.tells_memory else self._memory.find_guest()
+        return None if base is None else Mailbox(self._memory, base)
 
     def _told(self) -> int | None:
         """Where guest RAM is: its first line, words in pairs of name and value. None while that is not there."""

@@ -158,7 +158,7 @@ def test_a_slowed_loop_is_caught_by_compare(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_quick_takes_as_many_rounds_as_there_is_time_for(tmp_path: Path) -> None:
-    settings = SETTINGS._replace(quick=True, sets=1, rounds=12)
+    settings = SETTINGS._replace(quick=True, sets=1, rounds=exits.QUICK_ROUNDS[1])
     kinds = [Synthetic("c", 8.0), Synthetic("pyvmm", 8.0)]
     late = exits.measure(CASE, kinds, settings, tmp_path, limit_s=0.0)
     early = exits.measure(CASE, kinds, settings, tmp_path, limit_s=30.0)
