@@ -110,3 +110,32 @@ class IrqLine:
         """An edge: up, and down again."""
         self.set(1)
         self.set(0)
+
+
+class IrqWire:
+    """One interrupt input and all lines that drive it, ORed: PCI's pins share interrupts with each other and with ISA.
+
+    ``set_level(level)`` is called, one call at a time, when the first line goes up and when the last one goes down.
+    """
+
+    __slots__ = ("gsi", "_lines", "_lock", "_set_level", "_up")
+
+    def __init__(self, set_level, gsi=-1):
+        self.gsi = gsi
+        self._set_level = set_level
+        self._lock = DeviceLock()
+        self._lines = 0
+        self._up = 0    # a bit for each line that is
+
+    def line(self):
+        """Another IrqLine that drives it."""
+        bit = 1 << self._lines
+        self._lines += 1
+        return IrqLine(lambda level: self._drive(bit, level), self.gsi)
+
+    def _drive(self, bit, level):
+        with self._lock:
+            before = self._up
+            self._up = before | bit if level else before & ~bit
+            if bool(before) != bool(self._up):
+                self._set_level(level)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock
     from pyvmm.cpu import Cpu
-    from pyvmm.device import Device, IrqLine
+    from pyvmm.device import Device, IrqLine, IrqWire
     from pyvmm.devices.irq_pins import ControllerPins
     from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.exit_stats import ExitStat
@@ -75,6 +75,7 @@ class Machine:
         self._ring_lock = DeviceLock()
         self._coalesced: list[tuple[AddressSpace, int, int]] = []
         self._background: list[Thread] = []
+        self._wires: dict[int, IrqWire] = {}
         self._images = builder.Images()
         try:
             builder.build(self)
@@ -282,7 +283,7 @@ class Machine:
     # -- wires and counters --------------------------------------------------------------------------------
 
     def irq_line(self, irq: int) -> IrqLine:
-        """A line to ISA interrupt ``irq`` (GSI of the same number), for a device of your own."""
+        """A line to ISA interrupt ``irq`` (GSI of the same number), for a device of your own. Lines to one are ORed."""
         return builder.irq_line(self, irq)
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:

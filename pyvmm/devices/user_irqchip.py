@@ -7,7 +7,6 @@ else does; from 16 on there is only the I/O APIC. The pair's INTR is the local A
 
 from __future__ import annotations
 
-from pyvmm.device import IrqLine
 from pyvmm.devices.apic_bus import ApicBus
 from pyvmm.devices.i8259 import I8259Pair
 from pyvmm.devices.ioapic import PINS, Ioapic
@@ -55,10 +54,6 @@ class UserIrqchip:
         if gsi < ISA_IRQS:
             self._pic_inputs.set_irq(gsi, level)
         self._ioapic_inputs.set_irq(gsi, level)
-
-    def irqline(self, gsi: int) -> IrqLine:
-        """A line that drives ``gsi``."""
-        return IrqLine(lambda level: self.set_irq(gsi, level), gsi)
 
     @property
     def output(self) -> int:

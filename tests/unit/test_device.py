@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from pyvmm.address_space import AddressSpace
-from pyvmm.device import Device, DeviceLock, IrqLine
+from pyvmm.device import Device, DeviceLock, IrqLine, IrqWire
 
 DEADLINE_S = 10
 
@@ -260,3 +260,26 @@ def test_a_line_with_no_sink_remembers() -> None:
     line = IrqLine()
     line.raise_()
     assert (line.gsi, line.level) == (-1, 1)
+
+
+def test_lines_of_one_wire_are_ored() -> None:
+    levels: list[int] = []
+    wire = IrqWire(levels.append, 11)
+    first, second = wire.line(), wire.line()
+    assert (first.gsi, second.gsi) == (11, 11)
+    first.raise_()
+    second.raise_()
+    first.lower()
+    assert levels == [1]
+    first.pulse()
+    assert levels == [1]
+    second.lower()
+    assert levels == [1, 0]
+
+
+def test_a_wire_with_one_line_takes_its_edges() -> None:
+    levels: list[int] = []
+    line = IrqWire(levels.append).line()
+    line.pulse()
+    line.pulse()
+    assert levels == [1, 0, 1, 0]

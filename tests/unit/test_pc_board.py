@@ -57,6 +57,18 @@ def test_the_chipset_is_on_the_bus(pc: Machine) -> None:
     assert {at: value for at, value in found.items() if value != 0xFFFF_FFFF} == IDS
 
 
+def test_an_interrupt_shared_by_pci_and_isa_stays_up_until_both_are_done(pc: Machine) -> None:
+    levels: list[int] = []
+    pc.irq_controllers["pic"].inputs.watch = lambda n, level: levels.append(level) if n == 14 else None
+    config_write(pc, 0x860, 1, 14)  # PIRQA to the first IDE channel's interrupt
+    isa, channel = pc.devices["piix3"], pc.irq_line(14)
+    isa.set_intx(1, 0, 1)  # type: ignore[attr-defined]  # a Piix3Isa
+    channel.pulse()
+    assert levels == [1]
+    isa.set_intx(1, 0, 0)  # type: ignore[attr-defined]
+    assert levels == [1, 0]
+
+
 def test_a_drive_answers_at_its_place_and_nobody_at_the_others(pc: Machine) -> None:
     data = identify(pc, 0x1F0, 0)
     assert int.from_bytes(data[120:124], "little") == 64  # words 60 and 61: sectors by LBA28

@@ -6,6 +6,7 @@ import pytest
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
+from pyvmm.device import IrqLine
 from pyvmm.devices.i8254 import I8254
 from pyvmm.devices.user_irqchip import UserIrqchip
 
@@ -54,15 +55,13 @@ def bench() -> Bench:
 
 def test_the_pic_interrupts_a_guest_that_knows_no_apic(bench: Bench) -> None:
     bench.program_pic()
-    line = bench.irqchip.irqline(4)
-    assert line.gsi == 4
-    line.raise_()
+    bench.irqchip.set_irq(4, 1)
     assert bench.outputs == [1]
     assert bench.irqchip.acknowledge() == 0x24
     assert bench.outputs == [1, 0]
-    line.lower()
+    bench.irqchip.set_irq(4, 0)
     bench.pio.write(0x20, 1, 0x20)
-    bench.irqchip.irqline(14).raise_()
+    bench.irqchip.set_irq(14, 1)
     assert bench.take() == [0x2E]
 
 
@@ -93,7 +92,7 @@ def test_the_timer_is_on_pin_2_and_nothing_else_is(bench: Bench) -> None:
 
 
 def test_a_pit_ticks_through_both(bench: Bench) -> None:
-    pit = I8254(bench.clock, bench.irqchip.irqline(0))
+    pit = I8254(bench.clock, IrqLine(lambda level: bench.irqchip.set_irq(0, level)))
     bench.pio.map(0x40, 4, pit)
     bench.program_pic()
     for value in (0x34, 0xA9, 0x04):  # counter 0 in mode 2, 1193 pulses: a millisecond

@@ -73,9 +73,7 @@ SIDETIM = 0x44
 
 
 class Piix3Isa(PciDevice):
-    """``lines[n]`` is ISA interrupt n, None where PCI has no business. Give lines of its own, whose sinks make the OR
-    with whatever else drives that interrupt.
-    """
+    """``lines[n]`` is ISA interrupt n, None where PCI has no business: lines of its own, each one of an IrqWire."""
 
     def __init__(self, lines: Sequence[IrqLine | None]) -> None:
         super().__init__(
