@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
-from pyvmm.device import IrqLine
+from pyvmm.device import IrqWire
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.system import Kvm
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock
     from pyvmm.config import Image, Serial
+    from pyvmm.device import IrqLine
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.machine import Machine
     from pyvmm.x86.boot import BootState
@@ -181,11 +182,12 @@ def in_kernel_irqchip(m: Machine) -> bool:
 
 
 def irq_line(m: Machine, irq: int) -> IrqLine:
-    """A line to ISA interrupt ``irq``, into whichever controller the machine has."""
-    if m.user_irqchip is not None:
-        return m.user_irqchip.irqline(irq)
-    set_level = m.vm.irq_line
-    return IrqLine(lambda level: set_level(irq, level), irq)
+    """Another line to ISA interrupt ``irq``, into whichever controller the machine has; ORed with those there are."""
+    wire = m._wires.get(irq)
+    if wire is None:
+        set_irq = m.vm.irq_line if m.user_irqchip is None else m.user_irqchip.set_irq
+        wire = m._wires[irq] = IrqWire(lambda level: set_irq(irq, level), irq)
+    return wire.line()
 
 
 # -- devices ---------------------------------------------------------------------------------------------------
@@ -427,11 +429,17 @@ def cpuid_table(m: Machine, index: int) -> list[CpuidEntry]:
 
 
 def cpu_vendor(m: Machine) -> str:
-    """CPUID's vendor string: whose exit codes a hardware exit reason is."""
-    for function, _index, _flags, _eax, ebx, ecx, edx in m.kvm.supported_cpuid():
-        if function == 0:
-            return b"".join(r.to_bytes(4, "little") for r in (ebx, edx, ecx)).decode("ascii", "replace")
-    return ""
+    """The host's CPUID vendor string: whose exit codes a hardware exit reason is."""
+    from pyvmm.x86 import cpuid
+
+    return cpuid.identity(m.kvm.supported_cpuid())[2]
+
+
+def cpu_identity(m: Machine) -> tuple[int, int, str] | None:
+    """What a guest's inventory says of its processors. None without one."""
+    from pyvmm.x86 import cpuid
+
+    return cpuid.identity(cpuid_table(m, 0)) if m.config.accel == "kvm" else None
 
 
 def enter_guest(m: Machine, boot: BootState) -> None:

@@ -197,6 +197,7 @@ def named(drive: DriveOptions) -> dict[str, str]:
 
 def describe(m: Machine, fw_cfg: FwCfg) -> None:
     """fw_cfg's files and items for firmware, and the CMOS bytes that it looks at."""
+    from pyvmm.builder import cpu_identity
     from pyvmm.x86 import firmware_files
 
     config = m.config
@@ -208,6 +209,7 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
         config.cpus,
         m.memory.regions,
         option_roms=roms,
+        cpu_id=cpu_identity(m),
         boot_paths=firmware_files.boot_paths(drives, config.boot, kernel=next(iter(roms), None)),  # type: ignore[arg-type]  # all are placed now
     )
     for name, data in files.items():
@@ -249,13 +251,16 @@ def translations(m: Machine) -> list[int]:
 
 
 def write_tables(m: Machine) -> int:
-    """ACPI and MP tables for a kernel booted directly; the ACPI root pointer's address."""
-    from pyvmm.x86 import acpi_pc, mptable
+    """ACPI, MP and SMBIOS tables for a kernel booted directly; the ACPI root pointer's address."""
+    from pyvmm.builder import cpu_identity
+    from pyvmm.x86 import acpi_pc, mptable, smbios
 
     low = min(m.memory.size_bytes, layout.RAM_HOLE)
     tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low)
     tables.write(m.memory)
     mptable.write(m.memory, m.config.cpus)
+    ranges = [(gpa, size) for gpa, size in m.memory.regions if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
+    smbios.build(m.config.cpus, ranges, cpu_id=cpu_identity(m)).write(m.memory)
     return tables.rsdp
 
 

@@ -51,6 +51,17 @@ XCR0_X87_SSE = 0b11
 IN_XSS = 1 << 0  # leaf 0xd, sub-leaf n, ECX: the component is enabled in IA32_XSS, not in XCR0
 
 
+def identity(entries: Iterable[Entry]) -> tuple[int, int, str]:
+    """(signature, features, vendor): leaf 1's EAX and EDX, and leaf 0's string; zeros and nothing where they miss."""
+    signature, features, vendor = 0, 0, ""
+    for function, _index, _flags, eax, ebx, ecx, edx in entries:
+        if function == MAX_BASIC:
+            vendor = b"".join(r.to_bytes(4, "little") for r in (ebx, edx, ecx)).decode("ascii", "replace")
+        elif function == FEATURES:
+            signature, features = eax, edx
+    return signature, features, vendor
+
+
 def build(
     supported: Iterable[Entry],
     *,

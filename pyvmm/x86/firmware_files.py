@@ -78,7 +78,7 @@ def pc_firmware_files(
     boot_menu_wait_ms  how long the boot menu may be called up, where pc_firmware_items turned it on.
     boot_fail_wait_ms  try again after this time when nothing boots; None: never.
     option_roms   {name: image} of ROMs to run, made by option_rom().
-    cpu_id        CPUID leaf 1's EAX and EDX and the vendor string, for SMBIOS.
+    cpu_id        what cpuid.identity says, for SMBIOS.
     acpi_devices, gpe0, smi_command  as acpi_pc.build's.
     """
     ranges = [(gpa, size) for gpa, size in memory if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
@@ -250,14 +250,6 @@ class SmbiosFiles:
         if not self._files:
             from pyvmm.x86 import smbios
 
-            signature, features, vendor = self._cpu_id or (0, 0, smbios.MANUFACTURER)
-            tables = smbios.build(
-                self._cpus,
-                self._ranges,
-                uuid=self._uuid,
-                signature=signature,
-                features=features,
-                vendor=vendor,
-            )
+            tables = smbios.build(self._cpus, self._ranges, uuid=self._uuid, cpu_id=self._cpu_id)
             self._files = tables.files()
         return self._files[name]

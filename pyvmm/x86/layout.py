@@ -7,7 +7,7 @@ The first MiB, as a directly booted kernel finds it (with firmware only the port
     0x07000  multiboot info
     0x90000  BOOT_AREA             zero page, page tables, PVH start info, GDT, command line
     0x9d000  trampolines           left free: Linux puts its own here
-    0x9fc00  BIOS area             reserved in the memory map: ACPI tables at 0xe0000, MP table at 0xf0000
+    0x9fc00  BIOS area             reserved in the memory map: ACPI 0xe0000, MP table 0xf0000, SMBIOS 0xf8000
     0x100000 the kernel
 """
 
@@ -60,7 +60,10 @@ ACPI_TABLES_END = 0xF_0000
 # MP spec 1.4, 4: the floating pointer is searched in the EBDA, the last KiB of base memory and
 # 0xf0000-0xfffff. The last one: a configuration table for many processors is larger than the other two.
 MP_TABLE = 0xF_0000
-MP_TABLE_END = 0x10_0000
+MP_TABLE_END = 0xF_8000
+# SMBIOS 2.8, 5.2.1: the entry point is searched on 16-byte boundaries in 0xf0000-0xfffff. The structures follow it.
+SMBIOS = 0xF_8000
+SMBIOS_END = 0x10_0000
 
 # Protected-mode kernels go to 1 MiB: the first address that is RAM on any PC and all that boot loaders
 # promise.

@@ -9,10 +9,13 @@ from __future__ import annotations
 from struct import pack
 
 from pyvmm.errors import ConfigError
+from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from pyvmm.guest_memory import GuestMemory
 
 ANCHOR_FILE = "etc/smbios/smbios-anchor"
 TABLES_FILE = "etc/smbios/smbios-tables"
@@ -92,6 +95,14 @@ class SmbiosTables:
         data[4] = -sum(data) & 0xFF
         return bytes(data)
 
+    def write(self, memory: GuestMemory, gpa: int = layout.SMBIOS, end: int = layout.SMBIOS_END) -> None:
+        """The entry point at ``gpa``, the structures behind it: as firmware leaves them for an operating system."""
+        at = gpa + ENTRY_POINT_BYTES + -ENTRY_POINT_BYTES % 16
+        if at + len(self.structures) > end:
+            raise ConfigError(f"SMBIOS tables of {len(self.structures)} bytes have no room: give less memory")
+        memory.write(gpa, self.entry_point(at))
+        memory.write(at, self.structures)
+
     def files(self) -> dict[str, bytes]:
         """By their names in fw_cfg."""
         return {ANCHOR_FILE: self.entry_point(), TABLES_FILE: self.structures}
@@ -102,16 +113,14 @@ def build(
     memory: Iterable[tuple[int, int]],
     *,
     uuid: bytes = bytes(16),
-    signature: int = 0,
-    features: int = 0,
-    vendor: str = MANUFACTURER,
+    cpu_id: tuple[int, int, str] | None = None,
     serial: str = "",
     product: str = PRODUCT,
 ) -> SmbiosTables:
     """For ``cpus`` cores of one package and the (gpa, size_bytes) ranges of RAM.
 
-    ``uuid`` has 16 bytes as they are written down; all zeros: not set. ``signature`` and ``features`` are CPUID leaf
-    1's EAX and EDX, ``vendor`` leaf 0's. ConfigError for a UUID of another length, or too much memory to list.
+    ``uuid`` has 16 bytes as they are written down; all zeros: not set. ``cpu_id`` is what cpuid.identity says.
+    ConfigError for a UUID of another length, or too much memory to list.
     """
     if len(uuid) != 16:
         raise ConfigError(f"a UUID of {len(uuid)} bytes: give 16")
@@ -121,7 +130,7 @@ def build(
         [
             _system(uuid, serial, product),
             _chassis(serial),
-            _processor(cpus, signature, features, vendor),
+            _processor(cpus, *(cpu_id or (0, 0, MANUFACTURER))),
             _memory_array(sum(devices), len(devices)),
             *(_memory_device(n, size) for n, size in enumerate(devices)),
             *(_memory_range(n, base, size) for n, (base, size) in enumerate(ranges)),

@@ -23,6 +23,7 @@ def test_the_first_mib_has_one_tenant_a_place() -> None:
         (layout.ACPI_RSDP, layout.ACPI_RSDP + 36),
         (layout.ACPI_TABLES, layout.ACPI_TABLES_END),
         (layout.MP_TABLE, layout.MP_TABLE_END),
+        (layout.SMBIOS, layout.SMBIOS_END),
         (layout.KERNEL, layout.RAM_HOLE),
     ]
     assert all(start < end for start, end in spans)
@@ -53,6 +54,8 @@ def test_tables_can_be_found_where_the_specifications_search() -> None:
     assert layout.ACPI_RSDP % 16 == 0
     assert 0xF0000 <= layout.MP_TABLE <= 0xFFFF0
     assert layout.MP_TABLE % 16 == 0
+    assert 0xF0000 <= layout.SMBIOS <= 0xFFFF0
+    assert layout.SMBIOS % 16 == 0
 
 
 def test_a_full_pvh_page_holds_its_lists() -> None:

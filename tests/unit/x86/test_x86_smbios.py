@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import ConfigError
-from pyvmm.x86 import smbios
+from pyvmm.guest_memory import GuestMemory
+from pyvmm.x86 import layout, smbios
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -138,7 +139,7 @@ def test_a_uuid_has_16_bytes() -> None:
 
 @pytest.mark.parametrize(("cpus", "cores"), [(1, 1), (4, 4), (255, 255), (300, 255)])
 def test_one_package_has_all_cores(cpus: int, cores: int) -> None:
-    tables = smbios.build(cpus, [(0, MIB)], signature=0x000306C3, features=0x178BFBFF, vendor="GenuineIntel")
+    tables = smbios.build(cpus, [(0, MIB)], cpu_id=(0x000306C3, 0x178BFBFF, "GenuineIntel"))
     (processor,) = kinds(tables, 4)
     assert list(processor.data[0x23:0x26]) == [cores] * 3
     assert processor.number(8, 8) == 0x178BFBFF_000306C3
@@ -169,3 +170,20 @@ def test_large_numbers_go_to_the_extended_fields() -> None:
 def test_too_much_memory_to_list() -> None:
     with pytest.raises(ConfigError, match="use less than 4 TiB"):
         smbios.build(1, [(0, 4 << 40)])
+
+
+def test_in_memory_the_entry_point_leads_to_the_structures() -> None:
+    """Of 255 processors and as much memory as can be listed: that is the longest there is."""
+    tables = smbios.build(255, [(0, 3 * GIB), (4 * GIB, (4 << 40) - 20 * GIB)], cpu_id=(1, 2, "GenuineIntel"))
+    memory = GuestMemory(2 * MIB)
+    try:
+        tables.write(memory)
+        entry = memory.read(layout.SMBIOS, 31)
+        assert (entry[:4], sum(entry) & 0xFF, sum(entry[16:]) & 0xFF) == (b"_SM_", 0, 0)
+        length, gpa, count = struct.unpack_from("<HIH", entry, 0x16)
+        assert gpa % 16 == 0
+        assert gpa + length <= layout.SMBIOS_END
+        assert memory.read(gpa, length) == tables.structures
+        assert len(parse(memory.read(gpa, length))) == count
+    finally:
+        memory.close()
