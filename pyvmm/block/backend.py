@@ -5,8 +5,8 @@ before it that it overlaps, for the throttle, for the driver; a failure meets th
 ``cb(ret)``, 0 or a negative errno.
 
 Threads: any may submit. The callback runs on the submitting thread, before ``aio_*`` returns, where nothing had to be
-waited for; else on the event loop's thread, or on one that drains or resumes, with no lock of ours held. A callback
-may submit, but not drain: its own request is in flight until it returns.
+waited for; else on the worker that did it, the event loop's thread, or one that drains or resumes, with no lock of ours
+held. A callback may submit, but not drain: its own request is in flight until it returns.
 
 Order: of two requests in flight that overlap, one of them a write, the later one starts when the earlier is complete.
 """

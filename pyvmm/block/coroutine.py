@@ -2,7 +2,8 @@
 
 ``start(coroutine, owner)`` runs it on the caller's thread until it ends or awaits a Waiter whose result is not there. A
 request that need not wait has run from end to end when ``start`` returns. One that waits is continued by whoever
-brings the result: workers hand that to the AioContext, and the event loop's thread (or one that drains) goes on.
+brings the result: a worker goes on with it there and then; what comes otherwise is handed to the AioContext, and the
+event loop's thread (or one that drains) goes on.
 """
 
 from __future__ import annotations
@@ -118,6 +119,21 @@ class AioContext:
         """As ``complete``: ``error`` is raised in the coroutine, and from there stops the machine."""
         waiter.error = error
         self._hand_over(waiter)
+
+    def complete_here(self, waiter: Waiter, result: int) -> None:
+        """As ``complete``, but the coroutine goes on on this thread: a worker's, which holds no lock and has nothing
+        else to do. That spares the loop's thread its wake-up, which takes longer than all of the rest.
+        """
+        waiter.result = result
+        try:
+            waiter.set()
+        except BaseException as error:
+            raised = error
+
+            def tell() -> None:
+                raise raised
+
+            self.loop.call_soon(tell)
 
     def _hand_over(self, waiter: Waiter) -> None:
         with self.lock:

@@ -168,7 +168,7 @@ class FilePosix(ProtocolDriver):
         self._do(job)
 
     def _do(self, aiocb: Aiocb) -> None:
-        """The call, and its result to the submitter's loop. Nothing of ``aiocb`` is touched after that."""
+        """The call, and on with the request. Nothing of ``aiocb`` is touched after that."""
         try:
             if aiocb.kind <= WRITE:
                 result = self._handle_aiocb_rw(aiocb)
@@ -183,7 +183,7 @@ class FilePosix(ProtocolDriver):
         except BaseException as exc:
             self._context.fail(aiocb, exc)
             return
-        self._context.complete(aiocb, result)
+        self._context.complete_here(aiocb, result)
 
     def _handle_aiocb_rw(self, aiocb: Aiocb) -> int:
         return self._transfer(aiocb.kind, aiocb.offset, aiocb.iov, aiocb.length, aiocb.flags)
@@ -356,6 +356,6 @@ class FilePosix(ProtocolDriver):
             self._stats.write.merged += max(0, whole - 1)
         for number, aiocb in enumerate(batch):
             if number < whole:
-                self._context.complete(aiocb, aiocb.length)
+                self._context.complete_here(aiocb, aiocb.length)
             else:
                 self._do(aiocb)

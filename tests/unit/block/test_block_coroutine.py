@@ -68,6 +68,28 @@ def test_results_come_in_order_on_the_loop(manual_loop: ManualLoop) -> None:
     assert seen == [0, 1, 2]
 
 
+def test_a_worker_goes_on_by_itself_and_what_that_raises_goes_to_the_loop(manual_loop: ManualLoop) -> None:
+    context = AioContext(manual_loop)
+    first, second = Waiter(), Waiter()
+    seen: list[object] = []
+
+    async def ask(waiter: Waiter) -> None:
+        seen.append((await waiter, threading.get_ident()))
+        raise ZeroDivisionError
+
+    start(ask(first), NoOwner())
+    context.complete_here(first, 4)
+    assert seen == [(4, threading.get_ident())]
+    with pytest.raises(ZeroDivisionError):
+        manual_loop.run()
+    # One that has not gone to sleep yet goes on where it is.
+    second.result = 0
+    context.complete_here(second, 5)
+    with pytest.raises(ZeroDivisionError):
+        start(ask(second), NoOwner())
+    assert seen[1:] == [(5, threading.get_ident())]
+
+
 def test_an_error_is_raised_in_the_coroutine_and_the_others_still_come(manual_loop: ManualLoop) -> None:
     context = AioContext(manual_loop)
     first, second = Waiter(), Waiter()
