@@ -374,16 +374,20 @@ cdef class MemoryRegion:
         return f"<{type(self).__name__} {self.name} {where}>"
 
 
-cdef class RegisterRegion(MemoryRegion):
-    """The byte registers of a Python device, two of which may answer without Python while the device says so.
+cdef enum:
+    LATCHES = 8     # bytes of region_t.value
 
-    Reads of the ``latch``ed one give a value, writes to the ``gather``ed one are kept for ``take``: a newline, and what
+
+cdef class RegisterRegion(MemoryRegion):
+    """The byte registers of a Python device, some of which may answer without Python while the device says so.
+
+    Reads of ``latch``ed ones give a value, writes to the ``gather``ed one are kept for ``take``: a newline, and what
     no longer fits into ``capacity`` bytes, goes to the device's ``write`` as ever, and finds there what came before it.
-    All methods are for the device, which holds its lock.
+    All methods are for the device, which holds its lock. Only the first eight registers can be latched.
     """
 
-    def __init__(self, size, device, *, name=None, capacity=1024):
-        MemoryRegion.__init__(self, size, device, name=name)
+    def __init__(self, size, device, *, name=None, read=None, write=None, capacity=1024):
+        MemoryRegion.__init__(self, size, device, name=name, read=read, write=write)
         if not 1 <= size <= 256 or capacity < 1:
             raise ConfigError(f"{self.name}: {size} registers, {capacity} bytes of room: give 1 to 256, and at least 1")
         self._buffer = bytearray(capacity)
@@ -392,13 +396,18 @@ cdef class RegisterRegion(MemoryRegion):
 
     def latch(self, uint8_t offset, uint8_t value):
         """Until further notice a read of that byte gives ``value``."""
-        self.c.latched_at = offset
-        self.c.value = value
+        if offset >= LATCHES:
+            raise ValueError(f"{self.name}: register {offset} can't be latched, only the first {LATCHES} can")
+        self.c.value = self.c.value & ~(<uint64_t>0xff << (8 * offset)) | <uint64_t>value << (8 * offset)
+        self.c.latched |= 1 << offset
         self.c.shortcuts |= SHORTCUT_LATCH
 
-    def unlatch(self):
-        """Every read is the device's again."""
-        self.c.shortcuts &= ~SHORTCUT_LATCH
+    def unlatch(self, uint8_t offset):
+        """Its reads are the device's again."""
+        if offset < LATCHES:
+            self.c.latched &= ~(1 << offset)
+            if not self.c.latched:
+                self.c.shortcuts &= ~SHORTCUT_LATCH
 
     def gather(self, uint8_t offset):
         """Until further notice bytes written there are kept."""

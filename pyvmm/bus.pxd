@@ -42,7 +42,7 @@ cdef enum region_kind:
 
 
 cdef enum shortcut_kind:
-    SHORTCUT_LATCH = 1      # reads of the byte at latched_at give ``value``
+    SHORTCUT_LATCH = 1      # reads of single bytes that are ``latched`` give theirs of ``value``
     SHORTCUT_GATHER = 2     # writes to the byte at gathered_at go to ``memory``
 
 
@@ -73,12 +73,12 @@ cdef struct region_t:
     uint8_t *memory         # FIFO, SINK, BUFFER
     uint64_t memory_size
     uint64_t position
-    uint64_t value          # LATCH
+    uint64_t value          # LATCH; PYTHON: a byte for each of the first eight offsets
     uint64_t count          # accesses served without Python
     int fd                  # EVENT
     int direction           # FIFO: 1 the guest reads, 2 it writes, 0 closed
     uint8_t shortcuts       # PYTHON: which single bytes are answered here for now, SHORTCUT_*
-    uint8_t latched_at      # their offsets
+    uint8_t latched         # bit n: the byte at offset n
     uint8_t gathered_at
 
 
@@ -136,8 +136,8 @@ cdef inline bint shortcut(region_t *region, uint64_t offset, int size, uint64_t 
     take_lock(region, ts)
     if region.mapped:
         if not is_write:
-            if region.shortcuts & SHORTCUT_LATCH and offset == region.latched_at:
-                value[0] = region.value
+            if offset < 8 and (region.latched >> offset) & 1:
+                value[0] = (region.value >> (8 * offset)) & 0xff
                 served = True
         elif region.shortcuts & SHORTCUT_GATHER and offset == region.gathered_at and <uint8_t>value[0] != 10 \
                 and region.position < region.memory_size:

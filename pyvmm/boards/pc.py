@@ -145,10 +145,8 @@ def make_ide(m: Machine) -> tuple[IdeChannel, IdeChannel]:
         )
         m.devices[f"ide{n}"] = channel
         m.pio.add(command, channel.data)
-        m.pio.map(command + 1, 7, channel, name=f"ide{n}")
-        m.pio.map(
-            control, 1, channel, read=channel.control_read, write=channel.control_write, name=f"ide{n}.control"
-        )
+        m.pio.add(command + 1, channel.region)
+        m.pio.add(control, channel.control)
         made.append(channel)
     return made[0], made[1]
 

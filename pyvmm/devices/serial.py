@@ -422,7 +422,7 @@ class Serial(Device):
         self._irq.set(0 if iir == IIR_NO_INT else 1)
         # Reading LSR changes nothing but where it shows errors.
         if lsr & LSR_ERRORS:
-            self.region.unlatch()
+            self.region.unlatch(LSR)
         else:
             self.region.latch(LSR, lsr)
 

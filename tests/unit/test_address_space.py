@@ -695,10 +695,24 @@ def test_a_latched_register_answers_without_the_device() -> None:
     device.region.latch(5, 0x61)
     assert s.read(0x3FD, 1) == 0x61
     assert s.read(0x3FC, 4) == 0x17_16_61_14  # a wide access byte by byte
-    device.region.unlatch()
+    device.region.unlatch(5)
     assert s.read(0x3FD, 1) == 0x15
     assert device.log == [("r", 5), ("r", 6), (b"", 5, 1), ("r", 4), ("r", 6), ("r", 7), ("r", 5)]
     assert device.region.count == 3
+
+
+def test_latched_registers_are_independent() -> None:
+    s, device = space(), Registers()
+    s.add(0x3F8, device.region)
+    for offset, value in ((7, 0xFF), (0, 1), (2, 0x80)):
+        device.region.latch(offset, value)
+    assert [s.read(0x3F8 + n, 1) for n in range(8)] == [1, 0x11, 0x80, 0x13, 0x14, 0x15, 0x16, 0xFF]
+    device.region.latch(7, 0x7E)
+    device.region.unlatch(2)
+    assert [s.read(0x3F8 + n, 1) for n in (0, 2, 7)] == [1, 0x12, 0x7E]
+    device.region.unlatch(0)
+    device.region.unlatch(7)
+    assert [s.read(0x3F8 + n, 1) for n in (0, 2, 7)] == [0x10, 0x12, 0x17]
 
 
 def test_a_gathered_register_keeps_bytes_until_a_newline_or_there_is_no_room() -> None:
@@ -736,6 +750,8 @@ def test_what_registers_can_not_be() -> None:
             RegisterRegion(size, Ram(8), capacity=capacity)
     with pytest.raises(OverflowError):
         Registers().region.latch(256, 0)
+    with pytest.raises(ValueError, match="only the first 8"):
+        Registers().region.latch(8, 0)
 
 
 def test_sink_gathers_lines() -> None:

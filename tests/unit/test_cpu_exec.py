@@ -274,7 +274,7 @@ def test_registers_answer_exits_by_themselves_while_the_device_says_so(guest: Gu
     assert guest.in_(0x3F8, 1) == [0x42]
     assert (device.reads, device.writes) == ([(0, 1)], [(0, 1, 10)])
     assert region.take() == b"many at once"
-    region.unlatch()
+    region.unlatch(5)
     region.release()
     assert guest.in_(0x3FD, 1) == [0x42]
     assert guest.out(0x3F8, 1, 65) is None

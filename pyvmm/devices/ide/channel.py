@@ -6,12 +6,13 @@ them) are lost; an absent drive's status is zero. All its registers are: so a BI
 is there.
 
 A transfer's data goes through ``data``, the compiled window at the first port (see pio.py), and through the guest's
-memory by ``bus_master`` (see dma.py). What the guest polls, the status registers, is served first.
+memory by ``bus_master`` (see dma.py). What the guest polls, the status registers, is latched in the regions and read
+without Python, but where a read has a consequence: while an interrupt is pending.
 """
 
 from __future__ import annotations
 
-from pyvmm.address_space import FifoRegion
+from pyvmm.address_space import FifoRegion, RegisterRegion
 from pyvmm.device import Device
 from pyvmm.devices.ide.bus_master import BusMaster
 from pyvmm.devices.ide.disk import IdeDisk
@@ -20,6 +21,7 @@ from pyvmm.devices.ide.pio import PioBuffer
 from pyvmm.devices.ide.registers import (
     ALWAYS_ON,
     BM_INTERRUPT,
+    COMMAND,
     CONTROL_HOB,
     DEVICE,
     DEVICE_RESET,
@@ -27,6 +29,7 @@ from pyvmm.devices.ide.registers import (
     HOB,
     NIEN,
     SRST,
+    STATUS,
     TAKEN,
 )
 
@@ -42,24 +45,28 @@ if TYPE_CHECKING:
 
 
 class IdeChannel(Device):
-    """The seven ports from 1F1h on are ``read`` and ``write``, 3F6h is ``control_read`` and ``control_write``."""
+    """The seven ports from 1F1h on are ``region``, ``read`` and ``write``; 3F6h is ``control``, ``control_read`` and
+    ``control_write``. ``selected`` is the drive that answers.
+    """
 
     impl_sizes = (1, 1)
 
     __slots__ = (
         "_buffer",
         "_control",
-        "_drive",
         "_hob",
         "_irq",
         "_present",
         "bus_master",
         "clock",
+        "control",
         "data",
         "drives",
         "memory",
         "name",
         "on_data_out",
+        "region",
+        "selected",
     )
 
     def __init__(
@@ -78,13 +85,18 @@ class IdeChannel(Device):
         self._control = 0
         self._hob = False
         self.data = FifoRegion(1, self, self._on_window_end, wide=True, name=f"{name}.data")
+        self.region = RegisterRegion(7, self, name=name, capacity=1)
+        self.control = RegisterRegion(
+            1, self, name=f"{name}.control", read=self.control_read, write=self.control_write, capacity=1
+        )
         self.bus_master = BusMaster(self.lock, memory)
         self.on_data_out: Callable[[], object] | None = None
         """Called when the drive asks for data after it was not ready for any; the channel's lock is held."""
         made = [plug(drive) for drive in drives]
         self.drives: tuple[Drive, Drive] = (made[0], made[1])
         self._present = [drive for drive in made if drive.present]
-        self._drive: Drive = made[0]
+        self.selected: Drive = made[0]
+        """The drive whose registers the guest sees."""
         for unit, drive in enumerate(made):
             drive.attach(self, unit)
         self.reset()
@@ -92,11 +104,12 @@ class IdeChannel(Device):
     # -- the ports -----------------------------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:
-        drive = self._drive
-        if offset == 6:  # STATUS
+        drive = self.selected
+        if offset == STATUS:
             if drive.intrq:
                 drive.intrq = False
                 self._irq.set(0)
+                self.show_status()
             return drive.status
         if offset == ERROR:
             return drive.error
@@ -105,10 +118,10 @@ class IdeChannel(Device):
         return drive.regs[offset]
 
     def write(self, offset: int, size: int, value: int) -> None:
-        if offset == 6:  # COMMAND
+        if offset == COMMAND:
             self._command(value)
             return
-        if self._drive.status & 0x88:  # TAKEN
+        if self.selected.status & TAKEN:
             return
         self._hob = False
         if offset == 5:  # DEVICE
@@ -121,7 +134,7 @@ class IdeChannel(Device):
 
     def control_read(self, offset: int, size: int) -> int:
         """Alternate status: the status, with no effect on the interrupt."""
-        return self._drive.status
+        return self.selected.status
 
     def control_write(self, offset: int, size: int, value: int) -> None:
         """Device control."""
@@ -137,15 +150,16 @@ class IdeChannel(Device):
             self.update_irq()
 
     def _select(self, value: int) -> None:
-        drive = self._drive
+        drive = self.selected
         for present in self._present:
             present.regs[DEVICE] = value | ALWAYS_ON
-        self._drive = self.drives[value >> 4 & 1]
-        if self._drive is not drive:
+        self.selected = self.drives[value >> 4 & 1]
+        if self.selected is not drive:
             self.update_irq()
+            self.show_status()
 
     def _command(self, opcode: int) -> None:
-        drive = self._drive
+        drive = self.selected
         if drive.status & TAKEN:
             if opcode == DEVICE_RESET:
                 drive.device_reset()
@@ -153,11 +167,12 @@ class IdeChannel(Device):
         if drive.intrq:
             drive.intrq = False
             self._irq.set(0)
+            self.show_status()
         self._hob = False
         drive.execute(opcode)
 
     def _on_window_end(self) -> None:
-        activity = self._drive.activity
+        activity = self.selected.activity
         if activity is not None:
             activity.on_end()
 
@@ -166,16 +181,28 @@ class IdeChannel(Device):
     def interrupt(self, drive: Drive) -> None:
         """INTRQ of ``drive``: it reaches the line while the drive is selected and interrupts are on."""
         drive.intrq = True
-        if drive is self._drive and not self._control & NIEN:
-            self.bus_master.status |= BM_INTERRUPT
-            self._irq.set(1)
+        if drive is self.selected:
+            self.region.unlatch(STATUS)
+            if not self._control & NIEN:
+                self.bus_master.status |= BM_INTERRUPT
+                self._irq.set(1)
 
     def update_irq(self) -> None:
         """The line follows the selected drive."""
-        level = self._drive.intrq and not self._control & NIEN
+        level = self.selected.intrq and not self._control & NIEN
         if level:
             self.bus_master.status |= BM_INTERRUPT
         self._irq.set(int(level))
+
+    def show_status(self) -> None:
+        """Either status register reads so from now on. Reading the one ends a pending interrupt: that is no latch's."""
+        drive = self.selected
+        status = drive.status
+        self.control.latch(0, status)
+        if drive.intrq:
+            self.region.unlatch(STATUS)
+        else:
+            self.region.latch(STATUS, status)
 
     # -- resets --------------------------------------------------------------------------------------------------------
 
@@ -201,8 +228,8 @@ class IdeChannel(Device):
             if not drive.resetting:  # else it is about to do the same
                 drive.set_signature()
         self._select(0)
-        if self._drive.present:
-            self.interrupt(self._drive)
+        if self.selected.present:
+            self.interrupt(self.selected)
 
     def reset(self) -> None:
         """Power on. Requests that are under way are forgotten: whoever resets the machine drains its backends."""
@@ -214,9 +241,10 @@ class IdeChannel(Device):
                 drive.power_on()
             self.data.close()
             self.bus_master.reset()
-            self._drive = self.drives[0]
+            self.selected = self.drives[0]
             self._select(0)
             self._irq.set(0)
+            self.show_status()
 
     # -- for the drives ------------------------------------------------------------------------------------------------
 
@@ -244,7 +272,7 @@ class IdeChannel(Device):
             return {
                 "control": self._control,
                 "hob": self._hob,
-                "selected": self._drive.unit,
+                "selected": self.selected.unit,
                 "bus_master": self.bus_master.save(),
                 "drives": [drive.save() for drive in self.drives],
             }
@@ -255,15 +283,16 @@ class IdeChannel(Device):
             self._buffer = None
             self._control = state["control"]
             self._hob = state["hob"]
-            self._drive = self.drives[state["selected"]]
+            self.selected = self.drives[state["selected"]]
             self.bus_master.load(state["bus_master"])
             for drive, saved in zip(self.drives, state["drives"], strict=True):
                 if drive.present:
                     drive.load(saved)
-            self._irq.set(int(self._drive.intrq and not self._control & NIEN))
+            self._irq.set(int(self.selected.intrq and not self._control & NIEN))
             for drive, saved in zip(self.drives, state["drives"], strict=True):
                 if drive.present and saved["activity"] is not None:
                     drive.resume(saved["activity"])
+            self.show_status()
 
 
 def plug(device: IdeDisk | AtapiDrive | None) -> Drive:

@@ -53,6 +53,7 @@ class Drive:
     """
 
     __slots__ = (
+        "_status",
         "activity",
         "channel",
         "error",
@@ -61,7 +62,6 @@ class Drive:
         "lingering",
         "regs",
         "resetting",
-        "status",
         "transfer_mode",
         "unit",
     )
@@ -70,7 +70,7 @@ class Drive:
 
     def __init__(self) -> None:
         self.regs = [0] * FILE_SIZE
-        self.status = 0
+        self._status = 0
         self.error = 0
         self.intrq = False  # an interrupt is pending: INTRQ, while this drive is selected
         self.lba48 = False
@@ -80,6 +80,17 @@ class Drive:
         self.transfer_mode = PIO_DEFAULT
         self.unit = 0
         self.channel: IdeChannel
+
+    @property
+    def status(self) -> int:
+        """The status register."""
+        return self._status
+
+    @status.setter
+    def status(self, value: int) -> None:
+        self._status = value
+        if self.channel.selected is self:
+            self.channel.show_status()
 
     def attach(self, channel: IdeChannel, unit: int) -> None:
         self.channel = channel

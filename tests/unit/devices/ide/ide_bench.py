@@ -154,9 +154,9 @@ class Bench:
         self.pio = AddressSpace("pio", 0x10000)
         channel = self.channel
         self.pio.add(DATA, channel.data)
-        self.pio.map(ERROR, 7, channel)
-        self.pio.map(CONTROL, 1, channel, read=channel.control_read, write=channel.control_write)
-        self.pio.map(BM, 8, channel.bus_master)
+        self.pio.add(ERROR, channel.region)
+        self.pio.add(CONTROL, channel.control)
+        self.pio.add(BM, channel.bus_master.make_region("bus_master"))
 
     # -- ports ---------------------------------------------------------------------------------------------------------
 

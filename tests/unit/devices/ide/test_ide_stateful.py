@@ -26,6 +26,7 @@ from ide_bench import (
     ERR,
     LAST,
     SECTOR,
+    STATUS,
     Bench,
     FakeBackend,
     pattern,
@@ -220,7 +221,7 @@ class SenselessGuest(RuleBasedStateMachine):
     @invariant()
     def the_parts_fit_together(self) -> None:
         channel = self.bench.channel
-        drive = channel._drive
+        drive = channel.selected
         status = drive.status
         irq = self.bench.irq.level
         assert irq == int(drive.intrq and not channel._control & 2)
@@ -237,6 +238,16 @@ class SenselessGuest(RuleBasedStateMachine):
         assert status & ERR == 0 or drive.error
         assert channel.bus_master.status & ~0x67 == 0
         assert channel.bus_master.prd_table & 3 == 0
+
+    @invariant()
+    def what_is_read_without_python_is_what_python_would_say(self) -> None:
+        bench = self.bench
+        channel = bench.channel
+        drive = channel.selected
+        ports = {CONTROL: drive.status, BM: channel.bus_master.command, BM + 2: channel.bus_master.status}
+        if not drive.intrq:  # else the read would have a consequence
+            ports[STATUS] = drive.status
+        assert {port: bench.inb(port) for port in ports} == ports
 
     @invariant()
     def the_image_keeps_its_size(self) -> None:
