@@ -157,6 +157,11 @@ class BusMaster(Device):
         if self.transfer is transfer:
             self.transfer = None
 
+    def interrupt(self) -> None:
+        """The drive has raised INTRQ."""
+        if not self._status & BM_INTERRUPT:
+            self.status |= BM_INTERRUPT
+
     def end(self, transfer: Activity, more: bool = False) -> None:
         """The command is over. ``more``: the table is not at its end, so the bus master stays active."""
         if self.transfer is transfer:

@@ -20,7 +20,6 @@ from pyvmm.devices.ide.drive import Drive
 from pyvmm.devices.ide.pio import PioBuffer
 from pyvmm.devices.ide.registers import (
     ALWAYS_ON,
-    BM_INTERRUPT,
     COMMAND,
     CONTROL_HOB,
     DEVICE,
@@ -109,7 +108,7 @@ class IdeChannel(Device):
             if drive.intrq:
                 drive.intrq = False
                 self._irq.set(0)
-                self.show_status()
+                self.region.latch(STATUS, drive.status)
             return drive.status
         if offset == ERROR:
             return drive.error
@@ -167,7 +166,7 @@ class IdeChannel(Device):
         if drive.intrq:
             drive.intrq = False
             self._irq.set(0)
-            self.show_status()
+            self.region.latch(STATUS, drive.status)
         self._hob = False
         drive.execute(opcode)
 
@@ -184,14 +183,14 @@ class IdeChannel(Device):
         if drive is self.selected:
             self.region.unlatch(STATUS)
             if not self._control & NIEN:
-                self.bus_master.status |= BM_INTERRUPT
+                self.bus_master.interrupt()
                 self._irq.set(1)
 
     def update_irq(self) -> None:
         """The line follows the selected drive."""
         level = self.selected.intrq and not self._control & NIEN
         if level:
-            self.bus_master.status |= BM_INTERRUPT
+            self.bus_master.interrupt()
         self._irq.set(int(level))
 
     def show_status(self) -> None:

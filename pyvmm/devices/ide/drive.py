@@ -27,6 +27,7 @@ from pyvmm.devices.ide.registers import (
     PIO_DEFAULT,
     PIO_MODE,
     READY,
+    STATUS,
     ULTRA_DMA,
 )
 
@@ -89,8 +90,11 @@ class Drive:
     @status.setter
     def status(self, value: int) -> None:
         self._status = value
-        if self.channel.selected is self:
-            self.channel.show_status()
+        channel = self.channel
+        if channel.selected is self:  # as channel.show_status
+            channel.control.latch(0, value)
+            if not self.intrq:
+                channel.region.latch(STATUS, value)
 
     def attach(self, channel: IdeChannel, unit: int) -> None:
         self.channel = channel
