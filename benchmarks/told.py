@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import measure
 
 READY = "READY"  # what a guest says when it can be told something
 READY_S = 300.0  # Linux in an emulated lab on a busy host takes its time
-TURN_S = 120.0
+TURN_S = 60.0
 
 # Exits by reason, port and direction: their count, and the ns outside of KVM_RUN.
 Rows = dict[str, tuple[float, float]]
@@ -103,6 +104,37 @@ class ExitCount:
         os.close(self._acks)
 
 
+class Monitor:
+    """QEMU's human monitor, at a socket."""
+
+    PROMPT = b"(qemu) "
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(TURN_S)
+        self._socket.connect(path)
+        self._answer()
+
+    def say(self, command: str) -> None:
+        """Returns when it is carried out."""
+        self._socket.sendall(command.encode() + b"\n")
+        self._answer()
+
+    def _answer(self) -> None:
+        heard = b""
+        while not heard.endswith(self.PROMPT):
+            more = self._socket.recv(4096)
+            if not more:
+                raise SystemExit("QEMU's monitor is gone")
+            heard += more
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
+
 def child(work: dict[str, Any]) -> None:
     """Build the machine, say hello when the guest is ready, then serve requests until there are no more."""
     (qemu if work["contender"] == "qemu" else pyvmm)(work)
@@ -113,20 +145,30 @@ def is_answer(line: str) -> bool:
     return line[:2] in ("T ", "E ") or line.startswith("failed")
 
 
-def serve(line: Line, send: Callable[[bytes], object], pid: int, rows: Callable[[], Rows]) -> None:
+def serve(
+    line: Line,
+    send: Callable[[bytes], object],
+    pid: int,
+    rows: Callable[[], Rows],
+    stand: Callable[[], object],
+    go: Callable[[], object],
+) -> None:
+    """``stand`` and ``go``: between its turns the guest stands still, and so does its time."""
+    stand()
     for text in sys.stdin:
         request = json.loads(text)
         before = rows()
+        go()
         with ExitCount(pid) if request["perf"] else contextlib.nullcontext() as counted:
             send(bytes(request["bytes"]))
             said = line.until(is_answer, TURN_S)
+        stand()
         used = {}
         for key, new in rows().items():
             old = before.get(key, (0, 0))
             used[key] = (new[0] - old[0], new[1] - old[1])
         exits = None if counted is None else counted.count
         print(json.dumps({"said": said, "exits": exits, "rows": used}), flush=True)
-
 
 def pyvmm(work: dict[str, Any]) -> None:
     import pyvmm
@@ -151,7 +193,7 @@ def pyvmm(work: dict[str, Any]) -> None:
         m.resume()
         line.until(lambda said: said == READY, READY_S)
         print(json.dumps({"tsc_khz": m.cpus[0].vcpu.tsc_khz}), flush=True)
-        serve(line, serial.feed, os.getpid(), rows)
+        serve(line, serial.feed, os.getpid(), rows, m.pause, m.resume)
 
 
 def qemu(work: dict[str, Any]) -> None:
@@ -165,6 +207,8 @@ def qemu(work: dict[str, Any]) -> None:
     for name in ("kernel", "initrd", "append"):
         if name in work:
             command += [f"-{name}", work[name]]
+    monitor = f"{work['image']}.monitor"
+    command += ["-monitor", f"unix:{monitor},server=on,wait=off"]
     line = Line()
     pipe = subprocess.PIPE
     with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
@@ -180,12 +224,17 @@ def qemu(work: dict[str, Any]) -> None:
         try:
             line.until(lambda said: said == READY, READY_S)
             print(json.dumps({"pid": process.pid}), flush=True)
-            serve(line, stdin.write, process.pid, dict)
+            with Monitor(monitor) as told:
+                serve(line, stdin.write, process.pid, dict, lambda: told.say("stop"), lambda: told.say("cont"))
         finally:
             process.terminate()  # it flushes and closes the image
 
 
 # -- in the benchmark --------------------------------------------------------------------------------------------
+
+
+class Ended(SystemExit):
+    """A contender's process is gone, or its guest said nothing for too long."""
 
 
 class Guest(measure.Contender):
@@ -199,7 +248,7 @@ class Guest(measure.Contender):
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args!r} ended early, with status {self.process.wait()}")
+            raise Ended(f"{self.process.args!r} ended early, with status {self.process.wait()}")
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -231,6 +280,16 @@ class Used:
             total = self.rows.setdefault(key, [0, 0])
             total[0] += count
             total[1] += ns
+
+    def add(self, other: Used) -> None:
+        """What another set of processes gave."""
+        self.times += other.times
+        self.units += other.units
+        self.exits = self.exits if other.exits is None else other.exits
+        for key, numbers in other.rows.items():
+            total = self.rows.setdefault(key, [0, 0])
+            for n, number in enumerate(numbers):
+                total[n] += number
 
     @property
     def own_us(self) -> float:

@@ -43,7 +43,7 @@ int main(int argc, char **argv)
     uint64_t size, *buffer;
     int fd = argc > 1 ? open(argv[1], O_RDWR | O_DIRECT) : -1;
 
-    if (fd < 0 || ioctl(fd, BLKGETSIZE64, &size) || posix_memalign((void **)&buffer, 4096, MOST_BYTES)) {
+    if (fd < 0 || ioctl(fd, BLKGETSIZE64, &size) || posix_memalign((void **)&buffer, 2 << 20, 2 << 20)) {
         printf("failed: %s\n", strerror(errno));
         return 1;
     }

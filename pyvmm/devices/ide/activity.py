@@ -36,6 +36,8 @@ class Activity:
     def came_back(self) -> bool:
         """The backend has called back. False where nobody wants to know any more."""
         self.pending = None
+        if self.channel.latched:
+            self.channel.unlatch()
         if self.dropped:
             self.drive.quiet(self)
         return not self.dropped

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from struct import Struct
 
-from pyvmm.address_space import RegisterRegion
 from pyvmm.device import Device
 from pyvmm.devices.ide.registers import (
     BM_ACTIVE,
@@ -40,23 +39,21 @@ PRD_BYTES_MASK = 0xFFFE
 PRD_LONGEST_BYTES = 0x10000
 PRD_LAST = 0x8000_0000
 PAGE_BYTES = 4096
-REGISTERS = 8
 TABLE_BOUNDARY_BYTES = 0x10000  # a table lies inside one such block; what goes on past it has no end
 
 
 class BusMaster(Device):
     """``transfer`` is the drive's DMA command, from its first moment; it begins when the guest sets the start bit."""
 
-    __slots__ = ("_command", "_enabled", "_memory", "_region", "_running", "_status", "prd_table", "transfer")
+    __slots__ = ("_enabled", "_memory", "_running", "command", "prd_table", "status", "transfer")
 
     def __init__(self, lock: DeviceLock, memory: GuestMemory) -> None:
         """``lock`` is the channel's: each calls the other."""
         object.__setattr__(self, "lock", lock)
         self._memory = memory
         self._enabled = True
-        self._region: RegisterRegion | None = None
-        self._command = 0
-        self._status = 0
+        self.command = 0
+        self.status = 0
         self.prd_table = 0
         self.transfer: Activity | None = None
         self._running = False  # the transfer has begun
@@ -72,37 +69,11 @@ class BusMaster(Device):
             self._enabled = enabled
             self._begin()
 
-    def make_region(self, name: str) -> RegisterRegion:
-        """The ports, for a place they have not been at before. Both bytes that a driver asks for are latched in it."""
-        with self.lock:
-            self._region = region = RegisterRegion(REGISTERS, self, name=name, capacity=1)
-            region.latch(BM_COMMAND, self._command)
-            region.latch(BM_STATUS, self._status)
-        return region
-
     # -- registers -----------------------------------------------------------------------------------------------------
 
-    @property
-    def command(self) -> int:
-        return self._command
-
-    @command.setter
-    def command(self, value: int) -> None:
-        self._command = value
-        if self._region is not None:
-            self._region.latch(BM_COMMAND, value)
-
-    @property
-    def status(self) -> int:
-        return self._status
-
-    @status.setter
-    def status(self, value: int) -> None:
-        self._status = value
-        if self._region is not None:
-            self._region.latch(BM_STATUS, value)
-
     def read(self, offset: int, size: int) -> int:
+        if offset == 2:  # BM_STATUS
+            return self.status
         registers = self.command | self.status << 16 | self.prd_table << 32
         return registers >> 8 * offset & (1 << 8 * size) - 1
 
@@ -156,11 +127,6 @@ class BusMaster(Device):
     def detach(self, transfer: Activity) -> None:
         if self.transfer is transfer:
             self.transfer = None
-
-    def interrupt(self) -> None:
-        """The drive has raised INTRQ."""
-        if not self._status & BM_INTERRUPT:
-            self.status |= BM_INTERRUPT
 
     def end(self, transfer: Activity, more: bool = False) -> None:
         """The command is over. ``more``: the table is not at its end, so the bus master stays active."""

@@ -6,8 +6,8 @@ them) are lost; an absent drive's status is zero. All its registers are: so a BI
 is there.
 
 A transfer's data goes through ``data``, the compiled window at the first port (see pio.py), and through the guest's
-memory by ``bus_master`` (see dma.py). What the guest polls, the status registers, is latched in the regions and read
-without Python, but where a read has a consequence: while an interrupt is pending.
+memory by ``bus_master`` (see dma.py). A guest that polls a busy drive reads its status without Python from the second
+time on: the regions have it latched until it changes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pyvmm.devices.ide.drive import Drive
 from pyvmm.devices.ide.pio import PioBuffer
 from pyvmm.devices.ide.registers import (
     ALWAYS_ON,
+    BM_INTERRUPT,
+    BSY,
     COMMAND,
     CONTROL_HOB,
     DEVICE,
@@ -61,6 +63,7 @@ class IdeChannel(Device):
         "control",
         "data",
         "drives",
+        "latched",
         "memory",
         "name",
         "on_data_out",
@@ -83,6 +86,7 @@ class IdeChannel(Device):
         self._buffer: PioBuffer | None = None
         self._control = 0
         self._hob = False
+        self.latched = False  # the regions answer for the status registers
         self.data = FifoRegion(1, self, self._on_window_end, wide=True, name=f"{name}.data")
         self.region = RegisterRegion(7, self, name=name, capacity=1)
         self.control = RegisterRegion(
@@ -108,8 +112,10 @@ class IdeChannel(Device):
             if drive.intrq:
                 drive.intrq = False
                 self._irq.set(0)
-                self.region.latch(STATUS, drive.status)
-            return drive.status
+            status = drive.status
+            if status & BSY:
+                self._latch(status)
+            return status
         if offset == ERROR:
             return drive.error
         if self._hob and offset < DEVICE:
@@ -133,7 +139,25 @@ class IdeChannel(Device):
 
     def control_read(self, offset: int, size: int) -> int:
         """Alternate status: the status, with no effect on the interrupt."""
-        return self.selected.status
+        drive = self.selected
+        status = drive.status
+        if status & BSY and not drive.intrq:
+            self._latch(status)
+        return status
+
+    def _latch(self, status: int) -> None:
+        """The selected drive is busy and no interrupt is pending: it stays so until the backend calls back or a reset
+        comes (Activity.came_back, Drive.begin_reset).
+        """
+        self.latched = True
+        self.region.latch(STATUS, status)
+        self.control.latch(0, status)
+
+    def unlatch(self) -> None:
+        """Something has happened: status reads are Python's again."""
+        self.latched = False
+        self.region.unlatch(STATUS)
+        self.control.unlatch(0)
 
     def control_write(self, offset: int, size: int, value: int) -> None:
         """Device control."""
@@ -155,7 +179,8 @@ class IdeChannel(Device):
         self.selected = self.drives[value >> 4 & 1]
         if self.selected is not drive:
             self.update_irq()
-            self.show_status()
+            if self.latched:
+                self.unlatch()
 
     def _command(self, opcode: int) -> None:
         drive = self.selected
@@ -166,7 +191,6 @@ class IdeChannel(Device):
         if drive.intrq:
             drive.intrq = False
             self._irq.set(0)
-            self.region.latch(STATUS, drive.status)
         self._hob = False
         drive.execute(opcode)
 
@@ -180,28 +204,16 @@ class IdeChannel(Device):
     def interrupt(self, drive: Drive) -> None:
         """INTRQ of ``drive``: it reaches the line while the drive is selected and interrupts are on."""
         drive.intrq = True
-        if drive is self.selected:
-            self.region.unlatch(STATUS)
-            if not self._control & NIEN:
-                self.bus_master.interrupt()
-                self._irq.set(1)
+        if drive is self.selected and not self._control & NIEN:
+            self.bus_master.status |= BM_INTERRUPT
+            self._irq.set(1)
 
     def update_irq(self) -> None:
         """The line follows the selected drive."""
         level = self.selected.intrq and not self._control & NIEN
         if level:
-            self.bus_master.interrupt()
+            self.bus_master.status |= BM_INTERRUPT
         self._irq.set(int(level))
-
-    def show_status(self) -> None:
-        """Either status register reads so from now on. Reading the one ends a pending interrupt: that is no latch's."""
-        drive = self.selected
-        status = drive.status
-        self.control.latch(0, status)
-        if drive.intrq:
-            self.region.unlatch(STATUS)
-        else:
-            self.region.latch(STATUS, status)
 
     # -- resets --------------------------------------------------------------------------------------------------------
 
@@ -243,7 +255,7 @@ class IdeChannel(Device):
             self.selected = self.drives[0]
             self._select(0)
             self._irq.set(0)
-            self.show_status()
+            self.unlatch()
 
     # -- for the drives ------------------------------------------------------------------------------------------------
 
@@ -291,7 +303,7 @@ class IdeChannel(Device):
             for drive, saved in zip(self.drives, state["drives"], strict=True):
                 if drive.present and saved["activity"] is not None:
                     drive.resume(saved["activity"])
-            self.show_status()
+            self.unlatch()
 
 
 def plug(device: IdeDisk | AtapiDrive | None) -> Drive:

@@ -27,7 +27,6 @@ from pyvmm.devices.ide.registers import (
     PIO_DEFAULT,
     PIO_MODE,
     READY,
-    STATUS,
     ULTRA_DMA,
 )
 
@@ -54,7 +53,6 @@ class Drive:
     """
 
     __slots__ = (
-        "_status",
         "activity",
         "channel",
         "error",
@@ -63,6 +61,7 @@ class Drive:
         "lingering",
         "regs",
         "resetting",
+        "status",
         "transfer_mode",
         "unit",
     )
@@ -71,7 +70,7 @@ class Drive:
 
     def __init__(self) -> None:
         self.regs = [0] * FILE_SIZE
-        self._status = 0
+        self.status = 0
         self.error = 0
         self.intrq = False  # an interrupt is pending: INTRQ, while this drive is selected
         self.lba48 = False
@@ -81,20 +80,6 @@ class Drive:
         self.transfer_mode = PIO_DEFAULT
         self.unit = 0
         self.channel: IdeChannel
-
-    @property
-    def status(self) -> int:
-        """The status register."""
-        return self._status
-
-    @status.setter
-    def status(self, value: int) -> None:
-        self._status = value
-        channel = self.channel
-        if channel.selected is self:  # as channel.show_status
-            channel.control.latch(0, value)
-            if not self.intrq:
-                channel.region.latch(STATUS, value)
 
     def attach(self, channel: IdeChannel, unit: int) -> None:
         self.channel = channel
@@ -171,6 +156,7 @@ class Drive:
         self.drop()
         self.resetting = True
         self.intrq = False
+        self.channel.unlatch()
         self.status = BSY
 
     def end_reset(self) -> None:
@@ -179,6 +165,7 @@ class Drive:
             self.resetting = False
             self.settings_soft_reset()
             self.set_signature()
+            self.channel.unlatch()
 
     def power_on(self) -> None:
         self.drop()

@@ -156,8 +156,10 @@ class PioReader(PioTransfer):
     def _fetched(self, ret: int) -> None:
         with self.channel.lock:
             self._waiting = False
-            if ret == 0 and not self.dropped:
+            if ret == 0 and not self.dropped:  # came_back, without its call: most reads come this way
                 self.pending = None
+                if self.channel.latched:
+                    self.channel.unlatch()
                 self._lba += self._chunk
                 self._left -= self._chunk
                 self._next = 0

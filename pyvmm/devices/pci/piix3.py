@@ -9,6 +9,7 @@ there.
 
 from __future__ import annotations
 
+from pyvmm.address_space import MemoryRegion
 from pyvmm.devices.pci.device import (
     BAR0,
     COMMAND,
@@ -150,8 +151,8 @@ class Piix3Ide(PciDevice):
         self._bus_masters = [channel.bus_master for channel in channels]
         first, second = self._bus_masters
         parts = (
-            (0, lambda: first.make_region("ide0.bus_master")),
-            (BUS_MASTER_BYTES, lambda: second.make_region("ide1.bus_master")),
+            (0, lambda: MemoryRegion(BUS_MASTER_BYTES, first, name="ide0.bus_master")),
+            (BUS_MASTER_BYTES, lambda: MemoryRegion(BUS_MASTER_BYTES, second, name="ide1.bus_master")),
         )
         self.add_io_bar(BUS_MASTER_BAR, 2 * BUS_MASTER_BYTES, pio, parts)
         self.define(LATENCY_TIMER, 1, 0, 0xF0)

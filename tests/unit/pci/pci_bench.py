@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyvmm.address_space import AddressSpace, MemoryRegion
+from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
 from pyvmm.device import Device, IrqLine
 from pyvmm.devices.acpi_pm import AcpiPm
@@ -43,9 +43,6 @@ class BusMaster(Registers):
     def __init__(self, fill: int) -> None:
         super().__init__(8, fill)
         self.enabled = True
-
-    def make_region(self, name: str) -> MemoryRegion:
-        return MemoryRegion(8, self, name=name)
 
 
 class Channel:

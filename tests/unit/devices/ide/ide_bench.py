@@ -156,7 +156,7 @@ class Bench:
         self.pio.add(DATA, channel.data)
         self.pio.add(ERROR, channel.region)
         self.pio.add(CONTROL, channel.control)
-        self.pio.add(BM, channel.bus_master.make_region("bus_master"))
+        self.pio.map(BM, 8, channel.bus_master)
 
     # -- ports ---------------------------------------------------------------------------------------------------------
 
