@@ -333,7 +333,11 @@ class BlockBackend:
             elif ret != -ECANCELED:
                 counters.failed += 1
             counters.time_ns += monotonic_ns() - request.since_ns
-            freed = self._untrack_locked(request)
+            freed: Sequence[Turn] = NOBODY
+            if request.dependents is None:
+                self._tracked.pop(request, None)
+            else:
+                freed = self._untrack_locked(request)
             stop = action == "stop" and not request.cancelled
             if stop:
                 self._stalled.append(request)
@@ -354,7 +358,9 @@ class BlockBackend:
             callback(0 if action == "ignore" else ret)
         finally:
             with self._lock:
-                self._count_out_locked()
+                self.stats.in_flight -= 1
+                if not self.stats.in_flight:
+                    self._context.notify_locked()
 
     def _action(self, kind: int, errno: int) -> str:
         """What the drive's policy says of a failure (QEMU's rerror and werror; a flush counts as a write)."""

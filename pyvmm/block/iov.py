@@ -36,6 +36,8 @@ class IovSlice:
 
 def iov_length(iov: Sequence[memoryview]) -> int:
     """Bytes in all."""
+    if len(iov) == 1:
+        return len(iov[0])
     length = 0
     for view in iov:
         length += len(view)

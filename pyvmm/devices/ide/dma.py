@@ -10,13 +10,14 @@ from errno import ECANCELED
 from struct import Struct
 
 from pyvmm.devices.ide.activity import Activity
-from pyvmm.devices.ide.chain import SECTOR_BYTES, Discards, Flush, Mover
+from pyvmm.devices.ide.chain import IOV_MAX, REQUEST_SECTORS, SECTOR_BYTES, Discards, Flush, Mover
 from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, UNC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pyvmm.devices.ide.chain import Aio
     from pyvmm.devices.ide.disk import IdeDisk
 
 ENTRY = Struct("<Q")
@@ -25,7 +26,7 @@ ENTRY = Struct("<Q")
 class DmaTransfer(Activity):
     """``count`` sectors from ``lba`` on, all of which the disk has."""
 
-    __slots__ = ("_count", "_disk", "_flush", "_lba", "_more", "_read")
+    __slots__ = ("_count", "_disk", "_flush", "_iov", "_lba", "_more", "_read", "_waiting")
 
     def __init__(self, disk: IdeDisk, read: bool, lba: int, count: int, flush: bool) -> None:
         """``read``: to the guest's memory. ``flush``: the command ends when the data is on the medium."""
@@ -36,6 +37,8 @@ class DmaTransfer(Activity):
         self._count = count
         self._flush = flush
         self._more = False
+        self._waiting = False
+        self._iov: list[memoryview] = []
 
     def start(self) -> None:
         disk = self._disk
@@ -50,23 +53,59 @@ class DmaTransfer(Activity):
             self.channel.bus_master.end(self)
             self._disk.halt()
             return
-        iov, self._more = gathered
+        self._iov, self._more = gathered
+        if self._count > REQUEST_SECTORS or len(self._iov) > IOV_MAX:
+            self._move_in_parts(False)
+            return
+        self._waiting = True
+        request = self._aio(self._lba, self._iov, self._moved_at_once)
+        if self._waiting and self.pending is None:
+            self.pending = request
+
+    @property
+    def _aio(self) -> Aio:
         backend = self._disk.backend
-        aio = backend.aio_readv if self._read else backend.aio_writev
-        mover = Mover(self.channel.lock, aio, self._lba, iov, self._count, lambda: self._moved(mover))
+        return backend.aio_readv if self._read else backend.aio_writev
+
+    def _moved_at_once(self, ret: int) -> None:
+        with self.channel.lock:
+            self._waiting = False
+            if not self.came_back():
+                return
+            if ret == 0:
+                self._all_moved()
+            elif ret == -ECANCELED:
+                self._fail(0, ret)
+            else:
+                self._move_in_parts(True)
+
+    def _move_in_parts(self, bad: bool) -> None:
+        """``bad``: moving it all at once has failed, so which sector is it?"""
+        self._waiting = True
+        mover = Mover(
+            self.channel.lock, self._aio, self._lba, self._iov, self._count, lambda: self._moved(mover), bad=bad
+        )
         self.pending = mover
         mover.start()
 
     def _moved(self, mover: Mover) -> None:
+        self._waiting = False
         if not self.came_back():
             return
         if mover.moved < self._count:
-            disk = self._disk
-            self.channel.bus_master.end(self)
-            disk.set_lba(self._lba + mover.moved)
-            disk.set_count(self._count - mover.moved)
-            disk.fail(UNC if self._read and mover.ret != -ECANCELED else ABRT)
-        elif self._flush:
+            self._fail(mover.moved, mover.ret)
+        else:
+            self._all_moved()
+
+    def _fail(self, moved: int, ret: int) -> None:
+        disk = self._disk
+        self.channel.bus_master.end(self)
+        disk.set_lba(self._lba + moved)
+        disk.set_count(self._count - moved)
+        disk.fail(UNC if self._read and ret != -ECANCELED else ABRT)
+
+    def _all_moved(self) -> None:
+        if self._flush:
             flush = Flush(self.channel.lock, self._disk.backend, lambda: self._flushed(flush))
             self.pending = flush
             flush.start()
