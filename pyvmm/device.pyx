@@ -115,7 +115,8 @@ class IrqLine:
 class IrqWire:
     """One interrupt input and all lines that drive it, ORed: PCI's pins share interrupts with each other and with ISA.
 
-    ``set_level(level)`` is called, one call at a time, when the first line goes up and when the last one goes down.
+    ``set_level(level)`` is called, one call at a time, when the first line goes up and when the last one goes down. An
+    only line calls it itself.
     """
 
     __slots__ = ("gsi", "_lines", "_lock", "_set_level", "_up")
@@ -124,14 +125,24 @@ class IrqWire:
         self.gsi = gsi
         self._set_level = set_level
         self._lock = DeviceLock()
-        self._lines = 0
+        self._lines = []
         self._up = 0    # a bit for each line that is
 
     def line(self):
         """Another IrqLine that drives it."""
-        bit = 1 << self._lines
-        self._lines += 1
-        return IrqLine(lambda level: self._drive(bit, level), self.gsi)
+        with self._lock:
+            line = IrqLine(self._set_level, self.gsi)
+            self._lines.append(line)
+            if len(self._lines) == 2:
+                self._share(0)
+            if len(self._lines) > 1:
+                self._share(len(self._lines) - 1)
+            return line
+
+    def _share(self, n):
+        line, bit = self._lines[n], 1 << n
+        self._up |= bit if line.level else 0
+        line._set_level = lambda level: self._drive(bit, level)
 
     def _drive(self, bit, level):
         with self._lock:

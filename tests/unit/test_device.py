@@ -265,10 +265,12 @@ def test_a_line_with_no_sink_remembers() -> None:
 def test_lines_of_one_wire_are_ored() -> None:
     levels: list[int] = []
     wire = IrqWire(levels.append, 11)
-    first, second = wire.line(), wire.line()
-    assert (first.gsi, second.gsi) == (11, 11)
-    first.raise_()
+    first = wire.line()
+    first.raise_()  # before anybody shares it
+    second, third = wire.line(), wire.line()
+    assert (first.gsi, second.gsi, third.level) == (11, 11, 0)
     second.raise_()
+    third.pulse()
     first.lower()
     assert levels == [1]
     first.pulse()
