@@ -89,7 +89,7 @@ class Cpu:
 
     def _main(self) -> None:
         try:
-            CpuExec.prepare_thread()
+            CpuExec.prepare_thread(self.index)
             while self._control.enter(self):
                 self._stay()
         except BaseException as error:

@@ -35,7 +35,9 @@ cdef extern from *:
     """
     #include <pthread.h>
     #include <signal.h>
+    #include <stdio.h>
     #include <string.h>
+    #include <sys/prctl.h>
     #include <sys/syscall.h>
     #include <unistd.h>
 
@@ -68,11 +70,19 @@ cdef extern from *:
         pthread_sigmask(SIG_SETMASK, &set, NULL);
     }
 
+    static void pyvmm_name_thread(int index)
+    {
+        char name[16];
+        snprintf(name, sizeof name, "CPU %d/KVM", index);
+        prctl(PR_SET_NAME, name);
+    }
+
     static int pyvmm_gettid(void) { return (int)syscall(SYS_gettid); }
     static void pyvmm_tgkill(int pid, int tid, int number) { syscall(SYS_tgkill, pid, tid, number); }
     """
     int pyvmm_install_kick() nogil
     void pyvmm_block_signals(int) nogil
+    void pyvmm_name_thread(int) nogil
     int pyvmm_gettid() nogil
     void pyvmm_tgkill(int, int, int) nogil
 
@@ -241,10 +251,14 @@ cdef class CpuExec(ViewUser):
     # -- the vCPU's own thread ---------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare_thread():
-        """Call first on a thread made to be a vCPU: it then takes no signal but the kick."""
+    def prepare_thread(int index=0):
+        """Call first on a thread made to be vCPU ``index``: it then takes no signal but the kick.
+
+        Its name, for top and perf, is what QEMU calls it with debug-threads=on: "CPU 0/KVM".
+        """
         install_kick()
         pyvmm_block_signals(kick_signal)
+        pyvmm_name_thread(index)
 
     def run(self):
         """Run the guest until something stops it: the StopReason. What a device raised is raised here."""

@@ -71,7 +71,7 @@ class Floor(Kind):
         return command + [name for name, on in switches.items() if on]
 
     def start(self, case: ExitCase, directory: Path, pin: int | None) -> Contender:
-        return Running(self, case, self.command(case, directory), None if case.threads else pin)
+        return Running(self, case, self.command(case, directory), pin)
 
     def binary(self, directory: Path) -> Path:
         """Compiled into ``directory``, once."""

@@ -5,9 +5,11 @@ Between its turns a process is stopped by SIGSTOP: whoever waits takes nothing f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -25,6 +27,8 @@ LOOK_S = 0.002
 ALLOWED = os.sched_getaffinity(0)
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
+# What VMMs call the threads of their vCPUs: QEMU and pyvmm and the loops here, kvmtool, Firecracker, cloud-hypervisor.
+VCPU_NAME = re.compile(r"(?:CPU |kvm-vcpu-|fc_vcpu |vcpu)(\d+)")
 # Of what it said, when it ended early.
 WORDS = 300
 
@@ -56,7 +60,7 @@ class Kind:
 
     def start(self, case: ExitCase, directory: Path, pin: int | None) -> Contender:
         """Not yet running its guest: ``wait_until_ready`` it."""
-        return Contender(self, case, self.command(case, directory), None if case.threads else pin)
+        return Contender(self, case, self.command(case, directory), pin)
 
 
 class Contender:
@@ -73,7 +77,8 @@ class Contender:
         self.said: dict[str, str] = {}
         self._memory: Memory | None = None
         self._start = time.monotonic()
-        affinity = ALLOWED if pin is None else {pin}
+        affinity = ALLOWED if pin is None or case.threads else {pin}
+        self._pin = pin
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         self.process = subprocess.Popen(
             command,
@@ -105,6 +110,8 @@ class Contender:
             self.mailbox = mailbox
             mailbox.put(EXPECTED, WORD.pack(self.case.cpus - 1))
             self.stop()
+            if self._pin is not None and self.case.threads:
+                place_threads(self.process.pid, self._pin)
             return True
         if ended:
             raise CantRun(f"ended at once: {self.words()}")
@@ -188,6 +195,19 @@ def settle(affinity: set[int]) -> None:
     """In the child, before its program: where it may run, and that it goes when we go."""
     os.sched_setaffinity(0, affinity)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def place_threads(pid: int, pin: int) -> None:
+    """Where threads meet: vCPU 0, which is measured, on ``pin`` as everywhere else, the others on the CPUs beside it.
+
+    CPUs of a shared host run at different speeds: left to the scheduler, which one it is would decide.
+    """
+    cpus = [pin, *sorted(ALLOWED - {pin}, reverse=True)]
+    elsewhere = set(cpus[1:]) or {pin}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # one that has ended
+            found = VCPU_NAME.match((task / "comm").read_text())
+            os.sched_setaffinity(int(task.name), {cpus[int(found[1]) % len(cpus)]} if found else elsewhere)
 
 
 def read_line(stream: IO[bytes] | None, end: float) -> str:

@@ -46,4 +46,4 @@ class Pyvmm(Kind):
         return python_command(CHILD, case, directory / f"{case.guest}.bin")
 
     def start(self, case: ExitCase, directory: Path, pin: int | None) -> Contender:
-        return Running(self, case, self.command(case, directory), None if case.threads else pin)
+        return Running(self, case, self.command(case, directory), pin)

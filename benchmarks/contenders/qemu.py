@@ -46,6 +46,7 @@ class Qemu(Kind):
         command = [self.program, "-machine", MACHINES[self.machine], "-accel", "kvm", "-m", str(MEMORY_MIB)]
         command += ["-smp", str(case.cpus), "-bios", str(directory / f"{case.guest}.rom")]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "null", "-device", "pc-testdev"]
+        command += ["-name", "guest,debug-threads=on"]
         if case.doorbell:
             command += ["-device", "pci-testdev,addr=04.0"]
         return command

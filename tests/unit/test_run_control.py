@@ -707,7 +707,7 @@ def test_a_vcpu_thread_that_fails_before_its_first_stay_ends_the_run_and_can_be_
 
     class Broken:
         @staticmethod
-        def prepare_thread() -> None:
+        def prepare_thread(index: int) -> None:
             raise error
 
     thread = board.cpus[-1]

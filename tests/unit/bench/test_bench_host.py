@@ -14,6 +14,7 @@ from pyvmm.cli import main
 from pyvmm.cli.bench import PACKAGE, load
 from pyvmm.errors import ConfigError
 from pyvmm_benchmarks import environment, mailbox
+from pyvmm_benchmarks.contenders import exit_contender
 from pyvmm_benchmarks.contenders.others import CloudHypervisor, Firecracker, Kvmtool
 from pyvmm_benchmarks.contenders.qemu import Qemu
 
@@ -144,3 +145,36 @@ def test_where_the_benchmarks_are_not_installed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "pyvmm" / "cli" / "bench.py"))
     with pytest.raises(ConfigError, match="the benchmarks are not installed here: pip install"):
         load()
+
+
+NAMED_THREADS = """
+import ctypes, threading
+def body(name):
+    ctypes.CDLL(None).prctl(15, name)
+    named.release()
+    threading.Event().wait()
+named = threading.Semaphore(0)
+for name in (b"CPU 0/KVM", b"vcpu1", b"worker"):
+    threading.Thread(target=body, args=(name,), daemon=True).start()
+    named.acquire()
+print("ready", flush=True)
+input()
+"""
+
+
+def test_vcpus_get_a_cpu_each_and_other_threads_keep_off_the_measured_one() -> None:
+    pin = max(exit_contender.ALLOWED)
+    beside = exit_contender.ALLOWED - {pin} or {pin}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", NAMED_THREADS], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        exit_contender.place_threads(process.pid, pin)
+        placed = {
+            (task / "comm").read_text().strip(): os.sched_getaffinity(int(task.name))
+            for task in Path(f"/proc/{process.pid}/task").iterdir()
+        }
+        process.kill()
+    assert placed.pop("CPU 0/KVM") == {pin}
+    assert placed.pop("vcpu1") == {max(beside)}
+    assert set(map(frozenset, placed.values())) == {frozenset(beside)}
