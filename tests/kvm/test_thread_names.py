@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from guests import Guest
+from guests import PORT, Guest, Recorder
+
+from pyvmm.cpu_exec import CpuExec
 
 
-def test_each_vcpu_s_thread_has_its_name(boot: Callable[..., Guest]) -> None:
-    guest = boot("1: mov $0x700, %dx\n in (%dx), %al\n jmp 1b", cpus=2)
+def names() -> set[str]:
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+
+def test_a_vcpu_s_thread_has_its_name(boot: Callable[..., Guest]) -> None:
+    guest = boot("1: mov $DEVICE_PORT, %dx\n in (%dx), %al\n jmp 1b")
+    device = Recorder()
+    guest.machine.pio.map(PORT, 1, device)
     guest.start()
-    # pause() returns when every thread has been to its loop or parked: by then it has its name.
-    guest.machine.pause()
-    names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
-    assert {"CPU 0/KVM", "CPU 1/KVM"} <= names
+    device.wait_for(1)
+    assert "CPU 0/KVM" in names()
+
+
+def test_the_number_is_the_vcpu_s() -> None:
+    found: list[set[str]] = []
+
+    def vcpu() -> None:
+        CpuExec.prepare_thread(17)
+        found.append(names())
+
+    thread = threading.Thread(target=vcpu)
+    thread.start()
+    thread.join()
+    assert "CPU 17/KVM" in found[0]
