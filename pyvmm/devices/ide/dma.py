@@ -37,7 +37,7 @@ class DmaTransfer(Activity):
         self._count = count
         self._flush = flush
         self._more = False
-        self._waiting = False
+        self._waiting = False  # for the one request of _moved_at_once
         self._iov: list[memoryview] = []
 
     def start(self) -> None:
@@ -81,7 +81,6 @@ class DmaTransfer(Activity):
 
     def _move_in_parts(self, bad: bool) -> None:
         """``bad``: moving it all at once has failed, so which sector is it?"""
-        self._waiting = True
         mover = Mover(
             self.channel.lock, self._aio, self._lba, self._iov, self._count, lambda: self._moved(mover), bad=bad
         )
@@ -89,7 +88,6 @@ class DmaTransfer(Activity):
         mover.start()
 
     def _moved(self, mover: Mover) -> None:
-        self._waiting = False
         if not self.came_back():
             return
         if mover.moved < self._count:
