@@ -4,6 +4,10 @@ IBM PC/AT Technical Reference, "Keyboard controller", and the PS/2's for the aux
 Linux expect where those leave a choice. No mouse is plugged in: the auxiliary port is there and answers as
 one with nothing on it, so that an operating system finds that out at once instead of after its timeouts.
 
+Nothing here grows: the output buffer has one byte, the controller holds one answer that waits for it, the keyboard 16
+bytes. A guest that sends command after command and reads nothing loses the answers between the first and the last, as
+with QEMU (hw/input/pckbd.c, kbd_queue: cbdata).
+
 One chip, two regions of one port each: the I8042 itself is the data port, its ``command`` the other one.
 """
 
@@ -166,7 +170,7 @@ class Keyboard:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.queue = deque(state["queue"])
+        self.queue = deque(state["queue"][:KBD_QUEUE_BYTES])
         self._command = state["command"]
         self._last = state["last"]
         self.scanning = state["scanning"]
@@ -213,7 +217,7 @@ class I8042(Device):
         "_out",
         "_outport",
         "_ram",
-        "_replies",
+        "_reply_waits",
         "_status",
         "command",
         "keyboard",
@@ -242,9 +246,9 @@ class I8042(Device):
         self._outport = OUT_RESET_N | OUT_A20 | OUT_ONES
         self._status = STATUS_UNLOCKED | STATUS_CMD  # without the bits that tell of the output buffer
         self._expects = 0  # the command whose data byte is to be written next
-        # The controller's own answers, and the output buffer: a byte, and the status bits it comes with.
-        self._replies: deque[tuple[int, int]] = deque()
+        # The output buffer, and the controller's own answer that waits for it: a byte, and the status bits it comes with.
         self._out: tuple[int, int] | None = None
+        self._reply_waits: tuple[int, int] | None = None
         self._last_read = 0
         self._fill()
 
@@ -324,7 +328,8 @@ class I8042(Device):
         self._ram[0] = self._ram[0] | bit if on else self._ram[0] & ~bit
 
     def _reply(self, value: int, status: int = 0) -> None:
-        self._replies.append((value, status))
+        """The controller's own answer. It has room for one: a new one takes the place of one that still waits."""
+        self._reply_waits = (value, status)
 
     def _fill(self) -> None:
         """Put the next byte into the output buffer, if it is free, and show what is there on the lines.
@@ -333,8 +338,8 @@ class I8042(Device):
         """
         ctr = self._ram[0]
         if self._out is None:
-            if self._replies:
-                self._out = self._replies.popleft()
+            if self._reply_waits is not None:
+                self._out, self._reply_waits = self._reply_waits, None
             elif self.keyboard.queue and not ctr & CTR_KBD_DISABLE:
                 value = self.keyboard.queue.popleft()
                 self._out = (TRANSLATED.get(value, value) if ctr & CTR_TRANSLATE else value, 0)
@@ -373,7 +378,7 @@ class I8042(Device):
                 "outport": self._outport,
                 "status": self._status,
                 "expects": self._expects,
-                "replies": [list(reply) for reply in self._replies],
+                "reply_waits": None if self._reply_waits is None else list(self._reply_waits),
                 "out": None if self._out is None else list(self._out),
                 "last_read": self._last_read,
             }
@@ -385,8 +390,8 @@ class I8042(Device):
             self._outport = state["outport"]
             self._status = state["status"]
             self._expects = state["expects"]
-            self._replies = deque((value, status) for value, status in state["replies"])
-            out = state["out"]
+            waits, out = state["reply_waits"], state["out"]
+            self._reply_waits = None if waits is None else (waits[0], waits[1])
             self._out = None if out is None else (out[0], out[1])
             self._last_read = state["last_read"]
             self._fill()

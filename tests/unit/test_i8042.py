@@ -217,6 +217,61 @@ def test_keyboard_queue_is_bounded(bench: Bench) -> None:
     assert bench.drain() == [0xEE] * 16
 
 
+# What each of them puts into the output buffer, and the status bits it comes with.
+ANSWERED = [
+    ((0x20,), 0x03, 0),
+    ((0x3F,), 0x00, 0),
+    ((0xAA,), 0x55, 0),
+    ((0xAB,), 0x00, 0),
+    ((0xA9,), 0x00, 0),
+    ((0xC0,), 0x80, 0),
+    ((0xD0,), 0xCF, 0),
+    ((0xD2, 0x42), 0x42, 0),
+    ((0xD3, 0x42), 0x42, AUX),
+    ((0xD4, 0x42), 0xFE, AUX | TIMEOUT),
+]
+
+
+@pytest.mark.parametrize(("command", "answer", "bits"), ANSWERED)
+def test_answers_nobody_reads_are_not_kept(
+    bench: Bench, command: tuple[int, ...], answer: int, bits: int
+) -> None:
+    """One in the output buffer, one that waits for it: QEMU's pckbd.c, kbd_queue."""
+    bench.command(*command)
+    assert bench.status() & (OBF | AUX | TIMEOUT) == OBF | bits
+    for _ in range(1000):
+        bench.command(*command)
+    first, last = bench.drain()
+    assert first == answer
+    assert last == (0xDF if command == (0xD0,) else answer)  # the output port shows that the buffer was full
+    assert not bench.status() & OBF
+
+
+def test_the_answer_that_waits_is_the_last_one(bench: Bench) -> None:
+    bench.command(0xAA)
+    for value in range(100):
+        bench.command(0xD2, value)
+    assert bench.drain() == [0x55, 99]
+
+
+def test_an_answer_goes_before_the_keyboards_bytes(bench: Bench) -> None:
+    for _ in range(100):
+        bench.data(0xEE)
+        bench.command(0xAB)
+    assert bench.drain() == [0xEE, 0x00, *[0xEE] * 16]
+
+
+def test_a_saved_state_brings_no_more_than_the_chip_holds(bench: Bench) -> None:
+    for _ in range(100):
+        bench.data(0xEE)
+        bench.command(0xAB)
+    state = bench.kbc.save()
+    assert len(state["keyboard"]["queue"]) == 16
+    state["keyboard"]["queue"] = [0xEE] * 1000
+    bench.kbc.load(state)
+    assert len(bench.drain()) == 2 + 16
+
+
 def test_output_port(bench: Bench) -> None:
     bench.command(0xD0)
     assert bench.drain() == [0xCF]
