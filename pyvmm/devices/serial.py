@@ -3,7 +3,8 @@
 National Semiconductor PC16550D data sheet (registers: section 8). Where it is silent or software expects
 other things, QEMU's behaviour: transmission takes no time; writing IER with ETBEI newly set raises the THRE
 interrupt while the holding register is empty; OUT2 is kept but does not gate the interrupt line; MCR comes up
-with OUT2, MSR with a carrier, the divisor with 9600 baud.
+with OUT2, MSR with a carrier, the divisor with 9600 baud. LCR comes up with zero as table I says, but a word has 8 bits
+until the guest writes LCR: much that runs without firmware sends text and never sets the line up.
 
 A console's output is two exits a character, LSR read and THR written. ``region`` answers the first without Python and,
 where ``gather_ns`` is given, keeps the second: a byte after a silence goes out at once, those that follow it within
@@ -58,6 +59,7 @@ TRIGGER_LEVELS = (1, 4, 8, 14)  # by bits 7:6
 
 # Line Control Register
 LCR_WORD = 0x03  # 5 bits and up
+WORD_MASKS = (0x1F, 0x3F, 0x7F, 0xFF)  # by LCR_WORD: the bits of a byte that go over the line
 LCR_STOP = 0x04
 LCR_PARITY = 0x08
 LCR_BREAK = 0x40
@@ -140,6 +142,7 @@ class Serial(Device):
         "_timeout_pending",
         "_trigger",
         "_tx",
+        "_word_mask",
         "region",
     )
 
@@ -169,6 +172,7 @@ class Serial(Device):
         self._fcr = 0
         self._trigger = 1
         self._lcr = 0
+        self._word_mask = 0xFF
         self._mcr = MCR_OUT2
         self._lsr = LSR_TX_EMPTY
         self._msr = CONNECTED
@@ -268,7 +272,7 @@ class Serial(Device):
         self._update_irq()
 
     def _write_thr(self, value: int) -> None:
-        """The long way: a THRE interrupt to drop and raise, loopback, or a host that does not keep up."""
+        """The long way: a THRE interrupt to drop and raise, loopback, short words, or a host that does not keep up."""
         if not self._fcr & FCR_ENABLE:
             self._tx.clear()
         elif len(self._tx) == FIFO_BYTES:
@@ -309,6 +313,7 @@ class Serial(Device):
     def _write_lcr(self, value: int) -> None:
         break_begins = value & ~self._lcr & LCR_BREAK
         self._lcr = value
+        self._word_mask = WORD_MASKS[value & LCR_WORD]
         self._set_divisor(self._divisor)
         self._find_thr_open()
         if break_begins and self._mcr & MCR_LOOP:
@@ -395,6 +400,7 @@ class Serial(Device):
         """Whether a byte written to THR may go straight to the chardev and leave no trace in any register."""
         self._thr_open = (
             not self._lcr & LCR_DLAB
+            and self._word_mask == 0xFF
             and not self._mcr & MCR_LOOP
             and not self._ier & IER_THRI
             and not self._tx
@@ -436,11 +442,12 @@ class Serial(Device):
         tx = self._tx
         if not tx:
             return
+        # Section 8.1, LCR bits 0 and 1: the upper bits of a shorter word never leave the shift register.
         if self._mcr & MCR_LOOP:
             while tx:
-                self._take(tx.popleft())
+                self._take(tx.popleft() & self._word_mask)
         elif self._chardev.can_write:
-            self._put(bytes(tx))
+            self._put(bytes(byte & self._word_mask for byte in tx))
             tx.clear()
         else:
             return
@@ -516,7 +523,7 @@ class Serial(Device):
     def _receive(self, data: bytes) -> None:
         with self.lock:
             for byte in data:
-                self._take(byte)
+                self._take(byte & self._word_mask)
             self._update_irq()
 
     def _receive_break(self) -> None:
@@ -554,6 +561,7 @@ class Serial(Device):
                 "ier": self._ier,
                 "fcr": self._fcr,
                 "lcr": self._lcr,
+                "word_mask": self._word_mask,
                 "mcr": self._mcr,
                 "lsr": self._lsr,
                 "msr": self._msr,
@@ -574,13 +582,14 @@ class Serial(Device):
             self._ier = state["ier"]
             self._fcr = state["fcr"]
             self._lcr = state["lcr"]
+            self._word_mask = state["word_mask"]
             self._mcr = state["mcr"]
             self._lsr = state["lsr"]
             self._msr = state["msr"]
             self._scr = state["scr"]
             self._divisor = state["divisor"]
-            self._rx = deque(state["rx"])
-            self._tx = deque(state["tx"])
+            self._rx = deque(state["rx"][:FIFO_BYTES])
+            self._tx = deque(state["tx"][:FIFO_BYTES])
             self._thr_pending = state["thr_pending"]
             self._timeout_pending = state["timeout_pending"]
             self._trigger = TRIGGER_LEVELS[self._fcr >> 6] if self._fcr & FCR_ENABLE else 1
