@@ -246,7 +246,7 @@ class I8042(Device):
         self._outport = OUT_RESET_N | OUT_A20 | OUT_ONES
         self._status = STATUS_UNLOCKED | STATUS_CMD  # without the bits that tell of the output buffer
         self._expects = 0  # the command whose data byte is to be written next
-        # The output buffer, and the controller's own answer that waits for it: a byte, and the status bits it comes with.
+        # The output buffer, and the controller's answer that waits for it: a byte, and the status bits it comes with.
         self._out: tuple[int, int] | None = None
         self._reply_waits: tuple[int, int] | None = None
         self._last_read = 0

@@ -1,4 +1,4 @@
-"""The seeded driver: a Guest on a FencedBoard for a number of accesses, with a watch on time and on the fences."""
+"""The seeded driver: a Guest on a FencedBoard for a number of accesses, with a watch on time, memory and the fences."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from pathlib import Path
 
 from fuzz.guest import Choices, Guest
 from fuzz.harness import FencedBoard
+from fuzz.memory_watch import MemoryWatch
 
 CHECK_EVERY = 25_000  # accesses
 LONGEST_STEP_S = 30.0  # one that takes longer hangs: the process ends with a traceback of every thread
 
 
 class Report:
-    def __init__(self, guest: Guest, seconds: float, slowest_s: float) -> None:
+    def __init__(self, guest: Guest, seconds: float, slowest_s: float, memory: MemoryWatch) -> None:
         self.accesses = guest.accesses
         self.steps = dict(sorted(guest.steps.items()))
         self.seconds = seconds
         self.slowest_s = slowest_s
+        self.memory = memory
 
     def __str__(self) -> str:
         rate = self.accesses / self.seconds
@@ -29,7 +31,8 @@ class Report:
         return (
             f"{self.accesses} accesses in {self.seconds:.1f} s ({rate:.0f} a second), the slowest step "
             f"{self.slowest_s * 1000:.0f} ms; nothing raised, nothing outside of the guest's memory and its disk was "
-            f"touched\nsteps: {steps}"
+            f"touched; {self.memory.blocks} objects and {self.memory.anonymous >> 10} KiB more than after the first "
+            f"{CHECK_EVERY} accesses at most\nsteps: {steps}"
         )
 
 
@@ -38,6 +41,7 @@ def run(directory: Path, accesses: int, seed: int, watch: bool = True) -> Report
     board = FencedBoard(directory)
     board.power_up()
     guest = Guest(board, Choices(seed))
+    memory = MemoryWatch()
     slowest_s = 0.0
     begin = time.monotonic()
     try:
@@ -52,6 +56,8 @@ def run(directory: Path, accesses: int, seed: int, watch: bool = True) -> Report
             if guest.accesses >= next_check:
                 board.check()
                 board.check_alive()
+                guest.log.clear()  # the last accesses would count as what has grown
+                memory.look(guest.accesses)
                 next_check = guest.accesses + CHECK_EVERY
         seconds = time.monotonic() - begin
         board.check_alive()
@@ -63,7 +69,7 @@ def run(directory: Path, accesses: int, seed: int, watch: bool = True) -> Report
     finally:
         if watch:
             faulthandler.cancel_dump_traceback_later()
-    return Report(guest, seconds, slowest_s)
+    return Report(guest, seconds, slowest_s, memory)
 
 
 def main(arguments: list[str] | None = None) -> int:

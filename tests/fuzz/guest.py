@@ -22,6 +22,7 @@ from fuzz.harness import (
     SECONDARY,
     FencedBoard,
 )
+from fuzz.memory_watch import flood
 
 T = TypeVar("T")
 
@@ -51,6 +52,9 @@ ADDRESSES = (
 )
 BYTE_COUNTS = (0, 1, 2, 4, 254, 512, 510, 514, 2048, 4096, 0x8000, 0xFFFE, 0xFFFF)
 TABLE_END = 0x8000_0000
+FLOOD = 300  # writes of one value, one after the other
+# Ports where some values reset the machine, which takes long, and a value that does not.
+RESETS = {0x64: 0x20, 0x92: 0, 0xCF9: 0}
 
 
 class NoMoreChoices(Exception):
@@ -113,7 +117,7 @@ class Guest:
                 *((self.ata_command, 22), (self.dma_command, 18), (self.packet_command, 18), (self.any_register, 14)),
                 *((self.data_burst, 10), (self.bus_master_register, 6), (self.pci_config, 10), (self.fw_cfg, 6)),
                 *((self.fw_cfg_dma, 6), (self.any_port, 6), (self.memory_bus, 3), (self.host_io, 12), (self.time, 2)),
-                *((self.rare, 2),),
+                *((self.rare, 2), (self.flood, 1)),
             )
             for _ in range(weight)
         ]
@@ -428,6 +432,18 @@ class Guest:
                 self.read(port, size)
             else:
                 self.write(port, size, self.choices.number(8 * size))
+
+    def flood(self) -> None:
+        """One register, one value, again and again, nothing read: whoever keeps what is sent has to have a bound."""
+        choices = self.choices
+        region = choices.pick(self.board.pio.regions)
+        port = region.base + choices.below(region.size)
+        value = choices.below(256)
+        if port in RESETS and choices.chance(95):
+            value = RESETS[port]
+        self.log.append(("flood", port, 1, value))
+        self.accesses += FLOOD
+        flood(self.board.pio, port, 1, value, FLOOD)
 
     def memory_bus(self) -> None:
         """As the processor sees it: the window below 1 MiB, the ROM, the interrupt controllers, nobody."""

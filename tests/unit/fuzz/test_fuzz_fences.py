@@ -27,9 +27,9 @@ def board(tmp_path: Path) -> Iterator[FencedBoard]:
 
 
 def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
-    report = driver.run(tmp_path, 30_000, 3, watch=False)
-    assert report.accesses >= 30_000
-    assert len(report.steps) == 14  # each kind of step had its turn
+    report = driver.run(tmp_path, 60_000, 3, watch=False)
+    assert report.accesses >= 60_000
+    assert len(report.steps) == 15  # each kind of step had its turn
     assert {"ata_command", "dma_command", "packet_command", "pci_config", "fw_cfg_dma"} <= set(report.steps)
 
 
