@@ -8,7 +8,7 @@ General layout, lowest layer first; a module imports only from those above it in
     guest_memory    RAM;  address_space  ports and MMIO
     cpu_exec        the run loop;  exit_stats  its profiler;  run_control, cpu  the vCPU threads;  dump  post-mortems
     x86/            guest addresses, initial state, CPUID, boot protocols, ACPI and MP tables
-    event_loop      descriptors and timers;  chardev  host sides of consoles
+    event_loop      descriptors and timers;  chardev, terminal  host sides of consoles
     devices/        one chip a file
     config, builder, machine    from arguments to a running machine
     cli/            the command

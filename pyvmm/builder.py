@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.device import IrqLine
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.machine import Machine
+    from pyvmm.terminal import Terminal
     from pyvmm.x86.boot import BootState
 
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
@@ -105,6 +106,8 @@ def build(m: Machine) -> None:
             attach_ring(m, m.pio)
         if m.vm.has_irqchip or m._coalesced:
             in_background(m, lambda: settle(m))
+    elif m.terminal is not None:
+        m.terminal.start()
 
 
 def pc_board() -> ModuleType:
@@ -202,7 +205,7 @@ def make_devices(m: Machine) -> None:
 
     pio, config = m.pio, m.config
     gather_ns = CONSOLE_GATHER_NS if config.accel == "kvm" else 0
-    serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial), m.clock, gather_ns=gather_ns)
+    serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial, "serial"), m.clock, gather_ns=gather_ns)
     pm = AcpiPm(m.clock, irq_line(m, layout.IRQ_SCI), m.guest_shutdown, s5_type=layout.SLP_TYP_S5)
     reset = ResetControl(m.guest_reset)
     fw_cfg = FwCfg(m.memory)
@@ -271,7 +274,7 @@ def make_debug_devices(m: Machine) -> None:
     m.pio.map(layout.PORT_POST, 1, port80, name="port80")
     if config.machine == "microvm" or config.debugcon not in (None, "none"):
         # Where it answers SeaBIOS writes a log to it, one exit a character: not for nobody.
-        debugcon = DebugCon(chardev(m, config.debugcon))
+        debugcon = DebugCon(chardev(m, config.debugcon, "debugcon"))
         m.devices["debugcon"] = debugcon
         m.pio.map(layout.PORT_DEBUG_CONSOLE, 1, debugcon, name="debugcon")
     if config.debug_exit is not None:
@@ -310,8 +313,8 @@ def describe(m: Machine, fw_cfg: Any) -> None:
         fw_cfg.add_file(name, bytes(data))
 
 
-def chardev(m: Machine, spec: Serial) -> Chardev:
-    """The host's side of a console, from the words of MachineConfig.serial."""
+def chardev(m: Machine, spec: Serial, name: str) -> Chardev:
+    """The host's side of the console ``name``, from the words of MachineConfig.serial."""
     from pyvmm import chardev as c
 
     made: c.Chardev
@@ -322,18 +325,33 @@ def chardev(m: Machine, spec: Serial) -> Chardev:
     elif callable(spec):
         made = c.CallableChardev(spec)
     elif spec == "stdio":
-        import os
-
-        raw = m.config.raw_terminal and os.isatty(0)
-        made = c.StdioChardev(m.event_loop, raw=raw, escape=raw, on_quit=lambda: m.stop(0, "quit"))
+        made = terminal(m).console(name)
     elif spec == "pty":
         made = c.PtyChardev(m.event_loop)
     elif spec.startswith("file:") and len(spec) > len("file:"):
         made = c.FileChardev(spec[len("file:") :], m.event_loop)
     else:
-        raise ConfigError(f"serial {spec!r}: use none, stdio, pty or file:PATH")
+        raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
     m.chardevs.append(made)
     return made
+
+
+def terminal(m: Machine) -> Terminal:
+    """The one owner of standard input and output. A command's has an escape, and ends the run when nobody reads."""
+    if m.terminal is None:
+        import os
+
+        from pyvmm.terminal import Terminal
+
+        raw = m.config.raw_terminal and os.isatty(0)
+        m.terminal = Terminal(
+            m.event_loop,
+            raw=raw,
+            escape=raw,
+            on_quit=lambda: m.stop(0, "quit"),
+            on_gone=m.reader_gone if m.config.raw_terminal else None,
+        )
+    return m.terminal
 
 
 # -- the guest -------------------------------------------------------------------------------------------------
@@ -540,6 +558,8 @@ def tear_down(m: Machine) -> None:
         backend.close()
     for made in m.chardevs:
         made.close()
+    if m.terminal is not None:
+        m.terminal.close()
     m.event_loop.close()
     for cpu in m.cpus:
         cpu.exec.close()

@@ -1,4 +1,5 @@
-"""The host's end of a byte stream (a serial port, a debug console): terminal, pty, file, Python callable.
+"""The host's end of a byte stream (a serial port, a debug console): pty, file, Python callable; terminal.py has the
+terminal.
 
 Two threads meet here. A vCPU thread writes, with its device's lock held, and must never wait for whoever
 reads at the other end: what a descriptor does not take at once is queued, and the event loop sends it on. The
@@ -12,10 +13,11 @@ from __future__ import annotations
 import os
 import select
 import stat
+from errno import EIO, EPIPE
 from time import monotonic
 
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.light import Lock, deque
+from pyvmm.light import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,14 +30,6 @@ FLUSH_LIMIT_S = 1.0  # how long close() waits for a reader
 READ_BYTES = 4096
 
 BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at the other end (any more, or yet)
-
-CTRL_A = 0x01
-ESCAPE_HELP = b"""\r
-Ctrl-A h       this help\r
-Ctrl-A x       quit\r
-Ctrl-A b       send a break\r
-Ctrl-A Ctrl-A  send Ctrl-A\r
-"""
 
 
 class Chardev:
@@ -101,7 +95,7 @@ class CallableChardev(Chardev):
         super().__init__()
         self._fn = fn
         self._lock = Lock()
-        self._input: deque[bytes] = deque()
+        self._input = bytearray()
         self._delivering = False
         self._look_again = False
 
@@ -111,7 +105,7 @@ class CallableChardev(Chardev):
     def feed(self, data: bytes) -> None:
         """Input for the guest, any amount, from any thread; the device takes it at its own pace."""
         with self._lock:
-            self._input.append(bytes(data))
+            self._input += data
         self._deliver()
 
     def set_receiver(
@@ -158,11 +152,9 @@ class CallableChardev(Chardev):
     def _deliver_while_room(self) -> None:
         while self._input and (receive := self._receive) is not None and (room := self._room()) > 0:
             with self._lock:
-                data = self._input.popleft()
-                if len(data) > room:
-                    self._input.appendleft(data[room:])
-            if data:
-                receive(data[:room])
+                data = bytes(self._input[:room])
+                del self._input[:room]
+            receive(data)
 
 
 class FdChardev(Chardev):
@@ -186,6 +178,8 @@ class FdChardev(Chardev):
         self._edge = False
         self.lost_bytes = 0
         """Output dropped because the queue was full."""
+        self.write_error: OSError | None = None
+        """Why output was dropped first, where the descriptor refused it: a full disk, say. Not where a reader left."""
         if out_fd >= 0:
             try:
                 mode = os.fstat(out_fd).st_mode
@@ -222,7 +216,7 @@ class FdChardev(Chardev):
             data = kept
         self._queue += data
         if len(self._queue) >= QUEUE_LIMIT_BYTES:
-            self.can_write = False
+            self._set_can_write(False)
 
     def _send(self, data: bytes | bytearray) -> int:
         """How many bytes the descriptor took, or swallowed for want of a reader, without waiting."""
@@ -241,7 +235,11 @@ class FdChardev(Chardev):
                 sent += os.write(fd, data[sent : sent + chunk])
             except BlockingIOError:
                 break
-            except OSError:  # EPIPE, EIO of a vanished terminal, ENOSPC
+            except OSError as exc:
+                # A reader that left, or a terminal that vanished (EIO), is no fault of the host's.
+                left = exc.errno == EPIPE or (exc.errno == EIO and poll is not None)
+                if not left and self.write_error is None:
+                    self.write_error = exc
                 return len(data)
         return sent
 
@@ -251,14 +249,20 @@ class FdChardev(Chardev):
         if not self._queue and self._loop is not None:
             self._loop.remove_writer(self._out_fd)
         if not self.can_write and len(self._queue) <= QUEUE_LIMIT_BYTES // 2:
-            self.can_write = True
+            self._set_can_write(True)
             return True
         return False
+
+    def _set_can_write(self, value: bool) -> None:
+        self.can_write = value
 
     def _on_writable_fd(self) -> None:
         with self._lock:
             if self._closed or not self._send_queue():
                 return
+        self._tell_writable()
+
+    def _tell_writable(self) -> None:
         if self._on_writable is not None:
             self._on_writable()
 
@@ -323,9 +327,7 @@ class FdChardev(Chardev):
                 self._loop.remove_reader(self._in_fd)
         if not data:
             return False
-        data = self._filter_input(data)
-        if data:
-            receive(data)
+        receive(data)
         return True
 
     def _read(self, size_bytes: int) -> bytes | None:
@@ -340,9 +342,6 @@ class FdChardev(Chardev):
             return None
         except OSError:  # EIO: the terminal went away
             return b""
-
-    def _filter_input(self, data: bytes) -> bytes:
-        return data
 
     # -- the end --------------------------------------------------------------------------------------------
 
@@ -360,91 +359,6 @@ class FdChardev(Chardev):
 
     def _release(self) -> None:
         """Close what is the chardev's own. The lock is held; no callback uses the descriptors any more."""
-
-
-class StdioChardev(FdChardev):
-    """The process's terminal, or whatever its standard input and output are.
-
-    Ctrl-A is an escape, as in QEMU: x calls ``on_quit`` (on the loop's thread), b sends a break, h shows
-    help, Ctrl-A or a sends one Ctrl-A. ``raw`` turns off the terminal's own handling of keys, Ctrl-C
-    included; without a terminal on standard input it does nothing.
-    """
-
-    def __init__(
-        self,
-        loop: EventLoop,
-        *,
-        raw: bool = False,
-        escape: bool = True,
-        on_quit: Callable[[], None] | None = None,
-        in_fd: int = 0,
-        out_fd: int = 1,
-    ) -> None:
-        super().__init__(loop, in_fd=in_fd, out_fd=out_fd)
-        self._escape = escape
-        self._escaped = False  # the last byte was the escape
-        self._on_quit = on_quit
-        self._saved_tty: list[int | list[bytes | int]] | None = None
-        self._tty_fd = in_fd
-        if raw and os.isatty(in_fd):
-            self._set_raw()
-
-    def _set_raw(self) -> None:
-        import atexit
-        import termios as t
-
-        self._saved_tty = t.tcgetattr(self._tty_fd)
-        iflag, oflag, cflag, lflag, ispeed, ospeed, chars = t.tcgetattr(self._tty_fd)
-        iflag &= ~(t.IGNBRK | t.BRKINT | t.PARMRK | t.ISTRIP | t.INLCR | t.IGNCR | t.ICRNL | t.IXON)
-        oflag |= t.OPOST  # what this process prints itself still needs its line ends
-        cflag = cflag & ~(t.CSIZE | t.PARENB) | t.CS8
-        lflag &= ~(t.ECHO | t.ECHONL | t.ICANON | t.IEXTEN | t.ISIG)
-        chars[t.VMIN], chars[t.VTIME] = 1, 0
-        atexit.register(self.restore_terminal)
-        t.tcsetattr(self._tty_fd, t.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, chars])
-
-    def restore_terminal(self) -> None:
-        """Give the terminal back as it was. Idempotent; takes no lock: a signal handler may call it."""
-        saved, self._saved_tty = self._saved_tty, None
-        if saved is not None:
-            import atexit
-            import termios
-
-            try:
-                termios.tcsetattr(self._tty_fd, termios.TCSANOW, saved)
-            except (OSError, termios.error):
-                pass  # hung up: nothing to restore
-            atexit.unregister(self.restore_terminal)
-
-    def _filter_input(self, data: bytes) -> bytes:
-        if not self._escape or (CTRL_A not in data and not self._escaped):
-            return data
-        kept = bytearray()
-        for byte in data:
-            if not self._escaped:
-                self._escaped = byte == CTRL_A
-                if not self._escaped:
-                    kept.append(byte)
-                continue
-            self._escaped = False
-            if byte in b"\x01a":
-                kept.append(CTRL_A)
-            else:
-                self._command(byte)
-        return bytes(kept)
-
-    def _command(self, byte: int) -> None:
-        if byte in b"xX":
-            if self._on_quit is not None:
-                self._on_quit()
-        elif byte in b"bB":
-            if self._on_break is not None:
-                self._on_break()
-        elif byte in b"hH?":
-            self.write(ESCAPE_HELP)
-
-    def _release(self) -> None:
-        self.restore_terminal()
 
 
 class PtyChardev(FdChardev):

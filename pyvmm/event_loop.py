@@ -27,6 +27,7 @@ NS_PER_MS = 1_000_000
 LONGEST_SLEEP_MS = 86_400_000  # epoll_wait takes an int of milliseconds
 READ_EVENTS = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
 WRITE_EVENTS = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+HANG_UP_EVENTS = select.EPOLLHUP | select.EPOLLERR
 
 
 class LoopClock(Clock):
@@ -95,6 +96,7 @@ class EventLoop:
         self._calls: deque[Callable[[], None]] = deque()
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
+        self._hang_ups: dict[int, Callable[[], None]] = {}
         self._edge: set[int] = set()  # descriptors watched edge-triggered
         self._watched: dict[int, int] = {}  # what epoll was told: descriptor -> events
         self._always_ready: set[int] = set()  # descriptors epoll refuses: regular files
@@ -129,6 +131,20 @@ class EventLoop:
             self._start_locked()
             self._writers[fd] = callback
             self._watch_locked(fd)
+
+    def add_hang_up(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, when nobody is at the other end of ``fd`` any more: a pipe without its reader, a
+        terminal that was closed. Never for what has no other end: files.
+        """
+        with self._lock:
+            self._start_locked()
+            self._hang_ups[fd] = callback
+            self._watch_locked(fd)
+
+    def remove_hang_up(self, fd: int) -> bool:
+        """As ``remove_reader``."""
+        with self._lock:
+            return self._remove_locked(self._hang_ups, fd)
 
     def remove_reader(self, fd: int) -> bool:
         """Whether there was one. A callback that began before may still be running on return."""
@@ -210,12 +226,13 @@ class EventLoop:
         events |= select.EPOLLOUT if fd in self._writers else 0
         if events and fd in self._edge:
             events |= select.EPOLLET
+        wanted = events or fd in self._hang_ups  # epoll reports those without being asked
         try:
             if fd in self._always_ready:
                 if not events:
                     self._always_ready.discard(fd)
-            elif not events:
-                if self._watched.pop(fd, 0):
+            elif not wanted:
+                if self._watched.pop(fd, None) is not None:
                     self._gone.add(fd)
                     self._epoll.unregister(fd)
             elif fd in self._watched:
@@ -228,11 +245,13 @@ class EventLoop:
                 self._epoll.register(fd, events)
                 self._watched[fd] = events
         except PermissionError:  # a regular file: always ready
-            self._always_ready.add(fd)
-            self._wake_locked()
+            if events:
+                self._always_ready.add(fd)
+                self._wake_locked()
         except OSError:
             self._watched.pop(fd, None)
-            if events:
+            if wanted:
+                self._hang_ups.pop(fd, None)
                 self._readers.pop(fd, None)
                 self._writers.pop(fd, None)
                 self._edge.discard(fd)
@@ -258,7 +277,7 @@ class EventLoop:
             with self._lock:
                 self._closed = True
                 self._asleep = False
-                for table in (self._readers, self._writers, self._watched):
+                for table in (self._readers, self._writers, self._hang_ups, self._watched):
                     table.clear()
                 self._always_ready.clear()
                 epoll.close()
@@ -316,6 +335,11 @@ class EventLoop:
                 return
             reader = self._readers.get(fd) if mask & READ_EVENTS else None
             writer = self._writers.get(fd) if mask & WRITE_EVENTS else None
+            hang_up = self._hang_ups.get(fd) if mask & HANG_UP_EVENTS else None
+            if hang_up is not None:
+                self._remove_locked(self._hang_ups, fd)
+        if hang_up is not None:
+            self._call(hang_up)
         for table, callback in ((self._readers, reader), (self._writers, writer)):
             if callback is not None and not self._call(callback):
                 with self._lock:

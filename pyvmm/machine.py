@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from pyvmm.light import Thread
     from pyvmm.memory_map import MemoryMap
     from pyvmm.run_state import RunState
+    from pyvmm.terminal import Terminal
 
 STATUS_SHUTDOWN = 0
 STATUS_RESET = 6
 STATUS_IO_ERROR = 10
+STATUS_READER_GONE = 141  # what a shell says of a process that SIGPIPE has ended
 
 
 class Machine:
@@ -70,6 +72,7 @@ class Machine:
         self.backends: dict[str, BlockBackend] = {}
         self.io_error = ""
         self.chardevs: list[Chardev] = []
+        self.terminal: Terminal | None = None
         self.cpus = []
         self.user_irqchip: UserIrqchip | None = None
         self._ring_lock = DeviceLock()
@@ -130,7 +133,11 @@ class Machine:
             raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
         for cpu in self.cpus:
             cpu.start()
+        if self.terminal is not None:
+            self.terminal.enter_raw()  # before the guest's first character; keys only when there is a run to quit
         self.control.resume()
+        if self.terminal is not None:
+            self.terminal.start()
         # After that: one that fails again stops the machine again.
         for backend in self.backends.values():
             backend.resume()
@@ -191,6 +198,10 @@ class Machine:
 
         self.io_error = f"{backend.name}: {operation}: {os.strerror(number)}"
         self.control.request(lambda: self.control.end(None, None, states.IO_ERROR))
+
+    def reader_gone(self) -> None:
+        """Nobody reads the terminal, or the pipe in its place, any more: the guest would run on unseen."""
+        self.stop(STATUS_READER_GONE, "reader-gone")
 
     def debug_exit(self, value: int) -> None:
         """isa-debug-exit was written."""

@@ -267,11 +267,12 @@ class RunControl:
                 lambda: not self._inside and not self._requests and not self._acting, timeout_s
             )
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the machine is not running any more: True; False where the time ran out first."""
+    def wait(self, timeout_s: float | None = None, state: str = RUNNING) -> bool:
+        """Wait until the machine is not running (not in ``state``) any more: True; False where the time ran out first.
+        """
         with self._lock:
             return self._cond.wait_for(
-                lambda: self.state_name != RUNNING and not self._acting and not self._inside, timeout_s
+                lambda: self.state_name != state and not self._acting and not self._inside, timeout_s
             )
 
     def close(self) -> None:

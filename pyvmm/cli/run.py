@@ -7,16 +7,23 @@ import os
 import sys
 
 from pyvmm.cli.options import Option, mib, number, parse, port_or_none, usage
+from pyvmm.cli.signals import Signals
 from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError, GuestError
+from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
+from pyvmm.run_control import IO_ERROR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
+    from types import FrameType
     from typing import Any
 
     from pyvmm.block.options import DriveOptions
+else:
+    import _signal as signal
 
 
 def split_module(text: str) -> tuple[str, str]:
@@ -84,7 +91,8 @@ def run(args: list[str]) -> int:
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
     config = configure(given)
-    with terminal(config), Machine(config) as machine:
+    with Signals() as signals, Machine(config) as machine:
+        signals.terminal = machine.terminal
         announce(machine)
         gc.enable()
         return go(machine, timeout_s, exit_stats)
@@ -125,31 +133,6 @@ def read_file(path: str) -> bytes:
         raise ConfigError(f"fw_cfg file {path}: {error.strerror}: give a file that can be read") from None
 
 
-class terminal:
-    """While a guest owns the terminal, a polite kill must still give it back: it becomes an exception."""
-
-    def __init__(self, config: MachineConfig) -> None:
-        self._wanted = config.serial == "stdio" and sys.stdin is not None and sys.stdin.isatty()
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if self._wanted:
-            import signal
-
-            def end(number: int, _frame: object) -> None:
-                raise SystemExit(128 + number)
-
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                self._before[number] = signal.signal(number, end)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._before:
-            import signal
-
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-
-
 def announce(machine: Machine) -> None:
     """Where a console went that has no fixed place."""
     from pyvmm.chardev import PtyChardev
@@ -160,7 +143,7 @@ def announce(machine: Machine) -> None:
 
 
 def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
-    from pyvmm.cli import STATUS_TIMEOUT
+    from pyvmm.cli import STATUS_INTERRUPTED, STATUS_TIMEOUT
 
     message = ""
     try:
@@ -171,6 +154,10 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
     except TimeoutError as error:
         message = f"pyvmm: {error}"
         status = STATUS_TIMEOUT
+    except SystemExit as ended:  # by a signal (cli/signals.py)
+        status = int(ended.code or 0)
+    except KeyboardInterrupt:
+        status = STATUS_INTERRUPTED
     table = machine.exit_stats_table() if exit_stats else ""
     # The terminal is given back first: what follows must not be printed in raw mode.
     machine.close()
@@ -188,21 +175,30 @@ def run_through_errors(machine: Machine, timeout_s: float | None) -> int:
     left_s = timeout_s
     while (status := machine.run(left_s)) == STATUS_IO_ERROR:
         remedy = f"mend it, then `kill -CONT {os.getpid()}`"
-        wait_for_sigcont(f"pyvmm: {status.reason}; the guest is stopped: {remedy}", left_s)
+        message = f"pyvmm: {status.reason}; the guest is stopped: {remedy}"
+        if not wait_for_sigcont(machine, message, end) and machine.control.status is not None:
+            return int(machine.control.status)  # Ctrl-A x, say
         left_s = None if end is None else max(0.0, end - monotonic())
     return int(status)
 
 
-def wait_for_sigcont(message: str, timeout_s: float | None) -> None:
-    import select
-    import signal
+def wait_for_sigcont(machine: Machine, message: str, end: float | None) -> bool:
+    """Say so, and whether SIGCONT came, before ``end`` (monotonic, in seconds) and before the machine left io-error."""
+    from time import monotonic
 
-    heard, tell = os.pipe()
-    before = signal.signal(signal.SIGCONT, lambda _number, _frame: os.write(tell, b"."))
+    heard = []
+
+    def go_on(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        if callable(before):
+            before(number, frame)  # it gives us the terminal again
+
+    before = signal.signal(signal.SIGCONT, go_on)
     try:
         print(message, file=sys.stderr, flush=True)
-        select.select([heard], [], [], timeout_s)
+        while not heard and (end is None or monotonic() < end):
+            if machine.control.wait(SIGNAL_CHECK_S, IO_ERROR):
+                break
+        return bool(heard)
     finally:
         signal.signal(signal.SIGCONT, before)
-        os.close(heard)
-        os.close(tell)

@@ -23,7 +23,7 @@ LAYERS = [
         *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.run_control", "pyvmm.run_state"),
         *("pyvmm.dump", "pyvmm.x86", "pyvmm.guests"),
     ],
-    ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.block"],
+    ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.terminal", "pyvmm.block"],
     ["pyvmm.devices"],
     ["pyvmm.config", "pyvmm.builder", "pyvmm.boards", "pyvmm.machine"],
     ["pyvmm"],

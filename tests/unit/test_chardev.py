@@ -4,78 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
-import subprocess
-import sys
-import termios
 import threading
-import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chardev_port import LIMIT_S, Port, read_exactly, settle, turns_of
 
 from pyvmm.chardev import (
     QUEUE_LIMIT_BYTES,
     CallableChardev,
-    Chardev,
     FileChardev,
     NullChardev,
     PtyChardev,
-    StdioChardev,
 )
 from pyvmm.errors import ConfigError
 from pyvmm.event_loop import EventLoop
-
-LIMIT_S = 20.0
-
-
-class Port:
-    """The device at the other side: collects input, says how much room it has."""
-
-    def __init__(self, room: int = 4096) -> None:
-        self.data = b""
-        self.free = room
-        self.refused = False  # it said there is no room
-        self.breaks = 0
-        self._changed = threading.Condition(threading.RLock())
-
-    def attach(self, chardev: Chardev) -> Port:
-        chardev.set_receiver(self.receive, self.room, self.on_break)
-        return self
-
-    def room(self) -> int:
-        with self._changed:
-            if self.free == 0:
-                self.refused = True
-                self._changed.notify_all()
-            return self.free
-
-    def receive(self, data: bytes) -> None:
-        with self._changed:
-            assert 0 < len(data) <= self.free
-            self.free -= len(data)
-            self.data += data
-            self._changed.notify_all()
-
-    def on_break(self) -> None:
-        with self._changed:
-            self.breaks += 1
-            self._changed.notify_all()
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        with self._changed:
-            assert self._changed.wait_for(condition, LIMIT_S), self.data
-
-    def wait_for(self, data: bytes) -> None:
-        self.wait(lambda: len(self.data) >= len(data))
-        assert self.data == data
-
-    def take(self, count: int) -> None:
-        """The guest read some: there is room for more."""
-        with self._changed:
-            self.free += count
-            self.refused = False
 
 
 @pytest.fixture
@@ -102,49 +46,6 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(fd)
         except OSError:
             pass
-
-
-@pytest.fixture
-def terminal() -> Iterator[tuple[int, int]]:
-    """(user's end, program's end) of a terminal in its usual cooked mode."""
-    master, slave = os.openpty()
-    yield master, slave
-    for fd in (master, slave):
-        os.close(fd)
-
-
-def settle(loop: EventLoop) -> None:
-    for _ in range(2):
-        done = threading.Event()
-        loop.call_soon(done.set)
-        assert done.wait(LIMIT_S)
-
-
-def turns_of(loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often the loop wakes up in 20 ms in which nothing happens."""
-    turns = 0
-    turn = EventLoop._turn
-
-    def count(self: EventLoop, epoll: select.epoll) -> bool:
-        nonlocal turns
-        turns += 1
-        return turn(self, epoll)
-
-    settle(loop)
-    over = threading.Event()
-    with monkeypatch.context() as patch:
-        patch.setattr(EventLoop, "_turn", count)
-        loop.clock.timer(over.set).arm(loop.clock.now_ns() + 20_000_000)
-        assert over.wait(LIMIT_S)
-    return turns
-
-
-def read_exactly(fd: int, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        assert select.select([fd], [], [], LIMIT_S)[0], data
-        data += os.read(fd, count - len(data))
-    return data
 
 
 # -- null and callable --------------------------------------------------------------------------------------
@@ -386,192 +287,6 @@ def test_closed_reader_swallows_output_and_the_queue(loop: EventLoop, pipe: tupl
     chardev.write(b"nobody")
     assert chardev.can_write
     chardev.close()
-
-
-# -- standard input and output ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stdio(loop: EventLoop) -> Iterator[tuple[StdioChardev, int, int, list[str]]]:
-    """(chardev, where to type, where its output comes out, what was called)"""
-    in_read, in_write = os.pipe()
-    out_read, out_write = os.pipe()
-    calls: list[str] = []
-    chardev = StdioChardev(loop, in_fd=in_read, out_fd=out_write, on_quit=lambda: calls.append("quit"))
-    yield chardev, in_write, out_read, calls
-    chardev.close()
-    for fd in (in_read, in_write, out_read, out_write):
-        try:
-            os.close(fd)
-        except OSError:
-            pass
-
-
-def test_stdio_both_ways(stdio: tuple[StdioChardev, int, int, list[str]]) -> None:
-    chardev, typed, shown, _ = stdio
-    port = Port().attach(chardev)
-    os.write(typed, b"ls\n")
-    port.wait_for(b"ls\n")
-    chardev.write(b"file")
-    assert read_exactly(shown, 4) == b"file"
-
-
-def test_input_waits_until_there_is_room(
-    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]]
-) -> None:
-    chardev, typed, _, _ = stdio
-    port = Port(room=3).attach(chardev)
-    os.write(typed, b"0123456789")
-    port.wait(lambda: port.refused)
-    settle(loop)
-    assert port.data == b"012"
-    port.take(4)
-    chardev.accept_input()
-    port.wait(lambda: port.refused)
-    assert port.data == b"0123456"
-    port.take(100)
-    chardev.accept_input()
-    port.wait_for(b"0123456789")
-
-
-def test_no_input_is_read_without_a_receiver(
-    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chardev, typed, _, _ = stdio
-    port = Port().attach(chardev)
-    chardev.set_receiver(None)
-    os.write(typed, b"kept")
-    assert turns_of(loop, monkeypatch) <= 10
-    assert port.data == b""
-    port.attach(chardev)
-    port.wait_for(b"kept")
-
-
-def test_end_of_input_just_ends_it(
-    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chardev, typed, shown, calls = stdio
-    port = Port().attach(chardev)
-    os.write(typed, b"last")
-    os.close(typed)
-    port.wait_for(b"last")
-    assert turns_of(loop, monkeypatch) <= 10
-    chardev.write(b"ok")
-    assert read_exactly(shown, 2) == b"ok"
-    assert calls == []
-
-
-@pytest.mark.parametrize(
-    ("typed", "arrives", "called"),
-    [
-        (b"\x01x", b"", ["quit"]),
-        (b"ab\x01xcd", b"abcd", ["quit"]),
-        (b"\x01\x01", b"\x01", []),
-        (b"\x01a", b"\x01", []),
-        (b"\x01\x01x", b"\x01x", []),
-        (b"x\x01q!", b"x!", []),
-    ],
-)
-def test_escapes(
-    stdio: tuple[StdioChardev, int, int, list[str]], typed: bytes, arrives: bytes, called: list[str]
-) -> None:
-    chardev, keyboard, _, calls = stdio
-    port = Port().attach(chardev)
-    os.write(keyboard, typed + b"$")
-    port.wait_for(arrives + b"$")
-    assert calls == called
-
-
-def test_escape_may_come_in_two_pieces(
-    loop: EventLoop, stdio: tuple[StdioChardev, int, int, list[str]]
-) -> None:
-    chardev, keyboard, _, calls = stdio
-    port = Port().attach(chardev)
-    os.write(keyboard, b"\x01")
-    settle(loop)
-    os.write(keyboard, b"x.")
-    port.wait_for(b".")
-    assert calls == ["quit"]
-
-
-def test_escape_b_sends_a_break_and_h_shows_help(stdio: tuple[StdioChardev, int, int, list[str]]) -> None:
-    chardev, keyboard, shown, _ = stdio
-    port = Port().attach(chardev)
-    os.write(keyboard, b"\x01b\x01h.")
-    port.wait_for(b".")
-    assert port.breaks == 1
-    assert b"Ctrl-A x" in os.read(shown, 1000)
-
-
-def test_without_escape_control_a_is_a_byte_like_any_other(loop: EventLoop, pipe: tuple[int, int]) -> None:
-    chardev = StdioChardev(loop, escape=False, in_fd=pipe[0], out_fd=pipe[1])
-    port = Port().attach(chardev)
-    chardev.write(b"\x01x")
-    port.wait_for(b"\x01x")
-    chardev.close()
-
-
-def test_standard_input_from_a_file(loop: EventLoop, tmp_path: Path, pipe: tuple[int, int]) -> None:
-    (tmp_path / "script").write_bytes(b"uname\npoweroff\n")
-    fd = os.open(tmp_path / "script", os.O_RDONLY)
-    chardev = StdioChardev(loop, in_fd=fd, out_fd=pipe[1])
-    port = Port(room=6).attach(chardev)
-    port.wait(lambda: port.refused)
-    port.take(100)
-    chardev.accept_input()
-    port.wait_for(b"uname\npoweroff\n")
-    chardev.close()
-    os.close(fd)
-
-
-def test_closed_standard_input_and_output_do_no_harm(loop: EventLoop) -> None:
-    chardev = StdioChardev(loop, in_fd=1_000_000, out_fd=1_000_001)
-    Port().attach(chardev)
-    chardev.write(b"lost")
-    assert chardev.can_write
-    chardev.close()
-
-
-def test_raw_mode_only_when_asked_for_and_restored_on_close(
-    loop: EventLoop, terminal: tuple[int, int]
-) -> None:
-    user, program = terminal
-    before = termios.tcgetattr(program)
-    cooked = StdioChardev(loop, in_fd=program, out_fd=program)
-    assert termios.tcgetattr(program) == before
-    cooked.close()
-    chardev = StdioChardev(loop, raw=True, in_fd=program, out_fd=program)
-    lflag = termios.tcgetattr(program)[tty.LFLAG]
-    assert not lflag & (termios.ECHO | termios.ICANON | termios.ISIG)
-    port = Port().attach(chardev)
-    os.write(user, b"\x03\r")  # Ctrl-C and Return go to the guest as they are
-    port.wait_for(b"\x03\r")
-    chardev.write(b"shown")
-    assert read_exactly(user, 5) == b"shown"
-    chardev.close()
-    assert termios.tcgetattr(program) == before
-    chardev.restore_terminal()
-    assert termios.tcgetattr(program) == before
-
-
-def test_raw_mode_without_a_terminal_does_nothing(loop: EventLoop, pipe: tuple[int, int]) -> None:
-    StdioChardev(loop, raw=True, in_fd=pipe[0], out_fd=pipe[1]).close()
-
-
-def test_terminal_is_restored_when_the_process_ends_without_close(terminal: tuple[int, int]) -> None:
-    before = termios.tcgetattr(terminal[1])
-    code = (
-        "import sys, termios\n"
-        "from pyvmm.chardev import StdioChardev\n"
-        "from pyvmm.event_loop import EventLoop\n"
-        "chardev = StdioChardev(EventLoop(print), raw=True)\n"
-        "assert not termios.tcgetattr(0)[3] & termios.ECHO\n"
-        "sys.exit('and out')\n"
-    )
-    command = [sys.executable, "-c", code]
-    status = subprocess.run(command, stdin=terminal[1], stderr=subprocess.PIPE, check=False)
-    assert (status.returncode, status.stderr) == (1, b"and out\n")
-    assert termios.tcgetattr(terminal[1]) == before
 
 
 # -- pty ----------------------------------------------------------------------------------------------------

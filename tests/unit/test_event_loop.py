@@ -561,3 +561,44 @@ def test_timers_from_many_threads_are_all_run(loop: EventLoop) -> None:
     assert sorted(v for v in values if isinstance(v, int)) == sorted(
         1000 * n + i for n in range(4) for i in range(50)
     )
+
+
+@pytest.mark.parametrize("with_a_writer", [False, True])
+def test_a_hang_up_is_told_once(loop: EventLoop, with_a_writer: bool) -> None:
+    read_end, write_end = os.pipe()
+    told: list[str] = []
+    hung_up = threading.Event()
+
+    def on_hang_up() -> None:
+        told.append("gone")
+        hung_up.set()
+
+    def on_writable() -> None:
+        loop.remove_writer(write_end)
+
+    try:
+        loop.add_hang_up(write_end, on_hang_up)
+        if with_a_writer:
+            loop.add_writer(write_end, on_writable)
+        settled = threading.Event()
+        loop.call_soon(settled.set)
+        assert settled.wait(LIMIT_S)
+        assert told == []
+        os.close(read_end)
+        assert hung_up.wait(LIMIT_S)
+        settled.clear()
+        loop.call_soon(settled.set)
+        assert settled.wait(LIMIT_S)
+        assert told == ["gone"]
+        assert not loop.remove_hang_up(write_end)
+    finally:
+        os.close(write_end)
+
+
+def test_a_file_never_hangs_up(loop: EventLoop, tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        loop.add_hang_up(file.fileno(), lambda: pytest.fail("it has no other end"))
+        settled = threading.Event()
+        loop.call_soon(settled.set)
+        assert settled.wait(LIMIT_S)
+        assert loop.remove_hang_up(file.fileno())

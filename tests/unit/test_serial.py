@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.address_space import AddressSpace
-from pyvmm.chardev import CallableChardev, Chardev, StdioChardev
+from pyvmm.chardev import CallableChardev, Chardev
 from pyvmm.clock import VirtualClock
 from pyvmm.device import IrqLine
 from pyvmm.devices.serial import Serial
 from pyvmm.event_loop import EventLoop
+from pyvmm.terminal import Terminal
 
 RBR = THR = DLL = 0
 IER = DLM = 1
@@ -952,9 +953,10 @@ def test_input_through_a_pipe_arrives_whole_and_in_order(fcr: int) -> None:
     loop = EventLoop(errors.append)
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
-    chardev = StdioChardev(loop, escape=False, in_fd=in_read, out_fd=out_write)
+    terminal = Terminal(loop, escape=False, in_fd=in_read, out_fd=out_write)
     pio = AddressSpace("pio", 0x10000)
-    pio.map(0x3F8, 8, Serial(IrqLine(), chardev, loop.clock))
+    pio.map(0x3F8, 8, Serial(IrqLine(), terminal.console("serial"), loop.clock))
+    terminal.start()
     pio.write(0x3FA, 1, fcr)
     data = bytes(i * i % 251 for i in range(1000))
     os.write(in_write, data)
@@ -963,7 +965,7 @@ def test_input_through_a_pipe_arrives_whole_and_in_order(fcr: int) -> None:
     for byte in data:
         pio.write(0x3F8, 1, byte)
     assert os.read(out_read, 5000) == data
-    chardev.close()
+    terminal.close()
     loop.close()
     for fd in (in_read, in_write, out_read, out_write):
         os.close(fd)
