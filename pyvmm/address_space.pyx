@@ -2,7 +2,9 @@
 
 The semantics are those of QEMU's docs/devel/memory.rst: a region states which access sizes are valid on the bus and
 which its implementation takes; the bus splits, widens and aligns in between (``access_with_adjusted_size``). An
-address nobody claims reads as all ones and swallows writes. Regions never overlap: adding one that would names both.
+address nobody claims reads as all ones and swallows writes. An aligned access belongs whole to the region that its first
+byte is in, or to nobody; only an unaligned one is split over several. Regions never overlap: adding one that would
+names both.
 
 vCPU threads look regions up without the GIL in an immutable FlatView. A change builds a new view and tells every
 vCPU that its own is stale; each takes the new one at its next exit. ``unmap`` waits for a handler under way, and none runs
@@ -250,15 +252,33 @@ cdef int piece_size(region_t *region, uint64_t addr, int size) noexcept nogil:
     return step
 
 
+cdef int aligned_size(uint64_t addr, int size) noexcept nogil:
+    """What the bus moves at once at ``addr`` of ``size`` bytes there: all of an aligned access."""
+    cdef int step = 1
+    while step * 2 <= size and not addr & (2 * step - 1):
+        step *= 2
+    return step
+
+
 cdef int bus_access(flat_view_t *view, uint64_t addr, int size, uint64_t *value, bint is_write,
                     PyThreadState *ts) noexcept nogil:
-    cdef region_t *region
+    """An access that no handler takes as it is.
+
+    An aligned one belongs whole to the region of its first byte, or to nobody: 0xcf8's dword is never a write to 0xcf9
+    (QEMU's system/physmem.c, address_space_translate_internal, says why it does not clamp). What reaches past the end of
+    that region is nobody's. Only an unaligned access is split into aligned ones, each with an owner of its own.
+    """
+    cdef region_t *region = NULL
     cdef uint64_t result = 0, part
-    cdef int done = 0, step, rc
+    cdef int done = 0, owned = 0, step, rc
     while done < size:
-        # Past the top of 64 bits there is nothing: an access does not wrap around to address 0.
-        region = flat_view_find(view, addr + done) if addr + done >= addr else NULL
-        step = 1 if region == NULL else piece_size(region, addr + done, size - done)
+        if done >= owned:
+            owned = done + aligned_size(addr + done, size - done)
+            # Past the top of 64 bits there is nothing: an access does not wrap around to address 0.
+            region = flat_view_find(view, addr + done) if addr + done >= addr else NULL
+        elif region != NULL and addr + done - region.base > region.last - region.base:
+            region = NULL
+        step = owned - done if region == NULL else piece_size(region, addr + done, size - done)
         part = (value[0] >> (8 * done)) & ones(step) if is_write else ones(step)
         if region != NULL and step >= region.valid_min:
             rc = adjusted_access(region, addr + done - region.base, step, &part, is_write, ts)

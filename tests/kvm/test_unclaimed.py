@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from guests import PASSED, PORT, Guest, Recorder
+import pytest
+from guests import PASSED, PORT, TIMEOUT_S, Guest, Recorder
+
+import pyvmm
 
 
 def test_ports(boot: Callable[..., Guest]) -> None:
@@ -77,3 +80,32 @@ def test_partly_claimed(boot: Callable[..., Guest]) -> None:
     assert guest.run() == PASSED
     assert guest.regs()["rbx"] == 0xFFFF2211
     assert device.log == [("read", 0, 2)]
+
+
+# outl 0x80000400, 0xcf8; outb 3, 0xf4; hlt: how kvm-unit-tests look for a PCI device, and how they end.
+CONFIGURATION_ADDRESS = bytes.fromhex("66b800040080 baf80c 66ef b003 e6f4 f4")
+
+
+@pytest.mark.parametrize("machine", ["microvm", "pc"])
+def test_the_configuration_address_is_no_write_to_the_reset_register(machine: str) -> None:
+    """0xcf8's dword is PCI's (PCI 3.0, 3.2.2.3.2) whether or not there is PCI; 0xcf9 is written by bytes alone."""
+    with pyvmm.Machine(machine=machine, memory_mib=16, flat=CONFIGURATION_ADDRESS, no_reboot=True) as m:
+        assert m.run(TIMEOUT_S) == 7
+
+
+@pytest.mark.parametrize("machine", ["microvm", "pc"])
+@pytest.mark.parametrize(("port", "size"), [(0xCF8, 2), (0xCF8, 4), (0xCF6, 4)])
+def test_no_wider_access_resets(boot: Callable[..., Guest], machine: str, port: int, size: int) -> None:
+    suffix, register = {2: ("w", "%ax"), 4: ("l", "%eax")}[size]
+    guest = boot(
+        f"mov ${port:#x}, %edx\n mov $0x06060606, %eax\n out{suffix} {register}, %dx\n finish",
+        machine=machine,
+        no_reboot=True,
+    )
+    assert guest.run() == PASSED
+
+
+@pytest.mark.parametrize("machine", ["microvm", "pc"])
+def test_a_byte_resets(boot: Callable[..., Guest], machine: str) -> None:
+    guest = boot("mov $0xcf9, %edx\n mov $6, %al\n outb %al, %dx\n hlt", machine=machine, no_reboot=True)
+    assert guest.run() == pyvmm.machine.STATUS_RESET

@@ -108,6 +108,47 @@ def test_unclaimed_addresses_read_all_ones_and_swallow_writes() -> None:
     assert device.log == []
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_an_aligned_access_that_nobody_begins_is_nobodys(size: int) -> None:
+    """outl to 0xcf8 is no write to 0xcf9. QEMU system/physmem.c, address_space_translate_internal: not clamped."""
+    s, device = ram_at(0x101, 1)
+    s.write(0x100, size, ONES[size] >> 1)
+    assert s.read(0x100, size) == ONES[size]
+    assert device.log == []
+
+
+def test_an_aligned_access_is_whole_of_the_region_that_has_its_first_byte() -> None:
+    s, low = ram_at(0x100, 2)
+    high = Ram(6)
+    s.map(0x102, 6, high)
+    s.write(0x100, 4, 0x4433_2211)
+    assert s.read(0x100, 8) == 0xFFFF_FFFF_FFFF_2211
+    assert low.log == [("w", 0, 2, 0x2211), ("r", 0, 2)]
+    assert high.log == []
+
+
+def test_the_pieces_of_an_unaligned_access_have_owners_of_their_own() -> None:
+    s, device = ram_at(0x104, 4)
+    s.map(0x109, 1, other := Ram(1))
+    s.write(0x102, 4, 0x4433_2211)  # two bytes of nobody's, two of the region's
+    assert device.log == [("w", 0, 2, 0x4433)]
+    s.write(0x106, 4, 0x8877_6655)  # the second half begins at 0x108, which is nobody's: 0x109 gets nothing
+    assert device.log[1:] == [("w", 2, 2, 0x6655)]
+    assert other.log == []
+    s.write(0x107, 4, 0x0C0B_0A09)  # 0x107 alone, 0x108 with 0x109, 0x10a
+    assert device.log[2:] == [("w", 3, 1, 9)]
+    assert other.log == []
+
+
+def test_a_region_that_begins_at_an_odd_address_takes_its_own_bytes_of_an_aligned_access() -> None:
+    """Its offsets decide how they are cut; what follows it in that access is nobody's."""
+    s, device = ram_at(0x103, 3)
+    s.map(0x106, 2, after := Ram(2))
+    s.write(0x104, 4, 0x4433_2211)
+    assert device.log == [("w", 1, 1, 0x11), ("w", 2, 1, 0x22)]
+    assert after.log == []
+
+
 def test_wider_than_implemented_is_split_lowest_address_first() -> None:
     s, device = ram_at(0, 16, impl=(1, 2))
     s.write(8, 8, 0x8877_6655_4433_2211)
@@ -241,14 +282,14 @@ def test_an_access_that_straddles_gaps_reads_ones_there() -> None:
     s = space()
     for base in (0x11, 0x14):
         s.add(base, LatchRegion(1, 0))
-    assert s.read(0x10, 8) == 0xFFFF_FF00_FFFF_00FF
+    assert s.read(0x11, 8) == 0xFFFF_FFFF_00FF_FF00
 
 
 def test_an_access_that_begins_below_a_region_and_ends_behind_it() -> None:
     s, device = ram_at(0x103, 2)
-    s.write(0x100, 8, 0x8877_6655_4433_2211)
-    assert device.data == b"\x44\x55"
-    assert s.read(0x100, 8) == 0xFFFF_FF55_44FF_FFFF
+    s.write(0x101, 8, 0x8877_6655_4433_2211)  # 0x101, 0x102 with 0x103, 0x104 to 0x107, 0x108
+    assert device.data == b"\0\x44"
+    assert s.read(0x101, 8) == 0xFFFF_FFFF_44FF_FFFF
 
 
 def test_an_access_at_the_end_of_the_space() -> None:
@@ -256,7 +297,9 @@ def test_an_access_at_the_end_of_the_space() -> None:
     device = Ram(2)
     s.map(0xFFFE, 2, device)
     s.write(0xFFFE, 2, 0x1234)
-    assert s.read(0xFFFC, 4) == 0x1234_FFFF
+    assert s.read(0xFFFB, 4) == 0x34FF_FFFF
+    assert s.read(0xFFFD, 2) == 0x34FF
+    assert s.read(0xFFFC, 4) == 0xFFFF_FFFF
     with pytest.raises(ValueError, match="0xfffe"):
         s.read(0xFFFE, 4)
 
@@ -1069,14 +1112,20 @@ def model_pieces(
     pieces: list[tuple[int, int, ModelRegion | None]] = []
     end = addr + size
     while addr < end:
+        # What begins aligned here is one access, and all of it is of whoever has its first byte.
+        stop = addr + max(n for n in (1, 2, 4, 8) if n <= end - addr and addr % n == 0)
         owner = next((r for r in regions if r.holds(addr, 1)), None)
-        n = 1
-        if owner is not None:
-            n = max(n for n in (1, 2, 4, 8) if n <= end - addr and owner.takes(addr, n))
-            if n < owner.device.valid_sizes[0]:
-                owner = None
-        pieces.append((addr, n, owner))
-        addr += n
+        while addr < stop:
+            taker = owner
+            n = stop - addr
+            if owner is not None and owner.holds(addr, 1):
+                n = max(n for n in (1, 2, 4, 8) if n <= end - addr and owner.takes(addr, n))
+                if n < owner.device.valid_sizes[0]:
+                    taker = None
+            else:
+                taker = None
+            pieces.append((addr, n, taker))
+            addr += n
     return pieces
 
 
