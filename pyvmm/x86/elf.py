@@ -134,35 +134,50 @@ class Elf:
         return self.image[segment.offset : segment.offset + segment.filesz]
 
     def notes(self) -> Iterator[tuple[bytes, int, memoryview]]:
-        """(name without its NUL, type, descriptor) of every note. A note that does not fit ends its segment's
-        list.
+        """(name without its NUL, type, descriptor) of every note, 4-aligned whatever the segment's alignment says
+        (linux/elfnote.h). A note that does not fit ends its segment's list.
         """
+        return self._all_notes((4,))
+
+    def _all_notes(self, alignments: tuple[int, ...]) -> Iterator[tuple[bytes, int, memoryview]]:
         for segment in self.segments:
             if segment.type == PT_NOTE:
-                yield from _notes(self.contents(segment), 8 if segment.align == 8 else 4)
+                yield from _notes(self.contents(segment), alignments)
 
     def pvh_entry(self) -> int | None:
         """The 32-bit physical entry of the PVH boot protocol, None where the kernel has no such note.
 
-        The ABI says a 32-bit value; Linux writes a pointer of its own width.
+        The ABI says a 32-bit value; Linux writes a pointer of its own width. A linker may have put the note into one
+        segment with 8-aligned ones (.note.gnu.property), with padding between them: where the plain walk finds no
+        entry, both alignments are tried after each note.
         """
-        for name, kind, descriptor in self.notes():
-            if name == b"Xen" and kind == XEN_ELFNOTE_PHYS32_ENTRY and len(descriptor) in (4, 8):
-                return int.from_bytes(descriptor, "little")
+        for alignments in ((4,), (4, 8)):
+            for name, kind, descriptor in self._all_notes(alignments):
+                if name == b"Xen" and kind == XEN_ELFNOTE_PHYS32_ENTRY and len(descriptor) in (4, 8):
+                    return int.from_bytes(descriptor, "little")
         return None
 
 
-def _notes(data: memoryview, alignment: int) -> Iterator[tuple[bytes, int, memoryview]]:
-    at = 0
-    while at + NHDR.size <= len(data):
+def _notes(data: memoryview, alignments: tuple[int, ...]) -> Iterator[tuple[bytes, int, memoryview]]:
+    """Every note that is met from the first on, in file order where there is one alignment to try.
+
+    Each place is looked at once, so that a hostile file can't make the walk longer than it is itself.
+    """
+    todo, seen = [0], {0}
+    while todo:
+        at = todo.pop()
+        if at + NHDR.size > len(data):
+            continue
         name_bytes, descriptor_bytes, kind = NHDR.unpack_from(data, at)
         name_at = at + NHDR.size
-        descriptor_at = at + _align(NHDR.size + name_bytes, alignment)
-        end = descriptor_at + descriptor_bytes
-        if end > len(data):
-            return
-        yield bytes(data[name_at : name_at + name_bytes]).rstrip(b"\0"), kind, data[descriptor_at:end]
-        at = _align(end, alignment)
+        for descriptor_at in sorted({at + _align(NHDR.size + name_bytes, n) for n in alignments}):
+            end = descriptor_at + descriptor_bytes
+            if end > len(data):
+                break
+            yield bytes(data[name_at : name_at + name_bytes]).rstrip(b"\0"), kind, data[descriptor_at:end]
+            for place in {_align(end, n) for n in alignments} - seen:
+                seen.add(place)
+                todo.append(place)
 
 
 def _align(value: int, alignment: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 import x86_images
@@ -65,15 +67,65 @@ def test_our_own_compiler_output(tmp_path: object) -> None:
     assert ours.pvh_entry() is None
 
 
-@pytest.mark.parametrize("align", [4, 8])
-def test_notes_of_either_alignment(align: int) -> None:
-    """The first note's descriptor has 4 bytes: aligned to 8 the second note starts later."""
-    first = struct.pack("<III", 4, 4, 1) + b"GNU\0" + b"abcd"
-    first += b"\0" * (-len(first) % align)
-    second = struct.pack("<III", 4, 4, 18) + b"Xen\0" + struct.pack("<I", 0x1234)
-    image = bytearray(x86_images.elf([(x86_images.PT_LOAD, 0, b"x", 1)], note=first + second))
+GNU_PROPERTY = struct.pack("<III", 4, 16, 5) + b"GNU\0" + struct.pack("<IIII", 0xC000_0002, 4, 3, 0)  # 8-aligned
+SHORT = struct.pack("<III", 4, 4, 1) + b"GNU\0" + b"abcd"  # 20 bytes: padded to 24 where it is 8-aligned
+LINUX = struct.pack("<III", 4, 6, 6) + b"Xen\0" + b"linux\0\0\0"  # XEN_ELFNOTE_GUEST_OS: 24 bytes
+LOADER = struct.pack("<III", 4, 8, 8) + b"Xen\0" + b"generic\0"
+PAD = bytes(4)
+
+
+@pytest.mark.parametrize("align", [0, 4, 8])
+@pytest.mark.parametrize(
+    "notes",
+    [
+        [SHORT, "entry"],
+        [SHORT, PAD, "entry"],
+        [GNU_PROPERTY, "entry"],
+        [GNU_PROPERTY, SHORT, LINUX, "entry", LOADER],
+        ["entry", PAD, GNU_PROPERTY],
+        [SHORT, LINUX, LOADER, PAD, GNU_PROPERTY, SHORT, "entry"],
+    ],
+)
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_pvh_entry_is_found_whatever_the_alignment_says(notes: list[object], align: int, size: int) -> None:
+    """Xen's notes are 4-aligned (linux/elfnote.h), also in a segment that 8-aligned ones made one of p_align 8."""
+    data = b"".join(x86_images.pvh_note(0x1234, size=size) if note == "entry" else note for note in notes)  # type: ignore[misc]
+    image = bytearray(x86_images.elf([(x86_images.PT_LOAD, 0, b"x", 1)], note=data))
     struct.pack_into("<Q", image, 64 + 56 + 48, align)
     assert Elf(memoryview(image), "kernel").pvh_entry() == 0x1234
+
+
+def test_a_kernel_linked_with_gnu_property_starts(tmp_path: Path) -> None:
+    """What the linker makes of both kinds of note in one segment."""
+    source = tmp_path / "k.s"
+    source.write_text(
+        """
+        .section .note.gnu.property, "a", @note
+        .p2align 3
+        .long 4, 16, 5
+        .asciz "GNU"
+        .long 0xc0000002, 4, 3, 0
+        .section .note.Xen, "a", @note
+        .p2align 2
+        .long 4, 4, 18
+        .asciz "Xen"
+        .long start
+        .text
+        .globl start
+        start: hlt
+        """
+    )
+    script = tmp_path / "k.ld"
+    script.write_text(
+        "PHDRS { text PT_LOAD; note PT_NOTE; } SECTIONS { . = 0x100000; .text : { *(.text) } :text"
+        " .notes : { *(.note.gnu.property) *(.note.Xen) } :text :note }"
+    )
+    kernel = tmp_path / "kernel"
+    subprocess.run(["as", "-o", tmp_path / "k.o", source], check=True)
+    subprocess.run(["ld", "-T", script, "-o", kernel, tmp_path / "k.o"], check=True)
+    parsed = Elf(memoryview(kernel.read_bytes()), "kernel")
+    assert [s.align for s in parsed.segments if s.type == x86_images.PT_NOTE] == [8]
+    assert parsed.pvh_entry() == 0x10_0000
 
 
 @pytest.mark.parametrize(
