@@ -15,7 +15,7 @@ from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.light import Thread
 from pyvmm.memory_map import MemoryMap
-from pyvmm.x86 import layout
+from pyvmm.x86 import e820, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from pyvmm.config import Image, Serial
     from pyvmm.device import IrqLine
     from pyvmm.kvm.system import CpuidEntry
+    from pyvmm.kvm.vm import Vm
     from pyvmm.machine import Machine
     from pyvmm.terminal import Terminal
     from pyvmm.x86.boot import BootState
 
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
+XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
+X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 # How long a character of console output may wait for more, after another: nobody sees that, and a write a line is far
 # cheaper than a write a character.
 CONSOLE_GATHER_NS = 10_000_000
@@ -125,6 +128,11 @@ def open_kvm(m: Machine) -> None:
     m.memory_map.attach(
         lambda slot, gpa, size, host, readonly: set_slot(slot, gpa, size, host, MEM_READONLY if readonly else 0)
     )
+    # Required before the first vCPU on Intel's processors (api.rst), with any irqchip.
+    m.vm.set_tss_address(layout.KVM_TSS)
+    m.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+    if m.config.cpus > XAPIC_CPUS:
+        use_x2apic_ids(m, m.vm)
     if m.config.irqchip == "kernel":
         make_kernel_irqchip(m)
 
@@ -144,12 +152,23 @@ def check_limits(m: Machine) -> None:
         raise ConfigError(f"{m.config.cpus} vCPUs: this host's KVM takes at most {limit}, ask for fewer")
 
 
+def use_x2apic_ids(m: Machine, vm: Vm) -> None:
+    """APIC ids of 32 bits in all that KVM is told, and 255 the id of one processor: before the irqchip.
+
+    Linux virt/kvm/api.rst, KVM_CAP_X2APIC_API.
+    """
+    from pyvmm.kvm.system import CAPABILITIES
+
+    capability = "KVM_CAP_X2APIC_API"
+    if m.kvm.check_extension(capability) & X2APIC_FLAGS != X2APIC_FLAGS:
+        raise ConfigError(f"{m.config.cpus} vCPUs: this host's KVM has no x2APIC ids, ask for at most {XAPIC_CPUS}")
+    vm.enable_cap(CAPABILITIES[capability], X2APIC_FLAGS)
+
+
 # -- interrupts ------------------------------------------------------------------------------------------------
 
 
 def make_kernel_irqchip(m: Machine) -> None:
-    m.vm.set_tss_address(layout.KVM_TSS)
-    m.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
     m.vm.create_irqchip()
     m.vm.create_pit()
     m.vm.set_gsi_routing(pc_routes())
@@ -307,8 +326,7 @@ def make_testdev(m: Machine) -> None:
 def describe(m: Machine, fw_cfg: Any) -> None:
     """What firmware and kvm-unit-tests ask fw_cfg for."""
     config = m.config
-    ranges = [(gpa, size, 1) for gpa, size in m.memory.regions]
-    fw_cfg.describe_machine(config.cpus, config.cpus, m.memory.size_bytes, ranges)
+    fw_cfg.describe_machine(config.cpus, config.cpus, m.memory.size_bytes, e820.pack_fw_cfg(m.memory.regions))
     for name, data in config.fw_cfg.items():
         fw_cfg.add_file(name, bytes(data))
 
@@ -379,12 +397,14 @@ def load_guest(m: Machine, *, clean: bool = True) -> BootState | None:
     kernel = images.get(config.kernel, "kernel")
     modules = [(images.get(image, "module"), line) for image, line in config.modules]
     initrd = images.get(config.initrd, "initrd") if config.initrd is not None else None
+    named = [image for image, _ in config.modules] or ([config.initrd] if config.initrd is not None else [])
     rsdp = write_tables(m)
     return boot.load(
         m.memory,
         kernel,
         name=image_name(config.kernel, "kernel"),
         initrd=modules or initrd,
+        module_names=[image_name(image, "module") for image in named],
         append=config.append,
         acpi_rsdp=rsdp,
         clean=clean,
@@ -392,7 +412,7 @@ def load_guest(m: Machine, *, clean: bool = True) -> BootState | None:
 
 
 def image_name(image: Image, otherwise: str) -> str:
-    """What to call it in messages, and a multiboot kernel's argv[0]."""
+    """What to call it in messages, and the first word of a multiboot kernel's or module's command line."""
     import os
 
     return os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else otherwise
@@ -442,6 +462,7 @@ def cpuid_table(m: Machine, index: int) -> list[CpuidEntry]:
             cpus=config.cpus,
             irqchip=irqchip,
             tsc_deadline=deadline,
+            brand=[m.kvm.host_cpuid(function) for function in cpuid.BRAND_STRING],
         )
     return _cpuid_tables[key]
 
@@ -483,6 +504,8 @@ def power_on_state(m: Machine) -> dict[str, Any]:
     twin = m.kvm.create_vm()
     try:
         state: dict[str, Any] = {}
+        if m.config.cpus > XAPIC_CPUS:
+            use_x2apic_ids(m, twin)
         if m.vm.has_irqchip:
             twin.create_irqchip()
             twin.create_pit()

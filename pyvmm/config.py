@@ -23,6 +23,8 @@ FLAT_MODES = ("real16", "protected32", "long64")
 IRQCHIPS = ("kernel", "off")
 MACHINES = ("pc", "microvm")
 ACCELERATORS = ("kvm", "qtest")
+# The ACPI names of processors have three hexadecimal digits.
+MAX_CPUS = 0x1000
 # isa-debug-exit's port as kvm-unit-tests expect it.
 DEBUG_EXIT_PORT = 0xF4
 
@@ -36,7 +38,8 @@ class MachineConfig:
     cpus         number of vCPUs.
     kernel       bzImage, ELF with a PVH note, or multiboot v1 kernel: a path, or its bytes.
     initrd       a path or bytes; for multiboot the first module.
-    modules      (path or bytes, command line) of multiboot modules, instead of initrd.
+    modules      (path or bytes, command line) of multiboot modules, instead of initrd. A module's name, its path,
+                 is put before its command line, as the kernel's is before append.
     append       the kernel's command line.
     flat         a flat binary, instead of kernel: loaded at flat_address and entered there in flat_mode.
     drives       disk images: paths, DriveOptions, or QEMU's words ("file=a.img,index=1,cache=none"); on IDE.
@@ -107,6 +110,8 @@ class MachineConfig:
             raise ConfigError(f"memory_mib={self.memory_mib!r}: give a whole number of MiB, at least 1")
         if not is_int(self.cpus) or self.cpus < 1:
             raise ConfigError(f"cpus={self.cpus!r}: give a whole number of vCPUs, at least 1")
+        if self.cpus > MAX_CPUS:
+            raise ConfigError(f"cpus={self.cpus}: ACPI's tables name {MAX_CPUS} processors here, ask for fewer")
         if self.irqchip not in IRQCHIPS:
             raise ConfigError(f"irqchip={self.irqchip!r}: use 'kernel' or 'off'")
         if self.machine is not None and self.machine not in MACHINES:

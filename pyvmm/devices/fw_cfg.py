@@ -11,7 +11,7 @@ from pyvmm.errors import BusError, ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from typing import Any, TypeAlias
 
     from pyvmm.guest_memory import GuestMemory
@@ -70,14 +70,6 @@ FILE_NAME_BYTES = 56  # with the zero at the end
 # Zeros are handed out from one such block, so that a long read past an item's end needs no memory of its
 # length.
 ZEROS = bytes(1 << 20)
-
-
-def e820_table(entries: Iterable[tuple[int, int, int]]) -> bytes:
-    """The file etc/e820 from (gpa, size_bytes, type) of each range; type 1 is RAM, 2 reserved."""
-    return b"".join(
-        base.to_bytes(8, "little") + size.to_bytes(8, "little") + kind.to_bytes(4, "little")
-        for base, size, kind in entries
-    )
 
 
 class Item:
@@ -211,14 +203,12 @@ class FwCfg(Device):
         self._items[FILE_DIR].content = None
         return key
 
-    def describe_machine(
-        self, cpus: int, max_cpus: int, ram_bytes: int, e820: Iterable[tuple[int, int, int]]
-    ) -> None:
-        """The items every machine has. ``e820``: (gpa, size_bytes, type) of each range, as e820_table."""
+    def describe_machine(self, cpus: int, max_cpus: int, ram_bytes: int, e820: bytes) -> None:
+        """The items every machine has. ``e820``: the memory map, as x86.e820.pack_fw_cfg makes it."""
         self.add(NB_CPUS, cpus.to_bytes(2, "little"))
         self.add(MAX_CPUS, max_cpus.to_bytes(2, "little"))
         self.add(RAM_SIZE, ram_bytes.to_bytes(8, "little"))
-        self.add_file("etc/e820", e820_table(e820))
+        self.add_file("etc/e820", e820)
 
     def close(self) -> None:
         """Let go of all items, so that the files they are views of can be closed."""

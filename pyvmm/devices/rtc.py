@@ -124,7 +124,8 @@ class Rtc(Device):
         self.cmos[REG_A] = A_DIVIDER_32KHZ | 0x06  # 1024 Hz
         self.cmos[REG_B] = B_24H
         self.cmos[EQUIPMENT] = EQUIPMENT_FPU | EQUIPMENT_MOUSE
-        self.cmos[LAST_CPU] = cpus - 1
+        # SeaBIOS takes the larger of this and fw_cfg's sixteen bits.
+        self.cmos[LAST_CPU] = min(cpus - 1, 0xFF)
         self._put_memory_sizes(ram_below_4g_bytes, ram_above_4g_bytes)
         now_ns, wall_ns = clock.now_ns(), clock.wall_ns()
         self._chain_start_ns = now_ns - wall_ns % NS_PER_S

@@ -36,7 +36,15 @@ cdef extern from *:
         CAP(MANUAL_DIRTY_LOG_PROTECT2), CAP(VAPIC), CAP(SYNC_REGS), CAP(VM_TSC_CONTROL),
     };
     #define PYVMM_CAPABILITIES ((int)(sizeof pyvmm_capabilities / sizeof *pyvmm_capabilities))
+
+    #include <cpuid.h>
+    /* __get_cpuid is a macro for some compilers; it leaves the registers alone where there is no such leaf. */
+    static void pyvmm_cpuid(unsigned function, unsigned *eax, unsigned *ebx, unsigned *ecx, unsigned *edx)
+    {
+        (void)__get_cpuid(function, eax, ebx, ecx, edx);
+    }
     """
+    void pyvmm_cpuid(unsigned int, unsigned int *, unsigned int *, unsigned int *, unsigned int *)
     ctypedef struct pyvmm_capability:
         const char *name
         int number
@@ -131,6 +139,13 @@ cdef class Kvm:
                          entries[i].ecx, entries[i].edx) for i in range(table.nent)]
             finally:
                 free(table)
+
+    @staticmethod
+    def host_cpuid(uint32_t function):
+        """The CPUID instruction on this very processor: (eax, ebx, ecx, edx); zeros where it has no such leaf."""
+        cdef unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0
+        pyvmm_cpuid(function, &eax, &ebx, &ecx, &edx)
+        return eax, ebx, ecx, edx
 
     def msr_indices(self):
         """KVM_GET_MSR_INDEX_LIST: the MSRs that make up a vCPU's state."""

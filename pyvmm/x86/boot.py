@@ -64,6 +64,7 @@ def load(
     *,
     name: str = "kernel",
     initrd: Buffer | Sequence[tuple[Buffer, str]] | None = None,
+    module_names: Sequence[str] = (),
     append: str = "",
     acpi_rsdp: int = 0,
     flat_address: int | None = None,
@@ -75,7 +76,8 @@ def load(
     The kind is told by the image: a bzImage, an ELF with a PVH note, a multiboot v1 kernel; ``flat_address``
     says that it is a flat binary to be started there in ``flat_mode`` (real16, protected32, long64). ``name``
     is for messages and is a multiboot kernel's first word. ``initrd`` is one image, or a list of (image,
-    command line) where the protocol has modules. ``acpi_rsdp`` is the root pointer's address, 0 for none.
+    command line) where the protocol has modules; ``module_names`` are the first words of multiboot modules' command
+    lines. ``acpi_rsdp`` is the root pointer's address, 0 for none.
     ``clean`` says that the memory is known to be zero.
 
     ConfigError, in one sentence with the remedy, for everything that can be wrong with the images or the
@@ -84,7 +86,9 @@ def load(
     modules = _modules(initrd)
     view = image.as_bytes_view(kernel)
     try:
-        return _load(memory, view, name, modules, append, acpi_rsdp, flat_address, flat_mode, clean)
+        return _load(
+            memory, view, name, modules, module_names, append, acpi_rsdp, flat_address, flat_mode, clean
+        )
     except ConfigError as error:
         # A traceback keeps its frames, they keep views of the images, and the caller could close no mapped
         # file.
@@ -98,6 +102,7 @@ def _load(
     view: memoryview,
     name: str,
     modules: Sequence[tuple[Buffer, str]],
+    module_names: Sequence[str],
     append: str,
     acpi_rsdp: int,
     flat_address: int | None,
@@ -118,7 +123,7 @@ def _load(
 
     if bzimage.is_bzimage(view):
         return bzimage.load(memory, view, name=name, modules=modules, append=append, acpi_rsdp=acpi_rsdp)
-    return _load_other(memory, view, name, modules, append, acpi_rsdp, clean)
+    return _load_other(memory, view, name, modules, module_names, append, acpi_rsdp, clean)
 
 
 def _load_other(
@@ -126,6 +131,7 @@ def _load_other(
     view: memoryview,
     name: str,
     modules: Sequence[tuple[Buffer, str]],
+    module_names: Sequence[str],
     append: str,
     acpi_rsdp: int,
     clean: bool,
@@ -139,7 +145,16 @@ def _load_other(
     if parsed is not None and not by_address and parsed.bits == 64 and parsed.pvh_entry() is not None:
         header = None
     if header is not None and (parsed is not None or by_address):
-        return multiboot.load(memory, view, header, name=name, modules=modules, append=append, clean=clean)
+        return multiboot.load(
+            memory,
+            view,
+            header,
+            name=name,
+            modules=modules,
+            module_names=module_names,
+            append=append,
+            clean=clean,
+        )
     if parsed is not None:
         return pvh.load(memory, parsed, modules=modules, append=append, acpi_rsdp=acpi_rsdp, clean=clean)
     if not view.nbytes:

@@ -31,7 +31,9 @@ FEATURES = 0x1
 CACHES = 0x4
 TOPOLOGY = (0xB, 0x1F)
 XSAVE = 0xD
+MAX_EXTENDED = 0x8000_0000
 EXTENDED_FEATURES = 0x8000_0001
+BRAND_STRING = (0x8000_0002, 0x8000_0003, 0x8000_0004)  # 48 characters, 16 a leaf
 ADDRESS_SIZES = 0x8000_0008
 SVM = 0x8000_000A
 AMD_CACHES = 0x8000_001D
@@ -71,14 +73,16 @@ def build(
     irqchip: bool = True,
     tsc_deadline: bool = False,
     tsc_khz: int | None = None,
+    brand: Sequence[tuple[int, int, int, int]] = (),
 ) -> list[Entry]:
     """The entries for the processor with that APIC id of ``cpus``, all cores of one package.
 
     ``spec`` is ``host`` and features to hide or to insist on: ``host,-xsave,-cx16,+x2apic``; ``kvm=off``
     hides KVM's own leaves. Hiding a feature hides what can't be without it. ``irqchip`` False: the local APIC
     is in user space, and what only KVM's has is hidden. ``tsc_deadline`` says that KVM_CAP_TSC_DEADLINE_TIMER
-    is there: KVM leaves that bit to us. ``tsc_khz`` is told in leaf 0x40000010. ConfigError for a feature
-    nobody knows, or one insisted on that this KVM has not.
+    is there: KVM leaves that bit to us. ``tsc_khz`` is told in leaf 0x40000010. ``brand`` is the
+    registers of the host's own BRAND_STRING leaves, for a KVM whose set has none. ConfigError for a feature nobody
+    knows, or one insisted on that this KVM has not.
     """
     leaves: Leaves = {}
     flags: dict[tuple[int, int], int] = {}
@@ -87,6 +91,7 @@ def build(
         flags[function, index] = flag
     hidden, wanted, kvm = parse(spec)
 
+    _brand_string(leaves, brand)
     _topology(leaves, flags, apic_id, cpus)
     _hypervisor(leaves, kvm, tsc_khz)
     _set(leaves, "hypervisor")
@@ -158,6 +163,16 @@ def registers(entries: Sequence[Entry], function: int, index: int = 0) -> tuple[
 def id_bits(cpus: int) -> int:
     """How many bits of an APIC id tell that many processors apart."""
     return (cpus - 1).bit_length()
+
+
+def _brand_string(leaves: Leaves, brand: Sequence[tuple[int, int, int, int]]) -> None:
+    """A processor has a name: where KVM's set gives none, the host's (SDM vol. 2A, CPUID, "Processor Brand String")."""
+    if any(any(leaves.get((function, 0), ())) for function in BRAND_STRING) or not any(map(any, brand)):
+        return
+    for function, words in zip(BRAND_STRING, brand, strict=True):
+        leaves[function, 0] = list(words)
+    most = leaves.setdefault((MAX_EXTENDED, 0), [0, 0, 0, 0])
+    most[EAX] = max(most[EAX], BRAND_STRING[-1])
 
 
 def _topology(leaves: Leaves, flags: dict[tuple[int, int], int], apic_id: int, cpus: int) -> None:

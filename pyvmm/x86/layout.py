@@ -84,10 +84,10 @@ LAPIC_BYTES = 0x1000
 APIC_BASE_ENABLE = 1 << 11  # of IA32_APIC_BASE: the processor has its local APIC on
 
 # On Intel processors without unrestricted guest KVM runs real mode with three pages of TSS and one of page
-# table. Any place in the hole that nothing else answers on will do; these are QEMU's, just below a 256 KiB
-# BIOS ROM.
-KVM_IDENTITY_MAP = 0xFFFB_C000
-KVM_TSS = 0xFFFB_D000
+# table. No memory slot may overlap them (Linux virt/kvm/api.rst, KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR): so not
+# below the end of 4 GiB, where firmware of up to 8 MiB lies. QEMU's place, above the local APIC.
+KVM_IDENTITY_MAP = 0xFEFF_C000
+KVM_TSS = 0xFEFF_D000
 KVM_PAGES = KVM_IDENTITY_MAP
 KVM_PAGES_BYTES = 4 * PAGE_BYTES
 

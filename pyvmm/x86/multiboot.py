@@ -85,12 +85,14 @@ def load(
     *,
     name: str = "kernel",
     modules: Sequence[tuple[Buffer, str]] = (),
+    module_names: Sequence[str] = (),
     append: str = "",
     clean: bool = False,
 ) -> BootState:
     """Load kernel and modules, write the information structure, enter flat 32-bit mode.
 
-    The command line is the kernel's name, then ``append``: kernels take its first word for their own name.
+    Each command line, the kernel's and the modules', is a name and then the arguments: kernels take its first word for
+    the name of what they were given, as boot loaders and QEMU have it. A module without a name is called "module".
     """
     from pyvmm.x86.boot import BootState
 
@@ -107,14 +109,14 @@ def load(
     # Modules stand right above the kernel, at 1 MiB at the lowest, in their order and page-aligned.
     placed = []
     next_gpa = image.align_up(max(layout.KERNEL, *(end for _, end in spans)), layout.PAGE_BYTES)
-    for data, text in modules:
+    for n, (data, text) in enumerate(modules):
         module = image.as_bytes_view(data)
         image.copy_in(memory, next_gpa, module, "a multiboot module")
-        placed.append((next_gpa, next_gpa + module.nbytes, text))
+        module_name = module_names[n] if n < len(module_names) else "module"
+        placed.append((next_gpa, next_gpa + module.nbytes, command_line(module_name, text)))
         next_gpa = image.align_up(next_gpa + module.nbytes, layout.PAGE_BYTES)
 
-    cmdline = f"{name} {append}" if append else name
-    info = Info(cmdline, placed, e820.memory_map(memory.regions))
+    info = Info(command_line(name, append), placed, e820.memory_map(memory.regions))
     gpa = _find_room(memory, info.size, spans, name)
     memory.write(gpa, info.build(gpa))
     return BootState(
@@ -125,6 +127,10 @@ def load(
         gdt_gpa=gpa + info.gdt_offset,
         image=image.hull(spans),
     )
+
+
+def command_line(name: str, arguments: str) -> str:
+    return f"{name} {arguments}" if arguments else name
 
 
 def _load_by_addresses(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import asm
 import pytest
@@ -134,7 +135,35 @@ def test_multiboot(tmp_path_factory: pytest.TempPathFactory) -> None:
         assert start % 4096 == 0
         assert m.memory.read(start, end - start) == b"what a module holds"
         assert string("line") == f"{kernel} two words".encode()
-        assert string("module_line").endswith(b"of this name")
+        assert string("module_line") == f"{module} of this name".encode()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"modules": [("{path}", "a b")]}, "{path} a b"),
+        ({"modules": [("{path}", "")]}, "{path}"),
+        ({"modules": [(b"bytes", "a b")]}, "module a b"),
+        ({"initrd": "{path}"}, "{path}"),
+        ({"initrd": b"bytes"}, "module"),
+    ],
+)
+def test_the_first_word_of_a_module_s_command_line_is_its_name(
+    tmp_path: Path, options: dict[str, Any], line: str
+) -> None:
+    """QEMU hw/i386/multiboot.c, load_multiboot: a module's string is what -initrd was given, file name first."""
+    program = asm.assemble(MULTIBOOT, "protected32")
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    if "modules" in options:
+        ((image, text),) = options["modules"]
+        options = {"modules": [(path if image == "{path}" else image, text)]}
+    elif options["initrd"] == "{path}":
+        options = {"initrd": path}
+    with pyvmm.Machine(kernel=program.image, memory_mib=8, **options) as m:
+        assert m.run(TIMEOUT_S) == PASSED
+        at = program.symbols["module_line"]
+        assert m.memory.read(at, 128).split(b"\0")[0] == line.format(path=path).encode()
 
 
 def test_debian_s_example_kernel(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -323,3 +326,32 @@ def test_registers_of_a_leaf() -> None:
     assert cpuid.registers(entries, 1)[0] == 0x000A_0F11
     assert cpuid.registers(entries, 0xD, 2) == (256, 576, 0, 0)
     assert cpuid.registers(entries, 0x1234) == (0, 0, 0, 0)
+
+
+NAME = b"A Processor of This Host, 3.00 GHz".ljust(48, b"\0")
+BRAND: list[Any] = list(struct.iter_unpack("<4I", NAME))
+
+
+@pytest.mark.parametrize("leaves", [[], [(0x8000_0002 + n, 0, 0, 0, 0, 0, 0) for n in range(3)]])
+@pytest.mark.parametrize("most", [None, 0x8000_0001, 0x8000_0021])
+def test_a_processor_without_a_name_gets_the_host_s(leaves: list[Entry], most: int | None) -> None:
+    """SDM vol. 2A, CPUID, leaves 0x80000002 to 4: KVM_GET_SUPPORTED_CPUID may leave them zero, or out."""
+    base = [entry for entry in supported(INTEL) if entry[0] >> 16 != 0x8000]
+    if most is not None:
+        base.append((0x8000_0000, 0, 0, most, 0, 0, 0))
+    table = cpuid.build([*base, *leaves], apic_id=0, cpus=1, brand=BRAND)
+    assert [cpuid.registers(table, 0x8000_0002 + n) for n in range(3)] == BRAND
+    assert cpuid.registers(table, 0x8000_0000)[0] == max(0x8000_0004, most or 0)
+    assert len({entry[:2] for entry in table}) == len(table)
+
+
+def test_a_name_that_kvm_gives_stays() -> None:
+    named = [(0x8000_0002, 0, 0, 0x6E6D_6576, 0, 0, 0)]
+    table = cpuid.build([*supported(AMD), *named], apic_id=0, cpus=1, brand=BRAND)
+    assert cpuid.registers(table, 0x8000_0002) == (0x6E6D_6576, 0, 0, 0)
+    assert cpuid.registers(table, 0x8000_0003) == (0, 0, 0, 0)
+
+
+def test_where_the_host_has_no_name_nothing_is_added() -> None:
+    table = cpuid.build(supported(AMD), apic_id=0, cpus=1, brand=[(0, 0, 0, 0)] * 3)
+    assert table == cpuid.build(supported(AMD), apic_id=0, cpus=1)

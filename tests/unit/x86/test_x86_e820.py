@@ -19,7 +19,7 @@ def test_a_small_machine() -> None:
         (0, 0x9FC00, e820.RAM),
         (0x9FC00, 0x60400, e820.RESERVED),
         (0x100000, (128 << 20) - 0x100000, e820.RAM),
-        (0xFFFBC000, 0x4000, e820.RESERVED),
+        (0xFEFFC000, 0x4000, e820.RESERVED),
     ]
 
 

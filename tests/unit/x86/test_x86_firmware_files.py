@@ -7,6 +7,7 @@ import pytest
 from pyvmm.devices import fw_cfg
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import GuestMemory
+from pyvmm.x86 import e820
 from pyvmm.x86 import firmware_files as ff
 
 MIB = 1 << 20
@@ -31,7 +32,7 @@ def test_a_guest_reads_them_all(memory: GuestMemory) -> None:
     keys = {name: device.add_file(name, data) for name, data in files.items()}
     for key, data in ff.pc_firmware_items().items():
         device.add(key, data)
-    device.describe_machine(2, 2, memory.size_bytes, [(0, memory.size_bytes, 1)])
+    device.describe_machine(2, 2, memory.size_bytes, e820.pack_fw_cfg(memory.regions))
     assert set(files) == {
         *("etc/acpi/rsdp", "etc/acpi/tables", "etc/table-loader", "etc/smbios/smbios-anchor"),
         *("etc/smbios/smbios-tables", "bootorder", "etc/sercon-port", "etc/boot-fail-wait", "etc/boot-menu-wait"),

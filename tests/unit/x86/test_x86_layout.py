@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from pyvmm import guest_memory
+from pyvmm.boards import pc
 from pyvmm.x86 import cpu_state, layout, multiboot, pvh
 
 
@@ -35,9 +36,9 @@ def test_the_hole_has_one_tenant_a_place() -> None:
         (layout.RAM_HOLE, layout.VIRTIO_MMIO),
         (layout.IOAPIC, layout.IOAPIC + layout.IOAPIC_BYTES),
         (layout.LAPIC, layout.LAPIC + layout.LAPIC_BYTES),
-        (layout.TESTDEV_MEMORY, layout.TESTDEV_MEMORY + layout.TESTDEV_MEMORY_BYTES),
         (layout.KVM_PAGES, layout.KVM_PAGES + layout.KVM_PAGES_BYTES),
-        (layout.RESET_VECTOR, layout.RAM_HIGH),
+        (layout.TESTDEV_MEMORY, layout.TESTDEV_MEMORY + layout.TESTDEV_MEMORY_BYTES),
+        (layout.RAM_HIGH - pc.FIRMWARE_MAX_BYTES, layout.RAM_HIGH),
     ]
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert layout.KVM_TSS == layout.KVM_IDENTITY_MAP + layout.PAGE_BYTES

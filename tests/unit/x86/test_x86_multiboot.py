@@ -59,7 +59,7 @@ def test_the_hand_over(memory: GuestMemory) -> None:
     # Page-aligned, right behind the kernel with its bss, in their order.
     assert mods[0][:2] == (0x102000, 0x102006)
     assert mods[1][:2] == (0x103000, 0x103000 + 5000)
-    assert [text(memory, mod[2]) for mod in mods] == [b"environment", b""]
+    assert [text(memory, mod[2]) for mod in mods] == [b"module environment", b"module"]
     assert memory.read(0x102000, 6) == b"ENV=1\n"
     mmap = memory.read(fields["mmap_addr"], fields["mmap_length"])
     assert mmap == e820.pack_multiboot(e820.memory_map(memory.regions))
