@@ -13,21 +13,19 @@ Order: of two requests in flight that overlap, one of them a write, the later on
 
 from __future__ import annotations
 
-import os
 from errno import EACCES, ECANCELED, EINVAL, EIO, ENOMEDIUM, ENOSPC
 from time import monotonic_ns
 
 from pyvmm.block.coroutine import AioContext, Waiter, start
 from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import BlockStats
-from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.block.coroutine import Loop
-    from pyvmm.block.driver import FormatDriver, Iov, ProtocolDriver
+    from pyvmm.block.driver import FormatDriver, Iov
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.throttle import Throttle
     from pyvmm.clock import Clock
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     OnError = Callable[["BlockBackend", str, int, str], object]
 
 SECTOR_BYTES = 512
-CD_SECTOR_BYTES = 2048
 READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES = range(5)
 OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes")
 
@@ -110,8 +107,8 @@ class BlockBackend:
         self.name = options.name
         self.read_only = not options.guest_may_write
         self.size_bytes = 0 if driver is None else driver.size_bytes
-        self.sectors = -(-self.size_bytes // SECTOR_BYTES)
-        """Size in sectors of 512 bytes. What is missing of the last one reads as zeros."""
+        self.sectors = self.size_bytes // SECTOR_BYTES
+        """Size in sectors of 512 bytes."""
         self.write_cache = options.cache not in ("writethrough", "directsync")
         """False: each write is on stable storage before it is complete. The guest may change it."""
         self.stats = BlockStats() if stats is None else stats
@@ -157,6 +154,11 @@ class BlockBackend:
     def aio_write_zeroes(self, sector: int, count: int, cb: Callback) -> Request:
         """These sectors read as zeros from now on."""
         return self._submit(Request(self, WRITE_ZEROES, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb))
+
+    def peek(self, sector: int, count: int) -> bytes:
+        """What these sectors hold, read on this thread and past every policy and counter: for a look before the guest
+        runs. Fewer bytes where they can't be read, or there is no medium."""
+        return b"" if self._driver is None else self._driver.peek(sector * SECTOR_BYTES, count * SECTOR_BYTES)
 
     # -- what the machine asks --------------------------------------------------------------------------------
 
@@ -447,86 +449,25 @@ class BlockBackend:
 
 
 def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnError | None = None) -> BlockBackend:
-    """Open the drive's image. ConfigError where that can't be: missing, a directory, locked, too small, unreadable.
+    """Open the drive's image. ConfigError where that can't be: missing, a directory, locked, too small, unreadable, no
+    raw image.
 
     ``clock`` is what the limits of rate go by. io_uring needs ``add_reader`` and ``remove_reader`` of the loop too.
     """
     context = AioContext(loop)
     if options.file is None:
         return BlockBackend(options, None, context, on_error=on_error)
-    stats = BlockStats()
-    file = open_protocol(options, context, stats)
-    try:
-        from pyvmm.block.raw import RawDriver
+    from pyvmm.block.opening import open_image
 
+    stats = BlockStats()
+    driver = open_image(options, context, stats)
+    try:
         throttle = None
         if options.throttled:
             from pyvmm.block.throttle import Throttle
 
             throttle = Throttle(options, clock, context)
-        driver = RawDriver(file, options.offset, window_size(options, file.size_bytes))
+        return BlockBackend(options, driver, context, stats=stats, throttle=throttle, on_error=on_error)
     except BaseException:
-        file.close()
+        driver.close()
         raise
-    return BlockBackend(options, driver, context, stats=stats, throttle=throttle, on_error=on_error)
-
-
-def open_protocol(options: DriveOptions, context: AioContext, stats: BlockStats) -> ProtocolDriver:
-    """What the option ``file`` names: a path, "file:PATH", or "blkdebug:RULES:" and one of these."""
-    from pyvmm.block.image import Image
-
-    assert options.file is not None
-    path = os.fspath(options.file)
-    rules = []
-    while path.startswith("blkdebug:"):
-        rules_path, colon, path = path.removeprefix("blkdebug:").partition(":")
-        if not colon or not path:
-            raise ConfigError(f"the image {options.file} names none: write blkdebug:RULES:IMAGE")
-        rules.append(rules_path)
-    image = Image(
-        path.removeprefix("file:"),
-        writable=options.guest_may_write,
-        direct=options.cache in ("none", "directsync"),
-        locking=options.locking,
-    )
-    file: ProtocolDriver
-    try:
-        if options.aio == "io_uring":
-            from pyvmm.block.io_uring import FileUring
-
-            file = FileUring(image, context, stats)
-        else:
-            from pyvmm.block.file_posix import FilePosix
-
-            file = FilePosix(image, context, stats)
-    except BaseException:
-        image.close()
-        raise
-    try:
-        for rules_path in reversed(rules):
-            from pyvmm.block.blkdebug import BlkDebug, read_rules
-
-            file = BlkDebug(file, read_rules(rules_path), context)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def window_size(options: DriveOptions, file_bytes: int) -> int:
-    """How many bytes of the image are the disk."""
-    least = CD_SECTOR_BYTES if options.media == "cdrom" else SECTOR_BYTES
-    there = file_bytes - options.offset
-    if options.size is not None and options.size > there:
-        raise ConfigError(
-            f"the image {options.file} has {file_bytes} bytes, and offset={options.offset}, size={options.size} ask for"
-            f" {options.offset + options.size}: give a window that is inside"
-        )
-    size_bytes = there if options.size is None else options.size
-    if file_bytes == 0:
-        raise ConfigError(f"the image {options.file} is empty: make it as large as the disk, with truncate -s SIZE")
-    if size_bytes < least:
-        raise ConfigError(
-            f"the image {options.file} is too small: {max(0, size_bytes)} bytes are not one sector of {least} bytes"
-        )
-    return size_bytes

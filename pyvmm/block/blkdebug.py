@@ -230,6 +230,12 @@ class BlkDebug(ProtocolDriver):
                 return ret
         return await self._file.co_pwrite_zeroes(offset, length, may_unmap, fua)
 
+    def may_grow_to(self, end: int) -> bool:
+        return self._file.may_grow_to(end)
+
+    def peek(self, offset: int, length: int) -> bytes:
+        return self._file.peek(offset, length)
+
     def close(self) -> None:
         self._pool.close()
         self._file.close()

@@ -45,6 +45,15 @@ class ProtocolDriver:
         """Make the bytes read as zeros; ``may_unmap``: their space may be given back."""
         raise NotImplementedError
 
+    def may_grow_to(self, end: int) -> bool:
+        """Whether a write may make it longer, up to byte ``end``."""
+        return False
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """What is there now, for a look before the guest runs: on this thread, no request, nothing injected. Fewer
+        bytes at the end of the file, none where they can't be read."""
+        return b""
+
     def close(self) -> None:
         """Give everything back; nothing is in flight."""
 
@@ -72,6 +81,10 @@ class FormatDriver:
 
     async def co_write_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
         raise NotImplementedError
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """As ProtocolDriver.peek, of the guest's disk."""
+        return b""
 
     def close(self) -> None:
         raise NotImplementedError

@@ -19,7 +19,7 @@ One rule each:
 With O_DIRECT the kernel wants offset, length and memory aligned. What it refuses (EINVAL), or is known not to be whole
 blocks, goes by a bounce buffer: reads as they are, writes with the rest of their first and last block read before. The
 backend sees to it that no two such writes share a block (``alignment``). A last block that the file holds only in
-part is written by a second descriptor, without O_DIRECT: the file must not grow.
+part is written by a second descriptor, without O_DIRECT: the file must not grow beyond its last sector.
 """
 
 from __future__ import annotations
@@ -150,6 +150,12 @@ class FilePosix(ProtocolDriver):
         """Take it back, if nobody has begun it."""
         if self._pool.remove(aiocb):
             self._context.complete(aiocb, -ECANCELED)
+
+    def may_grow_to(self, end: int) -> bool:
+        return self._image.may_grow_to(end)
+
+    def peek(self, offset: int, length: int) -> bytes:
+        return self._image.peek(offset, length)
 
     def close(self) -> None:
         self._pool.close()

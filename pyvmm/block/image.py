@@ -1,11 +1,15 @@
-"""Opening an image on the host: what it is, how large, who else has it, how O_DIRECT wants it."""
+"""Opening an image on the host: what it is, how large, who else has it, how O_DIRECT wants it, whether it may grow.
+
+TemporaryImage is one without a name, for what is to be forgotten.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import stat
-from errno import EACCES, EINVAL, ENOENT, EPERM, EROFS
+from errno import EACCES, EINVAL, EISDIR, ENOENT, EOPNOTSUPP, EPERM, EROFS
 
 from pyvmm.block.locking import lock_image, users
 from pyvmm.errors import ConfigError
@@ -42,11 +46,72 @@ class Image:
             self.close()
             raise
 
+    def may_grow_to(self, end: int) -> bool:
+        """Whether a write may make it longer, up to byte ``end``: by its kind, its seals (fcntl(2), "File Sealing") and
+        the process's limit (getrlimit(2), RLIMIT_FSIZE)."""
+        if self.read_only or not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            return False
+        try:
+            if fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_GROW:
+                return False
+        except OSError:  # a file system that knows no seals
+            pass
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return limit == resource.RLIM_INFINITY or end <= limit
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """What is there now; fewer bytes at the end of the file, none where they can't be read."""
+        begin = offset - offset % self.alignment
+        end = offset + length + -(offset + length) % self.alignment
+        try:
+            with mmap.mmap(-1, max(1, end - begin)) as memory:  # a page's beginning: as O_DIRECT wants it
+                with memoryview(memory) as whole, whole[: end - begin] as piece:
+                    got = os.preadv(self.fd, [piece], begin) if end > begin >= 0 else 0
+                return memory[offset - begin : min(got, offset + length - begin)]
+        except OSError:
+            return b""
+
     def close(self) -> None:
         for fd in (self.fd, self.tail_fd):
             if fd >= 0:
                 os.close(fd)
         self.fd = self.tail_fd = -1
+
+
+class TemporaryImage(Image):
+    """An empty file of no name in ``directory``: it is gone when it is closed, or its process ends."""
+
+    def __init__(self, directory: str) -> None:
+        """ConfigError where there can't be one."""
+        self.path = directory
+        self.read_only = self.direct = False
+        self.alignment = 1
+        self.tail_fd = -1
+        self.size_bytes = 0
+        self.fd = open_unnamed(directory)
+        self.in_memory = in_memory(os.fstat(self.fd))
+
+
+def open_unnamed(directory: str) -> int:
+    """By O_TMPFILE, or with a name for a moment where the file system has none of that (open(2))."""
+    try:
+        try:
+            return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            if exc.errno not in (EISDIR, EOPNOTSUPP, EINVAL, ENOENT):
+                raise
+        import tempfile
+
+        fd, path = tempfile.mkstemp(prefix="pyvmm-", dir=directory)
+        os.unlink(path)
+        return fd
+    except OSError as exc:
+        raise ConfigError(
+            f"no temporary file in {directory}, where snapshot=on keeps the guest's writes ({exc.strerror}): set TMPDIR"
+            " to a directory that may be written"
+        ) from exc
 
 
 def open_or_say(path: str, flags: int) -> int:

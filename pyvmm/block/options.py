@@ -19,7 +19,10 @@ CHOICES = {
     "detect_zeroes": ("off", "on", "unmap"),
     "rerror": ("report", "ignore", "stop"),
     "werror": ("report", "ignore", "stop", "enospc"),
+    "trans": ("auto", "none", "lba", "large", "rechs"),
 }
+# As far as ATA's registers for a cylinder (16 bits), a head (4) and a sector (8, from 1 on) reach.
+GEOMETRY = {"cyls": 0xFFFF, "heads": 16, "secs": 255}
 SERIAL_CHARACTERS = 20  # ATA IDENTIFY words 10-19
 MODEL_CHARACTERS = 40  # words 27-46
 LAST_INDEX = 3
@@ -29,6 +32,8 @@ SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # QEMU's -drive: key -> our name. Those with a value of their own to translate are in DriveOptions.parse.
 KEYS = {
     **{name: name for name in ("file", "id", "format", "media", "cache", "aio", "rerror", "werror", "serial", "model")},
+    **{name: name for name in (*GEOMETRY, "trans", "snapshot")},
+    "bios-chs-trans": "trans",
     "if": "interface",
     "index": "index",
     "bus": "bus",
@@ -49,8 +54,8 @@ for unit in ("bps", "iops"):
             our_name = f"throttle_{unit}{ours}{maximum and '_max'}"
             KEYS[f"throttling.{unit}-{theirs}{maximum and '-max'}"] = our_name
             KEYS[f"{unit}{maximum and '_max'}{old}"] = our_name
-FLAGS = ("readonly", "locking", "force_share")
-NUMBERS = ("index", "bus", "unit", "offset", "size", *THROTTLES, *(f"{name}_max" for name in THROTTLES))
+FLAGS = ("readonly", "locking", "force_share", "snapshot")
+NUMBERS = ("index", "bus", "unit", "offset", "size", *GEOMETRY, *THROTTLES, *(f"{name}_max" for name in THROTTLES))
 ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 
@@ -60,7 +65,8 @@ class DriveOptions:
     file           path of the image or block device; None: a CD drive with no disc in it. "blkdebug:RULES:IMAGE" has
                    the image fail as the file RULES says (pyvmm/block/blkdebug.py).
     id             its name; without one its place gives it: ide0-hd0.
-    format         "raw".
+    format         "raw". Given: the image's bytes are the disk, whatever they are. Not given: an image that is known to
+                   be something else (qcow2, VMDK, VHD, gzip... pyvmm/block/probe.py) is refused.
     media          "disk", or "cdrom": read only.
     interface      "ide".
     index          0 primary master, 1 primary slave, 2 secondary master, 3 secondary slave; None: the next free one.
@@ -75,7 +81,17 @@ class DriveOptions:
     rerror, werror what follows when the host can't read, or write: "report" it to the guest; "ignore"; "stop" the
                    machine, and try again when it goes on; "enospc" (werror): stop for lack of room, else report.
     locking        False: open the image although another program has it open.
-    offset, size   the window of the image that is the disk, in bytes; size None: to its end.
+    snapshot       the image stays as it is: what the guest writes goes to a temporary file without a name, in TMPDIR or
+                   /var/tmp, and is gone in the end.
+    offset, size   the window of the image that is the disk, in bytes; size None: to its end. A drive is whole sectors
+                   of 512 bytes, a CD blocks of 2048. Of an image that ends inside a sector the drive has that one
+                   too, and a write to it makes the file longer. Where it may not become longer (read-only, a block
+                   device, a window with a size, a file with a seal or a limit against that), and on a CD, the part is
+                   left out.
+    cyls, heads, secs  the geometry of a disk, all three: up to 65535, 16 and 255. None: as the disk's partition table
+                   has it, else by its size.
+    trans          how a BIOS makes its geometry of it: "none", "lba", "large", "rechs", or "auto": by the geometry, and
+                   where that is not given by the partition table.
     throttle_bps, throttle_iops, and both with _read or _write: bytes, operations a second; 0: no limit. With _max
                    after that: the rate that bursts may reach.
     serial, model  what the drive calls itself.
@@ -95,8 +111,13 @@ class DriveOptions:
     rerror: str = "report"
     werror: str = "enospc"
     locking: bool = True
+    snapshot: bool = False
     offset: int = 0
     size: int | None = None
+    cyls: int | None = None
+    heads: int | None = None
+    secs: int | None = None
+    trans: str = "auto"
     throttle_bps: int = 0
     throttle_bps_read: int = 0
     throttle_bps_write: int = 0
@@ -114,6 +135,7 @@ class DriveOptions:
 
     def __init__(self, file: str | os.PathLike[str] | None = None, **values: Any) -> None:
         self.file = file
+        self.format_given = "format" in values
         for name, value in values.items():
             if name not in type(self).__annotations__:
                 raise ConfigError(f"a drive has no option {name!r}{nearest(name, type(self).__annotations__)}")
@@ -137,6 +159,13 @@ class DriveOptions:
     def guest_may_write(self) -> bool:
         return not self.readonly and self.media != "cdrom"
 
+    @property
+    def geometry(self) -> tuple[int, int, int] | None:
+        """(cylinders, heads, sectors a track) where they are given."""
+        if self.cyls is None or self.heads is None or self.secs is None:
+            return None
+        return self.cyls, self.heads, self.secs
+
     def check(self) -> None:
         """ConfigError for what can be told to be wrong without opening anything."""
         for name, allowed in CHOICES.items():
@@ -153,13 +182,14 @@ class DriveOptions:
             raise ConfigError(
                 f"drive option index={self.index!r}: use 0 or 1 (primary master, slave), 2 or 3 (secondary ones)"
             )
-        for name in ("readonly", "locking"):
+        for name in ("readonly", "locking", "snapshot"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"drive option {name}={getattr(self, name)!r}: use True or False")
         if not is_count(self.offset):
             raise ConfigError(f"drive option offset={self.offset!r}: give bytes from the image's beginning")
         if self.size is not None and not (is_count(self.size) and self.size):
             raise ConfigError(f"drive option size={self.size!r}: give bytes, or None for all there are")
+        self._check_geometry()
         self._check_throttles()
         for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS)):
             text = getattr(self, name)
@@ -167,6 +197,22 @@ class DriveOptions:
                 raise ConfigError(f"drive option {name}={text!r}: use printable ASCII characters")
             if text is not None and len(text) > limit:
                 raise ConfigError(f"drive option {name}={text!r}: use at most {limit} characters")
+
+    def _check_geometry(self) -> None:
+        given = [name for name in GEOMETRY if getattr(self, name) is not None]
+        for name in given:
+            value, most = getattr(self, name), GEOMETRY[name]
+            if not is_count(value) or not 0 < value <= most:
+                raise ConfigError(f"drive option {name}={value!r}: give a whole number from 1 to {most}")
+        if given and len(given) < len(GEOMETRY):
+            missing = [name for name in GEOMETRY if name not in given]
+            raise ConfigError(
+                f"drive option {' and '.join(given)} without {' and '.join(missing)}: a geometry is cyls, heads and"
+                " secs, give all three"
+            )
+        for name in (*given, *(["trans"] if self.trans != "auto" else ())):
+            if self.media == "cdrom":
+                raise ConfigError(f"drive option {name} on a CD drive: a CD has no geometry, leave it out")
 
     def _check_throttles(self) -> None:
         for name in THROTTLES:

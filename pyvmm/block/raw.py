@@ -2,8 +2,10 @@
 
 The rule for short transfers lives here, above every protocol. A read that comes back short goes on; one that brings
 nothing is past the end of the file, and the rest is zeros. A write that comes back short goes on; one that
-makes no progress is -ENOSPC. The disk never grows: of a last sector that the image holds only in part, the bytes that
-are not there read as zeros and are not written.
+makes no progress is -ENOSPC.
+
+The disk is whole sectors (``window_size`` in opening.py sees to it). Where the file ends inside the last one, the bytes
+that are not there read as zeros, and a write to that sector makes the file longer, up to the sector's end.
 """
 
 from __future__ import annotations
@@ -11,15 +13,19 @@ from __future__ import annotations
 from errno import ENOSPC, ENOTSUP
 
 from pyvmm.block.driver import FormatDriver
-from pyvmm.block.iov import IovSlice, fill_zeros
+from pyvmm.block.iov import ZEROS, IovSlice, fill_zeros
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.driver import Iov, ProtocolDriver
 
 
+SECTOR_BYTES = 512
+
+
 class RawDriver(FormatDriver):
-    """``size_bytes`` bytes of ``file`` from ``offset`` on: the caller has checked that they are there."""
+    """``size_bytes`` bytes of ``file`` from ``offset`` on: the caller has checked that they are there, but for a part
+    of the last sector where the file may grow."""
 
     def __init__(self, file: ProtocolDriver, offset: int, size_bytes: int) -> None:
         self._file = file
@@ -28,6 +34,7 @@ class RawDriver(FormatDriver):
         self.read_only = file.read_only
         self.alignment = file.alignment
         self.skew = offset % file.alignment
+        self._incomplete = offset + size_bytes > file.size_bytes  # the last sector, as far as the file goes
 
     async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
         if offset + length <= self.size_bytes:
@@ -84,7 +91,17 @@ class RawDriver(FormatDriver):
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return 0
+        if self._incomplete and offset + length == self.size_bytes:
+            # fallocate would leave the file as short as it is.
+            length -= SECTOR_BYTES
+            with memoryview(ZEROS)[:SECTOR_BYTES] as zeros:
+                ret = await self.co_writev(offset + length, [zeros], SECTOR_BYTES, fua)
+            if ret < 0 or not length:
+                return ret
         return await self._file.co_pwrite_zeroes(self._offset + offset, length, may_unmap, fua)
+
+    def peek(self, offset: int, length: int) -> bytes:
+        return self._file.peek(self._offset + offset, min(length, self.size_bytes - offset))
 
     def close(self) -> None:
         self._file.close()
