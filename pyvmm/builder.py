@@ -327,6 +327,11 @@ def describe(m: Machine, fw_cfg: Any) -> None:
     """What firmware and kvm-unit-tests ask fw_cfg for."""
     config = m.config
     fw_cfg.describe_machine(config.cpus, config.cpus, m.memory.size_bytes, e820.pack_fw_cfg(m.memory.regions))
+    if config.machine == "microvm" and config.uuid is not None:
+        from pyvmm.devices.fw_cfg import UUID
+        from pyvmm.x86 import smbios
+
+        fw_cfg.add(UUID, smbios.parse_uuid(config.uuid))  # a pc's is among what it tells firmware
     for name, data in config.fw_cfg.items():
         fw_cfg.add_file(name, bytes(data))
 

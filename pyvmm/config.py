@@ -45,7 +45,9 @@ class MachineConfig:
     drives       disk images: paths, DriveOptions, or QEMU's words ("file=a.img,index=1,cache=none"); on IDE.
     firmware     a BIOS image for pc; None: this host's SeaBIOS, where neither kernel nor flat
                  binary is given.
-    boot         what firmware tries, in order: letters c (disk), d (CD-ROM), n (kernel).
+    boot         what firmware tries, in order: letters c (disk), d (CD-ROM), n (kernel), a (floppy); or QEMU's words:
+                 "order=cd,once=d,menu=on,splash-time=3000,reboot-timeout=5000,strict=on" (times in ms).
+    uuid         the machine's UUID, "8-4-4-4-12" hexadecimal digits, in SMBIOS and fw_cfg; None: all zeros.
     cpu          "host", and features to hide: "host,-xsave,-cx16".
     irqchip      "kernel", or "off": PIC pair, PIT, IOAPIC and local APIC in Python, one vCPU.
     serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
@@ -72,7 +74,8 @@ class MachineConfig:
     flat_mode: str = "real16"
     drives: Sequence[DriveOptions | str | os.PathLike[str]] = ()
     firmware: Image | None = None
-    boot: str = "cd"
+    boot: str = "cad"
+    uuid: str | None = None
     cpu: str = "host"
     irqchip: str = "kernel"
     serial: Serial = None
@@ -118,8 +121,7 @@ class MachineConfig:
             raise ConfigError(f"machine={self.machine!r}: use 'pc' or 'microvm'")
         if self.accel not in ACCELERATORS:
             raise ConfigError(f"accel={self.accel!r}: use 'kvm' or 'qtest'")
-        if not isinstance(self.boot, str) or set(self.boot) - set("cdn"):
-            raise ConfigError(f"boot={self.boot!r}: use letters of c (disk), d (CD-ROM) and n (kernel)")
+        self.check_firmware_words()
         if self.irqchip == "off" and self.cpus > 1:
             raise ConfigError(
                 f"irqchip='off' has the local APIC of one vCPU, not of {self.cpus}: use cpus=1, or irqchip='kernel'"
@@ -136,6 +138,19 @@ class MachineConfig:
             raise ConfigError(f"flat_mode={self.flat_mode!r}: use {', '.join(FLAT_MODES)}")
         if self.debug_exit is not None and (not is_int(self.debug_exit) or not 0 <= self.debug_exit < 0xFFFF):
             raise ConfigError(f"debug_exit={self.debug_exit!r}: give a port below 0xffff, or None")
+
+    def check_firmware_words(self) -> None:
+        """ConfigError for what firmware could not be told."""
+        if self.boot != type(self).boot:
+            from pyvmm.x86.boot_options import BootOptions
+
+            BootOptions(self.boot)
+        if self.uuid is not None:
+            from pyvmm.x86.smbios import parse_uuid
+
+            if not isinstance(self.uuid, str):
+                raise ConfigError(f"uuid={self.uuid!r}: give a string of 8-4-4-4-12 hexadecimal digits")
+            parse_uuid(self.uuid)
 
 
 def parse_drives(drives: Sequence[DriveOptions | str | os.PathLike[str]]) -> list[DriveOptions]:
@@ -176,6 +191,7 @@ def from_file(path: str) -> dict[str, Any]:
                 ("drives", list[str]),
                 ("firmware", str),
                 ("boot", str),
+                ("uuid", str),
                 ("memory_mib", int),
                 ("cpus", int),
                 ("kernel", str),

@@ -71,6 +71,8 @@ class Machine:
         self.devices: dict[str, Device] = {}
         self.backends: dict[str, BlockBackend] = {}
         self.io_error = ""
+        self.first_boot = True
+        """No reset yet: what firmware is told for its first boot only still holds."""
         self.chardevs: list[Chardev] = []
         self.terminal: Terminal | None = None
         self.cpus = []
@@ -283,6 +285,7 @@ class Machine:
             with device.lock:
                 device.reset()
         builder.reset(self)
+        self.first_boot = False
         self.memory_map.release()
         self.control.restarted()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.ide.channel import IdeChannel
     from pyvmm.devices.ide.disk import IdeDisk
     from pyvmm.machine import Machine
+    from pyvmm.x86.boot_options import BootOptions
 
 # Where Debian's seabios package and QEMU's builds put it.
 FIRMWARE = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
@@ -124,6 +125,8 @@ def leave_as_firmware_would(m: Machine) -> None:
 
 def after_reset(m: Machine) -> None:
     """The devices are at power-on again."""
+    if m.first_boot:
+        after_first_boot(m)
     if boots_directly(m):
         leave_as_firmware_would(m)
 
@@ -182,7 +185,10 @@ def make_drive(m: Machine, index: int, drive: DriveOptions) -> IdeDisk | AtapiDr
     serial = drive.serial if drive.serial is not None else f"PV{index + 1:05}"
     if drive.media == "cdrom":
         return AtapiDrive(backend if backend.inserted else None, serial=serial, **named(drive))
-    return IdeDisk(backend, serial=serial, **named(drive))
+    from pyvmm.boards.geometry import disk_geometry
+
+    geometry, translation = disk_geometry(drive, backend)
+    return IdeDisk(backend, serial=serial, geometry=geometry, bios_translation=translation, **named(drive))
 
 
 def named(drive: DriveOptions) -> dict[str, str]:
@@ -199,7 +205,7 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
     from pyvmm.x86 import firmware_files
 
     config = m.config
-    drives = [(drive.index, drive.media) for drive in config.drives]  # type: ignore[union-attr]  # parsed by the config
+    boot = boot_options(m)
     roms = {}
     if config.kernel is not None and uses_firmware(m):
         roms = hand_over_kernel(m, fw_cfg)
@@ -207,15 +213,69 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
         config.cpus,
         m.memory.regions,
         option_roms=roms,
+        uuid=system_uuid(m),
         cpu_id=cpu_identity(m),
-        boot_paths=firmware_files.boot_paths(drives, config.boot, kernel=next(iter(roms), None)),  # type: ignore[arg-type]  # all are placed now
+        boot_menu_wait_ms=boot.splash_time_ms,
+        boot_fail_wait_ms=boot.reboot_timeout_ms,
     )
+    kernel = next(iter(roms), None)
+    if any(boot_paths(m, order, kernel) for order in (boot.order, boot.once or "")):
+        files[firmware_files.BOOT_ORDER_FILE] = lambda: firmware_files.boot_order(
+            boot_paths(m, boot_order(m), kernel), boot.strict
+        )
     for name, data in files.items():
         fw_cfg.add_file(name, data)
-    for key, item in firmware_files.pc_firmware_items().items():
+    for key, item in firmware_files.pc_firmware_items(uuid=system_uuid(m), boot_menu=boot.menu).items():
         fw_cfg.add(key, item)
-    for index, value in firmware_files.pc_cmos(translations=translations(m)):
+    disks = ide_disks(m)
+    set_cmos(
+        m,
+        firmware_files.pc_cmos(
+            boot_order(m),
+            [firmware_files.TRANSLATION_NONE if disk is None else disk.bios_translation for disk in disks],
+            [None if disk is None else disk.geometry for disk in disks],
+        ),
+    )
+
+
+def set_cmos(m: Machine, values: list[tuple[int, int]]) -> None:
+    for index, value in values:
         m.devices["rtc"].cmos[index] = value  # type: ignore[attr-defined]  # an Rtc
+
+
+def boot_options(m: Machine) -> BootOptions:
+    from pyvmm.x86.boot_options import BootOptions
+
+    return BootOptions(m.config.boot)
+
+
+def boot_order(m: Machine) -> str:
+    """The letters that hold for this boot: ``once`` until the first reset."""
+    boot = boot_options(m)
+    return boot.order if boot.once is None or not m.first_boot else boot.once
+
+
+def boot_paths(m: Machine, order: str, kernel: str | None) -> list[str]:
+    """Device paths of the drives, and of the kernel's option ROM, in ``order``."""
+    from pyvmm.x86 import firmware_files
+
+    drives = [(drive.index, drive.media) for drive in m.config.drives]  # type: ignore[union-attr]  # parsed by the config
+    return firmware_files.boot_paths(drives, order, kernel=kernel)  # type: ignore[arg-type]  # all are placed now
+
+
+def after_first_boot(m: Machine) -> None:
+    """Back to the usual order in CMOS, which is the guest's from then on. The file is made anew after every reset."""
+    boot = boot_options(m)
+    if boot.once is not None:
+        from pyvmm.x86 import firmware_files
+
+        set_cmos(m, firmware_files.cmos_boot_order(boot.order))
+
+
+def system_uuid(m: Machine) -> bytes:
+    from pyvmm.x86 import smbios
+
+    return bytes(16) if m.config.uuid is None else smbios.parse_uuid(m.config.uuid)
 
 
 def hand_over_kernel(m: Machine, fw_cfg: FwCfg) -> dict[str, bytes]:
@@ -239,13 +299,12 @@ def hand_over_kernel(m: Machine, fw_cfg: FwCfg) -> dict[str, bytes]:
     return {linuxboot.ROM_NAME: linuxboot.option_rom(guests.image("linuxboot"))}
 
 
-def translations(m: Machine) -> list[int]:
-    """How a BIOS makes its geometry of each disk, primary master first."""
+def ide_disks(m: Machine) -> list[IdeDisk | None]:
+    """The four places, primary master first; None where there is no disk."""
     from pyvmm.devices.ide.disk import IdeDisk
-    from pyvmm.x86.firmware_files import TRANSLATION_NONE, translation
 
     drives = [*m.devices["ide0"].drives, *m.devices["ide1"].drives]  # type: ignore[attr-defined]  # IdeChannels
-    return [translation(drive.sectors) if isinstance(drive, IdeDisk) else TRANSLATION_NONE for drive in drives]
+    return [drive if isinstance(drive, IdeDisk) else None for drive in drives]
 
 
 def write_tables(m: Machine) -> int:
@@ -258,7 +317,7 @@ def write_tables(m: Machine) -> int:
     tables.write(m.memory)
     mptable.write(m.memory, m.config.cpus)
     ranges = [(gpa, size) for gpa, size in m.memory.regions if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
-    smbios.build(m.config.cpus, ranges, cpu_id=cpu_identity(m)).write(m.memory)
+    smbios.build(m.config.cpus, ranges, uuid=system_uuid(m), cpu_id=cpu_identity(m)).write(m.memory)
     return tables.rsdp
 
 

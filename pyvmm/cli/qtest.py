@@ -7,7 +7,7 @@ import sys
 
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.cli.run import OPTIONS as RUN_OPTIONS
-from pyvmm.cli.run import announce, images, read_file
+from pyvmm.cli.run import announce, images, join_boot_words, read_file
 from pyvmm.config import MachineConfig
 from pyvmm.control.qtest import QtestServer
 from pyvmm.errors import ConfigError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Of `pyvmm run`: what a board is made of; the rest is about guests and how they run.
 BOARD = {
-    *("machine", "drives", "cdrom", "firmware", "boot", "memory_mib", "cpus", "fw_cfg"),
+    *("machine", "drives", "cdrom", "firmware", "boot", "uuid", "memory_mib", "cpus", "fw_cfg"),
     *("serial", "debugcon", "debug_exit", "testdev"),
 }
 
@@ -72,6 +72,7 @@ def end(number: int, _frame: object) -> None:
 
 def configure(given: dict[str, Any]) -> MachineConfig:
     given["drives"] = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
+    join_boot_words(given)
     if "fw_cfg" in given:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
     return MachineConfig(accel="qtest", **given)

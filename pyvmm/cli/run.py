@@ -45,7 +45,9 @@ OPTIONS = (
            key="drives", many=True),
     Option("--cdrom", "FILE", "a CD image, on the second channel"),
     Option("--firmware", "FILE", "BIOS image (default: SeaBIOS, where there is neither kernel nor flat binary)"),
-    Option("--boot", "ORDER", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cd)"),
+    Option("--boot", "WORDS", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cad); QEMU's words:"
+           " order=, once=, menu=on, splash-time=MS, reboot-timeout=MS, strict=on", many=True),
+    Option("--uuid", "UUID", "the machine's, for SMBIOS and fw_cfg"),
     Option("--kernel -k", "FILE", "bzImage, ELF with a PVH note, or multiboot v1 kernel", key="kernel"),
     Option("--initrd", "FILE", "initial RAM disk; for multiboot the first module"),
     Option("--append", "TEXT", "the kernel's command line"),
@@ -107,10 +109,17 @@ def configure(given: dict[str, Any]) -> MachineConfig:
     given["drives"] = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
     if not (given["drives"] or any(name in given for name in ("kernel", "flat", "firmware"))):
         raise ConfigError("no guest: give a disk image, --kernel FILE or --flat FILE (or see `pyvmm demo`)")
+    join_boot_words(given)
     if "fw_cfg" in given:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
     given.setdefault("serial", "stdio")
     return MachineConfig(raw_terminal=True, **given)
+
+
+def join_boot_words(given: dict[str, Any]) -> None:
+    """Several --boot are one, whose later words win."""
+    if isinstance(given.get("boot"), list):
+        given["boot"] = ",".join(given["boot"])
 
 
 def images(paths: Sequence[str], cdrom: str | None) -> list[DriveOptions]:

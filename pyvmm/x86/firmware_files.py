@@ -11,7 +11,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import TypeAlias
 
     Data: TypeAlias = bytes | Callable[[], bytes]
@@ -33,20 +33,28 @@ NEVER_RETRY = 0xFFFF_FFFF
 IDE_CONTROLLER = "/pci@i0cf8/ide@1,1"
 OPTION_ROM = "/rom@genroms/"
 
-# CMOS: SeaBIOS reads the boot order here for what the file does not name, one nibble a kind of device.
+# CMOS: SeaBIOS reads the boot order here for what the file does not name, one nibble a kind of device. The types and
+# geometries of the first channel's disks are the AT's: Bochs' BIOS and old systems look there.
+CMOS_DISK_TYPES = 0x12  # upper nibble: master, lower: slave; 15: see the byte for it
+CMOS_DISK_TYPE = (0x19, 0x1A)
+CMOS_DISK_GEOMETRY = (0x1B, 0x24)  # nine bytes each
 CMOS_TRANSLATION = 0x39  # two bits a disk: how BIOS geometry comes from the disk's
 CMOS_BOOT_FLAG1 = 0x38  # upper nibble: third choice; bit 0: boot floppies without a signature
 CMOS_BOOT_FLAG2 = 0x3D  # lower nibble: first choice, upper: second
 CMOS_FLOPPY_TYPES = 0x10
-BOOT_KINDS = {"a": 1, "c": 2, "d": 3, "n": 4}  # floppy, disk, CD-ROM, network, in QEMU's letters
-DEFAULT_ORDER = "cda"
+BOOT_KINDS = {"a": 1, "b": 1, "c": 2, "d": 3, "n": 4}  # floppies, disk, CD-ROM, network, in QEMU's letters
+DEFAULT_ORDER = "cad"  # QEMU's
 
-# Disk geometry: what IDENTIFY says, and how far a BIOS call's cylinder (10 bits), head (8) and sector (6) reach.
-HEADS = 16
-SECTORS_PER_TRACK = 63
+EXTENDED_TYPE = 0x0F
+USER_TYPE = 47  # the geometry is in CMOS
+NO_PRECOMPENSATION = 0xFFFF
+CONTROL_NO_RETRIES = 0xC0
+CONTROL_MANY_HEADS = 0x08  # more than eight
+
+# How far a BIOS call's cylinder (10 bits), head (8) and sector (6) reach.
 BIOS_CYLINDERS = 1024
 LARGE_LIMIT = 131_072  # cylinders times heads up to which doubling heads helps
-TRANSLATION_NONE, TRANSLATION_LBA, TRANSLATION_LARGE = 0, 1, 2
+TRANSLATION_NONE, TRANSLATION_LBA, TRANSLATION_LARGE, TRANSLATION_RECHS = range(4)
 
 
 def pc_firmware_files(
@@ -85,7 +93,7 @@ def pc_firmware_files(
     fail_wait = NEVER_RETRY if boot_fail_wait_ms is None else boot_fail_wait_ms
     files: dict[str, Data] = {FAIL_WAIT_FILE: fail_wait.to_bytes(4, "little")}
     if boot_menu_wait_ms is not None:
-        files[MENU_WAIT_FILE] = boot_menu_wait_ms.to_bytes(4, "little")
+        files[MENU_WAIT_FILE] = boot_menu_wait_ms.to_bytes(2, "little")
     if serial_console is not None:
         files[SERIAL_CONSOLE_FILE] = serial_console.to_bytes(2, "little")
     paths = list(boot_paths)
@@ -114,22 +122,45 @@ def pc_firmware_items(*, uuid: bytes = bytes(16), boot_menu: bool = False, irqch
     }
 
 
-def pc_cmos(order: str = DEFAULT_ORDER, translations: Iterable[int] = ()) -> list[tuple[int, int]]:
+def pc_cmos(
+    order: str = DEFAULT_ORDER,
+    translations: Iterable[int] = (),
+    disks: Sequence[tuple[int, int, int] | None] = (),
+) -> list[tuple[int, int]]:
     """(index, value) of CMOS bytes, beside those that Rtc sets by itself (memory, processors, equipment).
 
     ``order`` has up to three of QEMU's letters, for devices that bootorder does not name. ``translations``: the
-    TRANSLATION_ of the disks, primary master first. ConfigError for another letter, or one given twice.
+    TRANSLATION_ of the disks, primary master first; ``disks`` the geometries (cylinders, heads, sectors a track) of the
+    primary master and slave, None for no disk. ConfigError for another letter, or one given twice.
     """
-    if len(order) > 3 or len(set(order)) < len(order) or not set(order) <= set(BOOT_KINDS):
-        raise ConfigError(f"boot order {order!r}: use up to three of a (floppy), c (disk), d (CD-ROM), n (network)")
-    first, second, third = ([BOOT_KINDS[letter] for letter in order] + [0, 0, 0])[:3]
     packed = sum(translation << 2 * n for n, translation in enumerate(translations))
-    return [
-        (CMOS_FLOPPY_TYPES, 0),
-        (CMOS_BOOT_FLAG1, third << 4),
-        (CMOS_BOOT_FLAG2, second << 4 | first),
-        (CMOS_TRANSLATION, packed),
-    ]
+    return [(CMOS_FLOPPY_TYPES, 0), *cmos_boot_order(order), (CMOS_TRANSLATION, packed), *cmos_disks(disks)]
+
+
+def cmos_boot_order(order: str) -> list[tuple[int, int]]:
+    """(index, value) of the two bytes that have it. ConfigError as pc_cmos."""
+    if len(order) > 3 or len(set(order)) < len(order) or not set(order) <= set(BOOT_KINDS):
+        raise ConfigError(f"boot order {order!r}: use up to three of a, b (floppy), c (disk), d (CD-ROM), n (network)")
+    first, second, third = ([BOOT_KINDS[letter] for letter in order] + [0, 0, 0])[:3]
+    return [(CMOS_BOOT_FLAG1, third << 4), (CMOS_BOOT_FLAG2, second << 4 | first)]
+
+
+def cmos_disks(disks: Sequence[tuple[int, int, int] | None]) -> list[tuple[int, int]]:
+    """(index, value) of the bytes about the first channel's disks: as QEMU's hw/i386/pc.c has them (cmos_init_hd)."""
+    values = []
+    types = 0
+    for unit, disk in enumerate(disks[:2]):
+        if disk is None:
+            continue
+        cylinders, heads, track = disk
+        types |= EXTENDED_TYPE << (0 if unit else 4)
+        values.append((CMOS_DISK_TYPE[unit], USER_TYPE))
+        control = CONTROL_NO_RETRIES | (CONTROL_MANY_HEADS if heads > 8 else 0)
+        low = cylinders.to_bytes(2, "little")
+        # The landing zone, behind the control byte, is the end.
+        data = (*low, heads, *NO_PRECOMPENSATION.to_bytes(2, "little"), control, *low, track)
+        values += [(CMOS_DISK_GEOMETRY[unit] + n, value) for n, value in enumerate(data)]
+    return [(CMOS_DISK_TYPES, types), *values] if values else []
 
 
 def low_ram(ranges: Iterable[tuple[int, int]]) -> int:
@@ -165,8 +196,10 @@ def boot_paths(
     return [path for _, path in sorted(ranked)]
 
 
-def boot_order(paths: Iterable[str]) -> bytes:
-    """The file ``bootorder``: a path a line, and the zero that QEMU ends it with."""
+def boot_order(paths: Iterable[str], strict: bool = False) -> bytes:
+    """The file ``bootorder``: a path a line, and the zero that QEMU ends it with. ``strict``: nothing else is tried."""
+    if strict:
+        paths = [*paths, "HALT"]
     return "\n".join(paths).encode("ascii") + b"\0"
 
 
@@ -174,14 +207,6 @@ def bios_geometry(geometries: Mapping[str, tuple[int, int, int]]) -> bytes:
     """The file ``bios-geometry``: path, cylinders, heads and sectors a track of each disk that has its own."""
     lines = [f"{path} {c} {h} {s}" for path, (c, h, s) in geometries.items()]
     return "\n".join(lines).encode("ascii") + b"\0"
-
-
-def translation(sectors: int) -> int:
-    """How a BIOS is to make its geometry of a disk with 16 heads and 63 sectors a track: as QEMU chooses."""
-    cylinders = min(max(sectors // (HEADS * SECTORS_PER_TRACK), 2), 16383)
-    if cylinders <= BIOS_CYLINDERS:
-        return TRANSLATION_NONE
-    return TRANSLATION_LARGE if cylinders * HEADS <= LARGE_LIMIT else TRANSLATION_LBA
 
 
 # Files made when they are wanted

@@ -56,14 +56,20 @@ SETTINGS = ("cylinders", "heads", "track", "multiple", "transfer_mode", "write_c
 
 
 class IdeDisk(Drive):
-    """``backend`` is the disk's content; ``serial`` has up to 20 characters, ``model`` 40, ``revision`` 8."""
+    """``backend`` is the disk's content; ``serial`` has up to 20 characters, ``model`` 40, ``revision`` 8.
+
+    ``geometry``: (cylinders, heads, sectors a track) of the default translation; None: by the disk's size.
+    ``bios_translation`` is what the board tells a BIOS about it.
+    """
 
     __slots__ = (
+        "_geometry",
         "_reader",
         "_standby_after_ns",
         "_used_at_ns",
         "_writer",
         "backend",
+        "bios_translation",
         "cylinders",
         "heads",
         "look_ahead",
@@ -81,7 +87,14 @@ class IdeDisk(Drive):
     present = True
 
     def __init__(
-        self, backend: BlockBackend, *, model: str = "pyvmm HARDDISK", serial: str = "PV00001", revision: str = "1.0"
+        self,
+        backend: BlockBackend,
+        *,
+        model: str = "pyvmm HARDDISK",
+        serial: str = "PV00001",
+        revision: str = "1.0",
+        geometry: tuple[int, int, int] | None = None,
+        bios_translation: int = 0,
     ) -> None:
         super().__init__()
         self.backend = backend
@@ -89,12 +102,19 @@ class IdeDisk(Drive):
         self.model = model
         self.serial = serial
         self.revision = revision
+        self._geometry = geometry
+        self.bios_translation = bios_translation
         self._reader: PioReader | None = None
         self._writer: PioWriter | None = None
         self.settings_power_on()
 
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """The default translation: INITIALIZE DEVICE PARAMETERS sets another until the next reset."""
+        return geometry(self.sectors) if self._geometry is None else self._geometry
+
     def settings_power_on(self) -> None:
-        self.cylinders, self.heads, self.track = geometry(self.sectors)
+        self.cylinders, self.heads, self.track = self.geometry
         self.multiple = MAX_MULTIPLE
         self.transfer_mode = PIO_DEFAULT
         self.write_cache = True

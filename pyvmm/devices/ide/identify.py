@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.ide.disk import IdeDisk
 
 IDENTIFY_BYTES = 512
+SECTOR_BYTES = 512
 MAX_MULTIPLE = 16  # sectors a DRQ block; a power of two
 MAX_TRIM_BLOCKS = 8
 LBA28_SECTORS = 0x0FFF_FFFF  # the most that words 60 and 61 say
@@ -41,9 +42,13 @@ def geometry(sectors: int) -> tuple[int, int, int]:
 def identify(disk: IdeDisk) -> bytes:
     """The 512 bytes."""
     words = [0] * 256
-    cylinders, heads, track = geometry(disk.sectors)
+    cylinders, heads, track = disk.geometry
     words[0] = 0x0040  # ATA, not removable
     words[1], words[3], words[6] = cylinders, heads, track
+    # What only ATA-1 (X3.221, 9.9) gives a meaning, and BIOSes of its time (Bochs') go by: unformatted bytes a track
+    # and a sector; the buffer (dual-ported, with a cache; its sectors); bytes more in READ LONG. QEMU's values.
+    words[4], words[5] = min(0xFFFF, track * SECTOR_BYTES), SECTOR_BYTES
+    words[20], words[21], words[22] = 3, 512, 4
     words[10:20] = ata_string(disk.serial, 20)
     words[23:27] = ata_string(disk.revision, 8)
     words[27:47] = ata_string(disk.model, 40)

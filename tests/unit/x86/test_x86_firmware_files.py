@@ -51,7 +51,7 @@ def test_without_options_firmware_is_told_the_least() -> None:
 def test_numbers_have_the_sizes_that_qemu_gives_them() -> None:
     files = ff.pc_firmware_files(1, RAM, serial_console=0x2F8, boot_menu_wait_ms=2500, boot_fail_wait_ms=0)
     assert files["etc/sercon-port"] == b"\xf8\x02"
-    assert files["etc/boot-menu-wait"] == b"\xc4\x09\0\0"
+    assert files["etc/boot-menu-wait"] == b"\xc4\x09"
     assert files["etc/boot-fail-wait"] == bytes(4)
 
 
@@ -129,17 +129,28 @@ def test_cmos() -> None:
     assert dict(ff.pc_cmos("cda")) == {0x10: 0, 0x38: 0x10, 0x3D: 0x32, 0x39: 0}
     assert dict(ff.pc_cmos("d", [0, 1, 2, 1])) == {0x10: 0, 0x38: 0, 0x3D: 0x03, 0x39: 0b01_10_01_00}
     assert dict(ff.pc_cmos(""))[0x3D] == 0
+    assert ff.pc_cmos() == ff.pc_cmos("cad")
+    assert dict(ff.pc_cmos()) == {0x10: 0, 0x38: 0x30, 0x3D: 0x12, 0x39: 0}  # QEMU's boot-order-test: 0x1230
+
+
+def test_disks_in_cmos() -> None:
+    """The values of QEMU's hd-geo-test, and its rule for the control byte: more than eight heads set bit 3."""
+    cmos = dict(ff.pc_cmos(disks=[(306, 4, 17), (16383, 16, 63), (1, 1, 1)]))
+    assert (cmos[0x12], cmos[0x19], cmos[0x1A]) == (0xFF, 47, 47)
+    assert [cmos[n] for n in range(0x1B, 0x24)] == [0x32, 0x01, 4, 0xFF, 0xFF, 0xC0, 0x32, 0x01, 17]
+    assert [cmos[n] for n in range(0x24, 0x2D)] == [0xFF, 0x3F, 16, 0xFF, 0xFF, 0xC8, 0xFF, 0x3F, 63]
+    slave = dict(ff.pc_cmos(disks=[None, (60, 8, 63)]))
+    assert slave[0x12] == 0x0F
+    assert slave[0x29] == 0xC0
+    assert 0x19 not in slave
+    assert 0x12 not in dict(ff.pc_cmos(disks=[None, None, (60, 16, 63)]))
+
+
+def test_a_strict_order_ends_with_halt() -> None:
+    assert ff.boot_order(["/a"], strict=True) == b"/a\nHALT\0"
 
 
 @pytest.mark.parametrize("order", ["cdan", "cc", "x", "C"])
 def test_an_order_that_is_none(order: str) -> None:
     with pytest.raises(ConfigError, match=r"boot order .* use up to three of"):
         ff.pc_cmos(order)
-
-
-@pytest.mark.parametrize(
-    ("sectors", "chosen"),
-    [(0, 0), (1024 * 1008, 0), (1025 * 1008, 2), (8192 * 1008, 2), (8193 * 1008, 1), (1 << 32, 1)],
-)
-def test_geometry_translation(sectors: int, chosen: int) -> None:
-    assert ff.translation(sectors) == chosen

@@ -30,6 +30,7 @@ from pyvmm.devices.ide.identify import geometry
 
 DONE = DRDY | DSC
 FAILED = DRDY | DSC | ERR
+INITIALIZE_DEVICE_PARAMETERS = 0x91
 IDENTIFY, SET_FEATURES, CHECK_POWER, NS = 0xEC, 0xEF, 0xE5, 1_000_000_000
 
 
@@ -66,6 +67,26 @@ class TestIdentify:
         assert words[57] | words[58] << 16 == 8064
         assert words[60] | words[61] << 16 == 8069
         assert words[100:104] == (8069, 0, 0, 0)
+
+    def test_a_geometry_that_is_given(self) -> None:
+        bench = Bench(IdeDisk(disk(pattern(20808))[1], geometry=(306, 4, 17)))  # type: ignore[arg-type]
+        words = identify(bench)
+        assert (words[1], words[3], words[6]) == words[54:57] == (306, 4, 17)
+        assert words[57] | words[58] << 16 == words[60] | words[61] << 16 == 20808
+        bench.command(INITIALIZE_DEVICE_PARAMETERS, lba=7 << 24, count=9)  # 8 heads, 9 sectors
+        assert bench.status() == DONE
+        words = identify(bench)
+        assert words[54:57] == (289, 8, 9)
+        assert (words[1], words[3], words[6]) == (306, 4, 17)
+        bench.channel.reset()
+        assert identify(bench)[54:57] == (306, 4, 17)
+
+    @pytest.mark.parametrize("track", [63, 17, 255])
+    def test_what_only_ata_1_knows(self, track: int) -> None:
+        """QEMU's values (hw/ide/core.c, ide_identify): Bochs' BIOS multiplies with words 4 and 5."""
+        words = identify(Bench(IdeDisk(disk()[1], geometry=(2, 4, track))))  # type: ignore[arg-type]
+        assert words[4:6] == (min(0xFFFF, 512 * track), 512)
+        assert words[20:23] == (3, 512, 4)
 
     def test_capacity_of_a_large_disk(self) -> None:
         drive, _ = disk()
