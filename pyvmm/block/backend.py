@@ -107,8 +107,8 @@ class BlockBackend:
         self.name = options.name
         self.read_only = not options.guest_may_write
         self.size_bytes = 0 if driver is None else driver.size_bytes
-        self.sectors = self.size_bytes // SECTOR_BYTES
-        """Size in sectors of 512 bytes."""
+        self.sectors = -(-self.size_bytes // SECTOR_BYTES)
+        """Size in sectors of 512 bytes. What is missing of the last one, where it is only read, reads as zeros."""
         self.write_cache = options.cache not in ("writethrough", "directsync")
         """False: each write is on stable storage before it is complete. The guest may change it."""
         self.stats = BlockStats() if stats is None else stats

@@ -118,8 +118,8 @@ def image_path(options: DriveOptions) -> str:
 
 
 def window_size(options: DriveOptions, file: ProtocolDriver) -> int:
-    """How many bytes of the image are the disk: whole sectors, of which the last may end behind the file's end where a
-    write may complete it. A CD's blocks are counted by the drive, which leaves out what does not fill one.
+    """How many bytes of the image are the disk. Where the guest may write: whole sectors, of which the last may end
+    behind the file's end if a write may complete it.
     """
     least = CD_SECTOR_BYTES if options.media == "cdrom" else SECTOR_BYTES
     file_bytes = file.size_bytes
@@ -141,7 +141,9 @@ def window_size(options: DriveOptions, file: ProtocolDriver) -> int:
         return size_bytes
     whole = size_bytes - part
     completed = whole + SECTOR_BYTES
-    if options.size is None and (file.may_grow_to(options.offset + completed) or keeps_writes(options)):
+    if not options.guest_may_write:
+        return size_bytes  # what is missing of a sector reads as zeros, and nobody writes it
+    if options.size is None and (keeps_writes(options) or file.may_grow_to(options.offset + completed)):
         return completed
     return whole
 

@@ -84,10 +84,10 @@ class DriveOptions:
     snapshot       the image stays as it is: what the guest writes goes to a temporary file without a name, in TMPDIR or
                    /var/tmp, and is gone in the end.
     offset, size   the window of the image that is the disk, in bytes; size None: to its end. A drive is whole sectors
-                   of 512 bytes, a CD blocks of 2048. Of an image that ends inside a sector the drive has that one
-                   too, and a write to it makes the file longer. Where it may not become longer (read-only, a block
-                   device, a window with a size, a file with a seal or a limit against that), and on a CD, the part is
-                   left out.
+                   of 512 bytes, a CD blocks of 2048. Of an image that ends inside a sector the drive has that one too:
+                   what is missing reads as zeros, and a write makes the file longer. Where the guest may write but the
+                   file not become longer (a block device, a window with a size, a seal or a limit against that), the
+                   part is left out; so is a part of a CD's block.
     cyls, heads, secs  the geometry of a disk, all three: up to 65535, 16 and 255. None: as the disk's partition table
                    has it, else by its size.
     trans          how a BIOS makes its geometry of it: "none", "lba", "large", "rechs", or "auto": by the geometry, and

@@ -4,8 +4,9 @@ The rule for short transfers lives here, above every protocol. A read that comes
 nothing is past the end of the file, and the rest is zeros. A write that comes back short goes on; one that
 makes no progress is -ENOSPC.
 
-The disk is whole sectors (``window_size`` in opening.py sees to it). Where the file ends inside the last one, the bytes
-that are not there read as zeros, and a write to that sector makes the file longer, up to the sector's end.
+A disk that may be written is whole sectors (``window_size`` in opening.py sees to it). Where the file ends inside the
+last one, the bytes that are not there read as zeros, and a write to that sector makes the file longer, up to the
+sector's end. A read-only one may end inside a sector: the rest of that reads as zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The geometry of a pc's disks, and how a BIOS is to translate it: told, or guessed as by QEMU's hw/block/hd-geometry.c.
+"""The geometry of a pc's disks, and how a BIOS is to translate it: told, or guessed as QEMU's hw/block/hd-geometry.c.
 
 A disk that was partitioned elsewhere has its partitions' ends in cylinders, heads and sectors: a partition ends at the
 end of a cylinder, so that its last head and sector are the disk's last ones. With up to 16 heads that is the disk's own

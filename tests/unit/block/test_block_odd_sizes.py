@@ -11,7 +11,7 @@ import os
 import random
 import resource
 from collections.abc import Callable, Iterator
-from errno import EIO
+from errno import EACCES, EIO
 from pathlib import Path
 
 import pytest
@@ -108,10 +108,19 @@ def only_whole_sectors(backend: BlockBackend, content: bytes) -> None:
     assert result.values == [-EIO]
 
 
-def test_read_only(drive: Open, tmp_path: Path, cache: str) -> None:
+@pytest.mark.parametrize(("offset", "size"), [(0, None), (100, None), (0, 2100), (512, 1000)])
+def test_a_read_only_drive_shows_all_there_is(
+    drive: Open, tmp_path: Path, cache: str, offset: int, size: int | None
+) -> None:
+    """With zeros behind it, as under QEMU; there is no write to lose."""
     path = tmp_path / "odd.img"
     content = odd(path, 2660)
-    only_whole_sectors(drive(path, readonly=True, cache=cache), content)
+    window = content[offset:] if size is None else content[offset : offset + size]
+    backend = drive(path, readonly=True, cache=cache, offset=offset, size=size)
+    sectors = -(-len(window) // SECTOR)
+    assert backend.sectors == sectors
+    assert read(backend, 0, sectors) == window.ljust(sectors * SECTOR, b"\0")
+    assert write(backend, sectors - 1, bytes(SECTOR)) == -EACCES
 
 
 def test_a_window_with_a_size(drive: Open, tmp_path: Path, cache: str) -> None:
@@ -165,9 +174,10 @@ def test_a_cd_has_whole_blocks(drive: Open, tmp_path: Path) -> None:
     from pyvmm.devices.ide.atapi import AtapiDrive
 
     path = tmp_path / "odd.iso"
-    for size, blocks in ((2048, 1), (4095, 1), (4096 + 512, 2), (6144, 3)):
-        odd(path, size)
+    # The sectors that the image touches, by four, as in QEMU's hw/ide/atapi.c: three of them are no block.
+    for size, blocks in ((2048, 1), (3584, 1), (3585, 2), (4095, 2), (4096 + 1536, 2), (6144, 3)):
+        content = odd(path, size)
         backend = drive(path, media="cdrom")
         assert AtapiDrive(backend).blocks == blocks
-        assert read(backend, 0, 4 * blocks) == path.read_bytes()[: 2048 * blocks]
+        assert read(backend, 0, 4 * blocks) == content[: 2048 * blocks].ljust(2048 * blocks, b"\0")
         backend.close()
