@@ -19,7 +19,7 @@ from pyvmm.x86 import e820, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
     from typing import Any
 
@@ -577,28 +577,64 @@ def virtual_clock() -> Clock:
 
 
 def tear_down(m: Machine) -> None:
-    """Close what build made, in the other order. The vCPU threads have ended."""
+    """Close what build made, in the other order. The vCPU threads have ended.
+
+    What one step raises (the embedder's own console, say) comes out when all are done.
+    """
+    first: Exception | None = None
+    for step in last_steps(m):
+        try:
+            step()
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def last_steps(m: Machine) -> Iterator[Callable[[], object]]:
     for thread in m._background:
-        thread.join()
+        yield thread.join
     if "debugcon" in m.devices:
-        m.devices["debugcon"].flush()  # type: ignore[attr-defined]  # a DebugCon: its last line may have no end
+        yield m.devices["debugcon"].flush  # type: ignore[attr-defined]  # a DebugCon: its last line may have no end
     for backend in m.backends.values():
-        backend.close()
+        yield backend.close
     for made in m.chardevs:
-        made.close()
+        yield made.close
     if m.terminal is not None:
-        m.terminal.close()
-    m.event_loop.close()
+        yield m.terminal.close
+    yield m.event_loop.close
     for cpu in m.cpus:
-        cpu.exec.close()
+        yield cpu.exec.close
+        yield cpu.vcpu.close
+    yield from (getattr(m, name).close for name in ("memory_map", "vm", "kvm", "memory") if hasattr(m, name))
+    if "fw_cfg" in m.devices:
+        yield m.devices["fw_cfg"].close  # type: ignore[attr-defined]  # a FwCfg: it may have views of the images
+    yield m._images.close
+    for space in (m.pio, m.mmio):
+        yield from (lambda region=region, space=space: space.unmap(region) for region in space.regions)
+    yield m.devices.clear
+
+
+def abandon(m: Machine) -> None:
+    """In a child of fork: give its copies of descriptors and mappings back, and touch nothing that the parent has too.
+
+    No lock is taken: it may have been held, at the moment of the fork, by a thread that only the parent has.
+    """
+    m.event_loop.abandon()
+    for made in m.chardevs:
+        made.abandon()
+    if m.terminal is not None:
+        m.terminal.abandon()
+    for backend in m.backends.values():
+        backend.abandon()
+    for cpu in m.cpus:
+        cpu.exec.abandon()
         cpu.vcpu.close()
-    for name in ("vm", "kvm", "memory"):
+    for name in ("memory_map", "vm", "kvm", "memory"):
         if hasattr(m, name):
             getattr(m, name).close()
-    if "fw_cfg" in m.devices:
-        m.devices["fw_cfg"].close()  # type: ignore[attr-defined]  # a FwCfg: it may have views of the images
-    m._images.close()
-    for space in (m.pio, m.mmio):
-        for region in space.regions:
-            space.unmap(region)
     m.devices.clear()
+    try:
+        m._images.close()
+    except BufferError:
+        pass  # a device of the embedder's has a view of one: it goes with that

@@ -77,6 +77,9 @@ class Chardev:
     def close(self) -> None:
         """Send the queue, if somebody takes it within a second, and give everything back. Idempotent."""
 
+    def abandon(self) -> None:
+        """In a child of fork: close what this process has, and touch nothing that the parent has too. Takes no lock."""
+
 
 class NullChardev(Chardev):
     """Nobody there: output is lost, input never comes."""
@@ -354,6 +357,12 @@ class FdChardev(Chardev):
                 self._loop.remove_reader(self._in_fd)
                 self._loop.remove_writer(self._out_fd)
             self._flush(FLUSH_LIMIT_S)
+            self._release()
+            self._in_fd = self._out_fd = -1
+
+    def abandon(self) -> None:
+        if not self._closed:
+            self._closed = True
             self._release()
             self._in_fd = self._out_fd = -1
 

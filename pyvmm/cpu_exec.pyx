@@ -188,10 +188,17 @@ cdef class CpuExec(ViewUser):
             close(self.wake_fd)
 
     def close(self):
-        """Let go of the spaces. The vCPU must be out of ``run``."""
+        """Let go of the spaces and the descriptor. The vCPU must be out of ``run``."""
+        self.abandon()
         self.pio.detach(self)
         self.mmio.detach(self)
         self.acknowledge = self.msr_handler = self.on_hypercall = self.on_eoi = self.on_tpr = None
+
+    def abandon(self):
+        """In a child of fork: close the descriptor. Takes no lock, and the vCPU's thread is not there."""
+        if self.wake_fd >= 0:
+            close(self.wake_fd)
+            self.wake_fd = -1
 
     def coalesced_ring(self, int page_offset, DeviceLock lock not None):
         """Drain KVM's coalesced ring, ``page_offset`` pages into the mapping; ``lock`` is the machine's one for it."""

@@ -5,6 +5,60 @@ from __future__ import annotations
 import os
 
 
+def describe(error: BaseException) -> str:
+    """An exception in one line, its type first. Never raises, whatever the exception's own methods do."""
+    name = type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except BaseException:
+        return f"{name} (it can't say why: its __str__ raises)"
+    return f"{name}: {text}" if text else name
+
+
+class AccessNote(str):
+    """A note of an exception: which handler raised it, and for which access of the guest."""
+
+
+def add_access_note(error: BaseException, text: str) -> None:
+    """Say where ``error`` comes from; it takes the place of an earlier word, so that one exception object that is
+    raised again and again does not grow.
+    """
+    notes: list[str] | None = getattr(error, "__notes__", None)
+    if notes is not None:
+        notes[:] = [note for note in notes if not isinstance(note, AccessNote)]
+    error.add_note(AccessNote(text))
+
+
+# What calls handlers and callbacks: their frames come first in every traceback and say nothing.
+_CALLERS = (
+    *("pyvmm.event_loop", "pyvmm.cpu", "pyvmm.cpu_exec", "pyvmm.machine", "pyvmm.run_control", "pyvmm.address_space"),
+)
+
+
+def whose(error: BaseException) -> str:
+    """The handler that raised ``error``, and for which access where that is known. Never raises."""
+    try:
+        for note in getattr(error, "__notes__", ()):
+            if isinstance(note, AccessNote):
+                return note
+        at = error.__traceback__
+        while at is not None and at.tb_frame.f_globals.get("__name__") in _CALLERS:
+            at = at.tb_next
+        return "a device" if at is None else at.tb_frame.f_code.co_qualname
+    except BaseException:
+        return "a device"
+
+
+def traceback_text(error: BaseException) -> str:
+    """The traceback as text. Never raises, whatever the exception's own methods do."""
+    import traceback
+
+    try:
+        return "".join(traceback.format_exception(error)).rstrip()
+    except BaseException:
+        return "".join(traceback.format_tb(error.__traceback__)).rstrip() + "\n" + describe(error)
+
+
 class VmmError(Exception):
     """The base of all of them."""
 

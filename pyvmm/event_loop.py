@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from _weakref import ref
 from time import monotonic_ns
 
 from pyvmm.clock import Clock, Timer, TimerQueue
@@ -21,9 +22,11 @@ from pyvmm.light import Condition, Lock, Thread, deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Callable
 
 NS_PER_MS = 1_000_000
+CLOSED = -1  # instead of a time to sleep
 LONGEST_SLEEP_MS = 86_400_000  # epoll_wait takes an int of milliseconds
 READ_EVENTS = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
 WRITE_EVENTS = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
@@ -80,6 +83,22 @@ class LoopClock(Clock):
                 loop._wake_locked()
 
 
+class Ends:
+    """A loop's own descriptors. The thread has them too, and closes them as it ends, under the loop's lock."""
+
+    __slots__ = ("epoll", "wake_fd")
+
+    def __init__(self) -> None:
+        self.epoll: select.epoll | None = None
+        self.wake_fd = -1
+
+    def close(self) -> None:
+        if self.epoll is not None:
+            self.epoll.close()
+            os.close(self.wake_fd)
+            self.epoll, self.wake_fd = None, -1
+
+
 class EventLoop:
     """Runs callbacks for one machine on one thread. Every method may be called from any thread.
 
@@ -101,8 +120,8 @@ class EventLoop:
         self._watched: dict[int, int] = {}  # what epoll was told: descriptor -> events
         self._always_ready: set[int] = set()  # descriptors epoll refuses: regular files
         self._gone: set[int] = set()  # no longer watched, but perhaps in the batch under way
-        self._epoll: select.epoll | None = None
-        self._wake_fd = -1
+        self._ends = Ends()
+        self._events: list[tuple[int, int]] = []  # what the last sleep has brought: descriptor, events
         self._thread: Thread | None = None
         self._asleep = False  # the thread sleeps, and nobody has woken it yet
         self._sleeps_until_ns: int | None = None  # guest time; None: no timer ends this sleep
@@ -183,6 +202,17 @@ class EventLoop:
         if thread is not None:
             thread.join()
 
+    def abandon(self) -> None:
+        """In a child of fork, which has no such thread: close the descriptors. Takes no lock."""
+        self._closed = True
+        self._ends.close()
+
+    def __del__(self) -> None:
+        # The thread finds nothing but its descriptors, and closes them.
+        with self._lock:
+            if self._ends.epoll is not None:
+                os.eventfd_write(self._ends.wake_fd, 1)
+
     # -- under the lock -------------------------------------------------------------------------------------
 
     def _start_locked(self) -> None:
@@ -190,25 +220,27 @@ class EventLoop:
         if self._closed:
             raise StateError("the event loop is closed")
         if self._thread is None:
+            me, lock, ends = ref(self), self._lock, self._ends
             wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             try:
-                self._epoll = select.epoll()
-                self._epoll.register(wake_fd, select.EPOLLIN)
-                self._wake_fd = wake_fd
-                self._thread = Thread(self._run)
+                epoll = select.epoll()
+            except BaseException:
+                os.close(wake_fd)
+                raise
+            ends.epoll, ends.wake_fd = epoll, wake_fd
+            try:
+                epoll.register(wake_fd, select.EPOLLIN)
+                self._thread = Thread(lambda: main(me, lock, ends, epoll))
                 self._thread.start()
             except BaseException:
                 self._thread = None
-                if self._epoll is not None:
-                    self._epoll.close()
-                    self._epoll = None
-                os.close(wake_fd)
+                ends.close()
                 raise
 
     def _wake_locked(self) -> None:
-        if self._asleep:
+        if self._asleep and self._ends.epoll is not None:
             self._asleep = False
-            os.eventfd_write(self._wake_fd, 1)
+            os.eventfd_write(self._ends.wake_fd, 1)
 
     def _on_earliest_timer(self) -> None:
         if self._closed:
@@ -221,7 +253,9 @@ class EventLoop:
 
     def _watch_locked(self, fd: int) -> None:
         """Tell epoll what the tables now say about ``fd``."""
-        assert self._epoll is not None
+        epoll = self._ends.epoll
+        if epoll is None:
+            raise StateError("the event loop is closed")
         events = select.EPOLLIN if fd in self._readers else 0
         events |= select.EPOLLOUT if fd in self._writers else 0
         if events and fd in self._edge:
@@ -234,15 +268,15 @@ class EventLoop:
             elif not wanted:
                 if self._watched.pop(fd, None) is not None:
                     self._gone.add(fd)
-                    self._epoll.unregister(fd)
+                    epoll.unregister(fd)
             elif fd in self._watched:
                 try:
-                    self._epoll.modify(fd, events)
+                    epoll.modify(fd, events)
                 except FileNotFoundError:  # closed without a word, and its number used again
-                    self._epoll.register(fd, events)
+                    epoll.register(fd, events)
                 self._watched[fd] = events
             else:
-                self._epoll.register(fd, events)
+                epoll.register(fd, events)
                 self._watched[fd] = events
         except PermissionError:  # a regular file: always ready
             if events:
@@ -261,39 +295,16 @@ class EventLoop:
     def _remove_locked(self, table: dict[int, Callable[[], None]], fd: int) -> bool:
         if table.pop(fd, None) is None:
             return False
-        if self._epoll is not None:
+        if self._ends.epoll is not None:
             self._watch_locked(fd)
         return True
 
     # -- the thread -----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        epoll = self._epoll
-        assert epoll is not None
-        try:
-            while self._turn(epoll):
-                pass
-        finally:
-            with self._lock:
-                self._closed = True
-                self._asleep = False
-                for table in (self._readers, self._writers, self._hang_ups, self._watched):
-                    table.clear()
-                self._always_ready.clear()
-                epoll.close()
-                self._epoll = None
-                os.close(self._wake_fd)
-                self._wake_fd = -1
-
-    def _turn(self, epoll: select.epoll) -> bool:
-        """One sleep and what it brought. False: the loop is closed."""
-        with self._lock:
-            if self._closed:
-                return False
-            self._gone.clear()
-            sleep_ns = self._sleep_ns_locked()
-            self._asleep = True
-        events = wait(epoll, sleep_ns)
+    def _turn(self, epoll: select.epoll) -> int | None:
+        """Do what the last sleep has brought. How long to sleep now, in nanoseconds; None: until woken; or CLOSED."""
+        Thread.follow_threading()
+        events, self._events = self._events, []
         with self._lock:
             self._asleep = False
             self._sleeps_until_ns = None
@@ -306,11 +317,28 @@ class EventLoop:
             except IndexError:  # closed meanwhile
                 break
             self._call(callback)
+            del callback
         # As many as there are now: one that arms itself for the past must not starve the descriptors.
         for _ in range(len(self._timers)):
             if not self._run_due_timer():
                 break
-        return True
+        with self._lock:
+            if self._closed:
+                return CLOSED
+            self._gone.clear()
+            sleep_ns = self._sleep_ns_locked()
+            self._asleep = True
+            return sleep_ns
+
+    def _over(self) -> None:
+        """The thread ends."""
+        with self._lock:
+            self._closed = True
+            self._asleep = False
+            for table in (self._readers, self._writers, self._hang_ups, self._watched):
+                table.clear()
+            self._always_ready.clear()
+            self._ends.close()
 
     def _sleep_ns_locked(self) -> int | None:
         """How long there is nothing to do, in nanoseconds; None: until woken."""
@@ -321,7 +349,7 @@ class EventLoop:
         return None if deadline_ns is None else max(0, deadline_ns - self.clock.now_ns())
 
     def _on_ready(self, epoll: select.epoll, fd: int, mask: int) -> None:
-        if fd == self._wake_fd:
+        if fd == self._ends.wake_fd:
             os.eventfd_read(fd)
             return
         with self._lock:
@@ -376,6 +404,27 @@ class EventLoop:
                 current = threading.current_thread()
                 threading.excepthook(threading.ExceptHookArgs((type(worse), worse, worse.__traceback__, current)))
             return False
+
+
+def main(me: ref[EventLoop], lock: LockType, ends: Ends, epoll: select.epoll) -> None:
+    """The loop's thread. While it sleeps it holds on to nothing but its two descriptors: a loop that nobody else refers
+    to can then be freed, and wakes the thread as it goes.
+    """
+    events: list[tuple[int, int]] = []
+    try:
+        while (loop := me()) is not None:
+            loop._events, events = events, []
+            sleep_ns = loop._turn(epoll)
+            loop = None
+            if sleep_ns == CLOSED:
+                break
+            events = wait(epoll, sleep_ns)
+    finally:
+        if (loop := me()) is not None:
+            loop._over()
+        else:
+            with lock:
+                ends.close()
 
 
 def wait(epoll: select.epoll, sleep_ns: int | None) -> list[tuple[int, int]]:

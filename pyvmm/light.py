@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 from os import getpid
+from sys import modules, setprofile, settrace
 from time import monotonic
 
 TYPE_CHECKING = False
@@ -99,6 +100,9 @@ class Condition:
             self._waiters.popleft().release()
 
 
+_taken = _thread._local()  # ``hooks``: what this thread has of threading's
+
+
 class Thread:
     """A daemon thread. ``start`` does not wait for it to run, as threading's does: three switches less."""
 
@@ -123,10 +127,28 @@ class Thread:
             return
         self.ident = get_ident()
         try:
+            self.follow_threading()
             self._target()
         finally:
             self.ident = 0
             self._ended.release()
+
+    @staticmethod
+    def follow_threading() -> None:
+        """Have the calling thread traced and profiled as ``threading`` has its own: by coverage, debuggers, profilers.
+
+        Where nobody has loaded ``threading``, nobody can have asked for it. To be called again where a thread that
+        lives long begins something new: somebody may have asked meanwhile.
+        """
+        threading = modules.get("threading")
+        if threading is None or not hasattr(threading, "getprofile"):
+            return  # not loaded, or being loaded
+        hooks = threading.gettrace(), threading.getprofile()
+        if hooks != getattr(_taken, "hooks", (None, None)):
+            _taken.hooks = hooks
+            # The profiler first: it need not see settrace().
+            setprofile(hooks[1])
+            settrace(hooks[0])
 
     @property
     def is_current(self) -> bool:

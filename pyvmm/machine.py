@@ -8,15 +8,20 @@ builder.py makes what is in it; RunControl (run_control.py) starts and parks its
 
 from __future__ import annotations
 
+import sys
+from os import getpid
+
 from pyvmm import builder
 from pyvmm import run_control as states
 from pyvmm.address_space import AddressSpace
-from pyvmm.config import MachineConfig
+from pyvmm.config import MachineConfig, is_int, machine_config, timeout_or_none
 from pyvmm.cpu_exec import StopReason
 from pyvmm.device import DeviceLock
-from pyvmm.errors import DeviceError, GuestError, StateError
+from pyvmm.errors import ConfigError, DeviceError, GuestError, StateError, describe, traceback_text, whose
 from pyvmm.event_loop import EventLoop
+from pyvmm.light import Lock, Thread
 from pyvmm.run_control import ExitStatus, RunControl
+from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,14 +39,11 @@ if TYPE_CHECKING:
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
-    from pyvmm.light import Thread
     from pyvmm.memory_map import MemoryMap
     from pyvmm.run_state import RunState
     from pyvmm.terminal import Terminal
 
-STATUS_SHUTDOWN = 0
-STATUS_RESET = 6
-STATUS_IO_ERROR = 10
+STATUS_IO_ERROR = states.STATUS_IO_ERROR
 STATUS_READER_GONE = 141  # what a shell says of a process that SIGPIPE has ended
 
 
@@ -51,6 +53,10 @@ class Machine:
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
     vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. Raises
     ConfigError for what is asked wrongly and KvmError for what the host refuses.
+
+    Close it, best by ``with``. One that is dropped without is freed when nothing refers to it and its guest does not
+    run, with a ResourceWarning. In a child of ``os.fork`` close() gives back the child's descriptors and mappings, and
+    everything else is a StateError: the VM is its parent's.
     """
 
     kvm: Kvm
@@ -59,15 +65,19 @@ class Machine:
     memory_map: MemoryMap
     cpus: list[Cpu]
     clock: Clock
+    _closed = True  # until there is something to close
 
     def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
-        self.config = config if config is not None else MachineConfig(**options)
+        self.config = machine_config(config, options)
+        self._pid = getpid()
+        self._closing = Lock()
         self.pio = AddressSpace("pio", 1 << 16)
         self.mmio = AddressSpace("mmio", 1 << 52)
         self.event_loop = EventLoop(self._loop_raised)
         self.event_loop.clock.stop()
         self.clock = self.event_loop.clock if self.config.accel == "kvm" else builder.virtual_clock()
         self.control = RunControl(self._on_light, self.event_loop.clock.in_callback)
+        self._closed = False
         self.devices: dict[str, Device] = {}
         self.backends: dict[str, BlockBackend] = {}
         self.io_error = ""
@@ -98,15 +108,31 @@ class Machine:
         """What the machine is doing: RunState tells what each value means."""
         return self.control.state
 
+    @property
+    def status(self) -> ExitStatus | None:
+        """How the last run ended or was held up, whoever waits for it: what ``run`` returns, 4 or 8 where it raises.
+
+        None before the first run and while the machine runs.
+        """
+        return self.control.status
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ``run`` raises: GuestError where the guest can't go on, DeviceError where a device raised."""
+        return self.control.error
+
     def run(self, timeout_s: float | None = None) -> ExitStatus:
         """Run until the guest ends, and say how: an int, what ``pyvmm run`` would exit with, with its ``reason``.
 
         GuestError where the guest can't go on, DeviceError where a device raised; both carry the dump. TimeoutError
         after ``timeout_s`` seconds; the machine is paused then, and also when a signal's exception comes through.
+        StateError where another thread closes it, and in a handler or a callback of this machine.
         """
+        limit_s = timeout_or_none(timeout_s)
+        self._not_from_inside("run")
         try:
             self.resume()
-            finished = self.wait(timeout_s)
+            finished = self.control.wait(limit_s)
         except BaseException:
             self.control.pause()
             raise
@@ -115,22 +141,23 @@ class Machine:
             # It may have ended while it was being paused.
             if self.control.state_name in (states.PAUSED, states.RUNNING):
                 raise TimeoutError(f"the guest was still running after {timeout_s} s")
-        if self.control.error is not None:
-            raise self.control.error
-        if self.control.state_name == states.IO_ERROR:
-            return ExitStatus(STATUS_IO_ERROR, f"io-error: {self.io_error}")
-        status = self.control.status
-        return status if status is not None else ExitStatus(STATUS_SHUTDOWN, "paused")
+        return self.control.outcome()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the machine stops running, whatever the reason: True; False after ``timeout_s`` seconds."""
-        return self.control.wait(timeout_s)
+        """Wait until the machine stops running, whatever the reason: True; False after ``timeout_s`` seconds.
+
+        ``status`` and ``error`` say how it ended. StateError in a handler or a callback of this machine.
+        """
+        limit_s = timeout_or_none(timeout_s)
+        self._not_from_inside("wait")
+        return self.control.wait(limit_s)
 
     def resume(self) -> None:
         """Start, or go on after a pause, and return at once. StateError where the guest has ended.
 
         After an io-error the requests that failed are tried again.
         """
+        self._usable("resume")
         if not self.cpus:
             raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
         for cpu in self.cpus:
@@ -149,12 +176,12 @@ class Machine:
 
         In a device's handler or a timer's callback it returns at once, and takes effect when that returns.
         """
+        self._usable("pause")
         self.control.pause()
 
     def reset(self) -> None:
         """Power-on state, kernel loaded anew. A running machine goes on running, another is paused at the start."""
-        if self.control.state_name == states.CLOSED:
-            raise StateError("the machine is closed")
+        self._usable("reset")
         # A function of this call's own: it is waited for, and another thread may be asking for the same.
         self.control.request(lambda: self._reset(), wait=True)
         if self.control.state_name == states.INTERNAL_ERROR and self.control.error is not None:
@@ -162,16 +189,44 @@ class Machine:
 
     def powerdown(self) -> None:
         """Press the ACPI power button: a guest that listens shuts itself down."""
+        self._usable("powerdown")
         self.devices["acpi_pm"].press()  # type: ignore[attr-defined]  # builder made an AcpiPm
 
     def nmi(self, cpu: int = 0) -> None:
         """Send a non-maskable interrupt to one vCPU. The machine must be paused, or it arrives at the next exit."""
+        self._usable("nmi")
+        if not is_int(cpu) or not 0 <= cpu < len(self.cpus):
+            raise ConfigError(f"nmi({cpu!r}): give the number of a vCPU, from 0; there are {len(self.cpus)}")
         self.cpus[cpu].vcpu.nmi()
 
-    def stop(self, status: int = STATUS_SHUTDOWN, reason: str = "stopped") -> None:
-        """End the run with ``status``; callable from devices' handlers. What ``run`` returns."""
+    def stop(self, status: int = states.STATUS_STOPPED, reason: str = "stopped") -> None:
+        """End the run with ``status``; callable from devices' handlers. What ``run`` returns.
+
+        Once it has ended, further ends are not looked at; but an exception of the handler that asked still is.
+        """
+        if not is_int(status) or not isinstance(reason, str):
+            raise ConfigError(f"stop({status!r}, {reason!r}): give a whole number and a word or two")
+        self._same_process("stop")
         ended = ExitStatus(status, reason)
         self.control.request(lambda: self.control.end(ended, None, states.SHUTDOWN))
+
+    def _same_process(self, call: str) -> None:
+        if getpid() != self._pid:
+            raise StateError(f"{call}() in a child of fork: the VM is its parent's, close() is all that is left here")
+
+    def _usable(self, call: str) -> None:
+        self._same_process(call)
+        if self.control.state_name == states.CLOSED:
+            raise StateError(f"{call}(): the machine is closed: make another one")
+
+    def _not_from_inside(self, call: str) -> None:
+        self._same_process(call)
+        if self._on_own_thread():
+            raise StateError(f"{call}() {states.FROM_INSIDE}")
+
+    def _on_own_thread(self) -> bool:
+        own = self.event_loop.on_loop_thread() or any(thread.is_current for thread in self._background)
+        return own or self.control.inside()
 
     @property
     def irq_controllers(self) -> Mapping[str, ControllerPins]:
@@ -182,12 +237,12 @@ class Machine:
 
     def guest_shutdown(self) -> None:
         """The guest powered itself off."""
-        self.stop(STATUS_SHUTDOWN, "shutdown")
+        self.stop(states.STATUS_POWER_OFF, "shutdown")
 
     def guest_reset(self, why: str = "reset") -> None:
         """The guest asked for a reset, or fell into a triple fault."""
         if self.config.no_reboot:
-            self.stop(STATUS_RESET, why)
+            self.stop(states.STATUS_RESET, why)
             return
 
         self.control.request(self._reset)
@@ -199,7 +254,8 @@ class Machine:
         import os
 
         self.io_error = f"{backend.name}: {operation}: {os.strerror(number)}"
-        self.control.request(lambda: self.control.end(None, None, states.IO_ERROR))
+        held_up = ExitStatus(STATUS_IO_ERROR, f"io-error: {self.io_error}")
+        self.control.request(lambda: self.control.end(held_up, None, states.IO_ERROR))
 
     def reader_gone(self) -> None:
         """Nobody reads the terminal, or the pipe in its place, any more: the guest would run on unseen."""
@@ -222,7 +278,7 @@ class Machine:
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "RESET":
             self.guest_reset()
         elif reason is StopReason.DEBUG:
-            stopped = ExitStatus(STATUS_SHUTDOWN, "debug")
+            stopped = ExitStatus(states.STATUS_DEBUG, "debug")
             self.control.request(lambda: self.control.end(stopped, None, states.DEBUG))
         else:
             from pyvmm.dump import dump, reason_text
@@ -232,22 +288,19 @@ class Machine:
 
     def _raised(self, cpu: Cpu, error: BaseException) -> None:
         """A device's handler raised: dump with its traceback, then complete the access it left half done."""
-        import traceback
-
         from pyvmm.dump import dump
 
-        text = f"a device raised {type(error).__name__}: {error}"
+        text = f"{whose(error)} raised {describe(error)}"
         post_mortem = dump(cpu.vcpu, self.memory, f"vCPU {cpu.index}: {text}")
-        failure = DeviceError(text, post_mortem + "\n" + "".join(traceback.format_exception(error)).rstrip())
+        failure = DeviceError(text, f"{post_mortem}\n{traceback_text(error)}")
         failure.__cause__ = error
         cpu.exec.complete()
-        self._fail(failure)
+        self.control.request(lambda: self.control.fail_late(failure))
 
     def _loop_raised(self, error: BaseException) -> None:
         """A timer or descriptor callback raised on the event loop's thread."""
         failure = callback_failure(error)
-        failure.__cause__ = error
-        self._fail(failure)
+        self.control.request(lambda: self.control.fail_late(failure))
 
     def _fail(self, failure: GuestError) -> None:
         self.control.request(lambda: self.control.end(None, failure, states.INTERNAL_ERROR))
@@ -269,6 +322,7 @@ class Machine:
 
     def drain(self) -> None:
         """Return when no drive has a request under way. The caller holds no device's lock."""
+        self._same_process("drain")
         for backend in self.backends.values():
             backend.drain()
 
@@ -283,7 +337,7 @@ class Machine:
         self.memory_map.hold()
         for device in self._all_devices():
             with device.lock:
-                device.reset()
+                reset_device(device)
         builder.reset(self)
         self.first_boot = False
         self.memory_map.release()
@@ -297,17 +351,25 @@ class Machine:
     # -- wires and counters --------------------------------------------------------------------------------
 
     def irq_line(self, irq: int) -> IrqLine:
-        """A line to ISA interrupt ``irq`` (GSI of the same number), for a device of your own. Lines to one are ORed."""
+        """A line to ISA interrupt ``irq`` (GSI of the same number), for a device of your own. Lines to one are ORed.
+
+        ConfigError where there is no such interrupt: they go from 0 to 23, the IOAPIC's pins.
+        """
+        self._usable("irq_line")
+        if not is_int(irq) or not 0 <= irq < layout.IOAPIC_PINS:
+            raise ConfigError(f"irq_line({irq!r}): give a whole number from 0 to {layout.IOAPIC_PINS - 1}")
         return builder.irq_line(self, irq)
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
         """Let KVM gather writes to this range (KVM_REGISTER_COALESCED_MMIO): they arrive in order at the next exit."""
+        self._usable("coalesce")
         builder.coalesce(self, space, address, size)
 
     def exit_stats(self) -> list[ExitStat]:
         """Per exit reason, port or page, and direction: count and user-space time, all vCPUs together."""
         from pyvmm.exit_stats import merge
 
+        self._same_process("exit_stats")
         return merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
 
     def exit_stats_table(self) -> str:
@@ -325,13 +387,53 @@ class Machine:
     # -- the end -------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End everything and give it back: threads, descriptors, memory. Idempotent."""
-        if self.control.state_name == states.CLOSED:
+        """End everything and give it back: threads, descriptors, memory. Idempotent; a second caller waits for it.
+
+        StateError in a handler or a callback of this machine. In a child of ``os.fork`` it closes the child's
+        descriptors and mappings and does nothing else.
+        """
+        if self._closed:
             return
-        try:
+        if getpid() != self._pid:
+            self._closed = True
+            self.control.state_name = states.CLOSED
+            builder.abandon(self)
+            return
+        self._not_from_inside("close")
+        with self._closing:
+            if self._closed:
+                return
+            # Interrupted here, the threads may still run: nothing is taken from under them, and close() can go on.
             self.control.close()
+            try:
+                builder.tear_down(self)
+            except Exception:
+                self._closed = True  # all was given back all the same
+                raise
+            self._closed = True
+
+    def __del__(self) -> None:
+        # As the interpreter ends, its daemon threads stand still for good: nobody may wait for them.
+        if self._closed or sys.is_finalizing():
+            return
+        if getpid() != self._pid:
+            self.close()
+            return
+        import warnings
+
+        try:
+            warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, source=self, stacklevel=2)
         finally:
-            builder.tear_down(self)
+            if self._on_own_thread():
+                # The collector came by on one of its threads, which can't wait for itself.
+                Thread(self.close).start()
+            else:
+                self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "<Machine closed>"
+        return f"<Machine {self.config.machine}, {len(self.cpus)} vCPUs, {self.control.state_name}>"
 
     def __enter__(self) -> Machine:
         return self
@@ -342,7 +444,15 @@ class Machine:
 
 def callback_failure(error: BaseException) -> DeviceError:
     """What a device raised outside of an exit, and so without a dump."""
-    import traceback
+    text = f"the callback {whose(error)} raised {describe(error)}"
+    failure = DeviceError(text, f"{text}\n{traceback_text(error)}")
+    failure.__cause__ = error
+    return failure
 
-    text = f"a device's callback raised {type(error).__name__}: {error}"
-    return DeviceError(text, text + "\n" + "".join(traceback.format_exception(error)).rstrip())
+
+def reset_device(device: Device) -> None:
+    try:
+        device.reset()
+    except BaseException as error:
+        text = f"{type(device).__name__}.reset raised {describe(error)}"
+        raise DeviceError(text, f"{text}\n{traceback_text(error)}") from error

@@ -146,6 +146,12 @@ class MemoryMap:
                 self._set_slot(slot, *section.key)
                 self._slots[section.key] = slot
 
+    def close(self) -> None:
+        """Show nothing any more, and let go of the memory. The VM is on its way out, its slots with it."""
+        self._set_slot = None
+        self._rom = None
+        self.sections.clear()
+
     # -- the processor's view ----------------------------------------------------------------------------------
 
     def read(self, gpa: int, size: int) -> bytes:

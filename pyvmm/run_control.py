@@ -10,12 +10,13 @@ neither.
 
 from __future__ import annotations
 
-from pyvmm.errors import StateError
+from pyvmm.errors import StateError, describe
 from pyvmm.light import Condition, RLock, get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from pyvmm.cpu import Cpu
     from pyvmm.run_state import RunState
@@ -30,28 +31,62 @@ IO_ERROR = "io-error"
 SHUTDOWN = "shutdown"
 INTERNAL_ERROR = "internal-error"
 CLOSED = "closed"
+FROM_INSIDE = (
+    "from a device's handler or a callback would wait for itself: call stop() or pause() there, "
+    "and the rest where run() has returned"
+)
 ENDED = (SHUTDOWN, INTERNAL_ERROR, CLOSED)
 RESUMABLE = (PRELAUNCH, PAUSED, DEBUG, IO_ERROR)
+
+
+# What ExitStatus is, and `pyvmm run` exits with. Odd ones are isa-debug-exit's; 2 and 124 are the command's own.
+STATUS_POWER_OFF = 0
+STATUS_GUEST_ERROR = 4
+STATUS_RESET = 6
+STATUS_DEVICE_ERROR = 8
+STATUS_IO_ERROR = 10
+STATUS_PAUSED = 12
+STATUS_DEBUG = 14
+STATUS_STOPPED = 16
 
 
 class ExitStatus(int):
     """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two.
 
-    0 the guest powered off; odd, (value << 1) | 1, by isa-debug-exit; 6 a reset with no_reboot.
+    ====  =====================================================================================
+    0     the guest powered off
+    odd   ``(value << 1) | 1``: it wrote ``value`` to isa-debug-exit
+    4     it can't go on: GuestError, which ``run`` raises (``Machine.status`` gives the number)
+    6     it reset itself, with ``no_reboot``
+    8     a device raised: DeviceError, raised likewise
+    10    a drive's request failed and its policy says stop; ``resume`` tries again
+    12    somebody paused the machine; ``resume`` goes on
+    14    a breakpoint or a single step; ``resume`` goes on
+    16    ``Machine.stop()`` without a status of its own
+    ====  =====================================================================================
     """
 
     reason: str
 
-    def __new__(cls, status: int, reason: str) -> ExitStatus:
+    def __new__(cls, status: int, reason: str = "") -> ExitStatus:
         self = super().__new__(cls, status)
         self.reason = reason
         return self
+
+    def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]  # int's own has one: copies keep the reason
+        return int(self), self.reason
 
     def __str__(self) -> str:
         return int.__repr__(self)
 
     def __repr__(self) -> str:
         return f"<ExitStatus {int(self)}: {self.reason}>"
+
+
+def failure_status(error: BaseException) -> ExitStatus:
+    """The status that stands for an error; its own where it is a GuestError."""
+    number = getattr(error, "status", STATUS_GUEST_ERROR)
+    return ExitStatus(number if isinstance(number, int) else STATUS_GUEST_ERROR, describe(error))
 
 
 class RunControl:
@@ -69,6 +104,7 @@ class RunControl:
         self._lock = RLock()
         self._cond = Condition(self._lock)
         self._go = False
+        self._only: Cpu | None = None  # the one vCPU that the green light is for; None: all of them
         self._lit = False  # guest time runs
         self._closing = False
         self._acting = 0  # the thread that carries out requests
@@ -87,22 +123,26 @@ class RunControl:
 
     # -- the vCPU threads ----------------------------------------------------------------------------------
 
-    def enter(self, cpu: Cpu) -> bool:
-        """Park until the light is green: True to run the guest, False to end the thread."""
-        with self._lock:
-            while not self._closing:
-                if self._requests and not self._acting and not self._inside:
-                    self._carry_out()
-                    continue
-                # A request under way, or one that came after the light turned green, goes first.
-                if self._go and not self._acting and not self._requests:
-                    cpu.parked = False
-                    self._inside += 1
-                    # A kick meant for the last stay must not end this one.
-                    cpu.exec.cancel_kick()
-                    return True
-                self._cond.wait()
-            return False
+    @property
+    def parking(self) -> tuple[Any, Condition]:
+        """The lock and the condition that a parked vCPU waits at. They refer to nothing of the machine."""
+        return self._lock, self._cond
+
+    def admit(self, cpu: Cpu) -> bool | None:
+        """The lock is held. True: run the guest; False: end the thread; None: stay parked until the next notify."""
+        while not self._closing:
+            if self._requests and not self._acting and not self._inside:
+                self._carry_out()
+                continue
+            # A request under way, or one that came after the light turned green, goes first.
+            if self._go and not self._acting and not self._requests and self._only in (None, cpu):
+                cpu.parked = False
+                self._inside += 1
+                # A kick meant for the last stay must not end this one.
+                cpu.exec.cancel_kick()
+                return True
+            return None
+        return False
 
     def leave(self, cpu: Cpu) -> None:
         """The vCPU is out of its loop; the last one out carries out what was requested."""
@@ -128,7 +168,7 @@ class RunControl:
     def _failed(self, error: BaseException) -> None:
         """All vCPUs are parked and the lock is held: an error is the last word, even after an end."""
         self._go = False
-        self.state_name, self.status, self.error = INTERNAL_ERROR, None, error
+        self.state_name, self.status, self.error = INTERNAL_ERROR, failure_status(error), error
 
     def _carry_out(self) -> None:
         """All vCPUs are parked and the lock is held: run the requests, outside of the lock."""
@@ -201,6 +241,7 @@ class RunControl:
             if self._closing:
                 return
             self.state_name = RUNNING
+            self.status = self.error = None
             self._go = True
             if not self._lit:
                 self._lit = True
@@ -214,7 +255,7 @@ class RunControl:
                 self.go()
             elif self.state_name != CLOSED:
                 self.state_name = PAUSED
-                self.status = self.error = None
+                self.status, self.error = ExitStatus(STATUS_PAUSED, PAUSED), None
 
     def end(self, status: ExitStatus | None, error: BaseException | None, state: str) -> None:
         """The run is over, or held up; part of a request.
@@ -222,22 +263,36 @@ class RunControl:
         An end takes the place of a pause that came a moment earlier, or it would be lost. Among ends the first counts.
         """
         with self._lock:
-            if self.state_name in ENDED:
-                return
-            self.state_name = state
-            self.status, self.error = status, error
-            self._cond.notify_all()
+            if self.state_name not in ENDED:
+                self._end(status, error, state)
+
+    def fail_late(self, error: BaseException) -> None:
+        """What a device raised; part of a request. It is told even where the run has ended meanwhile: a handler that
+        asks for an end and raises then is wrong all the same.
+        """
+        with self._lock:
+            if self.state_name not in ENDED or (self.state_name == SHUTDOWN and self.error is None):
+                self._end(None, error, INTERNAL_ERROR)
+
+    def _end(self, status: ExitStatus | None, error: BaseException | None, state: str) -> None:
+        self.state_name, self.error = state, error
+        self.status = status if error is None else failure_status(error)
+        self._cond.notify_all()
 
     # -- the embedder --------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Run, or go on. StateError where the guest has ended."""
+    def resume(self, only: Cpu | None = None) -> None:
+        """Run, or go on; ``only``: with one vCPU, the others stay parked. StateError where the guest has ended."""
         with self._lock:
+            if self._closing:
+                raise StateError("the machine is closed: make another one")
             if self.state_name == RUNNING:
+                if only is not None:
+                    raise StateError(f"vCPU {only.index} can't step while the machine runs: pause() it first")
                 return
             if self.state_name not in RESUMABLE:
                 raise StateError(f"the machine is in state {self.state_name}: reset() it first")
-            self.status = self.error = None
+            self._only = only
             # In the same breath: an end that comes after the look at the state must stay the last word.
             self.go()
 
@@ -246,7 +301,7 @@ class RunControl:
 
         def paused() -> None:
             if self.state_name == RUNNING:
-                self.end(None, None, PAUSED)
+                self.end(ExitStatus(STATUS_PAUSED, PAUSED), None, PAUSED)
 
         with self._lock:
             if self.state_name != RUNNING:
@@ -269,23 +324,30 @@ class RunControl:
 
     def wait(self, timeout_s: float | None = None, state: str = RUNNING) -> bool:
         """Wait until the machine is not running (not in ``state``) any more: True; False where the time ran out first.
+
+        StateError where the caller would wait for itself: on a vCPU's thread, in a request or in a timer's callback.
         """
         with self._lock:
+            if self._would_wait_for_itself():
+                raise StateError(f"wait() {FROM_INSIDE}")
             return self._cond.wait_for(
                 lambda: self.state_name != state and not self._acting and not self._inside, timeout_s
             )
 
     def close(self) -> None:
-        """Park all vCPUs for good and end their threads. StateError on one of those: it could not go back."""
+        """Park all vCPUs for good and end their threads. Once more, where the first time was interrupted, is fine.
+
+        StateError on one of those threads, in a request or in a timer's callback: they could not go back.
+        """
         with self._lock:
-            if self._on_cpu_thread():
-                raise StateError("close() from a device's handler: call stop() there, and close() where run() returned")
+            if self._would_wait_for_itself():
+                raise StateError(f"close() {FROM_INSIDE}")
             self._closing = True
             self._requests.clear()
             self._stop_all()
             self._cond.notify_all()
             # A request under way on another thread still uses the machine.
-            self._cond.wait_for(lambda: self._acting in (0, get_ident()))
+            self._cond.wait_for(lambda: not self._acting)
         for cpu in self.cpus:
             cpu.join()
         try:
@@ -294,6 +356,22 @@ class RunControl:
             with self._lock:
                 self.state_name = CLOSED
                 self._cond.notify_all()
+
+    def outcome(self) -> ExitStatus:
+        """How the run that ``wait`` has seen the end of has ended. Raises the error that ended it."""
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            if self.status is not None:
+                return self.status
+            if self.state_name == CLOSED:
+                raise StateError("the machine was closed while it ran")
+            # Somebody has paused it, and somebody else has set it going again since.
+            return ExitStatus(STATUS_PAUSED, PAUSED)
+
+    def inside(self) -> bool:
+        """Whether the caller is a vCPU's thread, a request, or a timer's callback: none may wait for the machine."""
+        return self._would_wait_for_itself()
 
     def _would_wait_for_itself(self) -> bool:
         return self._on_cpu_thread() or self._acting == get_ident() or self._in_timer()

@@ -105,6 +105,7 @@ class Terminal(FdChardev):
         self._tty_fd = in_fd
         self._raw = raw and os.isatty(in_fd)
         self._cooked: list[int | list[bytes | int]] | None = None  # the terminal's own modes, while it is raw
+        self._pid = os.getpid()
         self._screen: Screen | None = None
         self._shown = False  # the screen is
         self._show_lock = Lock()
@@ -261,8 +262,8 @@ class Terminal(FdChardev):
     def leave_raw(self) -> None:
         """Give the terminal back as it was. Idempotent; takes no lock: a signal handler may call it."""
         cooked, self._cooked = self._cooked, None
-        if cooked is None:
-            return
+        if cooked is None or os.getpid() != self._pid:
+            return  # a child of fork: the terminal is its parent's
         import atexit
         import termios
 

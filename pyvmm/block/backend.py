@@ -216,6 +216,13 @@ class BlockBackend:
             driver, self._driver = self._driver, None
             driver.close()
 
+    def abandon(self) -> None:
+        """In a child of fork, which has no worker: close the image's descriptors and do nothing else."""
+        self._on_error = None
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.abandon()
+
     # -- a request's life -------------------------------------------------------------------------------------
 
     def _submit(self, request: Request) -> Request:

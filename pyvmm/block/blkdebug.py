@@ -240,6 +240,9 @@ class BlkDebug(ProtocolDriver):
         self._pool.close()
         self._file.close()
 
+    def abandon(self) -> None:
+        self._file.abandon()
+
 
 def read_rules(path: str) -> list[Rule]:
     """The rules in a file; none where ``path`` is empty. ConfigError for what is wrong, with the line."""

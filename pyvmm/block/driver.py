@@ -57,6 +57,9 @@ class ProtocolDriver:
     def close(self) -> None:
         """Give everything back; nothing is in flight."""
 
+    def abandon(self) -> None:
+        """In a child of fork: close this process's descriptors. No lock, no thread, no request."""
+
 
 class FormatDriver:
     """The guest's disk, whole requests: 0 or a negative errno."""
@@ -85,6 +88,10 @@ class FormatDriver:
     def peek(self, offset: int, length: int) -> bytes:
         """As ProtocolDriver.peek, of the guest's disk."""
         return b""
+
+    def abandon(self) -> None:
+        """As a protocol's."""
+        raise NotImplementedError
 
     def close(self) -> None:
         raise NotImplementedError

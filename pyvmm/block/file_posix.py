@@ -162,6 +162,9 @@ class FilePosix(ProtocolDriver):
         self._bounces.close()
         self._image.close()
 
+    def abandon(self) -> None:
+        self._image.close()
+
     # -- on a worker's thread -------------------------------------------------------------------------------
 
     def _aio_worker(self, job: object) -> None:

@@ -106,3 +106,6 @@ class RawDriver(FormatDriver):
 
     def close(self) -> None:
         self._file.close()
+
+    def abandon(self) -> None:
+        self._file.abandon()

@@ -164,3 +164,8 @@ class SnapshotDriver(FormatDriver):
         self._base.close()
         self._top.close()
         self._map.close()
+
+    def abandon(self) -> None:
+        self._base.abandon()
+        self._top.abandon()
+        self._map.close()

@@ -80,9 +80,9 @@ TITLE = """\
 usage: pyvmm run [OPTIONS] [DISK.IMG ...]
 
 Runs one guest: from disk images by firmware, or a kernel, or a flat binary. On a terminal Ctrl-A x quits and
-Ctrl-A h tells the other keys. Exit status: 0 guest power-off, odd (value << 1) | 1 by isa-debug-exit, 2 wrong use or
-host error, 4 KVM internal error or unhandled exit, 6 reset with --no-reboot, 8 a device raised, 124 --timeout. A guest
-that a drive's error has stopped (werror, rerror) goes on at SIGCONT."""
+Ctrl-A h tells the other keys. Exit status: 0 guest power-off or Ctrl-A x, odd (value << 1) | 1 by isa-debug-exit, 2
+wrong use or host error, 4 KVM internal error or unhandled exit, 6 reset with --no-reboot, 8 a device raised, 124
+--timeout. A guest that a drive's error has stopped (werror, rerror) goes on at SIGCONT."""
 
 
 def run(args: list[str]) -> int:
