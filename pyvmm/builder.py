@@ -9,7 +9,7 @@ from __future__ import annotations
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.device import IrqWire
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, remedy_for_path
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vm import MEM_READONLY
@@ -66,7 +66,8 @@ class Images:
             with open(path, "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
-            raise ConfigError(f"{what} {path}: {error.strerror}: give a file that can be read") from None
+            why = remedy_for_path(path, error, "give a file that can be read")
+            raise ConfigError(f"{what} {path}: {why}") from None
         except ValueError:
             raise ConfigError(f"{what} {path} is empty: give a whole image") from None
         self._maps.append(mapped)

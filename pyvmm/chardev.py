@@ -16,7 +16,7 @@ import stat
 from errno import EIO, EPIPE
 from time import monotonic
 
-from pyvmm.errors import ConfigError, StateError
+from pyvmm.errors import ConfigError, StateError, remedy
 from pyvmm.light import Lock
 
 TYPE_CHECKING = False
@@ -384,7 +384,7 @@ class PtyChardev(FdChardev):
             master_fd, slave_fd = os.openpty()
         except OSError as exc:
             raise ConfigError(
-                f"no pseudo-terminal to be had ({exc.strerror}): mount devpts, or use a file"
+                f"no pseudo-terminal to be had: {remedy(exc, 'mount devpts, or use a file')}"
             ) from exc
         self.path = os.ttyname(slave_fd)
         """The device file for the client."""
@@ -415,6 +415,7 @@ class FileChardev(FdChardev):
     """
 
     def __init__(self, target: str | os.PathLike[str] | int, loop: EventLoop | None = None) -> None:
+        self.path = f"descriptor {target}" if isinstance(target, int) else os.fsdecode(target)
         self._owned = not isinstance(target, int)
         if isinstance(target, int):
             fd = target
@@ -428,8 +429,8 @@ class FileChardev(FdChardev):
                 fd = os.open(target, flags, 0o666)
             except OSError as exc:
                 raise ConfigError(
-                    f"can't write to {os.fspath(target)!r} ({exc.strerror}): give the path of a file"
-                    " that may be created or appended to"
+                    f"can't write to {os.fspath(target)!r}: "
+                    + remedy(exc, "give the path of a file that may be created or appended to")
                 ) from exc
         super().__init__(loop, out_fd=fd)
 

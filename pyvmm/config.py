@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, remedy_for_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -245,7 +245,8 @@ def from_file(path: str) -> dict[str, Any]:
         with open(path, "rb") as f:
             data = f.read()
     except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}: give a TOML or JSON file that can be read") from None
+        why = remedy_for_path(path, error, "give a TOML or JSON file that can be read")
+        raise ConfigError(f"config file {path}: {why}") from None
     decode = msgspec.json.decode if path.endswith(".json") else msgspec.toml.decode
     try:
         options = decode(data, type=schema)

@@ -90,7 +90,7 @@ class Cpu:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise StateError(f"vCPU {self.index}: {error}: raise ulimit -u, or close machines") from None
+            raise StateError(f"vCPU {self.index}: {error}") from None
 
     def join(self) -> None:
         """Wait for the thread's end; not from the thread itself."""

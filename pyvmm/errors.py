@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOMEM, ENOSPC
 
 
 def describe(error: BaseException) -> str:
@@ -75,6 +76,14 @@ class BusError(VmmError):
     """A guest-physical range is not wholly inside one piece of guest RAM."""
 
 
+class HostError(VmmError):
+    """The host has no more of something (descriptors, memory, threads); the sentence says which limit to raise."""
+
+
+class ThreadError(HostError, RuntimeError):
+    """The host has no room for one more thread."""
+
+
 class KvmError(VmmError, OSError):
     """An ioctl on a KVM descriptor failed: ``ioctl`` by its kernel name, ``errno`` and ``strerror`` as in OSError."""
 
@@ -108,3 +117,44 @@ class DeviceError(GuestError):
     """A device's handler raised. ``__cause__`` is what it raised, ``dump`` has the traceback beside the registers."""
 
     status = 8
+
+
+# What to do where the host has no more of something, whatever it was wanted for.
+HOST_LIMITS = {
+    EMFILE: "raise `ulimit -n`: this process may open no more files",
+    ENFILE: "raise /proc/sys/fs/file-max: the host has no more open files",
+    ENOMEM: "raise `ulimit -v`, or ask for less memory",
+    ENOSPC: "free some space there, or write elsewhere",
+    EDQUOT: "free some space there, or write elsewhere",
+    EFBIG: "raise `ulimit -f`, or write elsewhere",
+}
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """"why: what to do" of a failed system call; ``otherwise`` where no limit of the host's is the reason."""
+    return f"{error.strerror or error}: {HOST_LIMITS.get(error.errno or 0, otherwise)}"
+
+
+def remedy_for_path(path: str, error: OSError, otherwise: str) -> str:
+    """The same where ``path`` was to be opened for reading."""
+    return not_local(path) or remedy(error, otherwise)
+
+
+# What QEMU's block layer knows by such a prefix, beside URLs.
+PROTOCOLS = ("nbd", "json", "fat", "rbd", "ssh", "iscsi", "gluster", "nvme", "vxhs")
+
+
+def not_local(path: str) -> str:
+    """What to do about a ``path`` that is a URL, or a word of QEMU's for something that is no file; else ""."""
+    scheme, colon, rest = path.partition(":")
+    if not colon or os.path.lexists(path):
+        return ""
+    if scheme == "file" and rest.startswith("//"):
+        return f"that is a URL: give the path, {rest[2:]}"
+    if scheme in ("http", "https", "ftp", "ftps"):
+        import shlex
+
+        return f"that is a URL: fetch it first, with `curl -LO {shlex.quote(path)}`, and give the path of the file"
+    if rest.startswith("//") or scheme in PROTOCOLS:
+        return f"that is no path of a file: what QEMU reads by {scheme}: is not there yet, give a local image"
+    return ""

@@ -17,7 +17,7 @@ from _weakref import ref
 from time import monotonic_ns
 
 from pyvmm.clock import Clock, Timer, TimerQueue
-from pyvmm.errors import StateError
+from pyvmm.errors import HostError, StateError, remedy
 from pyvmm.light import Condition, Lock, Thread, deque
 
 TYPE_CHECKING = False
@@ -221,12 +221,14 @@ class EventLoop:
             raise StateError("the event loop is closed")
         if self._thread is None:
             me, lock, ends = ref(self), self._lock, self._ends
-            wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            wake_fd = -1
             try:
+                wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 epoll = select.epoll()
-            except BaseException:
-                os.close(wake_fd)
-                raise
+            except OSError as error:
+                if wake_fd >= 0:
+                    os.close(wake_fd)
+                raise HostError(remedy(error, "this kernel has no epoll or eventfd for us")) from None
             ends.epoll, ends.wake_fd = epoll, wake_fd
             try:
                 epoll.register(wake_fd, select.EPOLLIN)

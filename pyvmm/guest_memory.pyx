@@ -12,7 +12,7 @@ from posix.unistd cimport close, ftruncate
 
 import os
 
-from pyvmm.errors import BusError, ConfigError, StateError
+from pyvmm.errors import BusError, ConfigError, StateError, remedy
 
 cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *, unsigned int)
@@ -82,8 +82,10 @@ cdef class RamRegion:
         if shared or huge:
             self.fd = memfd_create(b"pyvmm-ram", MFD_CLOEXEC | huge)
             if self.fd < 0 or ftruncate(self.fd, length) < 0:
-                raise ConfigError(f"{name}: no memory file of {length >> 20} MiB: {os.strerror(errno)}"
-                                  + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge else ""))
+                raise ConfigError(f"{name}: no memory file of {length >> 20} MiB: "
+                                  + remedy(OSError(errno, os.strerror(errno)),
+                                           "reserve huge pages in /proc/sys/vm/nr_hugepages" if huge
+                                           else "ask for less memory"))
             # Hugetlb pages must be reserved now: a page missing later would be a SIGBUS inside a guest's access.
             flags = MAP_SHARED if huge else MAP_SHARED | MAP_NORESERVE
         else:
@@ -93,7 +95,8 @@ cdef class RamRegion:
             else mmap(NULL, length, PROT_READ | PROT_WRITE, flags, self.fd, 0)
         if p == MAP_FAILED:
             raise ConfigError(f"{name}: can't map {length >> 20} MiB: {os.strerror(errno)}"
-                              + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge else "; ask for less memory"))
+                              + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge
+                                 else "; ask for less memory, or raise `ulimit -v`"))
         self.hva = <uint8_t *>p
         # Advice only: a kernel without transparent huge pages says EINVAL and the guest runs all the same.
         if huge_pages == "transparent":

@@ -11,6 +11,8 @@ from os import getpid
 from sys import modules, setprofile, settrace
 from time import monotonic
 
+from pyvmm.errors import ThreadError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
@@ -103,6 +105,21 @@ class Condition:
 _taken = _thread._local()  # ``hooks``: what this thread has of threading's
 
 
+def why_no_thread() -> str:
+    """What to do about a thread that the host refused: its stack is address space, which may be what is short."""
+    import mmap
+    import resource
+
+    stack_bytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if not 0 < stack_bytes < 1 << 30:
+        stack_bytes = 8 << 20
+    try:
+        mmap.mmap(-1, stack_bytes).close()
+    except (OSError, MemoryError):
+        return "raise `ulimit -v`, or ask for less memory"
+    return "raise `ulimit -u` (in a container its pids.max), or close machines"
+
+
 class Thread:
     """A daemon thread. ``start`` does not wait for it to run, as threading's does: three switches less."""
 
@@ -115,11 +132,14 @@ class Thread:
         self.ident = 0
 
     def start(self) -> None:
-        """Start it, once. RuntimeError where the host has no room for one more."""
+        """Start it, once. ThreadError where the host has no room for one more."""
         if not self._started:
             # A signal's exception between these two lines leaves open whether there is a thread. The next call then
             # starts another, and of two threads one finds the target taken and ends.
-            _thread.start_new_thread(self._run, ())
+            try:
+                _thread.start_new_thread(self._run, ())
+            except (RuntimeError, MemoryError) as error:
+                raise ThreadError(f"{error or 'no memory for a thread'}: {why_no_thread()}") from None
             self._started = True
 
     def _run(self) -> None:

@@ -17,7 +17,7 @@ from pyvmm.address_space import AddressSpace
 from pyvmm.config import MachineConfig, is_int, machine_config, timeout_or_none
 from pyvmm.cpu_exec import StopReason
 from pyvmm.device import DeviceLock
-from pyvmm.errors import ConfigError, DeviceError, GuestError, StateError, describe, traceback_text, whose
+from pyvmm.errors import ConfigError, DeviceError, GuestError, HostError, StateError, describe, traceback_text, whose
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread
 from pyvmm.run_control import ExitStatus, RunControl
@@ -288,6 +288,10 @@ class Machine:
 
     def _raised(self, cpu: Cpu, error: BaseException) -> None:
         """A device's handler raised: dump with its traceback, then complete the access it left half done."""
+        if isinstance(error, HostError):  # no fault of the device's, and told in one sentence
+            cpu.exec.complete()
+            self.control.request(lambda: self.control.fail_late(error))
+            return
         from pyvmm.dump import dump
 
         text = f"{whose(error)} raised {describe(error)}"
@@ -299,7 +303,7 @@ class Machine:
 
     def _loop_raised(self, error: BaseException) -> None:
         """A timer or descriptor callback raised on the event loop's thread."""
-        failure = callback_failure(error)
+        failure = error if isinstance(error, HostError) else callback_failure(error)
         self.control.request(lambda: self.control.fail_late(failure))
 
     def _fail(self, failure: GuestError) -> None:

@@ -12,7 +12,7 @@ import stat
 from errno import EACCES, EINVAL, EISDIR, ENOENT, EOPNOTSUPP, EPERM, EROFS
 
 from pyvmm.block.locking import lock_image, users
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, not_local, remedy
 
 # Smallest first: 1 is a file system that doesn't care (tmpfs), the others are block sizes of disks and file systems.
 ALIGNMENTS = (1, 512, 1024, 2048, 4096, 16384, 65536)
@@ -142,18 +142,29 @@ def why_not_opened(path: str, flags: int, exc: OSError | ValueError) -> str:
         return f"the image {path!r} is no path: {exc}"
     writing = flags & os.O_ACCMODE == os.O_RDWR
     if exc.errno == ENOENT:
-        return f"the image {path} does not exist: give the path of one, or make an empty one: truncate -s 1G {path}"
+        give = "give the path of one"
+        if writing and os.path.isdir(os.path.dirname(path) or "."):
+            import shlex
+
+            give += f", or make an empty one: truncate -s 1G {shlex.quote(path)}"
+        return f"the image {path} does not exist: {not_local(path) or give}"
     if exc.errno in (EACCES, EPERM, EROFS) and writing and os.access(path, os.R_OK):
         return f"the image {path} may not be written ({exc.strerror}): allow it, or give read-only=on"
     if exc.errno in (EACCES, EPERM):
         return f"the image {path} may not be read ({exc.strerror}): allow it with chmod, or run as its owner"
     if exc.errno == EINVAL and flags & os.O_DIRECT:
         return f"the file system of the image {path} knows no O_DIRECT: use cache=writeback or writethrough"
-    return f"the image {path} can't be opened: {exc.strerror}"
+    return f"the image {path} can't be opened: {remedy(exc, 'give another one')}"
 
 
 def locked(path: str, fd: int) -> str:
-    who = " and ".join(users(fd)) or "another program"
+    found = users(fd)
+    if found == ["this process"]:
+        return (
+            f"the image {path} is open in this process already: give it to one drive only, make a copy for the other"
+            " (cp), or give both read-only=on"
+        )
+    who = " and ".join(found) or "another program"
     return f"the image {path} is in use by {who}: end that first, or give locking=off and take the risk"
 
 

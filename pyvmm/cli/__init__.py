@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
-from pyvmm.errors import ConfigError, VmmError
+from pyvmm.errors import HOST_LIMITS, ConfigError, VmmError, remedy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TextIO
 
 USAGE = """\
 usage: pyvmm VERB [OPTIONS]
@@ -27,6 +29,7 @@ usage: pyvmm VERB [OPTIONS]
 STATUS_USAGE = 2
 STATUS_TIMEOUT = 124
 STATUS_INTERRUPTED = 130
+STATUS_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,18 +37,80 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # Nothing that is made on the way to the guest becomes garbage; looking for it would take a tenth of that way.
     gc.disable()
+    open_standard_files()
     try:
-        return dispatch(args)
+        status = dispatch(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure can still be told
+        return status
     except (ConfigError, VmmError) as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
+        say(f"pyvmm: {error}")
         return STATUS_USAGE
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; nothing is left to tell him.
+        give_up(sys.stdout)
+        return STATUS_BROKEN_PIPE
+    except (OSError, MemoryError, ImportError) as error:
+        text = host_lacks(error)
+        if text is None:
+            raise
+        give_up(sys.stdout)
+        say(f"pyvmm: {text}")
         return STATUS_USAGE
     finally:
         gc.enable()
+
+
+def open_standard_files() -> None:
+    """Where standard input, output or error is closed (``>&-``): /dev/null, or the next file that is opened would take
+    its number, and a guest's console would write into its disk.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def say(text: str) -> None:
+    """A line on standard error, if anybody takes it: what went wrong must not fail for want of a place to say it."""
+    if sys.stderr is None:
+        return  # print would take standard output
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO | None) -> None:
+    """Drop what ``stream`` still holds: at its end the interpreter would try again, and complain."""
+    if stream is not None:
+        try:
+            stream.close()
+        except (OSError, ValueError):
+            pass
+
+
+def host_lacks(error: OSError | MemoryError | ImportError) -> str | None:
+    """The sentence for what may go wrong anywhere, because this host has no more of something. None: another error."""
+    from errno import EMFILE, ENFILE, ENOMEM
+
+    if isinstance(error, MemoryError):
+        error = OSError(ENOMEM, "out of memory")
+    elif isinstance(error, ImportError):
+        # The dynamic linker tells it in words (dlopen(3)): of files that it can't open or map.
+        number = next((n for n in (EMFILE, ENFILE, ENOMEM) if os.strerror(n) in str(error)), None)
+        if number is None and "failed to map segment" in str(error):
+            number = ENOMEM
+        if number is None:
+            return None
+        error = OSError(number, os.strerror(number))
+    if error.errno not in HOST_LIMITS:
+        return None
+    where = "" if error.errno in (EMFILE, ENFILE, ENOMEM) else f"{error.filename or 'standard output'}: "
+    return where + remedy(error, "")
 
 
 def dispatch(args: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 
 from pyvmm import Device, GuestError, Machine
@@ -10,6 +9,8 @@ from pyvmm.cli.options import Option, parse, usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.device import IrqLine
 
 # As guests/demo.S has them.
@@ -83,13 +84,17 @@ def demo(args: list[str]) -> int:
     from pyvmm.kvm.kind import kvm_kind
 
     timeout_s = given.pop("timeout", 60.0)
+    shown = Shown()
     with Machine(
-        flat=image("demo"), flat_address=GUEST_ADDRESS, flat_mode="real16", memory_mib=2, serial=show, **given
+        flat=image("demo"), flat_address=GUEST_ADDRESS, flat_mode="real16", memory_mib=2, serial=shown, **given
     ) as machine:
+        shown.on_error = machine.stop
         notebook = Notebook(machine.irq_line(NOTEBOOK_IRQ), machine.cpus[0].vcpu.tsc_khz)
         machine.pio.map(NOTEBOOK_PORT, NOTEBOOK_BYTES, notebook, name="notebook")
         machine.mmio.map(NOTEBOOK_MMIO, NOTEBOOK_BYTES, notebook, name="notebook")
         status = run(machine, timeout_s)
+        if shown.error is not None:
+            raise shown.error
         print(f"\nThe Python device was called {notebook.calls} times. What reached pyvmm:\n")
         print(machine.exit_stats_table())
         print(f"\n{HOW_TO_READ}")
@@ -98,20 +103,29 @@ def demo(args: list[str]) -> int:
 
 
 def run(machine: Machine, timeout_s: float) -> int:
-    from pyvmm.cli import STATUS_TIMEOUT
+    from pyvmm.cli import STATUS_TIMEOUT, say
 
     try:
         return int(machine.run(timeout_s))
     except GuestError as error:
-        print(error.dump or error, file=sys.stderr)
+        say(error.dump or str(error))
         return error.status
     except TimeoutError as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
+        say(f"pyvmm: {error}")
         return STATUS_TIMEOUT
 
 
-def show(data: bytes) -> None:
+class Shown:
     """The guest's serial port: to our standard output, a line at a time as it comes."""
-    sys.stdout.write(data.decode("ascii", "replace").replace("\r", ""))
-    if b"\n" in data:
-        sys.stdout.flush()
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self.on_error: Callable[[], object] = lambda: None
+
+    def __call__(self, data: bytes) -> None:
+        text = data.decode("ascii", "replace").replace("\r", "")
+        try:
+            print(text, end="", flush="\n" in text)
+        except OSError as error:  # no fault of the device's: its reader has gone, or the disk is full
+            self.error = error
+            self.on_error()

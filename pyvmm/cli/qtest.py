@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import sys
 
+from pyvmm.cli import say
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.cli.run import OPTIONS as RUN_OPTIONS
 from pyvmm.cli.run import announce, images, join_boot_words, read_file
@@ -57,7 +57,7 @@ def qtest(args: list[str]) -> int:
                 server.connect(connect)
             else:
                 server.listen(listen)
-                print(f"pyvmm: qtest on {listen}", file=sys.stderr, flush=True)
+                say(f"pyvmm: qtest on {listen}")
                 server.serve()
         finally:
             server.close()

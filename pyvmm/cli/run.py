@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 
+from pyvmm.cli import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
 from pyvmm.cli.options import Option, mib, number, parse, port_or_none, usage
 from pyvmm.cli.signals import Signals
 from pyvmm.config import MachineConfig
-from pyvmm.errors import ConfigError, GuestError
+from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path
 from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
 from pyvmm.run_control import IO_ERROR
@@ -139,7 +139,8 @@ def read_file(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ConfigError(f"fw_cfg file {path}: {error.strerror}: give a file that can be read") from None
+        why = remedy_for_path(path, error, "give a file that can be read")
+        raise ConfigError(f"fw_cfg file {path}: {why}") from None
 
 
 def announce(machine: Machine) -> None:
@@ -148,12 +149,10 @@ def announce(machine: Machine) -> None:
 
     for made in machine.chardevs:
         if isinstance(made, PtyChardev):
-            print(f"pyvmm: console on {made.path}", file=sys.stderr, flush=True)
+            say(f"pyvmm: console on {made.path}")
 
 
 def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
-    from pyvmm.cli import STATUS_INTERRUPTED, STATUS_TIMEOUT
-
     message = ""
     try:
         status = run_through_errors(machine, timeout_s)
@@ -170,10 +169,23 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
     table = machine.exit_stats_table() if exit_stats else ""
     # The terminal is given back first: what follows must not be printed in raw mode.
     machine.close()
-    for text in (message, table):
+    for text in (message, *lost_output(machine), table):
         if text:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
     return status & 0xFF
+
+
+def lost_output(machine: Machine) -> list[str]:
+    """A sentence for each console whose output the host would not take."""
+    from pyvmm.chardev import FdChardev, FileChardev
+
+    sentences = []
+    for line in (machine.terminal, *machine.chardevs):
+        if isinstance(line, FdChardev) and line.write_error is not None:
+            where = line.path if isinstance(line, FileChardev) else "standard output"
+            why = remedy(line.write_error, "write elsewhere")
+            sentences.append(f"pyvmm: {where}: a part of the guest's output is lost: {why}")
+    return sentences
 
 
 def run_through_errors(machine: Machine, timeout_s: float | None) -> int:
@@ -204,7 +216,7 @@ def wait_for_sigcont(machine: Machine, message: str, end: float | None) -> bool:
 
     before = signal.signal(signal.SIGCONT, go_on)
     try:
-        print(message, file=sys.stderr, flush=True)
+        say(message)
         while not heard and (end is None or monotonic() < end):
             if machine.control.wait(SIGNAL_CHECK_S, IO_ERROR):
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, remedy
 
 
 def image(name: str) -> bytes:
@@ -14,5 +14,5 @@ def image(name: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        remedy = "build it with `python setup.py build_py`"
-        raise ConfigError(f"guest {path}: {error.strerror}: {remedy}") from None
+        why = remedy(error, "build it with `python setup.py build_py`")
+        raise ConfigError(f"guest {path}: {why}") from None

@@ -3,7 +3,7 @@
 Linux Documentation/virt/kvm/api.rst, "4.1 KVM_GET_API_VERSION" and on.
 """
 
-from libc.errno cimport E2BIG, errno
+from libc.errno cimport E2BIG, EACCES, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
 from posix.fcntl cimport O_CLOEXEC, O_RDWR, open
@@ -15,6 +15,7 @@ from pyvmm.kvm.ioctl cimport checked, ioctl
 import os
 
 from pyvmm.errors import KvmError, StateError
+from pyvmm.kvm.access import how_to_be_let_in
 from pyvmm.kvm.vm import Vm
 
 cdef extern from *:
@@ -66,6 +67,8 @@ cdef class Kvm:
     def __init__(self, path="/dev/kvm"):
         self.fd = open(path.encode(), O_RDWR | O_CLOEXEC)
         if self.fd < 0:
+            if errno == EACCES:
+                raise KvmError("open /dev/kvm", EACCES, how_to_be_let_in(path))
             checked(-1, "open /dev/kvm")
         cdef int version = ioctl(self.fd, uapi.KVM_GET_API_VERSION, 0)
         if version != uapi.KVM_API_VERSION:

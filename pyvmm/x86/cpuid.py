@@ -134,7 +134,8 @@ def parse(spec: str) -> tuple[set[str], list[str], bool]:
         elif not cpu_features.bits(name):
             near = cpu_features.near_match(name)
             raise ConfigError(
-                f"there is no CPU feature {name!r}" + (f": did you mean {near}?" if near else "")
+                f"there is no CPU feature {name!r}: "
+                + (f"did you mean {near}?" if near else "leave it out; `pyvmm run --cpu help` lists those there are")
             )
         elif on:
             wanted.append(name)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import pwd
 import resource
+import stat
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -41,18 +45,30 @@ def test_no_dev_kvm() -> None:
     assert isinstance(caught.value, OSError)
 
 
-def test_no_permission() -> None:
-    """As another user, in a child: the message names the group."""
+NOBODY, SOME_GROUP = 65534, 4  # a user and a group that every Linux has (nogroup and adm on Debian)
+
+
+@pytest.fixture
+def node() -> Iterator[str]:
+    """A device file of KVM of our own, in /dev: other file systems may forbid devices."""
     if os.geteuid() != 0:
         pytest.fail("run as root: this test becomes another user in a child process")
+    path = f"/dev/kvm-of-a-test-{os.getpid()}"
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.stat("/dev/kvm").st_rdev)
+    yield path
+    os.unlink(path)
+
+
+def open_as_nobody(path: str, groups: list[int]) -> str:
+    """What Kvm(path) says in a process of another user; "opened" where it may."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setgroups([])
-        os.setegid(65534)
-        os.seteuid(65534)
+        os.setgroups(groups)
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
         try:
-            Kvm()
+            Kvm(path)
             os.write(writer, b"opened")
         except KvmError as error:
             os.write(writer, f"{error.ioctl}|{error.errno}|{error}".encode())
@@ -62,12 +78,31 @@ def test_no_permission() -> None:
     with os.fdopen(reader) as pipe:
         told = pipe.read()
     os.waitpid(child, 0)
-    if os.stat("/dev/kvm").st_mode & 0o006 == 0o006:
-        assert told == "opened"
-        return
-    name, number, text = told.split("|")
+    return told
+
+
+@pytest.mark.parametrize(("owner", "mode"), [(0, 0o600), (0, 0o660), (SOME_GROUP, 0o600), (SOME_GROUP, 0o640)])
+def test_a_kvm_that_lets_no_group_in(node: str, owner: int, mode: int) -> None:
+    """Joining a group would not help: the sentence has a command that does."""
+    os.chown(node, 0, owner)
+    os.chmod(node, mode)
+    name, number, text = open_as_nobody(node, []).split("|")
     assert (name, int(number)) == ("open /dev/kvm", errno.EACCES)
-    assert "usermod -aG kvm" in text
+    assert f"with mode {mode:04o}" in text and "usermod" not in text
+    command = text.split("`")[1].split()
+    assert command[0] == "sudo"
+    subprocess.run(command[1:], check=True)
+    assert open_as_nobody(node, []) == "opened"
+
+
+def test_a_kvm_of_a_group(node: str) -> None:
+    """The group that owns it is named, whatever it is called; and its members get in."""
+    os.chown(node, 0, SOME_GROUP)
+    os.chmod(node, 0o660)
+    text = open_as_nobody(node, []).split("|")[2]
+    name = grp.getgrgid(SOME_GROUP).gr_name
+    assert f"usermod -aG {name} {pwd.getpwuid(NOBODY).pw_name}" in text
+    assert open_as_nobody(node, [SOME_GROUP]) == "opened"
 
 
 def test_a_file_that_is_no_kvm() -> None:
