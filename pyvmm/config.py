@@ -173,7 +173,30 @@ def parse_drives(drives: Sequence[DriveOptions | str | os.PathLike[str]]) -> lis
             parsed.append(DriveOptions(os.fspath(drive)))
         else:
             raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
+    refuse_twice(parsed)
     return parsed
+
+
+def refuse_twice(drives: Sequence[DriveOptions]) -> None:
+    """Two drives on one image, one of which writes to it. (The image's locks would say only that it is in use.)"""
+    import os
+
+    writes: dict[tuple[int, int], bool] = {}
+    for drive in drives:
+        if drive.file is None or not drive.locking:
+            continue
+        try:
+            status = os.stat(os.fspath(drive.file).removeprefix("file:"))
+        except (OSError, ValueError):
+            continue  # whoever opens it says what is wrong
+        image = status.st_dev, status.st_ino
+        mine = drive.guest_may_write and not drive.snapshot
+        if image in writes and (mine or writes[image]):
+            raise ConfigError(
+                f"the image {drive.file} is given to two drives: give it to one of them, a copy (cp) to the other, or"
+                " read-only=on to both"
+            )
+        writes[image] = mine or writes.get(image, False)
 
 
 def machine_config(config: MachineConfig | None, options: Mapping[str, Any]) -> MachineConfig:

@@ -17,7 +17,7 @@ from _weakref import ref
 from time import monotonic_ns
 
 from pyvmm.clock import Clock, Timer, TimerQueue
-from pyvmm.errors import HostError, StateError, remedy
+from pyvmm.errors import HOST_LIMITS, HostError, StateError, remedy
 from pyvmm.light import Condition, Lock, Thread, deque
 
 TYPE_CHECKING = False
@@ -228,7 +228,9 @@ class EventLoop:
             except OSError as error:
                 if wake_fd >= 0:
                     os.close(wake_fd)
-                raise HostError(remedy(error, "this kernel has no epoll or eventfd for us")) from None
+                if error.errno in HOST_LIMITS:
+                    raise HostError(remedy(error, "")) from None
+                raise
             ends.epoll, ends.wake_fd = epoll, wake_fd
             try:
                 epoll.register(wake_fd, select.EPOLLIN)

@@ -158,13 +158,7 @@ def why_not_opened(path: str, flags: int, exc: OSError | ValueError) -> str:
 
 
 def locked(path: str, fd: int) -> str:
-    found = users(fd)
-    if found == ["this process"]:
-        return (
-            f"the image {path} is open in this process already: give it to one drive only, make a copy for the other"
-            " (cp), or give both read-only=on"
-        )
-    who = " and ".join(found) or "another program"
+    who = " and ".join(users(fd)) or "another program"
     return f"the image {path} is in use by {who}: end that first, or give locking=off and take the risk"
 
 

@@ -131,7 +131,10 @@ def window_size(options: DriveOptions, file: ProtocolDriver) -> int:
         )
     size_bytes = there if options.size is None else options.size
     if file_bytes == 0:
-        raise ConfigError(f"the image {options.file} is empty: make it as large as the disk, with truncate -s SIZE")
+        give = "make it as large as the disk, with truncate -s SIZE"
+        if options.media == "cdrom":
+            give = "give a whole CD image, or a drive without a disc: --drive media=cdrom"
+        raise ConfigError(f"the image {options.file} is empty: {give}")
     if size_bytes < least:
         raise ConfigError(
             f"the image {options.file} is too small: {max(0, size_bytes)} bytes are not one sector of {least} bytes"

@@ -195,9 +195,9 @@ def run_through_errors(machine: Machine, timeout_s: float | None) -> int:
     end = None if timeout_s is None else monotonic() + timeout_s
     left_s = timeout_s
     while (status := machine.run(left_s)) == STATUS_IO_ERROR:
-        remedy = f"mend it, then `kill -CONT {os.getpid()}`"
-        message = f"pyvmm: {status.reason}; the guest is stopped: {remedy}"
-        if not wait_for_sigcont(machine, message, end) and machine.control.status is not None:
+        message = f"pyvmm: {status.reason}; the guest is stopped: mend it, then `kill -CONT {os.getpid()}`"
+        ended = not wait_for_sigcont(machine, message, end) and machine.control.state_name != IO_ERROR
+        if ended and machine.control.status is not None:
             return int(machine.control.status)  # Ctrl-A x, say
         left_s = None if end is None else max(0.0, end - monotonic())
     return int(status)

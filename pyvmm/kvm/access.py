@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
+from errno import EACCES
+
+from pyvmm.kvm.ioctl import REMEDIES
 
 
 def how_to_be_let_in(path: str) -> str:
     """A command that an administrator of this host can run, and what follows it."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return REMEDIES["open /dev/kvm", EACCES]
     group = group_name(status.st_gid)
     if status.st_gid != 0 and status.st_mode & (stat.S_IRGRP | stat.S_IWGRP) == stat.S_IRGRP | stat.S_IWGRP:
         if os.geteuid() == 0 or status.st_gid in os.getgroups():

@@ -2,7 +2,7 @@
 
 from libc.errno cimport errno
 
-from errno import E2BIG, EBUSY, EEXIST, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY, ENXIO, EPERM
+from errno import E2BIG, EACCES, EBUSY, EEXIST, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOTTY, ENXIO, EPERM
 
 from pyvmm.errors import KvmError
 
@@ -10,6 +10,7 @@ REMEDIES = {
     ("open /dev/kvm", ENOENT): "this host has no KVM: load kvm_intel or kvm_amd, or turn on virtualization in the "
                                "firmware; in a container or a VM, pass /dev/kvm through",
     ("open /dev/kvm", ENODEV): "the kernel has KVM but no CPU virtualization to use: turn it on in the firmware",
+    ("open /dev/kvm", EACCES): "ask an administrator of this host to let you in",  # access.py says how
     ("open /dev/kvm", EPERM): "the sandbox around this process forbids /dev/kvm: allow the device in its cgroup",
     ("open /dev/kvm", EMFILE): "too many open files: raise ulimit -n, or close machines that are done",
     ("open /dev/kvm", ENFILE): "the host is out of file descriptors: raise fs.file-max",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import collections
+import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from pyvmm import light
+from pyvmm.errors import ThreadError
 from pyvmm.light import Condition, Lock, RLock, Thread
 
 DEADLINE_S = 10
@@ -477,3 +480,22 @@ def test_the_rest_is_the_standard_librarys_own() -> None:
     assert type(Lock()) is type(threading.Lock())
     assert type(RLock()) is type(threading.RLock())
     assert sorted(light.__all__) == light.__all__
+
+
+@pytest.mark.parametrize(("room", "limit"), [(True, "ulimit -u"), (False, "ulimit -v")])
+def test_a_thread_that_cannot_be_had_says_which_limit_is_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, room: bool, limit: str
+) -> None:
+    """A stack is address space: where that is left, it is the number of threads that is not."""
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def no_room(*args: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    if not room:
+        monkeypatch.setattr(mmap, "mmap", no_room)
+    with pytest.raises(ThreadError, match=f"can't start new thread: raise `{limit}`"):
+        Thread(lambda: None).start()

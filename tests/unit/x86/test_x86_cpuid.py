@@ -229,7 +229,7 @@ def test_insisting() -> None:
     [
         ("host,-avx512vnn", "no CPU feature 'avx512vnn': did you mean avx512vnni?"),
         ("host,+xsve", "no CPU feature 'xsve': did you mean xsave?"),
-        ("host,-qqqqqqqq", "no CPU feature 'qqqqqqqq'$"),
+        ("host,-qqqqqqqq", "no CPU feature 'qqqqqqqq': leave it out; `pyvmm run --cpu help` lists"),
         ("host,", "no CPU feature ''"),
         ("qemu64,-avx", "no CPU model 'qemu64': start with host"),
         ("-avx", "no CPU model '-avx'"),
