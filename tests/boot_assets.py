@@ -67,6 +67,11 @@ def firmware() -> Path:
     return _the_file(package("seabios"), "usr/share/seabios/bios-256k.bin")
 
 
+def bochs_firmware() -> Path:
+    """Bochs' BIOS as it was before it took things over from SeaBIOS's ancestors: 64 KiB, no ACPI."""
+    return _the_file(package("bochsbios"), "usr/share/bochs/BIOS-bochs-legacy")
+
+
 # ---- kernels -------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from pyvmm.devices.pci.device import (
     COMMAND,
     COMMAND_BUS_MASTER,
     COMMAND_IO,
+    COMMAND_MEMORY,
     COMMAND_SERR,
     LATENCY_TIMER,
     STATUS_DEVSEL_MEDIUM,
@@ -145,7 +146,10 @@ class Piix3Ide(PciDevice):
         super().__init__(
             device_id=IDE_DEVICE_ID,
             class_code=IDE_BUS_MASTER_ONLY,
-            command_writable=COMMAND_IO | COMMAND_BUS_MASTER,
+            # The data sheet (PCICMD of function 1) does not implement the enable of memory accesses, of which the
+            # function takes none. It can be set all the same, as QEMU's can: software that enables a device's I/O,
+            # memory and bus mastering at once and reads it back (QEMU's libqos) takes it for broken else.
+            command_writable=COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER,
             status=STATUS_DEVSEL_MEDIUM | STATUS_FAST_BACK_TO_BACK,
         )
         self._bus_masters = [channel.bus_master for channel in channels]

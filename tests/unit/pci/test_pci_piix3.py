@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pci_bench import BAR4, COMMAND, IDE, IO, ISA, MASTER, Board
+from pci_bench import BAR4, COMMAND, IDE, IO, ISA, MASTER, MEMORY, Board
 
 PIRQRC, OFF = 0x60, 0x80
 ROUTABLE = {3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15}
@@ -118,6 +118,15 @@ def test_the_bus_masters_are_at_bar_4(board: Board) -> None:
     assert board.mapped() == {"ide0.bus_master": 0xFF00, "ide1.bus_master": 0xFF08}
     board.set(IDE, BAR4, 0xFFFF_FFFF)
     assert board.get(IDE, BAR4) == 0xFFFF_FFF1
+    assert board.mapped() == {}
+
+
+def test_what_drivers_enable_reads_back(board: Board) -> None:
+    """QEMU's libqos (qpci_device_enable) sets all three and looks; nothing decodes memory here."""
+    board.set(IDE, COMMAND, 0xFFFF, 2)
+    assert board.get(IDE, COMMAND, 2) == IO | MEMORY | MASTER
+    board.set(IDE, BAR4, 0xC000)
+    board.set(IDE, COMMAND, MEMORY, 2)
     assert board.mapped() == {}
 
 
