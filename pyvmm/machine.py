@@ -25,7 +25,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from pyvmm.block.backend import BlockBackend
@@ -81,6 +81,8 @@ class Machine:
         self.devices: dict[str, Device] = {}
         self.backends: dict[str, BlockBackend] = {}
         self.io_error = ""
+        self.on_io_error: Callable[[str], object] | None = None
+        """Told what failed when a drive's policy has stopped the machine, by whatever thread found out."""
         self.first_boot = True
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.chardevs: list[Chardev] = []
@@ -155,11 +157,12 @@ class Machine:
     def resume(self) -> None:
         """Start, or go on after a pause, and return at once. StateError where the guest has ended.
 
-        After an io-error the requests that failed are tried again.
+        After an io-error the requests that failed are tried again; that is all it does with accel="qtest".
         """
         self._usable("resume")
         if not self.cpus:
-            raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
+            self._retry_drives()
+            return
         for cpu in self.cpus:
             cpu.start()
         if self.terminal is not None:
@@ -168,6 +171,14 @@ class Machine:
         if self.terminal is not None:
             self.terminal.start()
         # After that: one that fails again stops the machine again.
+        for backend in self.backends.values():
+            backend.resume()
+
+    def _retry_drives(self) -> None:
+        """resume() where nothing runs but the drives. StateError where none of them waits."""
+        if not any(backend.stalled for backend in self.backends.values()):
+            raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
+        self.control.restarted()
         for backend in self.backends.values():
             backend.resume()
 
@@ -256,6 +267,8 @@ class Machine:
         self.io_error = f"{backend.name}: {operation}: {os.strerror(number)}"
         held_up = ExitStatus(STATUS_IO_ERROR, f"io-error: {self.io_error}")
         self.control.request(lambda: self.control.end(held_up, None, states.IO_ERROR))
+        if self.on_io_error is not None:
+            self.on_io_error(self.io_error)
 
     def reader_gone(self) -> None:
         """Nobody reads the terminal, or the pipe in its place, any more: the guest would run on unseen."""

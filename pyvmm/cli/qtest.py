@@ -10,7 +10,7 @@ from pyvmm.cli.run import OPTIONS as RUN_OPTIONS
 from pyvmm.cli.run import announce, images, join_boot_words, read_file
 from pyvmm.config import MachineConfig
 from pyvmm.control.qtest import QtestServer
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, StateError
 from pyvmm.machine import Machine
 
 TYPE_CHECKING = False
@@ -34,7 +34,8 @@ TITLE = """\
 usage: pyvmm qtest --socket PATH [OPTIONS] [DISK.IMG ...]
 
 Makes a board with no vCPU running and serves the qtest line protocol (QEMU docs/devel/testing/qtest.rst): a client
-reads and writes ports and memory, moves guest time and watches interrupts."""
+reads and writes ports and memory, moves guest time and watches interrupts. A request that a drive's error has put aside
+(werror=stop, rerror=stop) is tried again at SIGCONT."""
 
 
 def qtest(args: list[str]) -> int:
@@ -52,6 +53,7 @@ def qtest(args: list[str]) -> int:
         gc.enable()
         server = QtestServer(machine)
         before = signal.signal(signal.SIGTERM, end)
+        drives = RetryAtSigcont(machine)
         try:
             if connect is not None:
                 server.connect(connect)
@@ -61,8 +63,47 @@ def qtest(args: list[str]) -> int:
                 server.serve()
         finally:
             server.close()
+            drives.close()
             signal.signal(signal.SIGTERM, before)
     return 0
+
+
+class RetryAtSigcont:
+    """Says when a drive's policy has put a request aside, and has it tried again at SIGCONT: QMP's STOP and cont."""
+
+    def __init__(self, machine: Machine) -> None:
+        import os
+        import signal
+
+        self._machine = machine
+        # The handler interrupts the thread that drives the devices, which may hold their locks: the loop's thread acts.
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        machine.event_loop.add_reader(self._fd, self._retry)
+        machine.on_io_error = self._tell
+        self._before = signal.signal(signal.SIGCONT, lambda _number, _frame: os.eventfd_write(self._fd, 1))
+
+    def _tell(self, what: str) -> None:
+        import os
+
+        say(f"pyvmm: io-error: {what}; the request waits: `kill -CONT {os.getpid()}` tries it again")
+
+    def _retry(self) -> None:
+        import os
+
+        try:
+            os.eventfd_read(self._fd)
+            self._machine.resume()
+        except (BlockingIOError, StateError):
+            pass  # nothing to read any more; or no request waits, and the signal meant nothing
+
+    def close(self) -> None:
+        import os
+        import signal
+
+        signal.signal(signal.SIGCONT, self._before)
+        self._machine.on_io_error = None
+        self._machine.event_loop.remove_reader(self._fd)
+        os.close(self._fd)
 
 
 def end(number: int, _frame: object) -> None:

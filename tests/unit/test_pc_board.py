@@ -190,3 +190,22 @@ def test_nothing_is_left_of_many_boards(image: Path) -> None:
             assert machine.memory_map.read(0xFFFF_F000, 4) == bytes(4)
     assert set(os.listdir("/proc/self/fd")) == before
     assert pyvmm.RunState.CLOSED is machine.state
+
+
+def test_resume_tries_again_what_a_policy_has_put_aside(image: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules"
+    rules.write_text('[inject-error]\niotype = "read"\nonce = "on"\nimmediately = "on"\n')
+    with board(drives=[DriveOptions(f"blkdebug:{rules}:{image}", rerror="stop")]) as m:
+        told: list[str] = []
+        m.on_io_error = told.append
+        for port, value in ((0x1F2, 1), (0x1F3, 5), (0x1F6, 0xE0), (0x1F7, 0x20)):
+            m.pio.write(port, 1, value)
+        m.drain()
+        assert (m.state.name, m.pio.read(0x1F7, 1)) == ("IO_ERROR", 0xD0)
+        assert told == [m.io_error] == ["ide0-hd0: read: Input/output error"]
+        m.resume()
+        m.drain()
+        assert (m.state.name, m.pio.read(0x1F7, 1)) == ("PAUSED", 0x58)
+        assert m.pio.read(0x1F0, 2) == 0x0505
+        with pytest.raises(StateError, match="no vCPU to run"):
+            m.resume()

@@ -114,3 +114,44 @@ def test_help(start: Start) -> None:
     assert "--drive" in text
     assert "--kernel" not in text
     assert errors == ""
+
+
+RULES = """\
+[inject-error]
+event = "flush_to_disk"
+errno = "5"
+immediately = "off"
+once = "on"
+"""
+
+
+def test_a_request_that_was_put_aside_goes_on_at_sigcont(start: Start, tmp_path: Path) -> None:
+    """As QEMU's ide-test has it (retry_flush): a flush fails, the drive stands, and after "cont" it is done."""
+    image, rules, path = tmp_path / "disk.img", tmp_path / "rules", tmp_path / "qtest.sock"
+    image.write_bytes(bytes(1 << 20))
+    rules.write_text(RULES)
+    drive = f"file=blkdebug:{rules}:{image},cache=writeback,format=raw,rerror=stop,werror=stop"
+    process = start("--socket", path, "--drive", drive)
+    client = client_of(process, path)
+    process.send_signal(signal.SIGCONT)  # there is nothing to go on with: it means nothing
+    for port, value in ((0x1F2, 1), (0x1F3, 1), (0x1F4, 0), (0x1F5, 0), (0x1F6, 0xE0), (0x1F7, 0x30)):  # WRITE, LBA 1
+        assert client.ask(f"outb {port} {value}") == "OK"
+    for _ in range(256):
+        assert client.ask("outw 0x1f0 0x5555") == "OK"
+    assert status_when_idle(client) == 0x50
+    assert client.ask("outb 0x1f7 0xe7") == "OK"  # FLUSH CACHE
+    assert process.stderr is not None
+    assert process.stderr.readline() == (
+        f"pyvmm: io-error: ide0-hd0: flush: Input/output error; the request waits: `kill -CONT {process.pid}` tries it"
+        " again\n"
+    )
+    assert client.ask("inb 0x3f6") == "OK 0x00d0"  # busy, as long as it takes
+    process.send_signal(signal.SIGCONT)
+    assert status_when_idle(client) == 0x50
+    assert image.read_bytes()[512:1024] == b"\x55" * 512
+
+
+def status_when_idle(client: Client) -> int:
+    while (status := int(client.ask("inb 0x1f7").split()[1], 16)) & 0x80:
+        pass
+    return status
