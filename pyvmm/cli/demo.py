@@ -76,7 +76,7 @@ class Notebook(Device):
 
 
 def demo(args: list[str]) -> int:
-    given = parse(OPTIONS, args)
+    given = parse(OPTIONS, args, verb="demo")
     if given.pop("help", False):
         print(usage(TITLE, OPTIONS), end="")
         return 0

@@ -48,7 +48,7 @@ WISHED = {
 
 
 def doctor(args: list[str]) -> int:
-    given = parse(OPTIONS, args)
+    given = parse(OPTIONS, args, verb="doctor")
     if given.get("help"):
         print(usage(TITLE, OPTIONS), end="")
         return 0

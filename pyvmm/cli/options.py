@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 class Option:
-    """``--name METAVAR``, or a flag where ``metavar`` is empty. ``convert`` makes the value; ValueError refuses it."""
+    """``--name METAVAR``, or a flag where ``metavar`` is empty. ``convert`` makes the value; ValueError refuses it.
 
-    __slots__ = ("convert", "help", "key", "many", "metavar", "names")
+    ``words``: the value has words of its own, which ``help`` in its place lists, and perhaps QEMU's. Of two values the
+    last counts, unless ``one`` says why there can be one only.
+    """
+
+    __slots__ = ("convert", "help", "key", "many", "metavar", "names", "one", "words")
 
     def __init__(
         self,
@@ -28,6 +32,8 @@ class Option:
         *,
         key: str = "",
         many: bool = False,
+        words: bool = False,
+        one: str = "",
     ) -> None:
         self.names = names.split()
         self.metavar = metavar
@@ -35,12 +41,15 @@ class Option:
         self.convert = convert
         self.key = key or self.names[0].lstrip("-").replace("-", "_")
         self.many = many
+        self.words = words
+        self.one = one
 
 
-def parse(options: Sequence[Option], args: Sequence[str], *, words: str = "") -> dict[str, Any]:
+def parse(options: Sequence[Option], args: Sequence[str], *, verb: str, words: str = "") -> dict[str, Any]:
     """{key: value} of what was given. ConfigError names what is wrong and what to do.
 
-    What is no option makes the list ``values[words]``, where ``words`` is given.
+    What is no option makes the list ``values[words]``, where ``words`` is given; such a verb has a board, and takes
+    QEMU's options too. ``values["help"]`` is what help is asked for, or True.
     """
     by_name = {name: option for option in options for name in option.names}
     values: dict[str, Any] = {}
@@ -49,23 +58,42 @@ def parse(options: Sequence[Option], args: Sequence[str], *, words: str = "") ->
         word = rest.pop(0)
         name, equals, attached = word.partition("=") if word.startswith("--") else (word, "", "")
         option = by_name.get(name)
-        if option is None and words and not word.startswith("-"):
-            values.setdefault(words, []).append(word)
-            continue
         if option is None:
-            raise ConfigError(unknown(word, name, by_name))
+            if not words:
+                raise ConfigError(unknown(word, name, by_name, verb))
+            if word[:1] == "-" and len(word) > 1:
+                from pyvmm.cli.qemu_words import rewrite
+
+                rest = rewrite(word, rest, by_name, verb)
+            else:
+                values.setdefault(words, []).append(word)
+            continue
         if not option.metavar:
             if equals:
                 raise ConfigError(f"{name} takes no value: leave {attached!r} out")
+            if option.key == "help":
+                return {"help": rest[0] if rest else True}
             values[option.key] = True
             continue
         if not equals and not rest:
             raise ConfigError(f"{name} needs a value: {name} {option.metavar}")
         text = attached if equals else rest.pop(0)
+        if option.words:
+            if text in ("help", "?"):
+                return {"help": option.names[0]}
+            if not text.isalnum() or text == "null":
+                from pyvmm.cli.qemu_words import value_words
+
+                theirs = value_words(option.names[0], text)
+                if theirs is not None:
+                    rest = [*theirs, *rest]
+                    continue
         try:
             value = option.convert(text)
         except ValueError:
             raise ConfigError(f"{name} {text}: that is no {option.metavar} ({option.help})") from None
+        if option.one and option.key in values:
+            raise ConfigError(f"{name} is given twice: {option.one}")
         if option.many:
             values.setdefault(option.key, []).append(value)
         else:
@@ -73,21 +101,24 @@ def parse(options: Sequence[Option], args: Sequence[str], *, words: str = "") ->
     return values
 
 
-def unknown(word: str, name: str, by_name: dict[str, Option]) -> str:
-    import difflib
+def unknown(word: str, name: str, by_name: dict[str, Option], verb: str) -> str:
+    from pyvmm.cli.qemu_words import nearest
 
+    lists = f"`pyvmm {verb} --help` lists what it takes"
     if not word.startswith("-"):
-        return f"{word!r} is no option: kernels go by --kernel, flat binaries by --flat"
-    near = difflib.get_close_matches(name, by_name, 1)
-    return f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ": `pyvmm run --help` lists them")
+        return f"pyvmm {verb} takes no {word!r}: {lists}"
+    near = nearest(name.lstrip("-"), by_name)
+    return f"pyvmm {verb} has no option {name}: " + (f"did you mean {near}?" if near else lists)
 
 
 def usage(title: str, options: Sequence[Option]) -> str:
-    lines = [title, ""]
-    for option in options:
-        left = "  " + ", ".join(option.names) + (f" {option.metavar}" if option.metavar else "")
-        lines.append(f"{left:<30}  {option.help}" if len(left) <= 30 else f"{left}\n{'':<32}{option.help}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([title, "", *map(entry, options)]) + "\n"
+
+
+def entry(option: Option) -> str:
+    """An option and what it means."""
+    left = "  " + ", ".join(option.names) + (f" {option.metavar}" if option.metavar else "")
+    return f"{left:<30}  {option.help}" if len(left) <= 30 else f"{left}\n{'':<32}{option.help}"
 
 
 def number(text: str) -> int:
@@ -96,11 +127,14 @@ def number(text: str) -> int:
 
 
 def mib(text: str) -> int:
-    """A size in MiB: 256, 256M or 2G."""
+    """A size in MiB: 256, 256M, 1.5G, 2T, or 262144K."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     unit = text[-1:].upper()
-    if unit == "G":
-        return int(text[:-1]) * 1024
-    return int(text[:-1] if unit == "M" else text)
+    size_bytes = float(text[:-1]) * units[unit] if unit in units else float(int(text) << 20)
+    size, odd = divmod(size_bytes, 1 << 20)
+    if odd or size_bytes < 0:
+        raise ValueError(text)
+    return int(size)
 
 
 def port_or_none(text: str) -> int | None:

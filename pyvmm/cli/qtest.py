@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 
 from pyvmm.cli import say
-from pyvmm.cli.options import Option, parse, usage
+from pyvmm.cli.options import Option, parse
 from pyvmm.cli.run import OPTIONS as RUN_OPTIONS
-from pyvmm.cli.run import announce, images, join_boot_words, read_file
+from pyvmm.cli.run import announce, help_text, join_boot_words, join_drives, read_file
 from pyvmm.config import MachineConfig
 from pyvmm.control.qtest import QtestServer
 from pyvmm.errors import ConfigError, StateError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Of `pyvmm run`: what a board is made of; the rest is about guests and how they run.
 BOARD = {
-    *("machine", "drives", "cdrom", "firmware", "boot", "uuid", "memory_mib", "cpus", "fw_cfg"),
+    *("machine", "drives", "cdrom", "firmware", "boot", "uuid", "memory_mib", "cpus", "fw_cfg", "snapshot"),
     *("serial", "debugcon", "debug_exit", "testdev"),
 }
 
@@ -41,9 +41,9 @@ reads and writes ports and memory, moves guest time and watches interrupts. A re
 def qtest(args: list[str]) -> int:
     import signal
 
-    given = parse(OPTIONS, args, words="images")
-    if given.pop("help", False):
-        print(usage(TITLE, OPTIONS), end="")
+    given = parse(OPTIONS, args, verb="qtest", words="images")
+    if "help" in given:
+        print(help_text(given["help"], TITLE, OPTIONS), end="")
         return 0
     listen, connect = given.pop("socket", None), given.pop("connect", None)
     if (listen is None) == (connect is None):
@@ -112,7 +112,7 @@ def end(number: int, _frame: object) -> None:
 
 
 def configure(given: dict[str, Any]) -> MachineConfig:
-    given["drives"] = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
+    join_drives(given)
     join_boot_words(given)
     if "fw_cfg" in given:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}

@@ -40,13 +40,15 @@ def split_fw_cfg(text: str) -> tuple[str, str]:
 
 
 OPTIONS = (
-    Option("--machine -M", "KIND", "pc (i440FX, IDE, firmware) or microvm; default: pc with a drive or firmware"),
+    Option("--machine -M", "KIND", "pc (i440FX, IDE, firmware) or microvm; default: pc with a drive or firmware",
+           words=True),
     Option("--drive", "SPEC", "a disk as QEMU words it: file=a.img,index=1,cache=none,werror=stop; may be repeated",
-           key="drives", many=True),
+           key="drives", many=True, words=True),
     Option("--cdrom", "FILE", "a CD image, on the second channel"),
     Option("--firmware", "FILE", "BIOS image (default: SeaBIOS, where there is neither kernel nor flat binary)"),
     Option("--boot", "WORDS", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cad); QEMU's words:"
-           " order=, once=, menu=on, splash-time=MS, reboot-timeout=MS, strict=on", many=True),
+           " order=, once=, menu=on, splash-time=MS, reboot-timeout=MS, strict=on", many=True, words=True),
+    Option("--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are"),
     Option("--uuid", "UUID", "the machine's, for SMBIOS and fw_cfg"),
     Option("--kernel -k", "FILE", "bzImage, ELF with a PVH note, or multiboot v1 kernel", key="kernel"),
     Option("--initrd", "FILE", "initial RAM disk; for multiboot the first module"),
@@ -56,22 +58,24 @@ OPTIONS = (
     Option("--flat", "FILE", "a flat binary instead of a kernel"),
     Option("--flat-address", "ADDRESS", "where it is loaded and entered (real mode 0x7c00, others 0x100000)", number),
     Option("--flat-mode", "MODE", "real16, protected32 or long64"),
-    Option("--memory -m", "SIZE", "RAM: 256, 256M or 2G (default 256 MiB)", mib, key="memory_mib"),
-    Option("--cpus", "N", "number of vCPUs (default 1)", number),
-    Option("--cpu", "SPEC", "host, and features to hide: host,-xsave,-cx16"),
+    Option("--memory -m", "SIZE", "RAM: 256, 256M or 2G (default 256 MiB)", mib, key="memory_mib", words=True),
+    Option("--cpus", "N", "number of vCPUs (default 1)", number, words=True),
+    Option("--cpu", "SPEC", "host, and features to hide: host,-xsave,-cx16", words=True),
     Option("--irqchip", "kernel|off", "interrupt controllers and PIT in KVM (default), or in Python"),
-    Option("--serial", "WHERE", "COM1: stdio (default), none, pty, file:PATH"),
-    Option("--debugcon", "WHERE", "debug console at port 0x402: none (default), stdio, pty, file:PATH"),
+    Option("--serial", "WHERE", "COM1: stdio (default), none, pty, file:PATH", words=True,
+           one="a second serial port is not there yet, give one"),
+    Option("--debugcon", "WHERE", "debug console at port 0x402: none (default), stdio, pty, file:PATH", words=True),
     Option("--debug-exit", "PORT", "where isa-debug-exit is (default 0xf4), or none", port_or_none),
     Option("--testdev", "", "the registers of QEMU's pc-testdev"),
-    Option("--fw-cfg", "NAME=FILE", "one more fw_cfg file; may be repeated", split_fw_cfg, many=True),
+    Option("--fw-cfg", "NAME=FILE", "one more fw_cfg file; may be repeated", split_fw_cfg, many=True,
+           words=True),
     Option("--no-reboot", "", "a reset ends the run with status 6"),
     Option("--huge-pages", "KIND", "back RAM by transparent, 2M or 1G pages"),
     Option("--shared-memory", "", "RAM in a memfd that other processes can map"),
     Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
-    Option("--help -h", "", "this"),
+    Option("--help -h", "", "this; of one option: --help drive, or --drive help"),
 )
 
 CDROM_INDEX = 2  # master of the second channel, as QEMU's -cdrom
@@ -86,9 +90,9 @@ wrong use or host error, 4 KVM internal error or unhandled exit, 6 reset with --
 
 
 def run(args: list[str]) -> int:
-    given = parse(OPTIONS, args, words="images")
-    if given.pop("help", False):
-        print(usage(TITLE, OPTIONS), end="")
+    given = parse(OPTIONS, args, verb="run", words="images")
+    if "help" in given:
+        print(help_text(given["help"], TITLE, OPTIONS), end="")
         return 0
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
@@ -100,13 +104,22 @@ def run(args: list[str]) -> int:
         return go(machine, timeout_s, exit_stats)
 
 
+def help_text(topic: str | bool, title: str, options: Sequence[Option]) -> str:
+    """All options, or one of them."""
+    if isinstance(topic, bool):
+        return usage(title, options)
+    from pyvmm.cli.topics import topic_text
+
+    return topic_text(topic, options)
+
+
 def configure(given: dict[str, Any]) -> MachineConfig:
     path = given.pop("config", None)
     if path is not None:
         from pyvmm.config import from_file
 
         given = {**from_file(path), **given}
-    given["drives"] = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
+    join_drives(given)
     if not (given["drives"] or any(name in given for name in ("kernel", "flat", "firmware"))):
         raise ConfigError("no guest: give a disk image, --kernel FILE or --flat FILE (or see `pyvmm demo`)")
     join_boot_words(given)
@@ -114,6 +127,18 @@ def configure(given: dict[str, Any]) -> MachineConfig:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
     given.setdefault("serial", "stdio")
     return MachineConfig(raw_terminal=True, **given)
+
+
+def join_drives(given: dict[str, Any]) -> None:
+    """--drive, --cdrom and what is given by a path alone are the drives, --snapshot is for each of them."""
+    drives = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
+    if given.pop("snapshot", False):
+        from pyvmm.config import parse_drives
+
+        drives = parse_drives(drives)
+        for drive in drives:
+            drive.snapshot = True
+    given["drives"] = drives
 
 
 def join_boot_words(given: dict[str, Any]) -> None:

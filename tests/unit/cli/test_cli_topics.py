@@ -1,0 +1,55 @@
+"""Help with one option: complete, and in every spelling."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyvmm.block.options import KEYS, DriveOptions
+from pyvmm.cli import main
+from pyvmm.cli.topics import DRIVE
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--drive", "help"], ["--help", "drive"], ["--help", "--drive"], ["-drive", "help"], ["-drive", "?"],
+     ["--drive=help"], ["-h", "drive"]],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["run", "qtest"])
+def test_the_options_of_a_drive(capsys: pytest.CaptureFixture[str], verb: str, args: list[str]) -> None:
+    assert main([verb, *args]) == 0
+    shown = capsys.readouterr().out
+    for words, meaning in DRIVE:
+        assert words in shown
+        assert " ".join(meaning.split()) in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_every_option_of_a_drive_is_told() -> None:
+    told = " ".join(f"{words} {meaning}" for words, meaning in DRIVE)
+    names = {word.strip(",.:;[]()").partition("=")[0] for word in told.split()}
+    assert [name for name in KEYS if name not in names and not name.startswith(("throttling.", "bps", "iops"))] == []
+    assert {KEYS[name] for name in KEYS if not name.startswith(("throttling.", "bps", "iops"))} >= {
+        name for name in DriveOptions.__annotations__ if not name.startswith("throttle_")
+    }
+
+
+@pytest.mark.parametrize("name", ["memory", "cpus", "kernel", "serial", "m", "M", "snapshot"])
+def test_any_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(["run", "--help", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("  -")
+    assert len(shown.splitlines()) <= 3
+
+
+def test_devices_and_features(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-device", "help"]) == 0
+    assert "--testdev" in capsys.readouterr().out
+    assert main(["run", "-cpu", "help"]) == 0
+    shown = capsys.readouterr().out.split()
+    assert {"xsave", "sse4.2", "kvmclock"} <= set(shown)
+
+
+def test_no_such_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help", "nosuch"]) == 2
+    assert "`pyvmm run --help`" in capsys.readouterr().err
