@@ -31,6 +31,8 @@ cdef class AddressSpace:
     cdef readonly uint64_t size
     cdef readonly FlatView view
     cdef list users
+    cdef list _reserved
+    cdef MemoryRegion _add(self, base, MemoryRegion region)
     cdef object _change
     cdef FlatView current(self)
     cdef int attach(self, ViewUser user) except -1
@@ -40,6 +42,9 @@ cdef class AddressSpace:
 # Any access, GIL-free: splits it as the regions ask, all ones where nobody answers. BUS_OK or BUS_RAISED.
 cdef int bus_read(flat_view_t *view, uint64_t addr, int size, uint64_t *value, PyThreadState *ts) noexcept nogil
 cdef int bus_write(flat_view_t *view, uint64_t addr, int size, uint64_t value, PyThreadState *ts) noexcept nogil
+
+# A handler raised: its exception gets a note that names it and the access.
+cdef void handler_raised(region_t *region, uint64_t offset, int size, bint is_write) noexcept with gil
 
 # String I/O at a FIFO window: the device's lock taken once, the data copied in one go.
 cdef int fifo_string(region_t *region, uint8_t *data, uint32_t count, int size, bint is_write,

@@ -11,6 +11,7 @@ vCPU that its own is stale; each takes the new one at its next exit. ``unmap`` w
 after it has returned.
 """
 
+from cpython.exc cimport PyErr_Fetch, PyErr_NormalizeException, PyErr_Restore
 from cpython.method cimport PyMethod_Check
 from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -26,7 +27,7 @@ from pyvmm.atomic cimport ATOMIC_SEQ_CST, atomic_store
 from pyvmm.device cimport DeviceLock, pthread_mutex_unlock
 
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError, StateError
+from pyvmm.errors import ConfigError, KindError, StateError, add_access_note
 
 cdef extern from "Python.h" nogil:
     PyObject *PyBytes_FromStringAndSize(const char *, Py_ssize_t)
@@ -132,6 +133,8 @@ cdef int fifo_string(region_t *region, uint8_t *data, uint32_t count, int size, 
         data += units * size
         count -= <uint32_t>units
     pthread_mutex_unlock(region.lock)
+    if rc == BUS_RAISED:
+        handler_raised(region, 0, size, is_write)
     return rc
 
 
@@ -190,7 +193,23 @@ cdef int handler_access(region_t *region, uint64_t offset, int size, uint64_t *v
     if rc == BUS_UNMAPPED:
         value[0] = ones(size)
         rc = BUS_OK
+    elif rc == BUS_RAISED:
+        handler_raised(region, offset, size, is_write)
     return rc
+
+
+cdef void handler_raised(region_t *region, uint64_t offset, int size, bint is_write) noexcept with gil:
+    """The error indicator is set: have the exception say which handler raised it, and for which access."""
+    cdef PyObject *kind
+    cdef PyObject *value
+    cdef PyObject *where
+    PyErr_Fetch(&kind, &value, &where)
+    PyErr_NormalizeException(&kind, &value, &where)
+    try:
+        add_access_note(<object>value, (<MemoryRegion>region.owner)._handler(offset, size, is_write))
+    except BaseException:
+        pass    # one that takes no notes
+    PyErr_Restore(kind, value, where)
 
 
 cdef int adjusted_access(region_t *region, uint64_t offset, int size, uint64_t *value, bint is_write,
@@ -316,9 +335,28 @@ cdef int raised() except -1:
 
 
 cdef void check_sizes(str what, sizes) except *:
-    low, high = sizes
-    if low not in (1, 2, 4, 8) or high not in (1, 2, 4, 8) or low > high:
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(is_int(n) and n in (1, 2, 4, 8) for n in sizes) \
+            or sizes[0] > sizes[1]:
         raise ConfigError(f"{what}={sizes!r}: give (min, max) out of 1, 2, 4 and 8 bytes")
+
+
+cdef bint is_int(value) except -1:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+cdef int check_device(device) except -1:
+    """KindError where ``device`` is none, or the class of one."""
+    if isinstance(device, Device):
+        return 0
+    if isinstance(device, type) and issubclass(device, Device):
+        raise KindError(f"{device.__name__} is a class and no device: give an instance, {device.__name__}()")
+    raise KindError(f"{device!r} is no device: derive its class from pyvmm.Device, which brings the lock")
+
+
+cdef int check_handler(what, handler) except -1:
+    if not callable(handler):
+        raise KindError(f"{what}={handler!r}: give a function, or leave it out")
+    return 0
 
 
 cdef uint8_t *buffer_start(view, bint for_writing) except NULL:
@@ -338,25 +376,33 @@ cdef class MemoryRegion:
 
     def __init__(self, size, device=None, *, name=None, read=None, write=None, valid_sizes=None, impl_sizes=None,
                  unaligned=None):
-        if not isinstance(device, Device):
-            raise TypeError(f"{device!r} is no device: derive its class from pyvmm.Device, which brings the lock")
+        check_device(device)
         self.device = device
         self._set_up(size, name or type(device).__name__, device.lock,
                      device.valid_sizes if valid_sizes is None else valid_sizes,
                      device.impl_sizes if impl_sizes is None else impl_sizes,
                      device.unaligned if unaligned is None else unaligned)
         self.c.kind = REGION_PYTHON
-        self._set_handlers(device.read if read is None else read, device.write if write is None else write)
+        read = device.read if read is None else read
+        write = device.write if write is None else write
+        check_handler("read", read)
+        check_handler("write", write)
+        self._set_handlers(read, write)
 
     def _set_up(self, size, name, lock, valid_sizes, impl_sizes, unaligned):
         check_sizes("valid_sizes", valid_sizes)
         check_sizes("impl_sizes", impl_sizes)
+        if not isinstance(name, str):
+            raise KindError(f"name={name!r}: give a string")
+        if not is_int(size):
+            raise KindError(f"{name}: a region of {size!r} bytes: give a whole number")
         if size <= 0 or size >= 1 << 64:
             raise ConfigError(f"{name}: a region of {size} bytes: give at least 1, and less than 2**64")
         if impl_sizes[0] > valid_sizes[0] and size % impl_sizes[0]:
             raise ConfigError(f"{name}: {size} bytes is no multiple of the smallest implemented access, {impl_sizes[0]}")
         self.name = name
         self.size = size
+        self.c.owner = <PyObject *>self
         self._lock = lock
         self.c.lock = &(<DeviceLock?>lock).mutex
         self.c.valid_min, self.c.valid_max = valid_sizes
@@ -378,6 +424,16 @@ cdef class MemoryRegion:
         self._write = write
         self.c.read_func = <PyObject *>read
         self.c.write_func = <PyObject *>write
+
+    def _handler(self, offset, size, is_write):
+        """What was called for that access, for messages."""
+        handler = self._write if is_write else self._read
+        if self.c.kind != REGION_PYTHON:
+            handler = self._end
+        owner = type(self if self.device is None else self.device).__name__
+        method = getattr(handler, "__name__", repr(handler))
+        at = "port" if self.space is not None and self.space.name == "pio" else "address"
+        return f"{owner}.{method} ({at} {self.c.base + offset:#x}, {size} byte{'s' * (size > 1)}, region {self.name})"
 
     @property
     def base(self):
@@ -472,7 +528,8 @@ cdef class SinkRegion(MemoryRegion):
     """
 
     def __init__(self, size, callback, *, read_value=0xFFFF_FFFF, capacity=4096, name="sink"):
-        if capacity < 1:
+        check_handler("callback", callback)
+        if not is_int(capacity) or capacity < 1:
             raise ConfigError(f"{name}: a capacity of {capacity} bytes: give at least 1")
         self._set_up(size, name, DeviceLock(), (1, 4), (1, 4), True)
         self._buffer = bytearray(capacity)
@@ -487,6 +544,7 @@ cdef class SinkRegion(MemoryRegion):
         """Hand over what is gathered, if anything."""
         with self._lock:
             if self.c.position and call_end(&self.c, True, NULL) != BUS_OK:
+                handler_raised(&self.c, 0, 1, True)
                 raised()
 
 
@@ -494,7 +552,10 @@ cdef class BufferRegion(MemoryRegion):
     """Plain memory behind MMIO exits: ``buffer`` is any writable contiguous buffer, its length the region's size."""
 
     def __init__(self, buffer, *, name="buffer"):
-        self._buffer = memoryview(buffer).cast("B")
+        try:
+            self._buffer = memoryview(buffer).cast("B")
+        except TypeError as error:
+            raise KindError(f"{name}: {error}: give a contiguous buffer") from None
         self._set_up(self._buffer.nbytes, name, DeviceLock(), (1, 8), (1, 8), True)
         self.c.kind = REGION_BUFFER
         self.c.memory = buffer_start(self._buffer, True)
@@ -505,6 +566,8 @@ cdef class EventRegion(MemoryRegion):
     """A write adds one to the eventfd ``fd``; reads give zero. Where KVM has ioeventfd, that saves the exit as well."""
 
     def __init__(self, size, fd, *, name="event"):
+        if not is_int(fd) or fd < 0:
+            raise KindError(f"{name}: fd={fd!r}: give the descriptor of an eventfd")
         self._set_up(size, name, DeviceLock(), (1, 8), (1, 8), True)
         self.c.kind = REGION_EVENT
         self.c.fd = fd
@@ -521,8 +584,8 @@ cdef class FifoRegion(MemoryRegion):
     """
 
     def __init__(self, size, device, on_end, *, bint wide=False, name="fifo"):
-        if not isinstance(device, Device):
-            raise TypeError(f"{device!r} is no device: its lock is taken for the window")
+        check_device(device)
+        check_handler("on_end", on_end)
         self.device = device
         sizes = (2, 4) if wide else (1, 4)
         self._set_up(size, name, device.lock, sizes, sizes, True)
@@ -610,10 +673,25 @@ cdef class AddressSpace:
         self.size = size
         self.view = FlatView([])
         self.users = []
+        self._reserved = []
         self._change = DeviceLock()
 
-    def add(self, base, MemoryRegion region not None):
-        """Map ``region`` at ``base``. ConfigError where it overlaps another (both named) or leaves the space."""
+    def reserve(self, base, size, name):
+        """Nothing can be mapped into this range from now on: who answers there is below us, and no access comes here."""
+        with self._change:
+            self._reserved.append((base, size, name))
+
+    def add(self, base, region):
+        """Map ``region`` at ``base``. ConfigError where it overlaps another (both named) or leaves the space, and where
+        RAM or an interrupt controller of KVM's answers: it would never be called.
+        """
+        if not isinstance(region, MemoryRegion):
+            raise KindError(f"{region!r} is no region: make one of it, or map() the device")
+        if not is_int(base):
+            raise KindError(f"{region.name} at {base!r}: give a whole number for the {self.name} address")
+        return self._add(base, region)
+
+    cdef MemoryRegion _add(self, base, MemoryRegion region):
         with self._change:
             if region.c.mapped:
                 raise StateError(f"{region!r} is mapped already: unmap it first")
@@ -624,6 +702,10 @@ cdef class AddressSpace:
                 if base < other.base + other.size and other.base < base + region.size:
                     raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} overlaps {other.name} at "
                                       f"{other.base:#x}-{other.base + other.size - 1:#x} in {self.name}")
+            for start, size, name in self._reserved:
+                if base < start + size and start < base + region.size:
+                    raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} lies in {name} at "
+                                      f"{start:#x}-{start + size - 1:#x}, which answers by itself: map it elsewhere")
             region.c.base = base
             region.c.last = base + region.size - 1
             region.c.mapped = True

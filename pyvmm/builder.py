@@ -14,7 +14,7 @@ from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.light import Thread
-from pyvmm.memory_map import MemoryMap
+from pyvmm.memory_map import WINDOW, WINDOW_END, MemoryMap
 from pyvmm.x86 import e820, layout
 
 TYPE_CHECKING = False
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
 XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
 X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
 # How long a character of console output may wait for more, after another: nobody sees that, and a write a line is far
 # cheaper than a write a character.
 CONSOLE_GATHER_NS = 10_000_000
@@ -61,8 +62,12 @@ class Images:
 
     def _map(self, path: str, what: str) -> memoryview:
         import mmap
+        import os
+        import stat
 
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+                raise ConfigError(f"{what} {path} is a device or a pipe: give a file, or its bytes")
             with open(path, "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
@@ -94,6 +99,7 @@ def build(m: Machine) -> None:
     m.memory_map = MemoryMap(m.memory, m.mmio)
     if pc is not None:
         pc.open_window(m)
+    reserve_memory(m)
     if config.accel == "kvm":
         open_kvm(m)
     if not in_kernel_irqchip(m):
@@ -120,6 +126,14 @@ def pc_board() -> ModuleType:
     return pc
 
 
+def reserve_memory(m: Machine) -> None:
+    """No device can be where RAM or ROM answers for good; a pc's window below 1 MiB changes as the guest says."""
+    window = range(WINDOW, WINDOW_END) if m.config.machine == "pc" else ()
+    for section in m.memory_map.sections:
+        if section.gpa not in window:
+            m.mmio.reserve(section.gpa, section.size, section.region.name)
+
+
 def open_kvm(m: Machine) -> None:
     """The VM, its memory slots, then its irqchip: in the order that is quick."""
     m.kvm = Kvm()
@@ -132,6 +146,7 @@ def open_kvm(m: Machine) -> None:
     # Required before the first vCPU on Intel's processors (api.rst), with any irqchip.
     m.vm.set_tss_address(layout.KVM_TSS)
     m.vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+    m.mmio.reserve(layout.KVM_PAGES, layout.KVM_PAGES_BYTES, "pages of KVM's own")
     if m.config.cpus > XAPIC_CPUS:
         use_x2apic_ids(m, m.vm)
     if m.config.irqchip == "kernel":
@@ -173,6 +188,17 @@ def make_kernel_irqchip(m: Machine) -> None:
     m.vm.create_irqchip()
     m.vm.create_pit()
     m.vm.set_gsi_routing(pc_routes())
+    # An access there never comes to us.
+    for space, address, size, name in (
+        (m.pio, layout.PORT_PIC_MASTER, 2, "KVM's PIC"),
+        (m.pio, layout.PORT_PIC_SLAVE, 2, "KVM's PIC"),
+        (m.pio, layout.PORT_PIC_ELCR, 2, "KVM's PIC"),
+        (m.pio, layout.PORT_PIT, 4, "KVM's PIT"),
+        (m.pio, layout.PORT_SPEAKER, 1, "KVM's PIT"),
+        (m.mmio, layout.IOAPIC, KVM_IOAPIC_BYTES, "KVM's IOAPIC"),
+        (m.mmio, layout.LAPIC, layout.LAPIC_BYTES, "KVM's local APIC"),
+    ):
+        space.reserve(address, size, name)
 
 
 def in_background(m: Machine, work: Callable[[], None]) -> None:

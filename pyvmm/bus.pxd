@@ -23,6 +23,9 @@ cdef extern from "Python.h" nogil:
     PyObject *PyLong_FromUnsignedLongLong(unsigned long long)
     unsigned long long PyLong_AsUnsignedLongLongMask(PyObject *)
     PyObject *PyErr_Occurred()
+    void PyErr_SetString(PyObject *, const char *)
+    PyObject *PyExc_TypeError
+    PyObject *Py_None
     void Py_DECREF(PyObject *)
 
 cdef extern from "<unistd.h>" nogil:
@@ -65,6 +68,7 @@ cdef struct region_t:
     uint8_t unaligned
     uint8_t writable        # LATCH: keeps what is written
     uint8_t wide            # an access that begins inside is taken whole, also where it reaches past the end
+    PyObject *owner         # the MemoryRegion this is part of
     pthread_mutex_t *lock
     PyObject *device        # first argument of the handlers, or NULL where they are bound
     PyObject *read_func
@@ -176,10 +180,12 @@ cdef inline int python_read(region_t *region, uint64_t offset, int size, uint64_
     Py_DECREF(args[3])
     if result != NULL:
         value[0] = PyLong_AsUnsignedLongLongMask(result)
-        Py_DECREF(result)
-        # The mask conversion reports an error (a read that returned None, say) as all ones and the indicator.
+        # The mask conversion reports an error (a read that returned a string, say) as all ones and the indicator.
         if value[0] == <uint64_t>-1 and PyErr_Occurred() != NULL:
             rc = BUS_RAISED
+            if result == Py_None:
+                PyErr_SetString(PyExc_TypeError, "it returned None and not a number: is a return missing?")
+        Py_DECREF(result)
     else:
         rc = BUS_RAISED
     if ts != NULL:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.errors import ConfigError, remedy_for_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
@@ -23,6 +24,7 @@ FLAT_MODES = ("real16", "protected32", "long64")
 IRQCHIPS = ("kernel", "off")
 MACHINES = ("pc", "microvm")
 ACCELERATORS = ("kvm", "qtest")
+HUGE_PAGES = (None, "transparent", "2M", "1G")
 # The ACPI names of processors have three hexadecimal digits.
 MAX_CPUS = 0x1000
 # A wait for longer is one without a limit: locks take no more than this (threading.TIMEOUT_MAX, 292 years).
@@ -100,9 +102,12 @@ class MachineConfig:
                 near = difflib.get_close_matches(name, known, 1)
                 raise ConfigError(f"there is no option {name!r}" + (f": did you mean {near[0]}?" if near else ""))
             setattr(self, name, value)
+        self.complete()
+
+    def complete(self) -> None:
+        """Check everything, and fill in what follows from the rest. ConfigError for what can't be."""
         self.check()
-        if self.drives:
-            self.drives = parse_drives(self.drives)
+        self.drives = parse_drives(self.drives)
         if self.machine is None:
             on_pc = self.drives or self.firmware is not None or self.accel == "qtest"
             self.machine = "pc" if on_pc else "microvm"
@@ -111,12 +116,13 @@ class MachineConfig:
 
     def check(self) -> None:
         """ConfigError for what can be told to be wrong without opening anything."""
+        self.check_kinds()
         if not is_int(self.memory_mib) or self.memory_mib < 1:
             raise ConfigError(f"memory_mib={self.memory_mib!r}: give a whole number of MiB, at least 1")
         if not is_int(self.cpus) or self.cpus < 1:
             raise ConfigError(f"cpus={self.cpus!r}: give a whole number of vCPUs, at least 1")
         if self.cpus > MAX_CPUS:
-            raise ConfigError(f"cpus={self.cpus}: ACPI's tables name {MAX_CPUS} processors here, ask for fewer")
+            raise ConfigError(f"cpus={self.cpus}: ACPI's tables name {MAX_CPUS} processors at most here, ask for fewer")
         if self.irqchip not in IRQCHIPS:
             raise ConfigError(f"irqchip={self.irqchip!r}: use 'kernel' or 'off'")
         if self.machine is not None and self.machine not in MACHINES:
@@ -141,6 +147,29 @@ class MachineConfig:
         if self.debug_exit is not None and (not is_int(self.debug_exit) or not 0 <= self.debug_exit < 0xFFFF):
             raise ConfigError(f"debug_exit={self.debug_exit!r}: give a port below 0xffff, or None")
 
+    def check_kinds(self) -> None:
+        """ConfigError for a value of a kind that the option does not take."""
+        for name in ("append", "cpu"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or "\0" in value:
+                raise ConfigError(f"{name}={value!r}: give a string")
+        for name in ("raw_terminal", "no_reboot", "testdev", "shared_memory"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value not in (0, 1):
+                raise ConfigError(f"{name}={value!r}: give True or False")
+        for name in ("kernel", "initrd", "flat", "firmware"):
+            value = getattr(self, name)
+            if value is not None:
+                check_image(name, value)
+        if self.flat_address is not None and (not is_int(self.flat_address) or self.flat_address < 0):
+            raise ConfigError(f"flat_address={self.flat_address!r}: give an address in RAM, or None")
+        if self.huge_pages not in HUGE_PAGES:
+            raise ConfigError(f"huge_pages={self.huge_pages!r}: use None, 'transparent', '2M' or '1G'")
+        self.modules = check_modules(self.modules)
+        for name in ("serial", "debugcon"):
+            check_console(name, getattr(self, name))
+        check_fw_cfg(self.fw_cfg)
+
     def check_firmware_words(self) -> None:
         """ConfigError for what firmware could not be told."""
         if self.boot != type(self).boot:
@@ -155,13 +184,75 @@ class MachineConfig:
             parse_uuid(self.uuid)
 
 
+def check_image(what: str, image: object) -> None:
+    """ConfigError where that is neither a path nor the bytes themselves."""
+    if isinstance(image, (str, os.PathLike)):
+        path = os.fspath(image)
+        if not path or (("\0" in path) if isinstance(path, str) else (0 in path)):
+            raise ConfigError(f"{what}={image!r}: give the path of a file")
+        return
+    try:
+        size_bytes = memoryview(image).cast("B").nbytes  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        raise ConfigError(f"{what}={image!r}: give a path, or the bytes themselves") from None
+    if not size_bytes:
+        raise ConfigError(f"{what}={image!r} is empty: give a whole image")
+
+
+def check_modules(modules: object) -> list[tuple[Image, str]]:
+    """The (image, command line) pairs, as a list. ConfigError where they are something else."""
+    if isinstance(modules, (str, bytes, os.PathLike)):
+        raise ConfigError(f"modules={modules!r}: give a list of (image, command line)")
+    try:
+        pairs = list(modules)  # type: ignore[call-overload]  # that is the question
+    except TypeError:
+        raise ConfigError(f"modules={modules!r}: give a list of (image, command line)") from None
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise ConfigError(f"modules: {pair!r} is no module: give (image, command line)")
+        check_image("module", pair[0])
+    return [(image, line) for image, line in pairs]
+
+
+def check_console(name: str, console: object) -> None:
+    """ConfigError where that is no host side of a console."""
+    if console is None or (callable(console) and not isinstance(console, type)):
+        return
+    if isinstance(console, str):
+        is_file = console.startswith("file:") and len(console) > len("file:")
+        if not is_file and console not in ("none", "stdio", "pty"):
+            raise ConfigError(f"{name} {console!r}: use none, stdio, pty or file:PATH")
+        return
+    from pyvmm.chardev import Chardev
+
+    if isinstance(console, type):
+        raise ConfigError(f"{name}={console!r} is a class: give an instance of it, or a function that takes bytes")
+    if not isinstance(console, Chardev):
+        raise ConfigError(f"{name}={console!r}: use none, stdio, pty, file:PATH, a function of bytes, or a Chardev")
+
+
+def check_fw_cfg(files: object) -> None:
+    """ConfigError where that is no {name: bytes}."""
+    if not hasattr(files, "items"):
+        raise ConfigError(f"fw_cfg={files!r}: give {{name: bytes}}")
+    for name, content in files.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"fw_cfg: {name!r} is no name: give a string, opt/org.example/x")
+        if isinstance(content, str):
+            raise ConfigError(f"fw_cfg {name!r}: {content!r} is text: give bytes, as by encode()")
+        try:
+            memoryview(content).cast("B")
+        except TypeError:
+            raise ConfigError(f"fw_cfg {name!r}: {content!r} are no bytes: give what the guest is to read") from None
+
+
 def parse_drives(drives: Sequence[DriveOptions | str | os.PathLike[str]]) -> list[DriveOptions]:
     """DriveOptions of each. A string with a ``=`` in it is QEMU's -drive, another a path."""
-    import os
-
+    if isinstance(drives, (list, tuple)) and not drives:
+        return []
     from pyvmm.block.options import DriveOptions
 
-    if isinstance(drives, (str, os.PathLike, DriveOptions)):
+    if isinstance(drives, (str, bytes, os.PathLike, DriveOptions)) or not hasattr(drives, "__iter__"):
         raise ConfigError(f"drives={drives!r}: give a list of drives")
     parsed = []
     for drive in drives:
@@ -209,7 +300,7 @@ def machine_config(config: MachineConfig | None, options: Mapping[str, Any]) -> 
         names = ", ".join(options)
         raise ConfigError(f"Machine(config, {names}=...): put {names} into the MachineConfig, or give options only")
     else:
-        config.check()  # its attributes may have been assigned to
+        config.complete()  # its attributes may have been assigned to
     if config.machine == "microvm" and config.accel == "kvm" and config.kernel is None and config.flat is None:
         raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
     return config

@@ -53,7 +53,11 @@ class Cpu:
 
     @property
     def regs(self) -> dict[str, int]:
-        """General registers, rip and rflags. Assign a dict, whole or in part. StateError while the vCPU runs."""
+        """General registers, rip and rflags: a copy, and a change in it is no write.
+
+        Assign what is to change: ``cpu.regs = {"rip": 0x1000}``. What is left out stays; ConfigError for a name that
+        does not exist. StateError while the vCPU runs.
+        """
         self._require_parked()
         return self.vcpu.regs
 
@@ -64,7 +68,10 @@ class Cpu:
 
     @property
     def sregs(self) -> dict[str, Any]:
-        """Segments, descriptor tables and control registers, in KVM's field names."""
+        """Segments, descriptor tables and control registers, in KVM's field names: a copy, as ``regs``.
+
+        Parts of parts may be assigned too: ``cpu.sregs = {"cs": {"base": 0}, "cr3": 0x2000}``.
+        """
         self._require_parked()
         return self.vcpu.sregs
 

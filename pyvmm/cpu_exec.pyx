@@ -16,7 +16,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport close, getpid, read
 
-from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, bus_read, bus_write, fifo_string
+from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, bus_read, bus_write, fifo_string, handler_raised
 from pyvmm.atomic cimport (ATOMIC_ACQUIRE, ATOMIC_RELEASE, ATOMIC_SEQ_CST, atomic_exchange, atomic_fence, atomic_load,
                            atomic_load_u32, atomic_store, atomic_store_u32, atomic_store_u8)
 from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_FIFO, REGION_PYTHON, PyEval_RestoreThread,
@@ -403,6 +403,8 @@ cdef class CpuExec(ViewUser):
                 rc = python_write(region, port - region.base, size, value[0], self.ts)
             else:
                 rc = python_read(region, port - region.base, size, value, self.ts)
+            if rc == BUS_RAISED:
+                handler_raised(region, port - region.base, size, is_write)
             if rc != BUS_UNMAPPED:
                 return rc
             value[0] = ones(size)

@@ -94,7 +94,8 @@ class IrqLine:
         self._set_level = set_level
 
     def set(self, level):
-        """Drive the line to ``level`` (0 or 1)."""
+        """Drive the line to ``level`` (0 or 1; all that is true is 1)."""
+        level = 1 if level else 0
         if level != self.level:
             self.level = level
             if self._set_level is not None:

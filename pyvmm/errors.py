@@ -68,6 +68,10 @@ class ConfigError(VmmError):
     """The embedder or the user asked for something that can't be: a bad value, a missing file, no room for an image."""
 
 
+class KindError(ConfigError, TypeError):
+    """A ConfigError for an argument of the wrong kind: a TypeError too, as Python has it."""
+
+
 class StateError(VmmError):
     """The call needs the machine in another state, for example registers of a running vCPU, or a closed machine."""
 

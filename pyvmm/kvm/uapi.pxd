@@ -188,6 +188,8 @@ cdef extern from "<linux/kvm.h>" nogil:
     struct kvm_xcr:
         uint32_t xcr, reserved
         __u64 value
+    enum:
+        KVM_MAX_XCRS
     struct kvm_xcrs:
         uint32_t nr_xcrs, flags
         kvm_xcr xcrs[16]

@@ -16,7 +16,7 @@ from pyvmm.kvm.ioctl cimport checked, ioctl
 
 import struct
 
-from pyvmm.errors import KvmError, StateError
+from pyvmm.errors import ConfigError, KindError, KvmError, StateError
 from pyvmm.kvm.stats import KvmStats
 
 GUESTDBG_ENABLE = uapi.KVM_GUESTDBG_ENABLE
@@ -35,8 +35,53 @@ _EVENT_FIELDS = (
 )
 
 
+cdef dict changed(str what, dict now, value):
+    """``now`` with what ``value`` has otherwise. ConfigError for names that do not exist and numbers that are none."""
+    if not hasattr(value, "items"):
+        raise KindError(f"{what} = {value!r}: give a dict of them, whole or in part")
+    result = dict(now)
+    for name, new in value.items():
+        old = now.get(name)
+        if old is None:
+            raise ConfigError(f"{what}: there is no {name!r}" + near(name, now))
+        if isinstance(old, dict):
+            new = changed(f"{what}, {name}", old, new)
+        elif isinstance(old, list):
+            if not isinstance(new, (list, tuple)) or len(new) != len(old):
+                raise KindError(f"{what}: {name} = {new!r}: give a list of {len(old)}")
+            for part in new:
+                check_number(what, name, part)
+        else:
+            check_number(what, name, new)
+        result[name] = new
+    return result
+
+
+cdef str near(name, known):
+    import difflib
+
+    found = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
+    return f": did you mean {found[0]}?" if found else f": they are {', '.join(known)}"
+
+
+cdef int check_number(what, name, value) except -1:
+    if not isinstance(value, int):
+        raise KindError(f"{what}: {name} = {value!r}: give a whole number")
+    if not 0 <= value < 1 << 64:
+        raise ConfigError(f"{what}: {name} = {value:#x}: give 0 to 2**64 - 1")
+    return 0
+
+
+cdef int too_wide(what, error) except -1:
+    raise ConfigError(f"{what}: a value has more bits than its register: {error}") from None
+
+
 cdef class Vcpu:
-    """One vCPU. Made by Vm.create_vcpu()."""
+    """One vCPU. Made by Vm.create_vcpu().
+
+    ``regs``, ``sregs``, ``debugregs`` and ``events`` give copies: a change in one is no write. Assign what is to
+    change, ``vcpu.regs = {"rip": 0x1000}``; what is left out stays. ConfigError for a name that does not exist.
+    """
 
     def __cinit__(self, int fd, int vcpu_id, size_t run_size):
         self.fd = fd
@@ -79,8 +124,7 @@ cdef class Vcpu:
 
     @regs.setter
     def regs(self, value):
-        merged = {**(self.regs if len(value) < 18 else {}), **value}
-        cdef uapi.kvm_regs regs = merged
+        cdef uapi.kvm_regs regs = changed("regs", self.regs, value)
         checked(ioctl(self._open(), uapi.KVM_SET_REGS, &regs), "KVM_SET_REGS")
 
     @property
@@ -92,8 +136,12 @@ cdef class Vcpu:
 
     @sregs.setter
     def sregs(self, value):
-        merged = {**self.sregs, **value}
-        cdef uapi.kvm_sregs sregs = merged
+        cdef uapi.kvm_sregs sregs
+        merged = changed("sregs", self.sregs, value)
+        try:
+            sregs = merged
+        except OverflowError as error:
+            too_wide("sregs", error)
         checked(ioctl(self._open(), uapi.KVM_SET_SREGS, &sregs), "KVM_SET_SREGS")
 
     @property
@@ -105,8 +153,12 @@ cdef class Vcpu:
 
     @sregs2.setter
     def sregs2(self, value):
-        merged = {**self.sregs2, **value}
-        cdef uapi.kvm_sregs2 sregs = merged
+        cdef uapi.kvm_sregs2 sregs
+        merged = changed("sregs2", self.sregs2, value)
+        try:
+            sregs = merged
+        except OverflowError as error:
+            too_wide("sregs2", error)
         checked(ioctl(self._open(), uapi.KVM_SET_SREGS2, &sregs), "KVM_SET_SREGS2")
 
     @property
@@ -118,8 +170,12 @@ cdef class Vcpu:
 
     @debugregs.setter
     def debugregs(self, value):
-        merged = {**self.debugregs, **value}
-        cdef uapi.kvm_debugregs regs = merged
+        cdef uapi.kvm_debugregs regs
+        merged = changed("debugregs", self.debugregs, value)
+        try:
+            regs = merged
+        except OverflowError as error:
+            too_wide("debugregs", error)
         checked(ioctl(self._open(), uapi.KVM_SET_DEBUGREGS, &regs), "KVM_SET_DEBUGREGS")
 
     cdef bytes _get(self, unsigned long request, size_t size, str name):
@@ -175,6 +231,8 @@ cdef class Vcpu:
     def xcrs(self, value):
         cdef uapi.kvm_xcrs xcrs
         memset(&xcrs, 0, sizeof(xcrs))
+        if not hasattr(value, "items") or len(value) > uapi.KVM_MAX_XCRS:
+            raise KindError(f"xcrs = {value!r}: give {{register: value}}, at most {uapi.KVM_MAX_XCRS}")
         for register, number in value.items():
             xcrs.xcrs[xcrs.nr_xcrs].xcr = register
             xcrs.xcrs[xcrs.nr_xcrs].value = number
@@ -189,7 +247,11 @@ cdef class Vcpu:
 
     @events.setter
     def events(self, value):
-        raw = _EVENTS.pack(*(value.get(name, 0) for name in _EVENT_FIELDS))
+        merged = changed("events", self.events, value)
+        try:
+            raw = _EVENTS.pack(*(merged[name] for name in _EVENT_FIELDS))
+        except struct.error as error:
+            too_wide("events", error)
         self._set(uapi.KVM_SET_VCPU_EVENTS, sizeof(uapi.kvm_vcpu_events), raw, "KVM_SET_VCPU_EVENTS")
 
     @property
@@ -318,6 +380,8 @@ cdef class Vcpu:
         cdef uapi.kvm_guest_debug debug
         memset(&debug, 0, sizeof(debug))
         debug.control = control
+        if len(debugreg) > 8:
+            raise ConfigError(f"{len(debugreg)} debug registers: give at most 8, DR0 to DR7")
         for i, value in enumerate(debugreg):
             debug.arch.debugreg[i] = value
         checked(ioctl(self._open(), uapi.KVM_SET_GUEST_DEBUG, &debug), "KVM_SET_GUEST_DEBUG")

@@ -11,7 +11,7 @@ from posix.unistd cimport close
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl, slow_ioctl
 
-from pyvmm.errors import StateError
+from pyvmm.errors import ConfigError, StateError
 from pyvmm.kvm.stats import KvmStats
 from pyvmm.kvm.vcpu import Vcpu
 
@@ -59,6 +59,8 @@ cdef class Vm:
         cdef uapi.kvm_enable_cap cap
         memset(&cap, 0, sizeof(cap))
         cap.cap = number
+        if len(args) > 4:
+            raise ConfigError(f"KVM_ENABLE_CAP with {len(args)} arguments: give at most 4")
         for i, value in enumerate(args):
             cap.args[i] = value
         checked(ioctl(self._open(), uapi.KVM_ENABLE_CAP, &cap), "KVM_ENABLE_CAP")

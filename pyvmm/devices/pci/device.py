@@ -15,15 +15,16 @@ only.
 
 from __future__ import annotations
 
+from pyvmm.address_space import AddressSpace
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, KindError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from pyvmm.address_space import AddressSpace, MemoryRegion
+    from pyvmm.address_space import MemoryRegion
     from pyvmm.device import DeviceLock
     from pyvmm.devices.pci.host import PciHost
 
@@ -85,7 +86,7 @@ class Window:
 
     def __init__(self, space: AddressSpace, parts: Sequence[Part]) -> None:
         self._space = space
-        self._parts = list(parts)
+        self._parts = checked_parts(parts)
         self._regions: list[MemoryRegion] = []
         self.wanted: int | None = None
         """Where the guest has put it; None: it is not decoded."""
@@ -116,6 +117,9 @@ class Window:
         try:
             for offset, make in self._parts:
                 self._regions.append(self._space.add(base + offset, make()))
+        except KindError:  # no region at all: the function's own mistake, not the guest's
+            self._unmap()
+            raise
         except ConfigError:  # taken, or past the end of the space
             self._unmap()
         else:
@@ -125,6 +129,21 @@ class Window:
         while self._regions:
             self._space.unmap(self._regions.pop())
         self.base = None
+
+
+def checked_parts(parts: Sequence[Part]) -> list[Part]:
+    """KindError where these are no (offset, function that makes the region)."""
+    if not isinstance(parts, (list, tuple)):
+        raise KindError(f"parts={parts!r}: give a list of (offset, function that makes the region)")
+    for part in parts:
+        if not isinstance(part, (list, tuple)) or len(part) != 2:
+            raise KindError(f"{part!r} is no part: give (offset, function that makes the region)")
+        offset, make = part
+        if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
+            raise KindError(f"a part at {offset!r}: give its offset in the window, 0 or more")
+        if not callable(make):
+            raise KindError(f"{make!r} makes no region: give a function that makes a new one each time")
+    return [(offset, make) for offset, make in parts]
 
 
 class Bar:
@@ -213,6 +232,13 @@ class PciDevice(Device):
 
     def _add_bar(self, index: int, size: int, flags: int, space: AddressSpace, parts: Sequence[Part]) -> Bar:
         smallest = 4 if flags & BAR_IO else 16
+        if not isinstance(space, AddressSpace):
+            raise KindError(f"BAR {index!r} in {space!r}: give the machine's pio or mmio")
+        if not isinstance(index, int) or not isinstance(size, int):
+            raise KindError(f"BAR {index!r} of {size!r} bytes: give whole numbers")
+        outside = [part[0] for part in checked_parts(parts) if part[0] >= size]
+        if outside:
+            raise ConfigError(f"BAR {index} of {size} bytes has no room at {outside[0]:#x}: give an offset in it")
         if not 0 <= index < BAR_COUNT or size < smallest or size & (size - 1) or size > 1 << 31:
             raise ConfigError(f"BAR {index} of {size} bytes: give BAR 0 to 5, a power of two from {smallest} to 2 GiB")
         bar = Bar(index, size, flags, self.add_window(space, parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from pci_bench import COMMAND, IO, MASTER, MEMORY, STATUS, Bus, Registers
@@ -266,3 +267,36 @@ def test_a_move_while_another_processor_is_at_it() -> None:
         reader.join(DEADLINE_S)
     assert not reader.is_alive()
     assert seen <= {0x5A5A_5A5A, 0xFFFF_FFFF}
+
+
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        (5, "give a list"),
+        (None, "give a list"),
+        ([5], "is no part"),
+        ([(0,)], "is no part"),
+        ((0, print), "is no part"),
+        ([("0", print)], "a part at '0'"),
+        ([(-1, print)], "a part at -1"),
+        ([(True, print)], "a part at True"),
+        ([(0, MemoryRegion(4, Registers(4)))], "makes no region"),
+        ([(16, print)], "has no room at 0x10"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_parts_of_the_wrong_shape_are_refused_at_the_call(bench: Bench, parts: Any, wanted: str) -> None:
+    before = bytes(bench.card.config)
+    with pytest.raises(ConfigError) as caught:
+        bench.card.add_io_bar(2, 16, bench.pio, parts)
+    assert wanted in str(caught.value)
+    assert bytes(bench.card.config) == before
+    with pytest.raises(ConfigError, match="give the machine's pio or mmio"):
+        bench.card.add_memory_bar(2, 16, [], bench.mmio)  # type: ignore[arg-type]  # the two in the other order
+
+
+def test_a_part_that_makes_no_region_is_the_cards_error_and_no_taken_address(bench: Bench) -> None:
+    bench.card.add_io_bar(2, 16, bench.pio, [(0, lambda: bench.card.low)])  # type: ignore[list-item,return-value]
+    bench.set((0, 0), 0x18, 0xD000)
+    with pytest.raises(ConfigError, match="is no region"):
+        bench.set((0, 0), COMMAND, IO, 2)
