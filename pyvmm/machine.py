@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pyvmm.run_state import RunState
     from pyvmm.terminal import Terminal
 
+STATUS_SHUTDOWN = states.STATUS_POWER_OFF
+STATUS_RESET = states.STATUS_RESET
 STATUS_IO_ERROR = states.STATUS_IO_ERROR
 STATUS_READER_GONE = 141  # what a shell says of a process that SIGPIPE has ended
 
