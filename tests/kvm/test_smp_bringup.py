@@ -151,3 +151,49 @@ def test_apic_ids_and_topology(boot: Callable[..., Guest]) -> None:
     )
     assert guest.run() == PASSED
     assert [guest.bytes_at("ids", 16)[4 * n] for n in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("after_reset", [False, True])
+@pytest.mark.parametrize("cpus", [2, 3])
+def test_a_guest_that_never_touched_its_own_apic_wakes_the_last(
+    boot: Callable[..., Guest], cpus: int, after_reset: bool
+) -> None:
+    """A disabled local APIC still sends IPIs and takes INIT and SIPI (SDM vol. 3, 11.4.7.2), the last vCPU's too.
+
+    memtest86+ does so: KVM looks up its map of APICs anew when one changes, and not when a vCPU is added.
+    """
+    guest = boot(
+        f"""
+        .set    APIC, 0xfee00000
+        mov     $trampoline, %esi
+        mov     $0x9000, %edi
+        mov     $trampoline_end - trampoline, %ecx
+        rep movsb
+        mov     $APIC, %edi
+        movl    ${cpus - 1} << 24, 0x310(%rdi)
+        movl    $0xc500, 0x300(%rdi)        # INIT, level, assert; then the release of it
+        movl    ${cpus - 1} << 24, 0x310(%rdi)
+        movl    $0x8500, 0x300(%rdi)
+        movl    ${cpus - 1} << 24, 0x310(%rdi)
+        movl    $0x0609, 0x300(%rdi)        # SIPI, page 9
+    1:  pause
+        cmpw    $0x5a5a, 0x9800
+        jne     1b
+        movw    $0, 0x9800
+        finish
+
+        .code16
+    trampoline:
+        cli
+        mov     $0x1234, %ebx
+        movw    $0x5a5a, %cs:0x800
+    1:  hlt
+        jmp     1b
+    trampoline_end:
+        """,
+        cpus=cpus,
+    )
+    if after_reset:
+        guest.machine.reset()
+    assert guest.run() == PASSED
+    assert [guest.regs(n)["rbx"] for n in range(1, cpus)] == [0] * (cpus - 2) + [0x1234]
