@@ -13,6 +13,7 @@ from pyvmm.errors import ConfigError, remedy_for_path
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vm import MEM_READONLY
+from pyvmm.kvm_clock import KvmClock
 from pyvmm.light import Thread
 from pyvmm.memory_map import WINDOW, WINDOW_END, MemoryMap
 from pyvmm.x86 import e820, layout
@@ -110,6 +111,7 @@ def build(m: Machine) -> None:
     boot = load_guest(m)
     if config.accel == "kvm":
         make_cpus(m)
+        m.kvm_clock = KvmClock(m.vm, m.cpus)
         if boot is not None:
             enter_guest(m, boot)
         if m._coalesced:
@@ -473,6 +475,10 @@ def make_cpus(m: Machine) -> None:
             loop.on_tpr = m.user_irqchip.lapic.look_at_cpu
             m.user_irqchip.lapic.cpu = loop
         m.cpus.append(Cpu(index, vcpu, loop, m.control, m._cpu_stopped, table))
+    if m.vm.has_irqchip and m.config.cpus > 1:
+        # KVM makes its map of local APICs anew when one of them changes, and a new vCPU is in it only then: or INIT
+        # and SIPI never reach the last one, where the guest has not touched its own APIC before.
+        vcpu.lapic = vcpu.lapic
 
 
 # What cpuid.build made, by its arguments: it takes longer than making the vCPU. Nothing in it is of one machine.
@@ -576,6 +582,8 @@ def reset_kernel(m: Machine) -> None:
     for cpu, saved in zip(m.cpus, state["vcpus"], strict=True):
         vcpu_state.load(cpu.vcpu, saved)
         cpu.exec.halted = False
+    if m.kvm_clock is not None:
+        m.kvm_clock.forget_timers()
 
 
 def coalesce(m: Machine, space: AddressSpace, address: int, size: int) -> None:

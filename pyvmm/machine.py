@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
+    from pyvmm.kvm_clock import KvmClock
     from pyvmm.memory_map import MemoryMap
     from pyvmm.run_state import RunState
     from pyvmm.terminal import Terminal
@@ -96,6 +97,7 @@ class Machine:
         self._background: list[Thread] = []
         self._wires: dict[int, IrqWire] = {}
         self._images = builder.Images()
+        self.kvm_clock: KvmClock | None = None
         try:
             builder.build(self)
             # Asked for now: the ioctl waits for a vCPU that runs, and one that has halted for good never comes back.
@@ -326,8 +328,12 @@ class Machine:
 
     def _on_light(self, green: bool) -> None:
         if green:
+            if self.kvm_clock is not None:
+                self.kvm_clock.start()
             self.event_loop.clock.resume()
         else:
+            if self.kvm_clock is not None:
+                self.kvm_clock.stop()
             self.event_loop.clock.stop()
             self.drain()
             self._flush_console()

@@ -51,6 +51,7 @@ cdef extern from "<linux/kvm.h>" nogil:
     unsigned long KVM_SET_MP_STATE, KVM_NMI, KVM_SET_GUEST_DEBUG, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS
     unsigned long KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_SET_TSC_KHZ, KVM_GET_TSC_KHZ, KVM_GET_XSAVE
     unsigned long KVM_SET_XSAVE, KVM_GET_XSAVE2, KVM_GET_XCRS, KVM_SET_XCRS, KVM_KVMCLOCK_CTRL, KVM_SMI
+    unsigned long KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR
 
     int KVM_CAP_IRQCHIP, KVM_CAP_NR_VCPUS, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_MEMSLOTS, KVM_CAP_COALESCED_MMIO
     int KVM_CAP_COALESCED_PIO, KVM_CAP_XSAVE2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_IMMEDIATE_EXIT
@@ -69,6 +70,10 @@ cdef extern from "<linux/kvm.h>" nogil:
         uint32_t slot, num_pages
         __u64 first_page
         void *dirty_bitmap
+
+    struct kvm_device_attr:
+        uint32_t flags, group
+        __u64 attr, addr
 
     struct kvm_enable_cap:
         uint32_t cap, flags

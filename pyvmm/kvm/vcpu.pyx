@@ -76,6 +76,12 @@ cdef int too_wide(what, error) except -1:
     raise ConfigError(f"{what}: a value has more bits than its register: {error}") from None
 
 
+cdef enum:
+    # Of KVM_SET_DEVICE_ATTR on a vCPU; headers older than Linux 5.16 have no names for them.
+    TSC_CTRL = 0        # KVM_VCPU_TSC_CTRL
+    TSC_OFFSET = 0      # KVM_VCPU_TSC_OFFSET
+
+
 cdef class Vcpu:
     """One vCPU. Made by Vm.create_vcpu().
 
@@ -358,6 +364,29 @@ cdef class Vcpu:
     @tsc_khz.setter
     def tsc_khz(self, long value):
         checked(ioctl(self._open(), uapi.KVM_SET_TSC_KHZ, value), "KVM_SET_TSC_KHZ")
+
+    @property
+    def tsc_offset(self):
+        """KVM_VCPU_TSC_OFFSET: the guest's TSC less the host's (scaled), as 64 unsigned bits. Assign to move it.
+
+        KvmError before Linux 5.16.
+        """
+        cdef uint64_t value = 0
+        self._tsc_offset(uapi.KVM_GET_DEVICE_ATTR, &value, "KVM_GET_DEVICE_ATTR")
+        return value
+
+    @tsc_offset.setter
+    def tsc_offset(self, uint64_t value):
+        self._tsc_offset(uapi.KVM_SET_DEVICE_ATTR, &value, "KVM_SET_DEVICE_ATTR")
+
+    cdef int _tsc_offset(self, unsigned long request, void *value, str name) except -1:
+        cdef uapi.kvm_device_attr attribute
+        memset(&attribute, 0, sizeof(attribute))
+        attribute.group = TSC_CTRL
+        attribute.attr = TSC_OFFSET
+        attribute.addr = <uint64_t><size_t>value
+        checked(ioctl(self._open(), request, &attribute), name)
+        return 0
 
     # -- injection, debugging, statistics ------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ LAYERS = [
         *("pyvmm.clock", "pyvmm.light", "pyvmm.memory_map"),
     ],
     [
-        *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.run_control", "pyvmm.run_state"),
+        *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.kvm_clock", "pyvmm.run_control"),
+        "pyvmm.run_state",
         *("pyvmm.dump", "pyvmm.x86", "pyvmm.guests"),
     ],
     ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.terminal", "pyvmm.block"],

@@ -1,0 +1,95 @@
+"""KvmClock: what KVM keeps of guest time, the paravirtual clock, TSCs and deadline timers, stands with the machine.
+
+Linux Documentation/virt/kvm/api.rst, KVM_GET_CLOCK, KVM_SET_CLOCK, KVM_KVMCLOCK_CTRL; devices/vcpu.rst,
+KVM_VCPU_TSC_CTRL; Intel SDM vol. 3, 18.17 (time-stamp counter), 11.5.4.1 (TSC-deadline mode).
+
+The PIT and the APIC's counting timers run on in the kernel: setting them anew would mean to write the whole state of an
+APIC, and lose an interrupt that comes in between. One that runs out meanwhile ticks once when the machine goes on.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import KvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.cpu import Cpu
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.kvm.vm import Vm
+
+MSR_TSC = 0x10
+MSR_TSC_DEADLINE = 0x6E0
+MASK_64 = (1 << 64) - 1
+
+
+class KvmClock:
+    """``stop`` when every vCPU has parked, ``start`` before the first goes on: in between no time passes for the guest.
+
+    Times are of all vCPUs together: their TSCs are moved by one difference, so that they stay in step.
+    """
+
+    __slots__ = ("_clock_ns", "_cpus", "_deadlines", "_tsc", "_vm")
+
+    def __init__(self, vm: Vm, cpus: Sequence[Cpu]) -> None:
+        self._vm = vm
+        self._cpus = cpus
+        self._clock_ns: int | None = None  # None while time runs
+        self._tsc = 0
+        self._deadlines: list[int] = []
+
+    def stop(self) -> None:
+        """Note the time. A second call changes nothing."""
+        if self._clock_ns is not None:
+            return
+        self._clock_ns = self._vm.get_clock()["clock"]
+        self._tsc = tsc(self._cpus[0].vcpu)
+        # Before one runs out: KVM forgets a deadline when it has told the guest of it.
+        self._deadlines = [deadline(cpu.vcpu) for cpu in self._cpus]
+
+    def forget_timers(self) -> None:
+        """A reset has disarmed them."""
+        self._deadlines = [0] * len(self._cpus)
+
+    def start(self) -> None:
+        """Go on from where it stopped, and tell the guest that it stood: its watchdogs then keep quiet."""
+        clock_ns, self._clock_ns = self._clock_ns, None
+        if clock_ns is None:
+            return
+        passed = tsc(self._cpus[0].vcpu) - self._tsc
+        for cpu in self._cpus:
+            move_tsc(cpu.vcpu, -passed)
+        # What could not be taken back (a KVM whose guests read the host's counter): the deadlines move with it.
+        left = tsc(self._cpus[0].vcpu) - self._tsc
+        late = left if left > passed // 2 else 0
+        for cpu, due in zip(self._cpus, self._deadlines, strict=True):
+            if due:
+                # Armed for a moment of the host's: written again, it is armed by the guest's TSC of now.
+                cpu.vcpu.set_msrs({MSR_TSC_DEADLINE: due + late & MASK_64})
+        self._vm.set_clock(clock_ns)
+        for cpu in self._cpus:
+            try:
+                cpu.vcpu.kvmclock_ctrl()
+            except KvmError:
+                continue  # no kvmclock on this one: nobody to tell
+
+
+def tsc(vcpu: Vcpu) -> int:
+    return vcpu.get_msrs([MSR_TSC])[MSR_TSC]
+
+
+def deadline(vcpu: Vcpu) -> int:
+    """What its TSC-deadline timer is armed for; 0 where it is not, or there is none."""
+    try:
+        return vcpu.get_msrs([MSR_TSC_DEADLINE])[MSR_TSC_DEADLINE]
+    except KvmError:
+        return 0
+
+
+def move_tsc(vcpu: Vcpu, difference: int) -> None:
+    """By KVM's own offset, exactly: a value written to the MSR would be rounded to those of the other vCPUs."""
+    try:
+        vcpu.tsc_offset = vcpu.tsc_offset + difference & MASK_64
+    except KvmError:
+        pass  # before Linux 5.16: the counter runs on

@@ -1,0 +1,157 @@
+"""What KVM keeps of guest time is put back when the machine goes on: on stand-ins for KVM whose time moves by hand."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from pyvmm.errors import KvmError
+from pyvmm.kvm_clock import MSR_TSC, MSR_TSC_DEADLINE, KvmClock
+
+MASK = (1 << 64) - 1
+
+
+class Host:
+    """Nanoseconds and TSC of the host are the same here."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000
+
+
+class FakeVm:
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.offset_ns = 0
+
+    def get_clock(self) -> dict[str, int]:
+        return {"clock": self.host.now + self.offset_ns, "flags": 0, "realtime": 0, "host_tsc": 0}
+
+    def set_clock(self, clock_ns: int) -> None:
+        self.offset_ns = clock_ns - self.host.now
+
+
+class FakeVcpu:
+    """``movable`` False: an offset is taken and means nothing, as in software KVM. None: there is none to set."""
+
+    def __init__(self, host: Host, movable: bool | None, pvclock: bool, offset: int = 0) -> None:
+        self.host = host
+        self.movable = movable
+        self.pvclock = pvclock
+        self.offset = offset
+        self.deadline = 0
+        self.armed_for = 0  # in host time
+        self.told = 0
+
+    @property
+    def tsc_offset(self) -> int:
+        if self.movable is None:
+            raise KvmError("KVM_GET_DEVICE_ATTR", 6)
+        return self.offset & MASK
+
+    @tsc_offset.setter
+    def tsc_offset(self, value: int) -> None:
+        if self.movable:
+            self.offset = value
+
+    def get_msrs(self, indices: list[int]) -> dict[int, int]:
+        values = {MSR_TSC: self.host.now + self.offset & MASK, MSR_TSC_DEADLINE: self.deadline}
+        return {index: values[index] for index in indices}
+
+    def set_msrs(self, values: dict[int, int]) -> None:
+        assert list(values) == [MSR_TSC_DEADLINE]
+        self.deadline = values[MSR_TSC_DEADLINE]
+        self.armed_for = self.deadline - self.offset & MASK
+
+    def kvmclock_ctrl(self) -> None:
+        if not self.pvclock:
+            raise KvmError("KVM_KVMCLOCK_CTRL", 22)
+        self.told += 1
+
+
+class Bench:
+    def __init__(self, movable: bool | None = True, pvclock: tuple[bool, ...] = (True, True), offset: int = 0) -> None:
+        self.host = Host()
+        self.vm = FakeVm(self.host)
+        self.vcpus = [FakeVcpu(self.host, movable, has, offset) for has in pvclock]
+        cpus = [type("Cpu", (), {"vcpu": vcpu})() for vcpu in self.vcpus]
+        self.clock = KvmClock(cast("Any", self.vm), cast("Any", cpus))
+
+    def stand(self, ns: int) -> None:
+        self.clock.stop()
+        self.host.now += ns
+        self.clock.start()
+
+
+def test_no_time_passes_for_kvmclock() -> None:
+    bench = Bench()
+    before = bench.vm.get_clock()["clock"]
+    bench.stand(3_000_000_000)
+    assert bench.vm.get_clock()["clock"] == before
+    bench.host.now += 5
+    bench.stand(7)
+    assert bench.vm.get_clock()["clock"] == before + 5
+
+
+@pytest.mark.parametrize("offset", [0, -123_456, (1 << 63) + 5])
+def test_no_time_passes_for_the_tsc_and_the_vcpus_stay_in_step(offset: int) -> None:
+    bench = Bench(offset=offset)
+    before = [vcpu.get_msrs([MSR_TSC])[MSR_TSC] for vcpu in bench.vcpus]
+    bench.stand(3_000_000_000)
+    assert [vcpu.get_msrs([MSR_TSC])[MSR_TSC] for vcpu in bench.vcpus] == before
+
+
+def test_a_deadline_is_armed_anew_for_what_was_left_of_it() -> None:
+    bench = Bench()
+    armed, idle = bench.vcpus
+    armed.set_msrs({MSR_TSC_DEADLINE: bench.host.now + 500})
+    bench.clock.stop()
+    bench.host.now += 3_000
+    armed.deadline = 0  # the kernel's timer has gone off meanwhile
+    bench.clock.start()
+    assert armed.deadline == 1_000_000 + 500, "the guest reads back what it wrote"
+    assert armed.armed_for == bench.host.now + 500
+    assert idle.armed_for == 0
+
+
+@pytest.mark.parametrize("movable", [False, None])
+def test_where_the_tsc_can_t_be_moved_the_deadline_is(movable: bool | None) -> None:
+    bench = Bench(movable)
+    armed = bench.vcpus[1]
+    armed.set_msrs({MSR_TSC_DEADLINE: bench.host.now + 500})
+    bench.stand(3_000)
+    assert armed.armed_for == bench.host.now + 500
+
+
+def test_every_vcpu_that_has_a_kvmclock_is_told() -> None:
+    bench = Bench(pvclock=(False, True, False, True))
+    bench.stand(1)
+    assert [vcpu.told for vcpu in bench.vcpus] == [0, 1, 0, 1]
+
+
+def test_the_first_start_changes_nothing() -> None:
+    bench = Bench()
+    bench.clock.start()
+    assert bench.vm.offset_ns == 0
+    assert [vcpu.told for vcpu in bench.vcpus] == [0, 0]
+
+
+def test_time_is_noted_at_the_first_of_two_stops() -> None:
+    bench = Bench()
+    before = bench.vm.get_clock()["clock"]
+    bench.clock.stop()
+    bench.host.now += 10
+    bench.clock.stop()
+    bench.host.now += 10
+    bench.clock.start()
+    assert bench.vm.get_clock()["clock"] == before
+
+
+def test_a_reset_forgets_deadlines() -> None:
+    bench = Bench()
+    bench.vcpus[0].set_msrs({MSR_TSC_DEADLINE: bench.host.now + 500})
+    bench.clock.stop()
+    bench.vcpus[0].deadline = bench.vcpus[0].armed_for = 0
+    bench.clock.forget_timers()
+    bench.clock.start()
+    assert bench.vcpus[0].armed_for == 0
