@@ -34,7 +34,9 @@
     # The kernel's setup header, offsets from the start of its real-mode part.
     .set RAMDISK_IMAGE,     0x218
     .set RAMDISK_SIZE,      0x21c
-    .set INITRD_ADDR_MAX,   0x22c
+    .set VERSION,           0x206
+    .set INITRD_ADDR_MAX,   0x22c           # from version 2.03 on
+    .set OLD_ADDR_MAX,      0x37ffffff      # of kernels before that
     .set ENTRY_PARAGRAPHS,  0x20
 
     # Conventional memory above the boot sector's place: a stack, and behind it these.
@@ -252,8 +254,14 @@ read_item:
 # INITRD: the highest page in RAM from which INITRD_LENGTH bytes end below what the kernel allows, and that lies above
 # the kernel. The memory map is asked range by range.
 find_place:
+    cmpl    $0x100000, FLOOR                # a zImage lies in conventional memory, and keeps all of that
+    jae     1f
+    movl    $0x100000, FLOOR
+1:  mov     $OLD_ADDR_MAX, %eax
+    cmpw    $0x203, %gs:VERSION
+    jb      1f
     mov     %gs:INITRD_ADDR_MAX, %eax
-    inc     %eax
+1:  inc     %eax
     jnz     1f
     dec     %eax                            # all of 4 GiB but its last byte
 1:  mov     %eax, LIMIT

@@ -1,7 +1,8 @@
 """Linux's bzImage: the setup header, the hand-over of the zero page, and the vmlinux packed inside.
 
 Linux Documentation/arch/x86/boot.rst (protocol 2.06 and newer; 64-bit entry from 2.12, 32-bit entry
-otherwise) and zero-page.rst.
+otherwise) and zero-page.rst. What has the header but neither entry (older kernels, and other programs in a kernel's
+clothes) must run its real-mode code under a BIOS: x86/linuxboot.py.
 """
 
 from __future__ import annotations
@@ -67,7 +68,14 @@ HEADER_MAX_END = 0x290  # the EDD signatures follow it in the zero page
 BOOT_FLAG = 0xAA55
 HDRS = 0x53726448  # "HdrS"
 SECTOR_BYTES = 512
-MIN_VERSION = 0x0206  # the first with cmdline_size
+VERSION_HEAP = 0x0201  # heap_end_ptr
+VERSION_CMD_LINE_PTR = 0x0202
+VERSION_INITRD_ADDR_MAX = 0x0203
+VERSION_SYSSIZE = 0x0204  # four bytes of it, which can be relied on
+VERSION_CMDLINE_SIZE = 0x0206
+VERSION_DIRECT = 0x0206  # the oldest that is entered here without its real-mode code
+INITRD_ADDR_MAX = 0x37FF_FFFF  # of those that don't say
+CMDLINE_SIZE = 255
 VERSION_PAYLOAD = 0x0208
 VERSION_INIT_SIZE = 0x020A
 VERSION_XLOADFLAGS = 0x020C
@@ -90,7 +98,7 @@ class BzImage:
     __slots__ = ("fields", "image", "name", "setup_bytes")
 
     def __init__(self, view: memoryview, name: str) -> None:
-        """ConfigError unless ``view`` is a whole bzImage of protocol 2.06 or newer."""
+        """ConfigError unless ``view`` is a whole kernel with a setup header, of any protocol since 2.00."""
         self.image = view
         self.name = name
         if not is_bzimage(view):
@@ -101,17 +109,10 @@ class BzImage:
         for field, (offset, form) in FIELDS.items():
             if offset + calcsize("<" + form) <= self.header_end:
                 (self.fields[field],) = unpack_from("<" + form, view, offset)
-        version = self.fields["version"]
-        if version < MIN_VERSION:
-            raise ConfigError(
-                f"{name} speaks Linux boot protocol {version >> 8}.{version & 0xFF:02}: "
-                "give a kernel of 2.6.22 or newer (protocol 2.06)"
-            )
-        if not self.fields["loadflags"] & LOADED_HIGH:
-            raise ConfigError(f"{name} is a zImage, loaded below 1 MiB: give a bzImage")
         # Zero sectors means four, from before the field was.
         self.setup_bytes = ((self.fields["setup_sects"] or 4) + 1) * SECTOR_BYTES
-        end = self.setup_bytes + self.fields["syssize"] * 16
+        size = self.fields["syssize"] * 16 if self.fields["version"] >= VERSION_SYSSIZE else 0
+        end = self.setup_bytes + size
         # syssize is rounded up to a paragraph, the file need not be.
         if len(view) <= end - 16 or len(view) <= self.setup_bytes:
             raise ConfigError(f"{name} is truncated: it has {len(view)} bytes of {end}; give the whole file")
@@ -128,6 +129,39 @@ class BzImage:
     def is_64bit(self) -> bool:
         """Whether it has the 64-bit entry point at load address + 0x200."""
         return self["version"] >= VERSION_XLOADFLAGS and bool(self["xloadflags"] & XLF_KERNEL_64)
+
+    @property
+    def is_high(self) -> bool:
+        """Whether its protected-mode part goes to 1 MiB: False for a zImage, which goes to 64 KiB."""
+        return bool(self["loadflags"] & LOADED_HIGH)
+
+    @property
+    def initrd_addr_max(self) -> int:
+        """The last address that an initrd may occupy."""
+        return self["initrd_addr_max"] if self["version"] >= VERSION_INITRD_ADDR_MAX else INITRD_ADDR_MAX
+
+    @property
+    def cmdline_size(self) -> int:
+        """How long a command line may be, without its NUL; what all take where the header does not say."""
+        said = self["cmdline_size"] if self["version"] >= VERSION_CMDLINE_SIZE else 0
+        return said or CMDLINE_SIZE
+
+    def require_direct_entry(self) -> None:
+        """ConfigError unless it has an entry behind its real-mode code, so that it needs no BIOS."""
+        version = self["version"]
+        if version < VERSION_DIRECT:
+            why = f"it speaks Linux boot protocol {version >> 8}.{version & 0xFF:02}, older than 2.06"
+        elif not self.is_high:
+            why = "it is a zImage, loaded below 1 MiB"
+        elif not self.is_64bit and self["code32_start"] != layout.KERNEL:
+            # boot.rst: the 32-bit entry is where the protected-mode part is loaded, and that is this field's default.
+            why = f"its 32-bit entry, {self['code32_start']:#x}, is not where it is loaded"
+        else:
+            return
+        raise ConfigError(
+            f"{self.name} has to be started by a BIOS, which runs its real-mode code ({why}): "
+            "add --firmware FILE (firmware=...), a SeaBIOS image such as /usr/share/seabios/bios-256k.bin"
+        )
 
     @property
     def protected_mode_part(self) -> memoryview:
@@ -181,9 +215,10 @@ def load(
     from pyvmm.x86.boot import BootState
 
     kernel = BzImage(view, name)
+    kernel.require_direct_entry()
     start, end = kernel.runtime_span()
     image.require_ram(memory, start, end - start, name)
-    cmdline = image.encode_cmdline(append, min(kernel["cmdline_size"], layout.CMDLINE_BYTES - 1))
+    cmdline = image.encode_cmdline(append, min(kernel.cmdline_size, layout.CMDLINE_BYTES - 1))
     initrd, initrd_bytes = _load_initrd(memory, kernel, end, modules)
 
     image.copy_in(memory, layout.KERNEL, kernel.protected_mode_part, name)

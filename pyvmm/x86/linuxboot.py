@@ -1,8 +1,9 @@
 """A Linux kernel booted by firmware: in fw_cfg for the option ROM guests/linuxboot.S, which is put right here.
 
-QEMU docs/specs/fw_cfg.rst and Linux Documentation/arch/x86/boot.rst, "the real-mode code": where the parts go, and
-the header's fields that are the loader's. PCI Firmware Specification 3.3, 5.1 (option ROM header), Plug and Play BIOS
-Specification 1.0A, 3.2 (expansion header).
+Its real-mode code runs, as with QEMU's -kernel: so this is also how a program boots that only looks like a kernel.
+QEMU docs/specs/fw_cfg.rst and Linux Documentation/arch/x86/boot.rst, "the real-mode code" and "the kernel command
+line": where the parts go, and the header's fields that are the loader's. PCI Firmware Specification 3.3, 5.1 (option ROM
+header), Plug and Play BIOS Specification 1.0A, 3.2 (expansion header).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from struct import pack_into, unpack_from
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import image, layout
-from pyvmm.x86.bzimage import FIELDS, BzImage
+from pyvmm.x86.bzimage import FIELDS, VERSION_CMD_LINE_PTR, VERSION_HEAP, BzImage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,12 +36,18 @@ SETUP_ADDR = 0x0016
 SETUP_SIZE = 0x0017
 SETUP_DATA = 0x0018
 
-# In conventional memory, as the boot protocol's classic layout has it: the real-mode part with its heap and stack in
-# one segment, and the command line behind it.
+# In conventional memory: the real-mode part with its heap and stack in one segment, and the command line behind it.
 REAL_MODE = 0x1_0000
 CMDLINE = 0x2_0000
-HEAP_END = CMDLINE - REAL_MODE - 0x200
+# Kernels before protocol 2.02 and zImages know one place only, and a zImage's protected-mode part lies below it.
+OLD_REAL_MODE = 0x9_0000
+OLD_CMDLINE_END = 0x9_A000
+ZIMAGE = 0x1_0000
+HEAP_GAP = 0x200  # heap_end_ptr is counted from 0x200 behind the segment's start
 LOADER_TYPE = 0xFF  # of one with no number assigned
+# Where a kernel before 2.02 is told of its command line: a magic number, and the offset in the real-mode segment.
+OLD_CMDLINE_MAGIC_AT = 0x20
+OLD_CMDLINE_MAGIC = 0xA33F
 CAN_USE_HEAP = 1 << 7
 
 # What firmware may keep for its tables at the top of RAM: an initrd that would need it is refused beforehand.
@@ -60,29 +67,39 @@ def kernel_items(
 ) -> dict[int, bytes | memoryview]:
     """{key: content} of fw_cfg's items. Kernel and initrd are views of what was given, not copies.
 
-    ConfigError unless it is a bzImage, and there is memory for it, the initrd and the firmware.
+    ConfigError unless it has a kernel's setup header, and there is memory for it, the initrd and the firmware.
     """
     view = image.as_bytes_view(kernel)
     parsed = BzImage(view, name)
-    start, end = parsed.runtime_span()
-    image.require_ram(memory, start, end - start, name)
-    cmdline = image.encode_cmdline(append, min(parsed["cmdline_size"], layout.EBDA - CMDLINE - 1))
+    rest = parsed.protected_mode_part
+    old = parsed["version"] < VERSION_CMD_LINE_PTR or not parsed.is_high
+    place = layout.KERNEL
+    _, end = parsed.runtime_span()
+    if not parsed.is_high:
+        place, end = ZIMAGE, layout.KERNEL
+        if place + len(rest) > OLD_REAL_MODE:
+            raise ConfigError(f"{name} is a zImage of {len(rest)} bytes, too long to be one: give an intact kernel")
+    image.require_ram(memory, layout.KERNEL, end - layout.KERNEL, name)
+    room = (OLD_CMDLINE_END - OLD_REAL_MODE if old else layout.EBDA - CMDLINE) - 1
+    cmdline = image.encode_cmdline(append, min(parsed.cmdline_size, room))
+    real_mode, cmdline_at = REAL_MODE, CMDLINE
+    if old:
+        real_mode, cmdline_at = OLD_REAL_MODE, OLD_CMDLINE_END - image.align_up(len(cmdline), 16)
     module: bytes | memoryview = b"" if initrd is None else image.as_bytes_view(initrd)
     at = _initrd_place(memory, parsed, end, len(module))
-    setup = _real_mode_part(parsed, at, len(module))
-    rest = parsed.protected_mode_part
+    setup = _real_mode_part(parsed, at, len(module), cmdline_at - real_mode, cmdline_at)
 
     def number(value: int) -> bytes:
         return value.to_bytes(4, "little")
 
     return {
-        SETUP_ADDR: number(REAL_MODE),
+        SETUP_ADDR: number(real_mode),
         SETUP_SIZE: number(len(setup)),
         SETUP_DATA: setup,
-        CMDLINE_ADDR: number(CMDLINE),
+        CMDLINE_ADDR: number(cmdline_at),
         CMDLINE_SIZE: number(len(cmdline)),
         CMDLINE_DATA: cmdline,
-        KERNEL_ADDR: number(layout.KERNEL),
+        KERNEL_ADDR: number(place),
         KERNEL_SIZE: number(len(rest)),
         KERNEL_DATA: rest,
         INITRD_ADDR: number(at),
@@ -95,13 +112,18 @@ def _initrd_place(memory: GuestMemory, kernel: BzImage, floor: int, size: int) -
     """An address that will do; the ROM goes higher where the firmware leaves room. 0 where there is no initrd."""
     if not size:
         return 0
-    limit = min(kernel["initrd_addr_max"] + 1, image.low_ram_end(memory) - FIRMWARE_BYTES)
+    limit = min(kernel.initrd_addr_max + 1, image.low_ram_end(memory) - FIRMWARE_BYTES)
     return image.place_high(memory, size, floor=floor, limit=limit, what="the initrd")
 
 
-def _real_mode_part(kernel: BzImage, initrd: int, initrd_bytes: int) -> bytes:
-    """The setup sectors, with what a loader fills in. ConfigError where they leave no room for their heap."""
-    if kernel.setup_bytes > HEAP_END:
+def _real_mode_part(kernel: BzImage, initrd: int, initrd_bytes: int, segment_bytes: int, cmdline: int) -> bytes:
+    """The setup sectors, with what a loader fills in. ConfigError where they leave no room for their heap.
+
+    ``segment_bytes`` is what they have with heap and stack, up to the command line at ``cmdline``.
+    """
+    heap_end = segment_bytes - HEAP_GAP
+    version = kernel["version"]
+    if kernel.setup_bytes > heap_end:
         raise ConfigError(f"{kernel.name} has a real-mode part of {kernel.setup_bytes} bytes: give a whole bzImage")
     setup = bytearray(kernel.image[: kernel.setup_bytes])
 
@@ -110,9 +132,13 @@ def _real_mode_part(kernel: BzImage, initrd: int, initrd_bytes: int) -> bytes:
         pack_into("<" + form, setup, offset, value)
 
     put("type_of_loader", LOADER_TYPE)
-    put("loadflags", kernel["loadflags"] | CAN_USE_HEAP)
-    put("heap_end_ptr", HEAP_END)
-    put("cmd_line_ptr", CMDLINE)
+    if version >= VERSION_HEAP:
+        put("loadflags", kernel["loadflags"] | CAN_USE_HEAP)
+        put("heap_end_ptr", heap_end)
+    if version >= VERSION_CMD_LINE_PTR:
+        put("cmd_line_ptr", cmdline)
+    else:
+        pack_into("<HH", setup, OLD_CMDLINE_MAGIC_AT, OLD_CMDLINE_MAGIC, segment_bytes)
     put("ramdisk_image", initrd)
     put("ramdisk_size", initrd_bytes)
     return bytes(setup)

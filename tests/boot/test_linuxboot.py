@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import asm
+import boot_assets
 import disk_images
 import pytest
 from console import SerialLine
@@ -69,20 +70,24 @@ RESETS_ONCE = """
 
 
 class Kernel:
-    """A bzImage of protocol 2.15 with SETUP in its real-mode part and a pattern behind that."""
+    """A kernel with SETUP in its real-mode part and a pattern behind that; ``high`` False: a zImage."""
 
-    def __init__(self, initrd_addr_max: int = INITRD_ADDR_MAX, before: str = "") -> None:
+    def __init__(
+        self, initrd_addr_max: int = INITRD_ADDR_MAX, before: str = "", version: int = 0x20F, high: bool = True
+    ) -> None:
         # The real-mode part is entered 0x20 paragraphs into its segment: offsets count from there.
         program = asm.assemble(before + SETUP, "real16", HEADER_END - 0x200)
         self.results = program.symbols["results"] + 0x200
         setup = bytearray((SETUP_SECTORS + 1) * 512)
-        self.code = bytes((n * 7 >> 3) & 0xFF for n in range(3 * MIB + 48))
+        self.code = bytes((n * 7 >> 3) & 0xFF for n in range(3 * MIB + 48 if high else 0x7_0000))
         struct.pack_into("<BHI", setup, 0x1F1, SETUP_SECTORS, 0, len(self.code) // 16)
-        struct.pack_into("<H2s4sH", setup, 0x1FE, 0xAA55, b"\xeb\x6a", b"HdrS", 0x20F)
-        struct.pack_into("<B", setup, 0x211, 1)  # loaded high
-        struct.pack_into("<I", setup, 0x22C, initrd_addr_max)
-        struct.pack_into("<IBBHI", setup, 0x230, 0x20_0000, 1, 21, 1, 2047)
-        struct.pack_into("<QI", setup, 0x258, 0x10_0000, 4 * MIB)
+        struct.pack_into("<H2s4sH", setup, 0x1FE, 0xAA55, b"\xeb\x6a", b"HdrS", version)
+        struct.pack_into("<B", setup, 0x211, high)
+        if version >= 0x203:
+            struct.pack_into("<I", setup, 0x22C, initrd_addr_max)
+        if version >= 0x20A:
+            struct.pack_into("<IBBHI", setup, 0x230, 0x20_0000, 1, 21, 1, 2047)
+            struct.pack_into("<QI", setup, 0x258, 0x10_0000, 4 * MIB)
         setup[HEADER_END : HEADER_END + len(program.image)] = program.image
         self.image = bytes(setup) + self.code
 
@@ -140,6 +145,68 @@ def test_a_kernel_is_entered_as_the_boot_protocol_says(
         assert place % 4096 == 0
         assert top - 0x10000 < place + size + 4096
         assert place + size <= min(initrd_addr_max + 1, memory_mib * MIB - 4096)
+
+
+@pytest.mark.parametrize(
+    ("version", "high", "real_mode"),
+    [(0x200, False, 0x90000), (0x201, True, 0x90000), (0x202, True, 0x10000), (0x207, True, 0x10000),
+     (0x207, False, 0x90000)],
+)  # fmt: skip
+def test_a_kernel_that_only_a_bios_can_start(firmware: Path, version: int, high: bool, real_mode: int) -> None:
+    """Old protocols, zImages, and programs that look like a kernel (no 32-bit entry): all their real-mode code."""
+    kernel = Kernel(version=version, high=high)
+    with pytest.raises(pyvmm.ConfigError, match=r"started by a BIOS.*--firmware"):
+        pyvmm.Machine(memory_mib=64, kernel=kernel.image)
+    initrd = bytes(n * 11 & 0xFF for n in range(70_000))
+    with pyvmm.Machine(
+        machine="pc", memory_mib=64, firmware=firmware, kernel=kernel.image, initrd=initrd, append="the=line"
+    ) as m:
+        assert ended(m) == 0x15 << 1 | 1
+        setup = m.memory.read(real_mode, len(kernel.image) - len(kernel.code))
+        cs, ds, es, fs, gs, ss, esp = struct.unpack_from("<6HI", setup, kernel.results)
+        assert cs == (real_mode >> 4) + 0x20
+        assert {ds, es, fs, gs, ss} == {real_mode >> 4}
+        if version >= 0x202:
+            (line,) = struct.unpack_from("<I", setup, 0x228)
+        else:
+            magic, offset = struct.unpack_from("<HH", setup, 0x20)
+            assert magic == 0xA33F
+            line = real_mode + offset
+        assert m.memory.read(line, 9) == b"the=line\0"
+        assert len(setup) < esp < line - real_mode
+        assert m.memory.read(0x100000 if high else 0x10000, len(kernel.code)) == kernel.code
+        place, size = struct.unpack_from("<II", setup, 0x218)
+        assert place >= MIB
+        assert m.memory.read(place, size) == initrd
+
+
+def test_grub_in_a_kernel_s_clothes(firmware: Path, tmp_path: Path) -> None:
+    """GRUB's lnxboot.img before its core image: protocol 2.03, whose real-mode code moves all of it to 0x8000."""
+    core = disk_images.grub_mkimage("i386-pc", "(hd0)/grub", ("biosdisk", *disk_images.GRUB2_MODULES))
+    kernel = (disk_images.grub2_directory() / "lnxboot.img").read_bytes() + bytes(core)
+    line = SerialLine()
+    with pyvmm.Machine(
+        machine="pc", memory_mib=64, firmware=firmware, kernel=kernel, serial=line.chardev
+    ) as m:
+        m.resume()
+        line.expect("Booting from ROM...", LIMIT_S)
+        line.expect("grub rescue>", LIMIT_S)
+
+
+@pytest.mark.lab
+def test_memdisk_starts_a_floppy_out_of_an_initrd(firmware: Path) -> None:
+    """syslinux's memdisk: protocol 2.03, hooks int 13h, boots what it was given. Software KVM lacks its IRET."""
+    sector = asm.assemble("finish 0x17\n.org 510\n.word 0xaa55", "real16").image
+    memdisk = boot_assets.package("syslinux-common") / "usr/lib/syslinux/memdisk"
+    with pyvmm.Machine(
+        machine="pc",
+        memory_mib=64,
+        firmware=firmware,
+        kernel=memdisk,
+        initrd=sector + bytes(1440 * 1024 - len(sector)),
+        append="floppy raw",
+    ) as m:
+        assert ended(m) == 0x17 << 1 | 1
 
 
 def test_after_a_reset_it_is_booted_again(firmware: Path) -> None:

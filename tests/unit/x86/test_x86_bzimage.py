@@ -130,8 +130,13 @@ def test_a_kernel_with_no_64_bit_entry_starts_in_protected_mode(
 @pytest.mark.parametrize(
     ("image", "complaint"),
     [
-        (x86_images.bzimage(version=0x205), "protocol 2.05: give a kernel"),
-        (x86_images.bzimage(loadflags=0), "zImage"),
+        (x86_images.bzimage(version=0x205), r"protocol 2\.05, older than 2\.06\): add --firmware"),
+        (x86_images.bzimage(version=0x200), r"started by a BIOS.* 2\.00, .*: add --firmware"),
+        (x86_images.bzimage(loadflags=0), "started by a BIOS.*zImage.*: add --firmware"),
+        # iPXE's .lkrn: its header says 2.07, no 32-bit entry, and what is loaded at 1 MiB is no code.
+        (x86_images.bzimage(version=0x207, code32_start=0), "started by a BIOS.*32-bit entry, 0x0,.*: add --firmware"),
+        (x86_images.bzimage(version=0x20F, xloadflags=0, code32_start=0), "started by a BIOS"),
+        (x86_images.bzimage(version=0x20B, xloadflags=1, code32_start=0x1000), "started by a BIOS"),
         (x86_images.bzimage()[:-17], "truncated"),
         (x86_images.bzimage()[:1024], "truncated"),
         (x86_images.bzimage()[: 5 * 512], "truncated"),
@@ -142,6 +147,10 @@ def test_a_kernel_with_no_64_bit_entry_starts_in_protected_mode(
 def test_refusals(memory: GuestMemory, image: bytes, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         boot.load(memory, image)
+
+
+def test_a_64_bit_entry_is_enough(memory: GuestMemory) -> None:
+    assert boot.load(memory, x86_images.bzimage(code32_start=0)).mode == "long64"
 
 
 def test_a_command_line_has_the_kernels_limit(memory: GuestMemory) -> None:

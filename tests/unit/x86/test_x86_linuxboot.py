@@ -66,6 +66,53 @@ def test_the_loaders_fields(memory: GuestMemory) -> None:
     assert all(field(setup, name) == before[name] for name in bzimage.FIELDS if name not in changed)
 
 
+@pytest.mark.parametrize("version", [0x200, 0x201, 0x202, 0x203, 0x205, 0x207])
+def test_kernels_of_every_protocol_that_has_a_header(memory: GuestMemory, version: int) -> None:
+    """boot.rst: which fields a loader fills, by the version that brought them; QEMU hw/i386/x86.c has the places."""
+    kernel = x86_images.bzimage(version=version, code32_start=0)
+    items = linuxboot.kernel_items(memory, kernel, initrd=b"x" * 100, append="a=b")
+    setup = bytes(items[fw_cfg.SETUP_DATA])
+    before = kernel[: len(setup)]
+    real_mode, cmdline = number(items[fw_cfg.SETUP_ADDR]), number(items[fw_cfg.CMDLINE_ADDR])
+    assert items[fw_cfg.CMDLINE_DATA] == b"a=b\0"
+    assert number(items[fw_cfg.KERNEL_ADDR]) == 0x100000
+    assert field(setup, "type_of_loader") == 0xFF
+    assert field(setup, "ramdisk_image") == number(items[fw_cfg.INITRD_ADDR]) != 0
+    touched = {0x210, *range(0x218, 0x220)}
+    if version >= 0x201:
+        assert field(setup, "loadflags") & 0x80
+        assert real_mode + field(setup, "heap_end_ptr") + 0x200 == cmdline
+        touched |= {0x211, 0x224, 0x225}
+    if version >= 0x202:
+        assert (real_mode, cmdline) == (0x10000, 0x20000)
+        assert field(setup, "cmd_line_ptr") == cmdline
+        touched |= set(range(0x228, 0x22C))
+    else:
+        assert real_mode == 0x90000
+        assert struct.unpack_from("<HH", setup, 0x20) == (0xA33F, cmdline - 0x90000)
+        assert 0x90000 + len(setup) < cmdline <= 0x9A000 - 4
+        touched |= set(range(0x20, 0x24))
+    assert {n for n in range(len(setup)) if setup[n] != before[n]} <= touched
+
+
+def test_a_zimage_goes_to_64_kib(memory: GuestMemory) -> None:
+    kernel = x86_images.bzimage(loadflags=0, version=0x203)
+    items = linuxboot.kernel_items(memory, kernel)
+    assert number(items[fw_cfg.KERNEL_ADDR]) == 0x10000
+    assert number(items[fw_cfg.SETUP_ADDR]) == 0x90000
+    assert field(items[fw_cfg.SETUP_DATA], "cmd_line_ptr") == number(items[fw_cfg.CMDLINE_ADDR])
+    with pytest.raises(ConfigError, match="a zImage of 528384 bytes, too long"):
+        linuxboot.kernel_items(memory, x86_images.bzimage(loadflags=0, code_bytes=0x8_1000))
+
+
+@pytest.mark.parametrize(("version", "most"), [(0x203, 255), (0x205, 255), (0x206, 2047)])
+def test_how_long_a_command_line_an_old_kernel_takes(memory: GuestMemory, version: int, most: int) -> None:
+    kernel = x86_images.bzimage(version=version)
+    linuxboot.kernel_items(memory, kernel, append="x" * most)
+    with pytest.raises(ConfigError, match=f"takes {most}: shorten it"):
+        linuxboot.kernel_items(memory, kernel, append="x" * (most + 1))
+
+
 def test_no_initrd(memory: GuestMemory) -> None:
     items = linuxboot.kernel_items(memory, x86_images.bzimage())
     assert number(items[fw_cfg.INITRD_SIZE]) == number(items[fw_cfg.INITRD_ADDR]) == 0

@@ -78,6 +78,7 @@ def bzimage(
     initrd_addr_max: int = 0x7FFF_FFFF,
     loadflags: int = 1,
     relocatable: int = 1,
+    code32_start: int = 0x10_0000,
 ) -> bytes:
     """A bzImage whose code is an easily recognised pattern, ``payload`` in its middle."""
     setup = bytearray((setup_sects + 1) * 512 if setup_sects else 5 * 512)
@@ -91,7 +92,7 @@ def bzimage(
     struct.pack_into("<H", setup, 0x206, version)
     struct.pack_into("<H", setup, 0x20E, 0x80)
     setup[0x280:0x290] = b"6.1.0-test (x)\0\0"
-    struct.pack_into("<BBHI", setup, 0x210, 0, loadflags, 0x8000, 0x10_0000)
+    struct.pack_into("<BBHI", setup, 0x210, 0, loadflags, 0x8000, code32_start)
     struct.pack_into("<I", setup, 0x22C, initrd_addr_max)
     struct.pack_into("<IBBHI", setup, 0x230, 0x20_0000, relocatable, 21, xloadflags, cmdline_size)
     struct.pack_into("<IIQQI", setup, 0x248, payload_at, len(payload), 0, pref_address, init_size)
