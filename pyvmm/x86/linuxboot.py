@@ -2,8 +2,8 @@
 
 Its real-mode code runs, as with QEMU's -kernel: so this is also how a program boots that only looks like a kernel.
 QEMU docs/specs/fw_cfg.rst and Linux Documentation/arch/x86/boot.rst, "the real-mode code" and "the kernel command
-line": where the parts go, and the header's fields that are the loader's. PCI Firmware Specification 3.3, 5.1 (option ROM
-header), Plug and Play BIOS Specification 1.0A, 3.2 (expansion header).
+line": where the parts go, and the header's fields that are the loader's. PCI Firmware Specification 3.3, 5.1 (option
+ROM header), Plug and Play BIOS Specification 1.0A, 3.2 (expansion header).
 """
 
 from __future__ import annotations
