@@ -39,6 +39,7 @@ PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
 XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
 X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
+POWER_BUTTON = 0x100  # of PM1's status (ACPI 6.5, 4.8.3.1.1)
 # How long a character of console output may wait for more, after another: nobody sees that, and a write a line is far
 # cheaper than a write a character.
 CONSOLE_GATHER_NS = 10_000_000
@@ -254,7 +255,15 @@ def make_devices(m: Machine) -> None:
     pio, config = m.pio, m.config
     gather_ns = CONSOLE_GATHER_NS if config.accel == "kvm" else 0
     serial = Serial(irq_line(m, layout.IRQ_COM1), chardev(m, config.serial, "serial"), m.clock, gather_ns=gather_ns)
-    pm = AcpiPm(m.clock, irq_line(m, layout.IRQ_SCI), m.guest_shutdown, s5_type=layout.SLP_TYP_S5)
+    pm = AcpiPm(
+        m.clock,
+        irq_line(m, layout.IRQ_SCI),
+        m.guest_shutdown,
+        s5_type=layout.SLP_TYP_S5,
+        s3_type=None if config.no_s3 else layout.SLP_TYP_S3,
+        on_suspend=m.guest_suspend,
+        on_wake=m.guest_wake,
+    )
     reset = ResetControl(m.guest_reset)
     fw_cfg = FwCfg(m.memory)
     m.devices.update(serial=serial, acpi_pm=pm, reset_control=reset, fw_cfg=fw_cfg)
@@ -282,6 +291,7 @@ def make_legacy_devices(m: Machine) -> None:
         ram_below_4g_bytes=low,
         ram_above_4g_bytes=m.memory.size_bytes - low,
         cpus=m.config.cpus,
+        on_alarm=m.devices["acpi_pm"].rtc_alarm,  # type: ignore[attr-defined]  # make_devices made an AcpiPm
     )
     i8042 = I8042(irq_line(m, layout.IRQ_KEYBOARD), m.guest_reset)
     port92 = Port92(m.guest_reset)
@@ -458,7 +468,7 @@ def write_tables(m: Machine) -> int:
         return int(pc_board().write_tables(m))
     from pyvmm.x86 import acpi, mptable
 
-    tables = acpi.build(m.config.cpus)
+    tables = acpi.build(m.config.cpus, s3=not m.config.no_s3)
     tables.write(m.memory)
     mptable.write(m.memory, m.config.cpus)
     return tables.rsdp
@@ -569,6 +579,33 @@ def reset(m: Machine) -> None:
     boot = load_guest(m, clean=False)
     if boot is not None and m.cpus:
         enter_guest(m, boot)
+
+
+def wake(m: Machine, events: int) -> None:
+    """Out of suspend to RAM: processors and chips have been without power, memory has not. Every vCPU is parked.
+
+    Firmware finds the way to the waking vector by itself, told by a byte in CMOS; without, we go there.
+    """
+    from pyvmm.x86.wake import waking_state
+
+    if m.config.accel == "kvm":
+        reset_kernel(m)
+    if m.config.machine == "pc":
+        pc_board().after_reset(m)
+    if starts_in_firmware(m):
+        from pyvmm.devices.rtc import SHUTDOWN, SHUTDOWN_S3
+
+        m.devices["rtc"].cmos[SHUTDOWN] = SHUTDOWN_S3  # type: ignore[attr-defined]  # an Rtc
+    elif m.cpus:
+        # A guest that has left no vector is started again, as firmware would do.
+        state = waking_state(m.memory) or load_guest(m, clean=False)
+        if state is not None:
+            enter_guest(m, state)
+    m.devices["acpi_pm"].woken(events)  # type: ignore[attr-defined]  # an AcpiPm
+
+
+def starts_in_firmware(m: Machine) -> bool:
+    return m.config.machine == "pc" and bool(pc_board().uses_firmware(m))
 
 
 def reset_kernel(m: Machine) -> None:

@@ -58,6 +58,7 @@ class MachineConfig:
     debugcon     the same for the debug console at port 0x402.
     raw_terminal "stdio" takes the terminal over: raw mode, with Ctrl-A x to quit. For commands, not libraries.
     no_reboot    a reset ends the run with status 6 instead of starting the guest again.
+    no_s3        the guest is not offered suspend to RAM (ACPI S3).
     testdev      the registers of QEMU's pc-testdev.
     debug_exit   port of isa-debug-exit, or None.
     fw_cfg       {name: bytes} of more fw_cfg files.
@@ -86,6 +87,7 @@ class MachineConfig:
     debugcon: Serial = None
     raw_terminal: bool = False
     no_reboot: bool = False
+    no_s3: bool = False
     testdev: bool = False
     debug_exit: int | None = DEBUG_EXIT_PORT
     fw_cfg: Mapping[str, bytes] = {}
@@ -347,6 +349,7 @@ def from_file(path: str) -> dict[str, Any]:
                 ("serial", str),
                 ("debugcon", str),
                 ("no_reboot", bool),
+                ("no_s3", bool),
                 ("testdev", bool),
                 ("debug_exit", int),
                 ("shared_memory", bool),

@@ -75,6 +75,10 @@ class Device:
     def reset(self):
         """Back to the power-on state. The vCPUs are parked."""
 
+    def wake(self):
+        """The machine comes out of suspend to RAM, where most chips had no power: as a reset. The vCPUs are parked."""
+        self.reset()
+
     def save(self):
         """The state as plain data (ints, bytes, strings, lists, dicts): enough to go on exactly."""
         return {}

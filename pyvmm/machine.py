@@ -207,6 +207,15 @@ class Machine:
         self._usable("powerdown")
         self.devices["acpi_pm"].press()  # type: ignore[attr-defined]  # builder made an AcpiPm
 
+    def wakeup(self) -> None:
+        """Wake a guest that has suspended to RAM, as by its power button. StateError where it has not.
+
+        From any thread; in a handler or a timer's callback it takes effect when that returns.
+        """
+        if not self.control.suspended:
+            raise StateError(f"the guest is not suspended, the machine is in state {self.control.state_name}")
+        self.control.request(lambda: self._wake(builder.POWER_BUTTON), wait=True)
+
     def nmi(self, cpu: int = 0) -> None:
         """Send a non-maskable interrupt to one vCPU. The machine must be paused, or it arrives at the next exit."""
         self._usable("nmi")
@@ -261,6 +270,14 @@ class Machine:
             return
 
         self.control.request(self._reset)
+
+    def guest_suspend(self) -> None:
+        """The guest suspends to RAM (ACPI S3)."""
+        self.control.request(self.control.suspend)
+
+    def guest_wake(self, events: int) -> None:
+        """An event that the guest has enabled ends that: bits of PM1's status."""
+        self.control.request(lambda: self._wake(events))
 
     def drive_error(self, backend: BlockBackend, operation: str, number: int, action: str) -> None:
         """A drive's request failed; on ``stop`` it waits, and so does the machine (QEMU's rerror and werror)."""
@@ -367,6 +384,21 @@ class Machine:
         self.first_boot = False
         self.memory_map.release()
         self.control.restarted()
+
+    def _wake(self, events: int) -> None:
+        """Every vCPU is parked. As a reset, but memory stays as it is and the guest goes on at its waking vector."""
+        if not self.control.suspended:
+            self.control.carry_on()
+            return
+        for backend in self.backends.values():
+            backend.drop_stalled()
+        self.memory_map.hold()
+        for device in self._all_devices():
+            with device.lock:
+                device.wake()
+        builder.wake(self, events)
+        self.memory_map.release()
+        self.control.woken()
 
     def _all_devices(self) -> list[Device]:
         """The board's, and whatever the embedder has mapped; each once."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # RunState's values. Enum members are made for whoever looks at ``state``; importing enum takes a tenth of a start.
 PRELAUNCH = "prelaunch"
 RUNNING = "running"
+SUSPENDED = "suspended"
 PAUSED = "paused"
 DEBUG = "debug"
 IO_ERROR = "io-error"
@@ -35,6 +36,7 @@ FROM_INSIDE = (
     "from a device's handler or a callback would wait for itself: call stop() or pause() there, "
     "and the rest where run() has returned"
 )
+ALIVE = (RUNNING, SUSPENDED)
 ENDED = (SHUTDOWN, INTERNAL_ERROR, CLOSED)
 RESUMABLE = (PRELAUNCH, PAUSED, DEBUG, IO_ERROR)
 
@@ -101,6 +103,7 @@ class RunControl:
         self.cpus: Sequence[Cpu] = ()
         self.status: ExitStatus | None = None
         self.error: BaseException | None = None
+        self.suspended = False  # the guest is, also while somebody has paused the machine
         self._lock = RLock()
         self._cond = Condition(self._lock)
         self._go = False
@@ -217,7 +220,7 @@ class RunControl:
 
         Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first,
         and so in another request or a timer's callback, which must return first.
-        The vCPUs stay parked after it unless it calls ``go``.
+        The vCPUs stay parked after it unless it calls ``go`` or ``carry_on``.
         """
         with self._lock:
             if self._closing:
@@ -248,10 +251,44 @@ class RunControl:
                 self._on_light(True)
             self._cond.notify_all()
 
+    def carry_on(self) -> None:
+        """The last act of a request that changes nothing: a machine that runs goes on, one that is suspended stays so.
+        """
+        with self._lock:
+            if self.state_name == RUNNING:
+                self.go()
+            elif self.state_name == SUSPENDED:
+                self._sleep()
+
+    def _sleep(self) -> None:
+        """The vCPUs stay parked, and guest time goes on. The lock is held."""
+        self.state_name = SUSPENDED
+        self.status = self.error = None
+        if not self._lit and not self._closing:
+            self._lit = True
+            self._on_light(True)
+        self._cond.notify_all()
+
+    def suspend(self) -> None:
+        """Part of a request: the guest suspends to RAM. One that somebody paused meanwhile does so when it goes on."""
+        with self._lock:
+            if self.state_name not in ENDED:
+                self.suspended = True
+                if self.state_name == RUNNING:
+                    self._sleep()
+
+    def woken(self) -> None:
+        """The last act of a wake-up: a machine that was suspended runs; one that somebody has paused stays so."""
+        with self._lock:
+            self.suspended = False
+            if self.state_name in ALIVE:
+                self.go()
+
     def restarted(self) -> None:
         """The last act of a reset: a machine that runs goes on; one that was paused, or had ended, is paused."""
         with self._lock:
-            if self.state_name == RUNNING:
+            self.suspended = False
+            if self.state_name in ALIVE:
                 self.go()
             elif self.state_name != CLOSED:
                 self.state_name = PAUSED
@@ -286,7 +323,7 @@ class RunControl:
         with self._lock:
             if self._closing:
                 raise StateError("the machine is closed: make another one")
-            if self.state_name == RUNNING:
+            if self.state_name in ALIVE:
                 if only is not None:
                     raise StateError(f"vCPU {only.index} can't step while the machine runs: pause() it first")
                 return
@@ -294,17 +331,20 @@ class RunControl:
                 raise StateError(f"the machine is in state {self.state_name}: reset() it first")
             self._only = only
             # In the same breath: an end that comes after the look at the state must stay the last word.
-            self.go()
+            if self.suspended:
+                self._sleep()
+            else:
+                self.go()
 
     def pause(self, wait: bool = True) -> None:
         """Park every vCPU. In a handler or a timer's callback it takes effect when that returns."""
 
         def paused() -> None:
-            if self.state_name == RUNNING:
+            if self.state_name in ALIVE:
                 self.end(ExitStatus(STATUS_PAUSED, PAUSED), None, PAUSED)
 
         with self._lock:
-            if self.state_name != RUNNING:
+            if self.state_name not in ALIVE:
                 return
         # Waits for this very request: by the time a waiter wakes, somebody else may have resumed the machine.
         self.request(paused, wait)
@@ -322,8 +362,9 @@ class RunControl:
                 lambda: not self._inside and not self._requests and not self._acting, timeout_s
             )
 
-    def wait(self, timeout_s: float | None = None, state: str = RUNNING) -> bool:
-        """Wait until the machine is not running (not in ``state``) any more: True; False where the time ran out first.
+    def wait(self, timeout_s: float | None = None, states: Sequence[str] = ALIVE) -> bool:
+        """Wait until the machine neither runs nor is suspended (is in none of ``states``): True; False where the time
+        ran out first.
 
         StateError where the caller would wait for itself: on a vCPU's thread, in a request or in a timer's callback.
         """
@@ -331,7 +372,7 @@ class RunControl:
             if self._would_wait_for_itself():
                 raise StateError(f"wait() {FROM_INSIDE}")
             return self._cond.wait_for(
-                lambda: self.state_name != state and not self._acting and not self._inside, timeout_s
+                lambda: self.state_name not in states and not self._acting and not self._inside, timeout_s
             )
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ class RunState(Enum):
     """Built, and not run yet."""
     RUNNING = "running"
     """vCPUs are in the guest, or on their way."""
+    SUSPENDED = "suspended"
+    """The guest has suspended itself to RAM: vCPUs are parked, guest time goes on. An alarm or wakeup() ends it."""
     PAUSED = "paused"
     """Every vCPU is parked with its accesses complete; state may be read and changed; resume() goes on."""
     DEBUG = "debug"

@@ -217,6 +217,7 @@ def describe(m: Machine, fw_cfg: FwCfg) -> None:
         cpu_id=cpu_identity(m),
         boot_menu_wait_ms=boot.splash_time_ms,
         boot_fail_wait_ms=boot.reboot_timeout_ms,
+        s3=not config.no_s3,
     )
     kernel = next(iter(roms), None)
     if any(boot_paths(m, order, kernel) for order in (boot.order, boot.once or "")):
@@ -313,7 +314,7 @@ def write_tables(m: Machine) -> int:
     from pyvmm.x86 import acpi_pc, mptable, smbios
 
     low = min(m.memory.size_bytes, layout.RAM_HOLE)
-    tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low)
+    tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low, s3=not m.config.no_s3)
     tables.write(m.memory)
     mptable.write(m.memory, m.config.cpus)
     ranges = [(gpa, size) for gpa, size in m.memory.regions if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]

@@ -70,6 +70,7 @@ OPTIONS = (
     Option("--fw-cfg", "NAME=FILE", "one more fw_cfg file; may be repeated", split_fw_cfg, many=True,
            words=True),
     Option("--no-reboot", "", "a reset ends the run with status 6"),
+    Option("--no-s3", "", "do not offer the guest suspend to RAM (ACPI S3)"),
     Option("--huge-pages", "KIND", "back RAM by transparent, 2M or 1G pages"),
     Option("--shared-memory", "", "RAM in a memfd that other processes can map"),
     Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
@@ -243,7 +244,7 @@ def wait_for_sigcont(machine: Machine, message: str, end: float | None) -> bool:
     try:
         say(message)
         while not heard and (end is None or monotonic() < end):
-            if machine.control.wait(SIGNAL_CHECK_S, IO_ERROR):
+            if machine.control.wait(SIGNAL_CHECK_S, (IO_ERROR,)):
                 break
         return bool(heard)
     finally:

@@ -1,8 +1,9 @@
-"""ACPI fixed hardware: power management events, sleep control, the PM timer and the power button.
+"""ACPI fixed hardware: power management events, sleep control and wake-up, the PM timer and the power button.
 
-ACPI Specification 6.5, sections 4.8.2 (PM timer, power button) and 4.8.3 (PM1a_EVT, PM1a_CNT, PM_TMR). The
-FADT names the block's ports. Where it states no SMI command port, the machine is in ACPI mode from the start and
-SCI_EN reads as 1 always; where it does, the guest asks for it there (4.8.3.2.1, 16.3.1) and set_acpi_mode is told.
+ACPI Specification 6.5, sections 4.8.2 (PM timer, power button, RTC alarm) and 4.8.3 (PM1a_EVT, PM1a_CNT, PM_TMR), 16.1
+(sleeping states). The FADT names the block's ports. Where it states no SMI command port, the machine is in ACPI mode
+from the start and SCI_EN reads as 1 always; where it does, the guest asks for it there (4.8.3.2.1, 16.3.1) and
+set_acpi_mode is told.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ PWRBTN = 0x0100
 SLPBTN = 0x0200
 RTC = 0x0400
 EVENTS = TMR | GBL | PWRBTN | SLPBTN | RTC
+WAK = 0x8000  # status only: the machine was woken
+WAKE_EVENTS = PWRBTN | SLPBTN | RTC  # that end a sleep, where they are enabled
 
 # PM1 control.
 SCI_EN = 0x0001
@@ -48,8 +51,10 @@ class AcpiPm(Device):
     """The PM block: map 12 bytes of ports.
 
     ``sci`` is the level-triggered SCI. ``on_shutdown()`` is called when the guest enters S5, on its vCPU
-    thread with ``lock`` held. ``s5_type`` is the SLP_TYP that the DSDT's \\_S5 names. ``timer_bits`` is 24 or
-    32: the FADT's TMR_VAL_EXT says which. ``acpi_mode``: SCI_EN at power-on; without it no event makes an SCI.
+    thread with ``lock`` held, ``on_suspend()`` when it enters S3, and ``on_wake(events)``, on any thread, when an
+    enabled event is to end that. ``s5_type`` and ``s3_type`` are the SLP_TYPs that the DSDT's \\_S5 and \\_S3 name;
+    without the latter the guest can't suspend. ``timer_bits`` is 24 or 32: the FADT's TMR_VAL_EXT says which.
+    ``acpi_mode``: SCI_EN at power-on; without it no event makes an SCI.
     """
 
     def __init__(
@@ -59,6 +64,9 @@ class AcpiPm(Device):
         on_shutdown: Callable[[], None],
         *,
         s5_type: int,
+        s3_type: int | None = None,
+        on_suspend: Callable[[], None] = lambda: None,
+        on_wake: Callable[[int], None] = lambda events: None,
         timer_bits: int = 32,
         acpi_mode: bool = True,
     ) -> None:
@@ -66,6 +74,9 @@ class AcpiPm(Device):
         self._sci = sci
         self._on_shutdown = on_shutdown
         self._s5_type = s5_type
+        self._s3_type = s3_type
+        self._on_suspend = on_suspend
+        self._on_wake = on_wake
         self._timer_mask = (1 << timer_bits) - 1
         self._half = 1 << (timer_bits - 1)
         self._timer = clock.timer(self._on_timer)
@@ -77,6 +88,7 @@ class AcpiPm(Device):
         self._status = 0
         self._enable = 0
         self._control = 0
+        self._asleep = False
         self._sci_en = SCI_EN if self._starts_in_acpi_mode else 0
         self._toggle = self._next_toggle()
 
@@ -116,9 +128,21 @@ class AcpiPm(Device):
     def _write_control(self, value: int, mask: int) -> None:
         kept = mask & CNT_KEPT
         self._control = self._control & ~kept | value & kept
-        # S5 is the only sleep state the DSDT offers; a guest that asks for another stays awake.
-        if value & SLP_EN and (self._control & SLP_TYP) >> SLP_TYP_SHIFT == self._s5_type:
-            self._on_shutdown()
+        # A guest that asks for a state that the DSDT does not offer stays awake.
+        if value & SLP_EN:
+            state = (self._control & SLP_TYP) >> SLP_TYP_SHIFT
+            if state == self._s5_type:
+                self._on_shutdown()
+            elif state == self._s3_type:
+                self._asleep = True
+                self._on_suspend()
+                self._end_sleep()  # an event that came first wakes at once
+
+    def _end_sleep(self) -> None:
+        events = self._status & self._enable & WAKE_EVENTS
+        if self._asleep and events:
+            self._asleep = False
+            self._on_wake(events)
 
     def _update(self) -> None:
         """See what the clock has done since; drive SCI; have the timer call when it must be driven again."""
@@ -131,6 +155,7 @@ class AcpiPm(Device):
             self._timer.arm(-(-ticks * NS_PER_SECOND // PM_TIMER_HZ))
         else:
             self._timer.disarm()
+        self._end_sleep()
 
     def _on_timer(self) -> None:
         with self.lock:
@@ -150,6 +175,18 @@ class AcpiPm(Device):
             self._status |= PWRBTN
             self._update()
 
+    def rtc_alarm(self) -> None:
+        """The RTC's alarm asserts its interrupt (4.8.2.4). From any thread."""
+        with self.lock:
+            self._status |= RTC
+            self._update()
+
+    def woken(self, events: int) -> None:
+        """After the reset that a wake-up is: tell the guest so, and what it was."""
+        with self.lock:
+            self._status |= WAK | events
+            self._update()
+
     def reset(self) -> None:
         with self.lock:
             self._power_on()
@@ -163,6 +200,7 @@ class AcpiPm(Device):
                 "enable": self._enable,
                 "control": self._control,
                 "sci_en": self._sci_en,
+                "asleep": self._asleep,
                 "ticks": self._ticks(),
                 "toggle": self._toggle,
             }
@@ -174,6 +212,7 @@ class AcpiPm(Device):
             self._enable = state["enable"]
             self._control = state["control"]
             self._sci_en = state["sci_en"]
+            self._asleep = state["asleep"]
             self._ticks_offset += state["ticks"] - self._ticks()
             self._toggle = state["toggle"]
             self._update()

@@ -37,6 +37,7 @@ REG_B = 0x0B
 REG_C = 0x0C
 REG_D = 0x0D
 SHUTDOWN = 0x0F  # why the CPU was reset: kept by the battery over that reset
+SHUTDOWN_S3 = 0xFE  # to firmware: the reset ends suspend to RAM (QEMU hw/rtc/mc146818rtc.c, rtc_notify_suspend)
 EQUIPMENT = 0x14
 BASE_MEMORY_KIB = 0x15  # 2 bytes
 EXTENDED_KIB = 0x17  # 2 bytes: from 1 MiB, up to 64 MiB
@@ -99,6 +100,7 @@ class Rtc(Device):
         "_index",
         "_irq",
         "_looked_ns",
+        "_on_alarm",
         "_timer",
         "cmos",
         "nmi_masked",
@@ -112,10 +114,14 @@ class Rtc(Device):
         ram_below_4g_bytes: int = 0,
         ram_above_4g_bytes: int = 0,
         cpus: int = 1,
+        on_alarm: Callable[[], None] | None = None,
     ) -> None:
-        """``cmos`` may be set directly for what firmware looks up besides: boot order, disk types."""
+        """``on_alarm()`` is called when the alarm asserts the interrupt, with ``lock`` held. ``cmos`` may be set
+        directly for what firmware looks up besides: boot order, disk types.
+        """
         self._irq = irq
         self._clock = clock
+        self._on_alarm = on_alarm
         self._timer = clock.timer(self._on_timer)
         self._index = 0
         self.nmi_masked = False
@@ -287,8 +293,11 @@ class Rtc(Device):
         period = self._period_ticks()
         if period and ticks(now_ns) // period > ticks(before_ns) // period:
             flags |= C_PF
+        alarm = flags & ~self.cmos[REG_C] & self.cmos[REG_B] & C_AF
         self.cmos[REG_C] |= flags
         self._show_irq()
+        if alarm and self._on_alarm is not None:
+            self._on_alarm()
 
     def _show_irq(self) -> None:
         pending = self.cmos[REG_C] & self.cmos[REG_B] & C_FLAGS
@@ -334,7 +343,10 @@ class Rtc(Device):
     def _plan(self) -> None:
         """Arm the timer for the next interrupt there can be. One that is up waits for a read of C."""
         wanted = self.cmos[REG_B] & C_FLAGS
-        if not wanted or self.cmos[REG_C] & C_IRQF or self._chain_held():
+        if self.cmos[REG_C] & C_IRQF:
+            # But an alarm may have to wake the machine.
+            wanted = 0 if self._on_alarm is None else wanted & C_AF & ~self.cmos[REG_C]
+        if not wanted or self._chain_held():
             self._timer.disarm()
             return
         chain_ns = self._looked_ns
@@ -358,6 +370,7 @@ class Rtc(Device):
         with self.lock:
             if not self._timer.armed:  # else the guest was faster, and this is no longer the edge waited for
                 self._look()
+                self._plan()
 
     # -- the machine's side ---------------------------------------------------------------------------------
 

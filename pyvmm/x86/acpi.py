@@ -34,11 +34,10 @@ FADT_BYTES = 276
 FADT_REVISION = 6
 FADT_MINOR_REVISION = 5
 
-# FADT flags (table 5.10). Fixed power button present: its bit 4 is clear.
+# FADT flags (table 5.10). A fixed power button and the RTC's wake status are there: bits 4 and 6 are clear.
 WBINVD = 1 << 0
 PROC_C1 = 1 << 2
 SLP_BUTTON_ABSENT = 1 << 5
-FIX_RTC_ABSENT = 1 << 6  # no RTC wake status in the fixed registers
 TMR_VAL_EXT = 1 << 8  # the PM timer has 32 bits, not 24
 RESET_REG_SUP = 1 << 10
 # IAPC_BOOT_ARCH (table 5.11).
@@ -100,6 +99,7 @@ def build(
     *,
     irqchip: bool = True,
     devices: Iterable[bytes] = (),
+    s3: bool = True,
     rsdp: int = layout.ACPI_RSDP,
     base: int = layout.ACPI_TABLES,
     end: int = layout.ACPI_TABLES_END,
@@ -107,11 +107,11 @@ def build(
     """The tables for that many processors with APIC ids 0, 1, ...
 
     ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are
-    aml.device terms for \\_SB beside the ISA devices. The tables follow one another from ``base``, the RSDP
-    is at ``rsdp``. ConfigError when they do not fit below ``end``.
+    aml.device terms for \\_SB beside the ISA devices. ``s3`` False leaves suspend to RAM out. The tables follow one
+    another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit below ``end``.
     """
     others = [("APIC", madt(cpus))] if irqchip else []
-    return arrange(dsdt(cpus, devices), fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
+    return arrange(dsdt(cpus, devices, s3=s3), fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
 
 
 def arrange(
@@ -183,8 +183,8 @@ def root_pointer(rsdt: int, xsdt: int) -> bytes:
 
 
 def facs() -> bytes:
-    """Firmware Control Structure, version 2: no header, no checksum; nothing but its size, since there is no
-    S3.
+    """Firmware Control Structure, version 2: no header, no checksum. Both waking vectors are the guest's to set; there
+    is no 64-bit environment for the longer one.
     """
     return pack("<4sI24xB", b"FACS", FACS_BYTES, 2).ljust(FACS_BYTES, b"\0")
 
@@ -214,7 +214,7 @@ def fadt(facs_gpa: int, dsdt_gpa: int, *, gpe0: int = 0, gpe0_bytes: int = 0, sm
         pack("<HHHHBB", NO_C2, NO_C3, 0, 0, 0, 0),  # latencies, cache flush size and stride, duty cycle
         pack("<BBB", 0, 0, CMOS_CENTURY),  # RTC alarm's day and month: not there
         pack("<Hx", LEGACY_DEVICES | HAS_8042 | VGA_NOT_PRESENT),
-        pack("<I", WBINVD | PROC_C1 | SLP_BUTTON_ABSENT | FIX_RTC_ABSENT | TMR_VAL_EXT | RESET_REG_SUP),
+        pack("<I", WBINVD | PROC_C1 | SLP_BUTTON_ABSENT | TMR_VAL_EXT | RESET_REG_SUP),
         gas(layout.PORT_RESET, 1, BYTE_ACCESS),
         pack("<BHB", layout.RESET_VALUE, 0, FADT_MINOR_REVISION),  # then ARM boot flags
         pack("<QQ", 0, dsdt_gpa),  # X_FIRMWARE_CTRL is zero where the 32-bit field is used
@@ -255,14 +255,16 @@ def _override(isa_irq: int, gsi: int, flags: int) -> bytes:
     return pack("<BBBBIH", SOURCE_OVERRIDE, 10, 0, isa_irq, gsi, flags)
 
 
-def dsdt(cpus: int, devices: Iterable[bytes] = ()) -> bytes:
+def dsdt(cpus: int, devices: Iterable[bytes] = (), *, s3: bool = True) -> bytes:
     """Differentiated System Description Table, revision 2: integers have 64 bits."""
-    return table(b"DSDT", 2, aml.scope("_SB", *processors(cpus), *isa_devices(), *devices) + soft_off())
+    return table(b"DSDT", 2, aml.scope("_SB", *processors(cpus), *isa_devices(), *devices) + sleep_states(s3))
 
 
-def soft_off() -> bytes:
-    """\\_S5, the only sleep state. Two of the four numbers count: SLP_TYP for PM1a and PM1b control (7.4.2)."""
-    return aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
+def sleep_states(s3: bool) -> bytes:
+    """\\_S5 and \\_S3. Two of the four numbers count: SLP_TYP for PM1a and PM1b control (7.4.2)."""
+    soft_off = aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
+    suspend = aml.name("_S3", aml.package(layout.SLP_TYP_S3, layout.SLP_TYP_S3, 0, 0))
+    return suspend + soft_off if s3 else soft_off
 
 
 def processors(cpus: int) -> list[bytes]:

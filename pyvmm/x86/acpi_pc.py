@@ -54,6 +54,7 @@ def build(
     devices: Iterable[bytes] = (),
     gpe0: bool = True,
     smi_command: bool = False,
+    s3: bool = True,
     rsdp: int = layout.ACPI_RSDP,
     base: int = layout.ACPI_TABLES,
     end: int = layout.ACPI_TABLES_END,
@@ -61,8 +62,8 @@ def build(
     """The pc board's tables, as acpi.build gives them.
 
     ``devices`` are aml.device terms for the ISA bus beside those every PC has. ``gpe0`` False where nothing answers
-    at PORT_GPE0; ``smi_command`` True where port 0xb2 takes ACPI's enable and disable commands. ConfigError when
-    the tables do not fit below ``end``.
+    at PORT_GPE0; ``smi_command`` True where port 0xb2 takes ACPI's enable and disable commands; ``s3`` False leaves
+    suspend to RAM out. ConfigError when the tables do not fit below ``end``.
     """
 
     def fadt(facs: int, dsdt: int) -> bytes:
@@ -75,11 +76,13 @@ def build(
         )
 
     others = [("APIC", acpi.madt(cpus, sorted({layout.IRQ_SCI, *PIRQ_CHOICES})))] if irqchip else []
-    terms = dsdt(cpus, ram_below_4g_bytes, devices, gpe0=gpe0)
+    terms = dsdt(cpus, ram_below_4g_bytes, devices, gpe0=gpe0, s3=s3)
     return acpi.arrange(terms, fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
 
 
-def dsdt(cpus: int, ram_below_4g_bytes: int, devices: Iterable[bytes] = (), *, gpe0: bool = True) -> bytes:
+def dsdt(
+    cpus: int, ram_below_4g_bytes: int, devices: Iterable[bytes] = (), *, gpe0: bool = True, s3: bool = True
+) -> bytes:
     """Revision 2. Of what it says, firmware looks for devices by their _HID: a device's own names come before the
     devices in it, and nothing but names, regions and fields stands outside of methods, since SeaBIOS reads no more.
     """
@@ -93,7 +96,7 @@ def dsdt(cpus: int, ram_below_4g_bytes: int, devices: Iterable[bytes] = (), *, g
         *([gpe_resources()] if gpe0 else ()),
     )
     body = aml.scope("_SB", *acpi.processors(cpus), bus, *link_helpers(), *map(link, PIRQ_LINES), sci_link())
-    return acpi.table(b"DSDT", 2, body + acpi.soft_off())
+    return acpi.table(b"DSDT", 2, body + acpi.sleep_states(s3))
 
 
 def pci_memory_window(ram_below_4g_bytes: int) -> tuple[int, int]:

@@ -28,6 +28,8 @@ SERIAL_CONSOLE_FILE = "etc/sercon-port"
 MENU_WAIT_FILE = "etc/boot-menu-wait"
 FAIL_WAIT_FILE = "etc/boot-fail-wait"
 NEVER_RETRY = 0xFFFF_FFFF
+SYSTEM_STATES_FILE = "etc/system-states"
+STATE_SUPPORTED = 0x80  # with a state's SLP_TYP in the lower bits
 
 # Open Firmware device paths, as SeaBIOS builds them for what it finds.
 IDE_CONTROLLER = "/pci@i0cf8/ide@1,1"
@@ -73,6 +75,7 @@ def pc_firmware_files(
     acpi_devices: Iterable[bytes] = (),
     gpe0: bool = True,
     smi_command: bool = False,
+    s3: bool = True,
 ) -> dict[str, Data]:
     """{name: content} of the fw_cfg files, but for etc/e820.
 
@@ -87,11 +90,11 @@ def pc_firmware_files(
     boot_fail_wait_ms  try again after this time when nothing boots; None: never.
     option_roms   {name: image} of ROMs to run, made by option_rom().
     cpu_id        what cpuid.identity says, for SMBIOS.
-    acpi_devices, gpe0, smi_command  as acpi_pc.build's.
+    acpi_devices, gpe0, smi_command, s3  as acpi_pc.build's.
     """
     ranges = [(gpa, size) for gpa, size in memory if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
     fail_wait = NEVER_RETRY if boot_fail_wait_ms is None else boot_fail_wait_ms
-    files: dict[str, Data] = {FAIL_WAIT_FILE: fail_wait.to_bytes(4, "little")}
+    files: dict[str, Data] = {FAIL_WAIT_FILE: fail_wait.to_bytes(4, "little"), SYSTEM_STATES_FILE: system_states(s3)}
     if boot_menu_wait_ms is not None:
         files[MENU_WAIT_FILE] = boot_menu_wait_ms.to_bytes(2, "little")
     if serial_console is not None:
@@ -104,7 +107,7 @@ def pc_firmware_files(
     for name, image in (option_roms or {}).items():
         files[f"genroms/{name}"] = image
     devices = list(acpi_devices)
-    tables = AcpiFiles(cpus, low_ram(ranges), irqchip, devices, gpe0, smi_command)
+    tables = AcpiFiles(cpus, low_ram(ranges), irqchip, devices, gpe0, smi_command, s3)
     files.update(tables.callables())
     files.update(SmbiosFiles(cpus, ranges, uuid, cpu_id).callables())
     return files
@@ -163,6 +166,15 @@ def cmos_disks(disks: Sequence[tuple[int, int, int] | None]) -> list[tuple[int, 
     return [(CMOS_DISK_TYPES, types), *values] if values else []
 
 
+def system_states(s3: bool) -> bytes:
+    """The file etc/system-states, a byte for each of S0 to S5: whether there is the state, and its SLP_TYP."""
+    states = bytearray(6)
+    states[0] = STATE_SUPPORTED
+    states[3] = layout.SLP_TYP_S3 | (STATE_SUPPORTED if s3 else 0)
+    states[5] = layout.SLP_TYP_S5 | STATE_SUPPORTED
+    return bytes(states)
+
+
 def low_ram(ranges: Iterable[tuple[int, int]]) -> int:
     """Bytes of RAM below 4 GiB."""
     return sum(size for gpa, size in ranges if gpa < layout.RAM_HOLE)
@@ -218,9 +230,16 @@ class AcpiFiles:
     __slots__ = ("_arguments", "_files")
 
     def __init__(
-        self, cpus: int, ram_below_4g_bytes: int, irqchip: bool, devices: list[bytes], gpe0: bool, smi_command: bool
+        self,
+        cpus: int,
+        ram_below_4g_bytes: int,
+        irqchip: bool,
+        devices: list[bytes],
+        gpe0: bool,
+        smi_command: bool,
+        s3: bool,
     ) -> None:
-        self._arguments = (cpus, ram_below_4g_bytes, irqchip, devices, gpe0, smi_command)
+        self._arguments = (cpus, ram_below_4g_bytes, irqchip, devices, gpe0, smi_command, s3)
         self._files: dict[str, bytes] = {}
 
     def callables(self) -> dict[str, Data]:
@@ -236,7 +255,7 @@ class AcpiFiles:
         if not self._files:
             from pyvmm.x86 import acpi_pc, table_loader
 
-            cpus, low, irqchip, devices, gpe0, smi_command = self._arguments
+            cpus, low, irqchip, devices, gpe0, smi_command, s3 = self._arguments
             tables = acpi_pc.build(
                 cpus,
                 ram_below_4g_bytes=low,
@@ -244,6 +263,7 @@ class AcpiFiles:
                 devices=devices,
                 gpe0=gpe0,
                 smi_command=smi_command,
+                s3=s3,
                 rsdp=0,
                 base=0,
                 end=layout.MIB,

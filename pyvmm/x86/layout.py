@@ -56,6 +56,7 @@ BIOS_AREA_END = 0x10_0000
 # ACPI 6.5, 5.2.5.1: the root pointer is searched on 16-byte boundaries in 0xe0000-0xfffff.
 ACPI_RSDP = 0xE_0000
 ACPI_TABLES = 0xE_0040  # the FACS in them wants 64-byte alignment
+FACS = ACPI_TABLES  # the first of them: where the guest leaves its waking vector
 ACPI_TABLES_END = 0xF_0000
 # MP spec 1.4, 4: the floating pointer is searched in the EBDA, the last KiB of base memory and
 # 0xf0000-0xfffff. The last one: a configuration table for many processors is larger than the other two.
@@ -137,6 +138,7 @@ PM_TMR = 8
 PM_TMR_BYTES = 4
 PM_BYTES = 12
 SLP_TYP_S5 = 0  # written with SLP_EN to PM1a control it powers off, so outw(0x604, 0x2000) does, as on QEMU
+SLP_TYP_S3 = 1  # suspend to RAM, as on QEMU: kvm-unit-tests write 0x2400 without a look at the DSDT
 RESET_VALUE = 6  # written to PORT_RESET: full reset of the processors
 
 # Interrupt lines. GSI n is pin n of the IOAPIC, and ISA interrupt n, but for the timer: its wire goes to pin

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
 from pyvmm.device import IrqLine
-from pyvmm.devices.acpi_pm import EVENTS, GBL, PM_TIMER_HZ, PWRBTN, RTC, SLPBTN, TMR, AcpiPm
+from pyvmm.devices.acpi_pm import EVENTS, GBL, PM_TIMER_HZ, PWRBTN, RTC, SLPBTN, TMR, WAK, AcpiPm
 
 SECOND = 1_000_000_000
 BASE = 0x600
@@ -251,3 +253,104 @@ def test_a_chipset_that_starts_outside_of_acpi_mode(bench: Bench) -> None:
     assert (pm.read(4, 2), sci) == (1, [1, 0, 1])
     pm.set_acpi_mode(False)
     assert sci == [1, 0, 1, 0]
+
+
+# Suspend to RAM
+
+
+class Sleeper(Bench):
+    """A bench whose DSDT has S3 as type 1; what it was told is in ``heard``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[object] = []
+        self.pio.unmap(self.pio.regions[0])
+        self.pm = AcpiPm(
+            self.clock,
+            IrqLine(self.sci.append),
+            self.shut_down,
+            s5_type=5,
+            s3_type=1,
+            on_suspend=lambda: self.heard.append("suspend"),
+            on_wake=self.heard.append,
+        )
+        self.pio.map(BASE, 12, self.pm)
+
+    def sleep(self, slp_typ: int = 1) -> None:
+        self.outw(CNT, SLP_EN | slp_typ << 10)
+
+
+def test_slp_typ_of_s3_suspends_and_no_other() -> None:
+    sleeper = Sleeper()
+    for slp_typ in (0, 2, 3, 4, 6, 7):
+        sleeper.sleep(slp_typ)
+    assert sleeper.heard == []
+    sleeper.outw(CNT, 1 << 10)  # without SLP_EN nothing happens
+    assert sleeper.heard == []
+    sleeper.sleep()
+    assert sleeper.heard == ["suspend"]
+    assert sleeper.inw(CNT) == 1 | 1 << 10  # SLP_EN reads as zero
+    assert sleeper.shutdowns == 0
+
+
+@pytest.mark.parametrize(("event", "raise_it"), [(PWRBTN, AcpiPm.press), (RTC, AcpiPm.rtc_alarm)])
+def test_only_an_enabled_event_wakes(event: int, raise_it: Callable[[AcpiPm], None]) -> None:
+    """4.8.3.1: status and enable together make the wake event."""
+    sleeper = Sleeper()
+    sleeper.sleep()
+    raise_it(sleeper.pm)
+    assert sleeper.heard == ["suspend"]
+    assert sleeper.inw(STS) == event
+    sleeper = Sleeper()
+    sleeper.outw(EN, event)
+    raise_it(sleeper.pm)
+    sleeper.outw(STS, event)
+    assert sleeper.heard == []  # not while it is awake
+    sleeper.sleep()
+    raise_it(sleeper.pm)
+    raise_it(sleeper.pm)
+    assert sleeper.heard == ["suspend", event]
+
+
+def test_an_event_that_is_up_already_wakes_at_once() -> None:
+    sleeper = Sleeper()
+    sleeper.outw(EN, PWRBTN)
+    sleeper.pm.press()
+    sleeper.sleep()
+    assert sleeper.heard == ["suspend", PWRBTN]
+
+
+def test_the_timer_does_not_wake() -> None:
+    sleeper = Sleeper()
+    sleeper.outw(EN, TMR)
+    sleeper.sleep()
+    sleeper.clock.step(1 << 43)
+    assert sleeper.inw(STS) & TMR
+    assert sleeper.heard == ["suspend"]
+
+
+def test_after_the_reset_of_a_wake_up_its_cause_is_told() -> None:
+    """4.8.3.1.1: WAK_STS, cleared by writing a one; it has no enable bit and makes no SCI."""
+    sleeper = Sleeper()
+    sleeper.outw(EN, RTC)
+    sleeper.sleep()
+    sleeper.pm.rtc_alarm()
+    sleeper.pm.wake()
+    sleeper.pm.woken(RTC)
+    assert (sleeper.inw(STS), sleeper.inw(EN), sleeper.inw(CNT)) == (WAK | RTC, 0, 1)
+    sleeper.outw(EN, 0xFFFF & ~RTC)
+    assert sleeper.sci[-1] == 0
+    assert sleeper.inw(EN) & WAK == 0
+    sleeper.outw(STS, WAK)
+    assert sleeper.inw(STS) == RTC
+    sleeper.pm.rtc_alarm()
+    assert sleeper.heard == ["suspend", RTC]  # awake
+
+
+def test_a_sleep_is_part_of_the_saved_state() -> None:
+    sleeper, other = Sleeper(), Sleeper()
+    sleeper.outw(EN, RTC)
+    sleeper.sleep()
+    other.pm.load(sleeper.pm.save())
+    other.pm.rtc_alarm()
+    assert other.heard == [RTC]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ START = datetime(2024, 2, 28, 23, 59, 50, tzinfo=UTC)  # a Wednesday, and tomorr
 
 
 class Bench:
-    def __init__(self, start: datetime = START, phase_ns: int = 0, **sizes: int) -> None:
+    def __init__(self, start: datetime = START, phase_ns: int = 0, **sizes: Any) -> None:
         self.clock = VirtualClock(wall_ns=int(start.timestamp()) * S + phase_ns)
         self.edges: list[int] = []
         self.irq = IrqLine(self.edges.append)
@@ -365,6 +366,41 @@ def test_alarm_in_twelve_hour_mode(bench: Bench) -> None:
         bench.put(index, value)
     bench.put(11, AIE)
     assert bench.clock.next_deadline_ns == (10 + 13 * 3600) * S
+
+
+def every_second(bench: Bench, enable: int) -> None:
+    for index in (1, 3, 5):
+        bench.put(index, 0xC0)
+    bench.put(11, H24 | enable)
+
+
+def test_the_board_hears_of_an_alarm_that_interrupts() -> None:
+    """ACPI 6.5, 4.8.2.4: RTC_STS is set when the alarm asserts the interrupt."""
+    alarms: list[int] = []
+    bench = Bench(on_alarm=lambda: alarms.append(bench.clock.now_ns()))
+    every_second(bench, 0)
+    bench.clock.step(3 * S)
+    bench.get(12)
+    assert alarms == []
+    every_second(bench, AIE)
+    bench.clock.step(S)
+    assert alarms == [4 * S]
+    bench.clock.step(5 * S)  # the flag is up, and nobody reads it
+    assert alarms == [4 * S]
+    bench.get(12)
+    bench.clock.step(S)
+    assert alarms == [4 * S, 10 * S]
+
+
+def test_the_board_hears_of_an_alarm_behind_an_interrupt_that_nobody_takes() -> None:
+    alarms: list[int] = []
+    bench = Bench(on_alarm=lambda: alarms.append(bench.clock.now_ns()))
+    bench.put(1, 0x55)
+    bench.put(3, 0xC0)
+    bench.put(5, 0xC0)
+    bench.put(11, H24 | AIE | UIE)
+    bench.clock.step(10 * S)
+    assert alarms == [5 * S]
 
 
 def test_alarm_that_never_matches(bench: Bench) -> None:

@@ -741,7 +741,7 @@ def test_a_request_that_raises_when_nothing_runs_does_not_vanish(board: Board, s
 def test_only_some_states_can_be_resumed(board: Board, state: RunState) -> None:
     board.control.state_name = state.value
     board.control.status, board.control.error = ExitStatus(1, "old"), ValueError()
-    if state is RunState.RUNNING:
+    if state in (RunState.RUNNING, RunState.SUSPENDED):
         board.control.resume()
         assert board.light == []
     elif state.value in RESUMABLE:

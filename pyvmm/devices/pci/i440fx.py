@@ -147,6 +147,9 @@ class I440fx(PciDevice):
             self._writable[SMRAM] = D_OPEN | D_CLS | D_LCK | G_SMRAME
             super().reset()
 
+    def wake(self) -> None:
+        """Nothing: who has kept memory alive knows what shows where, and firmware goes on in its shadow RAM."""
+
     def load(self, state: dict[str, Any]) -> None:
         with self._config_lock:
             self._writable[SMRAM] = D_OPEN | D_CLS | D_LCK | G_SMRAME

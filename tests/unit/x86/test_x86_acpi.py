@@ -161,3 +161,23 @@ def test_s5_is_what_the_power_management_block_is_given() -> None:
     s5 = aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
     assert body(acpi.build(1), "DSDT").endswith(s5)
     assert 0 <= layout.SLP_TYP_S5 <= 7
+
+
+def test_s3_is_offered_unless_it_is_not_wanted() -> None:
+    """ACPI 6.5, 7.4.2.4 (\\_S3); the value is QEMU's (hw/i386/acpi-build.c), which kvm-unit-tests write unasked."""
+    s3 = aml.name("_S3", aml.package(1, 1, 0, 0))
+    assert s3 in body(acpi.build(1), "DSDT")
+    assert b"_S3_" not in body(acpi.build(1, s3=False), "DSDT")
+    assert layout.SLP_TYP_S3 == 1
+
+
+def test_what_waking_needs_of_the_fadt_and_the_facs() -> None:
+    """FADT flags (table 5.10): bit 6 clear, the RTC's wake status is in PM1. The FACS (table 5.13) is where we look."""
+    tables = acpi.build(255)
+    fadt = tables.tables["FACP"][1]
+    assert not int.from_bytes(fadt[112:116], "little") & 1 << 6
+    gpa, facs = tables.tables["FACS"]
+    assert gpa == layout.FACS
+    assert int.from_bytes(fadt[36:40], "little") == gpa
+    assert facs[12:16] == bytes(4) and facs[24:32] == bytes(8)
+    assert facs[32] == 2 and not facs[36] & 2  # no 64-bit environment

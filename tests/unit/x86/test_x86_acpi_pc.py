@@ -169,4 +169,5 @@ def test_devices_are_on_the_isa_bus(tmp_path: Path) -> None:
 
 
 def test_sleep_is_the_fixed_hardwares() -> None:
-    assert body(pc(), "DSDT").endswith(acpi.soft_off())
+    assert body(pc(), "DSDT").endswith(acpi.sleep_states(True))
+    assert body(pc(s3=False), "DSDT").endswith(acpi.sleep_states(False))

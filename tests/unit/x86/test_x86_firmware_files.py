@@ -36,6 +36,7 @@ def test_a_guest_reads_them_all(memory: GuestMemory) -> None:
     assert set(files) == {
         *("etc/acpi/rsdp", "etc/acpi/tables", "etc/table-loader", "etc/smbios/smbios-anchor"),
         *("etc/smbios/smbios-tables", "bootorder", "etc/sercon-port", "etc/boot-fail-wait", "etc/boot-menu-wait"),
+        "etc/system-states",
     }
     for name, data in files.items():
         assert device.content(keys[name]) == content(data)
@@ -44,7 +45,7 @@ def test_a_guest_reads_them_all(memory: GuestMemory) -> None:
 
 def test_without_options_firmware_is_told_the_least() -> None:
     files = ff.pc_firmware_files(1, RAM, serial_console=None)
-    assert [name for name, data in files.items() if not callable(data)] == ["etc/boot-fail-wait"]
+    assert [name for name, data in files.items() if not callable(data)] == ["etc/boot-fail-wait", "etc/system-states"]
     assert files["etc/boot-fail-wait"] == b"\xff\xff\xff\xff"  # never again
 
 
@@ -53,6 +54,12 @@ def test_numbers_have_the_sizes_that_qemu_gives_them() -> None:
     assert files["etc/sercon-port"] == b"\xf8\x02"
     assert files["etc/boot-menu-wait"] == b"\xc4\x09"
     assert files["etc/boot-fail-wait"] == bytes(4)
+
+
+def test_sleep_states_as_qemu_words_them() -> None:
+    """QEMU hw/acpi/piix4.c: a byte a state, bit 7 where it is there, the SLP_TYP below."""
+    assert ff.pc_firmware_files(1, RAM)["etc/system-states"] == bytes((0x80, 0, 0, 0x81, 0, 0x80))
+    assert ff.pc_firmware_files(1, RAM, s3=False)["etc/system-states"] == bytes((0x80, 0, 0, 0x01, 0, 0x80))
 
 
 def test_items() -> None:
