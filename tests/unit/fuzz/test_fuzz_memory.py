@@ -91,6 +91,7 @@ def test_the_watch_looks_at_objects_and_at_memory() -> None:
     with pytest.raises(Grown, match="in 2000 accesses"):
         watch.look(2000)
     del kept
+    watch = MemoryWatch()
     watch.look(3000)
     kept = [b"x" * (2 * ANONYMOUS_LIMIT_BYTES)]
     with pytest.raises(Grown, match="something keeps"):
