@@ -591,7 +591,7 @@ def wake(m: Machine, events: int) -> None:
     if m.config.accel == "kvm":
         reset_kernel(m)
     if m.config.machine == "pc":
-        pc_board().after_reset(m)
+        pc_board().after_wake(m)
     if starts_in_firmware(m):
         from pyvmm.devices.rtc import SHUTDOWN, SHUTDOWN_S3
 

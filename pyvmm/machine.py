@@ -212,6 +212,7 @@ class Machine:
 
         From any thread; in a handler or a timer's callback it takes effect when that returns.
         """
+        self._usable("wakeup")
         if not self.control.suspended:
             raise StateError(f"the guest is not suspended, the machine is in state {self.control.state_name}")
         self.control.request(lambda: self._wake(builder.POWER_BUTTON), wait=True)

@@ -127,6 +127,11 @@ def after_reset(m: Machine) -> None:
     """The devices are at power-on again."""
     if m.first_boot:
         after_first_boot(m)
+    after_wake(m)
+
+
+def after_wake(m: Machine) -> None:
+    """The devices are at power-on again, or as one that has slept finds them."""
     if boots_directly(m):
         leave_as_firmware_would(m)
 

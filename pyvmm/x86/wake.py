@@ -2,7 +2,7 @@
 
 ACPI 6.5, table 5.13 (Firmware_Waking_Vector, X_Firmware_Waking_Vector) and 16.3.2 (waking). The longer vector wins
 where it is not zero and is entered in flat 32-bit protected mode, paging and interrupts off; the other one in real
-mode, CS:IP being the address in paragraphs and the rest of it. There is no 64-bit environment, and the FACS offers none.
+mode, CS:IP being the address in paragraphs and the rest of it. There is no 64-bit environment: the FACS offers none.
 """
 
 from __future__ import annotations
