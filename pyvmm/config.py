@@ -155,7 +155,7 @@ class MachineConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or "\0" in value:
                 raise ConfigError(f"{name}={value!r}: give a string")
-        for name in ("raw_terminal", "no_reboot", "testdev", "shared_memory"):
+        for name in ("raw_terminal", "no_reboot", "no_s3", "testdev", "shared_memory"):
             value = getattr(self, name)
             if not isinstance(value, int) or value not in (0, 1):
                 raise ConfigError(f"{name}={value!r}: give True or False")
