@@ -111,10 +111,11 @@ def refusal(path: str, head: bytes, tail: bytes) -> str | None:
         return None
     name, command = found
     out = f"{path}.raw"
+    drive = "file={},format=raw".format(path.replace(",", ",,"))
     words = [{"IN": quoted(path), "OUT": quoted(out)}.get(word, word) for word in command.split()]
     return (
         f"the image {path} is in the format {name}, no raw disk: convert it, {' '.join(words)}, or give format=raw"
-        " if its bytes are the disk as they are"
+        f" (--drive {quoted(drive)}) if its bytes are the disk as they are"
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import shlex
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +116,19 @@ def test_format_raw_is_the_users_word(drive: Open, tmp_path: Path) -> None:
     assert write(backend, 0, b"x" * 512) == 0
     assert DriveOptions.parse("file=x,format=raw").format_given
     assert not DriveOptions.parse("file=x").format_given
+
+
+def test_both_remedies_can_be_pasted(drive: Open, tmp_path: Path) -> None:
+    path = tmp_path / "it's, my disk"
+    path.write_bytes(gzip.compress(DISK))
+    sentence = refused(drive, path)
+    convert = sentence.partition("convert it, ")[2].partition(", or give")[0]
+    subprocess.run(convert, shell=True, check=True)
+    assert read(drive(f"{path}.raw"), 0, 2) == DISK[:1024]
+    word = shlex.split(sentence.partition("(--drive ")[2].partition(") if its bytes")[0])
+    (spec,) = word
+    options = DriveOptions.parse(spec)
+    assert (options.file, options.format_given) == (str(path), True)
 
 
 def test_behind_blkdebug_too(drive: Open, tmp_path: Path) -> None:
