@@ -264,7 +264,7 @@ def make_devices(m: Machine) -> None:
         on_suspend=m.guest_suspend,
         on_wake=m.guest_wake,
     )
-    reset = ResetControl(m.guest_reset)
+    reset = ResetControl(lambda: m.guest_reset(by=f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"))
     fw_cfg = FwCfg(m.memory)
     m.devices.update(serial=serial, acpi_pm=pm, reset_control=reset, fw_cfg=fw_cfg)
     pio.add(layout.PORT_COM1, serial.region)
@@ -293,8 +293,11 @@ def make_legacy_devices(m: Machine) -> None:
         cpus=m.config.cpus,
         on_alarm=m.devices["acpi_pm"].rtc_alarm,  # type: ignore[attr-defined]  # make_devices made an AcpiPm
     )
-    i8042 = I8042(irq_line(m, layout.IRQ_KEYBOARD), m.guest_reset)
-    port92 = Port92(m.guest_reset)
+    i8042 = I8042(
+        irq_line(m, layout.IRQ_KEYBOARD),
+        lambda: m.guest_reset(by=f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"),
+    )
+    port92 = Port92(lambda: m.guest_reset(by=f"port {layout.PORT_FAST_A20:#x}"))
     m.devices.update(rtc=rtc, i8042=i8042, port92=port92)
     m.pio.map(layout.PORT_RTC, 2, rtc, name="rtc")
     m.pio.map(layout.PORT_I8042_DATA, 1, i8042, name="i8042.data")

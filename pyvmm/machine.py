@@ -20,6 +20,7 @@ from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, DeviceError, GuestError, HostError, StateError, describe, traceback_text, whose
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread
+from pyvmm.reset_count import ResetCount
 from pyvmm.run_control import ExitStatus, RunControl
 from pyvmm.x86 import layout
 
@@ -86,6 +87,8 @@ class Machine:
         self.io_error = ""
         self.on_io_error: Callable[[str], object] | None = None
         """Told what failed when a drive's policy has stopped the machine, by whatever thread found out."""
+        self.resets = ResetCount()
+        """How often the guest has reset itself, and why last."""
         self.first_boot = True
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.chardevs: list[Chardev] = []
@@ -136,6 +139,7 @@ class Machine:
         """
         limit_s = timeout_or_none(timeout_s)
         self._not_from_inside("run")
+        before = self.resets.count
         try:
             self.resume()
             finished = self.control.wait(limit_s)
@@ -146,7 +150,8 @@ class Machine:
             self.control.pause()
             # It may have ended while it was being paused.
             if self.control.state_name in (states.PAUSED, states.RUNNING):
-                raise TimeoutError(f"the guest was still running after {timeout_s} s")
+                often = self.resets.sentence(before)
+                raise TimeoutError(f"the guest was still running after {timeout_s} s" + (often and f": {often}"))
         return self.control.outcome()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -264,12 +269,12 @@ class Machine:
         """The guest powered itself off."""
         self.stop(states.STATUS_POWER_OFF, "shutdown")
 
-    def guest_reset(self, why: str = "reset") -> None:
-        """The guest asked for a reset, or fell into a triple fault."""
+    def guest_reset(self, why: str = "reset", by: str = "") -> None:
+        """The guest asked for a reset, or fell into a triple fault; ``by`` what, where ``why`` does not tell."""
         if self.config.no_reboot:
             self.stop(states.STATUS_RESET, why)
             return
-
+        self.resets.note(by or why)
         self.control.request(self._reset)
 
     def guest_suspend(self) -> None:
@@ -307,11 +312,11 @@ class Machine:
             return
         detail = cpu.exec.detail
         if reason is StopReason.SHUTDOWN:
-            self.guest_reset("triple fault")
+            self.guest_reset("triple fault", by="a triple fault")
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "SHUTDOWN":
             self.guest_shutdown()
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "RESET":
-            self.guest_reset()
+            self.guest_reset(by="KVM's system event")
         elif reason is StopReason.DEBUG:
             stopped = ExitStatus(states.STATUS_DEBUG, "debug")
             self.control.request(lambda: self.control.end(stopped, None, states.DEBUG))
@@ -431,7 +436,7 @@ class Machine:
         return merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
 
     def exit_stats_table(self) -> str:
-        """exit_stats() as text, with the regions' names."""
+        """exit_stats() as text, with the regions' names; and how often the guest has reset itself, if it has."""
         from pyvmm.exit_stats import format_table
 
         rows = self.exit_stats()
@@ -440,7 +445,8 @@ class Machine:
             if row.address is not None:
                 region = (self.pio if row.reason == "IO" else self.mmio).find(row.address)
                 names[row.reason, row.address] = region.name if region is not None else "(nobody)"
-        return format_table(rows, names)
+        often = self.resets.sentence()
+        return format_table(rows, names) + (often and f"\n{often}")
 
     # -- the end -------------------------------------------------------------------------------------------
 
