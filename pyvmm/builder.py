@@ -621,7 +621,7 @@ def reset_kernel(m: Machine) -> None:
         m.vm.set_pit(state["pit"])
     for cpu, saved in zip(m.cpus, state["vcpus"], strict=True):
         vcpu_state.load(cpu.vcpu, saved)
-        cpu.exec.halted = False
+        cpu.was_reset()
     if m.kvm_clock is not None:
         m.kvm_clock.forget_timers()
 

@@ -27,8 +27,6 @@ ACCELERATORS = ("kvm", "qtest")
 HUGE_PAGES = (None, "transparent", "2M", "1G")
 # The ACPI names of processors have three hexadecimal digits.
 MAX_CPUS = 0x1000
-# A wait for longer is one without a limit: locks take no more than this (threading.TIMEOUT_MAX, 292 years).
-LONGEST_WAIT_S = 9e9
 # isa-debug-exit's port as kvm-unit-tests expect it.
 DEBUG_EXIT_PORT = 0xF4
 
@@ -306,15 +304,6 @@ def machine_config(config: MachineConfig | None, options: Mapping[str, Any]) -> 
     if config.machine == "microvm" and config.accel == "kvm" and config.kernel is None and config.flat is None:
         raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
     return config
-
-
-def timeout_or_none(timeout_s: object) -> float | None:
-    """A time to wait, None where that is for ever. ConfigError for what is no time."""
-    if timeout_s is None:
-        return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s >= 0:
-        raise ConfigError(f"timeout_s={timeout_s!r}: give seconds, 0 or more, or None for no limit")
-    return float(timeout_s) if timeout_s < LONGEST_WAIT_S else None
 
 
 def is_int(value: object) -> bool:

@@ -14,14 +14,14 @@ from os import getpid
 from pyvmm import builder
 from pyvmm import run_control as states
 from pyvmm.address_space import AddressSpace
-from pyvmm.config import MachineConfig, is_int, machine_config, timeout_or_none
+from pyvmm.config import MachineConfig, is_int, machine_config
 from pyvmm.cpu_exec import StopReason
 from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, DeviceError, GuestError, HostError, StateError, describe, traceback_text, whose
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread
 from pyvmm.reset_count import ResetCount
-from pyvmm.run_control import ExitStatus, RunControl
+from pyvmm.run_control import ExitStatus, RunControl, timeout_or_none
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
