@@ -380,25 +380,28 @@ def describe(m: Machine, fw_cfg: Any) -> None:
 
 def chardev(m: Machine, spec: Serial, name: str) -> Chardev:
     """The host's side of the console ``name``, from the words of MachineConfig.serial."""
+    made = m.consoles[name] = open_chardev(m, spec, name)
+    if made is not spec:
+        m.chardevs.append(made)  # the embedder's own is closed by the embedder
+    return made
+
+
+def open_chardev(m: Machine, spec: Serial, name: str) -> Chardev:
     from pyvmm import chardev as c
 
-    made: c.Chardev
     if spec is None or spec == "none":
-        made = c.NullChardev()
-    elif isinstance(spec, c.Chardev):
-        return spec  # the embedder's: closed by the embedder
-    elif callable(spec):
-        made = c.CallableChardev(spec)
-    elif spec == "stdio":
-        made = terminal(m).console(name)
-    elif spec == "pty":
-        made = c.PtyChardev(m.event_loop)
-    elif spec.startswith("file:") and len(spec) > len("file:"):
-        made = c.FileChardev(spec[len("file:") :], m.event_loop)
-    else:
-        raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
-    m.chardevs.append(made)
-    return made
+        return c.NullChardev()
+    if isinstance(spec, c.Chardev):
+        return spec
+    if callable(spec):
+        return c.CallableChardev(spec)
+    if spec == "stdio":
+        return terminal(m).console(name)
+    if spec == "pty":
+        return c.PtyChardev(m.event_loop)
+    if spec.startswith("file:") and len(spec) > len("file:"):
+        return c.FileChardev(spec[len("file:") :], m.event_loop)
+    raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
 
 
 def terminal(m: Machine) -> Terminal:

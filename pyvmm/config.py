@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, TypedDict
 
     from pyvmm.block.options import DriveOptions
     from pyvmm.chardev import Chardev
@@ -19,6 +19,38 @@ if TYPE_CHECKING:
     # A file by its path, or its content.
     Image = str | os.PathLike[str] | Buffer
     Serial = str | Chardev | Callable[[bytes], object] | None
+
+    class MachineOptions(TypedDict, total=False):
+        """What ``Machine(**options)`` takes: MachineConfig's docstring says what each is."""
+
+        machine: str | None
+        memory_mib: int
+        cpus: int
+        kernel: Image | None
+        initrd: Image | None
+        modules: Sequence[tuple[Image, str]]
+        append: str
+        flat: Image | None
+        flat_address: int | None
+        flat_mode: str
+        drives: Sequence[DriveOptions | str | os.PathLike[str]]
+        firmware: Image | None
+        boot: str
+        uuid: str | None
+        cpu: str
+        irqchip: str
+        serial: Serial
+        debugcon: Serial
+        raw_terminal: bool
+        no_reboot: bool
+        no_s3: bool
+        testdev: bool
+        debug_exit: int | None
+        fw_cfg: Mapping[str, bytes]
+        accel: str
+        shared_memory: bool
+        huge_pages: str | None
+
 
 FLAT_MODES = ("real16", "protected32", "long64")
 IRQCHIPS = ("kernel", "off")
@@ -182,6 +214,19 @@ class MachineConfig:
             if not isinstance(self.uuid, str):
                 raise ConfigError(f"uuid={self.uuid!r}: give a string of 8-4-4-4-12 hexadecimal digits")
             parse_uuid(self.uuid)
+
+
+def __getattr__(name: str) -> object:
+    """MachineOptions for whoever looks at it: nothing on the way to the first guest instruction does."""
+    if name == "MachineOptions":
+        from typing import TypedDict
+
+        # From the same table as MachineConfig's own.
+        fields: Any = dict(MachineConfig.__annotations__)
+        made = TypedDict("MachineOptions", fields, total=False)  # type: ignore[misc]  # and no literal
+        globals()[name] = made
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_image(what: str, image: object) -> None:

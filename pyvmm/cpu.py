@@ -160,7 +160,8 @@ class Cpu:
     def _watch(self) -> None:
         """Stop at the breakpoints."""
         addresses = sorted(self._breakpoints)
-        registers = [*addresses, *[0] * (7 - len(addresses)), DR7_FIXED | sum(1 << 2 * n for n in range(len(addresses)))]
+        dr7 = DR7_FIXED | sum(1 << 2 * n for n in range(len(addresses)))
+        registers = [*addresses, *[0] * (7 - len(addresses)), dr7]
         self.vcpu.set_guest_debug(GUESTDBG_ENABLE | GUESTDBG_USE_HW_BP if addresses else 0, registers)
 
     def _linear_rip(self) -> int:

@@ -27,11 +27,13 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+
+    from typing_extensions import Unpack
 
     from pyvmm.block.backend import BlockBackend
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock
+    from pyvmm.config import MachineOptions
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine, IrqWire
     from pyvmm.devices.irq_pins import ControllerPins
@@ -55,7 +57,8 @@ class Machine:
     """A machine, built and paused at its first instruction. The arguments are MachineConfig's.
 
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
-    vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. Raises
+    vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. ``consoles``
+    are the host's ends of "serial" and "debugcon": ``m.consoles["serial"].feed(b"root\\n")`` types. Raises
     ConfigError for what is asked wrongly and KvmError for what the host refuses.
 
     Close it, best by ``with``. One that is dropped without is freed when nothing refers to it and its guest does not
@@ -71,7 +74,7 @@ class Machine:
     clock: Clock
     _closed = True  # until there is something to close
 
-    def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: MachineConfig | None = None, **options: Unpack[MachineOptions]) -> None:
         self.config = machine_config(config, options)
         self._pid = getpid()
         self._closing = Lock()
@@ -92,6 +95,7 @@ class Machine:
         self.first_boot = True
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.chardevs: list[Chardev] = []
+        self.consoles: dict[str, Chardev] = {}
         self.terminal: Terminal | None = None
         self.cpus = []
         self.user_irqchip: UserIrqchip | None = None
@@ -433,18 +437,20 @@ class Machine:
         from pyvmm.exit_stats import merge
 
         self._same_process("exit_stats")
-        return merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
+        rows = merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
+        for row in rows:
+            if row.address is not None:
+                space, size = (self.pio, 1) if row.reason == "IO" else (self.mmio, layout.PAGE_BYTES)
+                row.region = names_within(space, row.address, size)
+        return rows
 
     def exit_stats_table(self) -> str:
         """exit_stats() as text, with the regions' names; and how often the guest has reset itself, if it has."""
         from pyvmm.exit_stats import format_table
 
         rows = self.exit_stats()
-        names: dict[tuple[str, int | None], str] = {}
-        for row in rows:
-            if row.address is not None:
-                region = (self.pio if row.reason == "IO" else self.mmio).find(row.address)
-                names[row.reason, row.address] = region.name if region is not None else "(nobody)"
+        names = {(row.reason, row.address): row.region or "" for row in rows}
+        names |= {key: "(nobody)" for key, name in names.items() if key[1] is not None and not name}
         often = self.resets.sentence()
         return format_table(rows, names) + (often and f"\n{often}")
 
@@ -504,6 +510,13 @@ class Machine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def names_within(space: AddressSpace, address: int, size: int) -> str | None:
+    """Of the regions that have a part of the range; None where there are none."""
+    bases = [(region.base, region) for region in space.regions]
+    found = [r.name for base, r in bases if base is not None and base < address + size and address < base + r.size]
+    return ", ".join(found) or None
 
 
 def callback_failure(error: BaseException) -> DeviceError:

@@ -10,7 +10,7 @@ neither.
 
 from __future__ import annotations
 
-from pyvmm.errors import ConfigError, StateError, describe
+from pyvmm.errors import Brief, ConfigError, StateError, describe
 from pyvmm.light import Condition, RLock, get_ident
 
 TYPE_CHECKING = False
@@ -54,7 +54,7 @@ STATUS_DEBUG = 14
 STATUS_STOPPED = 16
 
 
-class ExitStatus(int):
+class ExitStatus(int, metaclass=Brief):
     """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two.
 
     ====  =====================================================================================
