@@ -93,7 +93,7 @@ def kinds() -> list[Kind]:
 
 
 def main(args: Sequence[str]) -> int:
-    given = parse(OPTIONS, args, verb="bench exits")
+    given = parse(OPTIONS, args)
     if given.get("help"):
         print(usage(TITLE, OPTIONS), end="")
         return 0

@@ -9,12 +9,10 @@ class ExitStat:
     address: int | None
     direction: str
     count: int
-    # Whole in what Machine.exit_stats() gives; a row of ExitStats.rows() alone has fractions.
-    sum_ns: int
-    min_ns: int
-    max_ns: int
-    histogram_ns: list[tuple[int, int]]
-    region: str | None
+    sum_ns: float
+    min_ns: float
+    max_ns: float
+    histogram_ns: list[tuple[float, int]]
     def __init__(
         self,
         reason: str,
@@ -25,12 +23,11 @@ class ExitStat:
         min_ns: float,
         max_ns: float,
         histogram_ns: list[tuple[float, int]],
-        region: str | None = None,
     ) -> None: ...
     @property
-    def mean_ns(self) -> int: ...
+    def mean_ns(self) -> float: ...
     @property
-    def median_ns(self) -> int: ...
+    def median_ns(self) -> float: ...
 
 @disjoint_base
 class ExitStats:

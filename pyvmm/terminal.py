@@ -33,9 +33,8 @@ class Console(CallableChardev):
         self.name = name
         self._terminal = terminal
 
-    def type(self, data: bytes) -> None:
-        """Input from the keyboard: no end of it may pile up."""
-        self.feed(data[: max(0, TYPED_LIMIT_BYTES - self.fed_bytes)])
+    def feed(self, data: bytes) -> None:
+        super().feed(data[: max(0, TYPED_LIMIT_BYTES - len(self._input))])
 
     def set_receiver(
         self,
@@ -52,7 +51,7 @@ class Console(CallableChardev):
 
     def room(self) -> int:
         """How many more bytes its device takes now."""
-        return 0 if self._receive is None or self.fed_bytes else self._room()
+        return 0 if self._receive is None or self._input else self._room()
 
     def tell_writable(self) -> None:
         """The terminal takes output again."""
@@ -201,7 +200,7 @@ class Terminal(FdChardev):
         if self._shown and self._screen is not None:
             self._screen.type(data)
         elif self.consoles:
-            self.consoles[self._focus].type(data)
+            self.consoles[self._focus].feed(data)
 
     def _press(self, key: str) -> None:
         _, pressed = self._keys.get("h" if key == "?" else key, ("", None))

@@ -10,7 +10,7 @@ General layout, in the order a request walks it:
     snapshot     a format over two others: an image that stays as it is, and what the guest writes
     blkdebug     a protocol that fails on purpose, in front of another
     file_posix   the protocol: a file or block device of the host, by preadv and pwritev
-    thread_pool  its workers; io_uring: the other engine
+    thread_pool  its workers; io_uring: the other engine, on uring, a ring of the kernel's
     opening      from options to drivers; image: the file on the host; probe: files that are no raw images
     locking      who else may have the image open
     options      DriveOptions: what a user may say about a drive

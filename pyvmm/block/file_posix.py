@@ -56,7 +56,7 @@ pwritev = os.pwritev
 class Aiocb(Waiter):
     """One system call's worth of a request, on its way through an engine."""
 
-    __slots__ = ("flags", "iov", "kind", "length", "may_unmap", "offset", "owner_file")
+    __slots__ = ("cancelled", "flags", "iov", "kind", "length", "may_unmap", "offset", "owner_file")
 
     def __init__(self, file: FilePosix, kind: int, offset: int, length: int, iov: Iov, fua: bool) -> None:
         super().__init__()
@@ -67,6 +67,7 @@ class Aiocb(Waiter):
         self.iov = iov
         self.flags = os.RWF_DSYNC if fua else 0
         self.may_unmap = False
+        self.cancelled = False  # somebody no longer wants it
 
     def cancel(self) -> None:
         self.owner_file.cancel(self)

@@ -1,165 +1,106 @@
 """The engine aio="io_uring": reads, writes and flushes of a file by a ring of the kernel's instead of worker threads.
 
-It is file_posix with another ``co_submit``. A submission whose completion is in the ring when the system call returns
-(data in the page cache, a file system in memory) does not suspend its coroutine. The others ring an eventfd, which
-the event loop watches: from the kernel straight to the thread that goes on with the request. What the ring does not
-do (discards, zeroes, more than it holds, O_DIRECT that does not fit) goes to the thread pool.
+It is file_posix with another ``co_submit``, over uring.pyx. A submission whose completion is in the ring when the
+system call returns does not suspend its coroutine. The others ring an eventfd, which the event loop watches: from the
+kernel straight to the thread that goes on with the request. What requests that go on there submit in their turn goes
+to the kernel in one batch.
 
-It stands on the PyPI package ``liburing`` (2026.3.30, alpha), but for one thing: its Iovec takes a buffer of every
-memoryview and never gives it back, so guest memory could not be closed again. So each submission is prepared with an
-Iovec of bytes that live as long as the engine, and then its entry in the submission queue, which the kernel lets us
-map (io_uring_setup(2), IORING_OFF_SQES), is given the address and the length of our own array of struct iovec.
+Single requests that are nothing for a ring go to the thread pool: discards, zeroes, more than it holds, O_DIRECT that
+does not fit, what the kernel can't take now. But a drive never gets another engine than its options ask for: where the
+host refuses io_uring, that is a ConfigError.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import struct
-from errno import EAGAIN, EBUSY, EINTR, EINVAL, EIO
+from errno import EACCES, EAGAIN, ECANCELED, EFAULT, EINTR, EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM
 
-from pyvmm.block.file_posix import FLUSH, IOV_MAX, READ, Aiocb, FilePosix
+from pyvmm.block.file_posix import FLUSH, READ, Aiocb, FilePosix
+from pyvmm.block.locking import unlock_image
+from pyvmm.block.uring import IOV_MAX, Ring
 from pyvmm.errors import ConfigError
-from pyvmm.light import Lock
+from pyvmm.light import Lock, get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.block.coroutine import AioContext, ReaderLoop
     from pyvmm.block.image import Image
     from pyvmm.block.stats import BlockStats
 
 ENTRIES = 128
-OFFSET_OF_SQES = 0x10000000  # linux/io_uring.h: IORING_OFF_SQES
-SQE_BYTES = 64  # struct io_uring_sqe
-SQE_ADDRESS = 16  # its fields addr and len
-SQE_USER_DATA = 32
-CANCELS = 1 << 63  # in user_data: the completion of a cancellation itself
+GIVEN_UP = (-ECANCELED, -EINTR, -EAGAIN, -EFAULT)
+CAP_SYS_ADMIN = 21  # linux/capability.h
 
 
-class InRing:
-    """A request in the ring: its memory stays where it is until the kernel is done with it."""
-
-    __slots__ = ("aiocb", "holds")
-
-    def __init__(self, aiocb: Aiocb, holds: list[Any]) -> None:
-        self.aiocb = aiocb
-        self.holds = holds
+def open_ring(entries: int = ENTRIES) -> Ring:
+    """A ring, or ConfigError: one sentence that says why the host refuses it, and what to do."""
+    try:
+        return Ring(entries)
+    except OSError as exc:
+        raise ConfigError(f"aio=io_uring can't be had: {why_refused(exc)}, or use aio=threads") from exc
 
 
-class Ring:
-    """The ring, behind one lock. ``number`` stands for a request in it."""
+def refusal() -> str | None:
+    """Why this host would refuse the engine, in one sentence; None: it would not."""
+    try:
+        open_ring().close()
+    except ConfigError as exc:
+        return str(exc)
+    return None
 
-    def __init__(self) -> None:
-        try:
-            import liburing  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        except ImportError as exc:
-            raise ConfigError(
-                "aio=io_uring needs the package liburing: pip install 'pyvmm-kvm[io_uring]', or use aio=threads"
-            ) from exc
-        import ctypes
 
-        self._api: Any = liburing
-        self._address_of = ctypes.addressof
-        self._c_char = ctypes.c_char
-        self.lock = Lock()
-        self.closed = False
-        self._ring = liburing.Ring()
-        try:
-            liburing.io_uring_queue_init(ENTRIES, self._ring)
-        except OSError as exc:
-            raise ConfigError(
-                f"the host's kernel refuses io_uring ({exc.strerror}): allow it (sysctl kernel.io_uring_disabled=0),"
-                " or use aio=threads"
-            ) from exc
-        self._cqe = liburing.Cqe()
-        self._entries_taken = 0
-        self.unsubmitted = 0
-        self._some_bytes = bytearray(1)
-        self._some_iovec = liburing.Iovec([self._some_bytes])
-        self._sqes = mmap.mmap(self._ring.ring_fd, ENTRIES * SQE_BYTES, offset=OFFSET_OF_SQES)
-        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        liburing.io_uring_register_eventfd(self._ring, self.event_fd)
+def why_refused(exc: OSError) -> str:
+    """Cause and remedy of what ``Ring`` raised. io_uring_setup(2); Documentation/admin-guide/sysctl/kernel.rst."""
+    call, number = exc.filename, exc.errno
+    if number in (EPERM, EACCES):
+        return why_forbidden(f"{call}: {exc.strerror}")
+    if number == ENOSYS:
+        return (
+            f"this kernel has no {call}, or a sandbox hides it: use Linux 5.6 or later with CONFIG_IO_URING, and allow"
+            " io_uring in the sandbox's filter of system calls"
+        )
+    if number == EOPNOTSUPP or (number == EINVAL and call == "io_uring_register"):
+        return f"this kernel's io_uring is too old (no {call}): use Linux 5.6 or later"
+    if number == ENOMEM:
+        return (
+            f"no memory for the ring ({call}): raise the limit of locked memory with `ulimit -l`, to which kernels"
+            " before 5.12 count it, or close machines that are done"
+        )
+    if number in (EMFILE, ENFILE):
+        return f"too many open files ({call}): raise `ulimit -n`, or close machines that are done"
+    return f"{call}: {exc.strerror}: use another kernel"
 
-    def memory(self, iov: Any) -> tuple[list[Any], Any]:
-        """Objects that keep the memory of ``iov`` in its place, and an array of struct iovec that says where it is.
 
-        TypeError where a view is read-only: ctypes can't tell its address.
-        """
-        c_char, address_of = self._c_char, self._address_of
-        holds: list[Any] = [c_char.from_buffer(view) for view in iov]
-        fields: list[int] = []
-        for hold, view in zip(holds, iov, strict=True):
-            fields += (address_of(hold), len(view))
-        array = bytearray(struct.pack(f"{len(fields)}Q", *fields))
-        holds.append(array)
-        return holds, c_char.from_buffer(array)
+def why_forbidden(what: str) -> str:
+    """EPERM has two causes that look the same: the sysctl (since Linux 6.6), and a filter of system calls."""
+    disabled = number_in("/proc/sys/kernel/io_uring_disabled")
+    if disabled == 2:
+        return f"{what}: kernel.io_uring_disabled=2 forbids it to all: sysctl kernel.io_uring_disabled=0 allows it"
+    if disabled == 1 and not has_cap_sys_admin():
+        return (
+            f"{what}: kernel.io_uring_disabled=1 leaves it to CAP_SYS_ADMIN and the group kernel.io_uring_group: join"
+            " that group, or sysctl kernel.io_uring_disabled=0 allows it to all"
+        )
+    return (
+        f"{what}: the sandbox around this process forbids it: allow io_uring_setup, io_uring_enter and"
+        " io_uring_register in its seccomp filter (a container's profile, a service's SystemCallFilter)"
+    )
 
-    def entry_locked(self) -> tuple[Any, int] | None:
-        """A free entry of the submission queue and where it is in ``_sqes``."""
-        sqe = self._api.io_uring_get_sqe(self._ring)
-        if sqe is None:
-            return None
-        at = self._entries_taken % ENTRIES * SQE_BYTES
-        self._entries_taken += 1
-        self.unsubmitted += 1
-        return sqe, at
 
-    def prepare_locked(self, entry: tuple[Any, int], fd: int, aiocb: Aiocb, number: int, array: Any) -> None:
-        sqe, at = entry
-        api = self._api
-        if aiocb.kind == FLUSH:
-            api.io_uring_prep_fsync(sqe, fd, api.IORING_FSYNC_DATASYNC)
-        else:
-            prepare = api.io_uring_prep_readv if aiocb.kind == READ else api.io_uring_prep_writev
-            prepare(sqe, fd, self._some_iovec, aiocb.offset, aiocb.flags)
-            struct.pack_into("QI", self._sqes, at + SQE_ADDRESS, self._address_of(array), len(aiocb.iov))
-        sqe.user_data = number
-        assert struct.unpack_from("Q", self._sqes, at + SQE_USER_DATA)[0] == number
+def number_in(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
 
-    def cancel_locked(self, number: int) -> None:
-        """Ask for -ECANCELED as the result of ``number``, if it has not begun."""
-        entry = self.entry_locked()
-        if entry is not None:
-            sqe, _ = entry
-            self._api.io_uring_prep_cancel64(sqe, number, 0)
-            sqe.user_data = number | CANCELS
-            self.submit_locked()
 
-    def submit_locked(self) -> None:
-        """Tell the kernel of the entries that were prepared. What it can't take now it takes with the next ones."""
-        try:
-            self.unsubmitted -= self._api.io_uring_submit(self._ring)
-        except OSError as exc:
-            if exc.errno not in (EAGAIN, EBUSY, EINTR):
-                raise
-
-    def collect_locked(self) -> list[tuple[int, int]]:
-        """The completions there are: (number, result)."""
-        if self.unsubmitted:
-            self.submit_locked()
-        found = []
-        api, ring, cqes = self._api, self._ring, self._cqe
-        for _ in range(api.io_uring_cq_ready(ring)):
-            api.io_uring_peek_cqe(ring, cqes)
-            cqe = cqes[0]
-            try:
-                result = cqe.res  # the package raises what is an error
-            except OSError as exc:
-                result = -(exc.errno or EIO)
-            number = cqe.user_data
-            api.io_uring_cqe_seen(ring, cqe)
-            if not number & CANCELS:
-                found.append((number, result))
-        return found
-
-    def close(self) -> None:
-        with self.lock:
-            self.closed = True
-            self._sqes.close()
-            self._api.io_uring_queue_exit(self._ring)
-            os.close(self.event_fd)
+def has_cap_sys_admin() -> bool:
+    try:
+        with open("/proc/self/status") as file:
+            effective = next(line for line in file if line.startswith("CapEff:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(effective.split()[1], 16) >> CAP_SYS_ADMIN & 1)
 
 
 class FileUring(FilePosix):
@@ -171,86 +112,143 @@ class FileUring(FilePosix):
             raise ConfigError("aio=io_uring needs an event loop that watches descriptors: use aio=threads")
         super().__init__(image, context, stats)
         self._loop = loop
-        self._ring = Ring()
-        self._in_ring: dict[int, InRing] = {}
-        self._numbers = 0
-        loop.add_reader(self._ring.event_fd, self._on_event)
-        context.add_source(self._ring.event_fd, self._on_event)
+        self._lock = Lock()  # the ring's
+        self._ring = open_ring()
+        self._event_fd = self._ring.event_fd
+        self._closed = False
+        self._gathering = 0  # the thread that will submit what it queues later, in one batch
+        try:
+            loop.add_reader(self._event_fd, self._on_event)
+        except BaseException:
+            self._ring.close()
+            raise
+        context.add_source(self._event_fd, self._on_event)
 
     async def co_submit(self, aiocb: Aiocb) -> int:
         if not self._luring_submit(aiocb):
             return await self.paio_submit(aiocb)
         ret = await aiocb
-        if ret == -EINVAL and self.alignment > 1:
-            # The memory is not aligned for O_DIRECT: a worker has a buffer that is.
-            again = Aiocb(self, aiocb.kind, aiocb.offset, aiocb.length, aiocb.iov, bool(aiocb.flags))
-            return await self.paio_submit(again)
-        return ret
+        if not self._given_up(ret):
+            return ret
+        if aiocb.cancelled or self._closed:
+            return -ECANCELED
+        again = Aiocb(self, aiocb.kind, aiocb.offset, aiocb.length, aiocb.iov, bool(aiocb.flags))
+        return await self.paio_submit(again)
+
+    def _given_up(self, ret: int) -> bool:
+        """Whether this result says nothing of the file: a worker can do what the kernel gave up.
+
+        When a thread ends (a vCPU's, or one of the embedder's), the kernel cancels or interrupts what it has submitted,
+        or goes on with it in a thread of its own that no longer sees the memory: EFAULT. EINVAL: memory that is not
+        aligned for O_DIRECT, for which a worker has a buffer that is.
+        """
+        return ret in GIVEN_UP or (ret == -EINVAL and self.alignment > 1)
 
     def _luring_submit(self, aiocb: Aiocb) -> bool:
         """Into the ring. False: it is none for the ring. Where the completion is there at once, the result is set."""
-        holds: list[Any] = []
-        array = None
-        if aiocb.kind != FLUSH:
-            if len(aiocb.iov) > IOV_MAX or (self.alignment > 1 and (aiocb.offset | aiocb.length) % self.alignment):
+        if aiocb.kind != FLUSH and (
+            len(aiocb.iov) > IOV_MAX or (self.alignment > 1 and (aiocb.offset | aiocb.length) % self.alignment)
+        ):
+            return False
+        with self._lock:
+            if self._closed or not self._queue_locked(aiocb):
                 return False
-            try:
-                holds, array = self._ring.memory(aiocb.iov)
-            except (TypeError, ValueError):  # read-only, or empty
-                return False
-        with self._ring.lock:
-            if len(self._in_ring) >= ENTRIES:
-                return False
-            entry = self._ring.entry_locked()
-            if entry is None:
-                return False
-            self._numbers = number = (self._numbers + 1) % CANCELS
-            self._in_ring[number] = InRing(aiocb, [*holds, array])
-            self._ring.prepare_locked(entry, self._fd, aiocb, number, array)
-            self._ring.submit_locked()
-            done = self._take_locked()
-            left = self._ring.unsubmitted
+            if self._gathering == get_ident():
+                return True
+            done, refused = self._submit_locked()
         for other, result in done:
             if other is aiocb:
                 aiocb.result = result
                 aiocb.set()  # its coroutine is the caller, and finds the result when it looks
             else:
                 self._context.complete(other, result)
-        if left:
-            self._loop.call_soon(self._on_event)
+        self._to_workers(refused)
         return True
 
-    def _take_locked(self) -> list[tuple[Aiocb, int]]:
-        """Requests whose completions are there; their memory is let go."""
-        return [(self._in_ring.pop(number).aiocb, result) for number, result in self._ring.collect_locked()]
+    def _queue_locked(self, aiocb: Aiocb) -> bool:
+        ring = self._ring
+        if aiocb.kind == FLUSH:
+            return ring.fdatasync(aiocb, self._fd)
+        transfer = ring.readv if aiocb.kind == READ else ring.writev
+        try:
+            return transfer(aiocb, self._fd, aiocb.iov, aiocb.offset, aiocb.flags)
+        except (BufferError, TypeError):  # a worker will find the same, and say so
+            return False
+
+    def _submit_locked(self) -> tuple[list[tuple[Aiocb, int]], list[Aiocb]]:
+        """All that is queued to the kernel: the completions there are, and the requests that it would not take.
+
+        EBUSY ends when completions were taken, EAGAIN and a filter that has come to forbid io_uring_enter do not:
+        those requests need not wait for a better time.
+        """
+        ring = self._ring
+        refused: list[Aiocb] = []
+        error = ring.submit()
+        done = ring.reap()
+        if error:
+            if ring.submit():
+                refused = ring.take_back()
+            done += ring.reap()
+        return done, refused
+
+    def _to_workers(self, refused: list[Aiocb]) -> None:
+        for aiocb in refused:
+            self._pool.submit(aiocb)
 
     def _on_event(self) -> None:
-        """The eventfd rings, or somebody drains, or the kernel could not take a submission."""
-        with self._ring.lock:
-            if self._ring.closed:
+        """The eventfd rings, or somebody drains."""
+        with self._lock:
+            if self._closed:
                 return
-            try:
-                os.eventfd_read(self._ring.event_fd)
-            except BlockingIOError:
-                pass
-            done = self._take_locked()
-            left = self._ring.unsubmitted
-        if left:
-            self._loop.call_soon(self._on_event)
+            self._ring.acknowledge()
+            done, refused = self._submit_locked()
+            # In a callback below us somebody may drain: that comes here again after each completion, and submits first.
+            mine = not self._gathering
+            if mine:
+                self._gathering = get_ident()
+        try:
+            for aiocb, result in done:
+                self._context.complete(aiocb, result)
+            self._to_workers(refused)
+            self._context.run_due()
+        finally:
+            if mine:
+                self._submit_gathered()
+
+    def _submit_gathered(self) -> None:
+        with self._lock:
+            self._gathering = 0
+            if self._closed or not self._ring.unsubmitted:
+                return
+            done, refused = self._submit_locked()
         for aiocb, result in done:
             self._context.complete(aiocb, result)
-        self._context.run_due()
+        self._to_workers(refused)
 
     def cancel(self, aiocb: Aiocb) -> None:
-        with self._ring.lock:
-            for number, in_ring in self._in_ring.items():
-                if in_ring.aiocb is aiocb:
-                    self._ring.cancel_locked(number)
-                    break
+        aiocb.cancelled = True
+        with self._lock:
+            if not self._closed and self._ring.cancel(aiocb):
+                self._ring.submit()  # what it would not take goes with the next submission
         super().cancel(aiocb)
 
     def close(self) -> None:
-        self._context.remove_source(self._ring.event_fd)
-        self._loop.remove_reader(self._ring.event_fd)
-        self._ring.close()
+        self._context.remove_source(self._event_fd)
+        self._loop.remove_reader(self._event_fd)
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            left = self._ring.close()
+        for aiocb, result in left:
+            self._context.complete(aiocb, result)
+        # The kernel may hold the open file a moment longer than the result of the last request says, and with it its
+        # locks: whoever opens the image next must not meet them.
+        self._pool.close()
+        unlock_image(self._fd)
         super().close()
+
+    def abandon(self) -> None:
+        self._closed = True
+        self._ring.close()  # in a child: its descriptors only
+        super().abandon()

@@ -46,6 +46,14 @@ def lock_image(fd: int, writes: bool) -> bool:
     return free
 
 
+def unlock_image(fd: int) -> None:
+    """Give up all locks now, where the open file may live on when ``fd`` is closed."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(FLOCK, fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:  # a file system that knows no locks
+        pass
+
+
 def set_lock(fd: int, kind: int, byte: int) -> None:
     """OSError: EAGAIN, EACCES where somebody has it exclusively; others where there are no locks."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(FLOCK, kind, os.SEEK_SET, byte, 1, 0))

@@ -25,8 +25,6 @@ CHOICES = {
 GEOMETRY = {"cyls": 0xFFFF, "heads": 16, "secs": 255}
 SERIAL_CHARACTERS = 20  # ATA IDENTIFY words 10-19
 MODEL_CHARACTERS = 40  # words 27-46
-REVISION_CHARACTERS = 8  # words 23-26
-CD_REVISION_CHARACTERS = 4  # INQUIRY's field (SPC-2, 7.3.2)
 LAST_INDEX = 3
 THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what in ("", "_read", "_write"))
 SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -34,7 +32,7 @@ SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # QEMU's -drive: key -> our name. Those with a value of their own to translate are in DriveOptions.parse.
 KEYS = {
     **{name: name for name in ("file", "id", "format", "media", "cache", "aio", "rerror", "werror", "serial", "model")},
-    **{name: name for name in (*GEOMETRY, "trans", "snapshot", "ver")},
+    **{name: name for name in (*GEOMETRY, "trans", "snapshot")},
     "bios-chs-trans": "trans",
     "if": "interface",
     "index": "index",
@@ -75,7 +73,8 @@ class DriveOptions:
     cache          "writeback": the host's page cache, flushed when the guest says so. "none": O_DIRECT, else the same.
                    "writethrough", "directsync": the same two, every write on stable storage before it is complete.
                    "unsafe": flushes are not done.
-    aio            "threads", or "io_uring" (needs the liburing package).
+    aio            "threads", or "io_uring" (Linux 5.6 or later): an error where the host's kernel refuses it, never the
+                   other engine instead.
     discard        "unmap": what the guest discards becomes a hole; "ignore".
     detect_zeroes  "on": writes of nothing but zeros are told to the file system as such; "unmap": and become holes,
                    where discard="unmap".
@@ -96,8 +95,7 @@ class DriveOptions:
                    where that is not given by the partition table.
     throttle_bps, throttle_iops, and both with _read or _write: bytes, operations a second; 0: no limit. With _max
                    after that: the rate that bursts may reach.
-    serial, model, ver  what the drive calls itself: up to 20 characters, 40, and of its firmware's version 8, on a CD
-                   drive 4.
+    serial, model  what the drive calls itself.
     """
 
     file: str | os.PathLike[str] | None = None
@@ -135,7 +133,6 @@ class DriveOptions:
     throttle_iops_write_max: int = 0
     serial: str | None = None
     model: str | None = None
-    ver: str | None = None
 
     def __init__(self, file: str | os.PathLike[str] | None = None, **values: Any) -> None:
         self.file = file
@@ -195,8 +192,7 @@ class DriveOptions:
             raise ConfigError(f"drive option size={self.size!r}: give bytes, or None for all there are")
         self._check_geometry()
         self._check_throttles()
-        revision = CD_REVISION_CHARACTERS if self.media == "cdrom" else REVISION_CHARACTERS
-        for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS), ("ver", revision)):
+        for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS)):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and text.isascii() and text.isprintable()):
                 raise ConfigError(f"drive option {name}={text!r}: use printable ASCII characters")

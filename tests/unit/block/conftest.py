@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from block_drives import ManualLoop, TestLoop
+from block_drives import LEFT_OUT, ManualLoop, TestLoop
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for what in LEFT_OUT:
+        terminalreporter.write_line(f"NOT TESTED on this host: {what}")
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from pyvmm.control.qtest_client import TIMEOUT_S, QtestClient
+from qtest_client import TIMEOUT_S, Client
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -31,11 +30,11 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def client_of(process: subprocess.Popen[str], path: Path) -> QtestClient:
+def client_of(process: subprocess.Popen[str], path: Path) -> Client:
     """Connected as soon as it says that it listens."""
     assert process.stderr is not None
     assert process.stderr.readline() == f"pyvmm: qtest on {path}\n"
-    return QtestClient.connect(path)
+    return Client.connected_to(path)
 
 
 def test_a_disk_through_a_socket(start: Start, tmp_path: Path) -> None:
@@ -75,7 +74,7 @@ def test_connecting(start: Start, tmp_path: Path) -> None:
         listener.listen(1)
         listener.settimeout(TIMEOUT_S)
         process = start("--connect", path)
-        client = QtestClient(listener.accept()[0])
+        client = Client(listener.accept()[0])
     assert client.ask("endianness") == "OK little"
     client.hang_up()
     assert process.wait(TIMEOUT_S) == 0
@@ -152,7 +151,7 @@ def test_a_request_that_was_put_aside_goes_on_at_sigcont(start: Start, tmp_path:
     assert image.read_bytes()[512:1024] == b"\x55" * 512
 
 
-def status_when_idle(client: QtestClient) -> int:
+def status_when_idle(client: Client) -> int:
     while (status := int(client.ask("inb 0x1f7").split()[1], 16)) & 0x80:
         pass
     return status
