@@ -7,6 +7,7 @@ stop where there is no room, else report. A machine that stops is in the state i
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -479,6 +480,8 @@ UNSHARE = ("unshare", "--mount", *(("--user", "--map-root-user") if os.geteuid()
 
 def may_mount() -> bool:
     command = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    if not (shutil.which("unshare") and shutil.which("mount")):
+        return False
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

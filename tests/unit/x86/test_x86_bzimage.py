@@ -8,10 +8,8 @@ import lzma
 import struct
 from collections.abc import Callable
 
-import lz4.block
 import pytest
 import x86_images
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,11 +171,19 @@ def test_an_initrd_must_fit(memory: GuestMemory) -> None:
 
 
 def lz4_frame(data: bytes) -> bytes:
+    import lz4.block
+
     frame = struct.pack("<I", 0x184C2102)
     for start in range(0, len(data), 8 * MIB):
         block = lz4.block.compress(data[start : start + 8 * MIB], store_size=False)
         frame += struct.pack("<I", len(block)) + block
     return frame
+
+
+def zstd(data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor().compress(data)
 
 
 def with_size(data: bytes) -> bytes:
@@ -199,7 +205,7 @@ FORMATS: dict[str, Callable[[bytes], bytes]] = {
     "lzma": lambda data: with_size(lzma.compress(data, lzma.FORMAT_ALONE)),
     "xz": lambda data: with_size(xz(data)),
     "lz4": lambda data: with_size(lz4_frame(data)),
-    "zstd": lambda data: with_size(zstandard.ZstdCompressor().compress(data)),
+    "zstd": lambda data: with_size(zstd(data)),
 }
 
 
