@@ -276,6 +276,8 @@ def make_devices(m: Machine) -> None:
     pio.map(layout.PORT_FW_CFG_DMA, 8, fw_cfg.dma, name="fw_cfg.dma")
     make_legacy_devices(m)
     make_debug_devices(m)
+    if config.vga == "text":
+        make_vga(m)
     describe(m, fw_cfg)
 
 
@@ -341,6 +343,24 @@ def make_debug_devices(m: Machine) -> None:
         m.pio.map(config.debug_exit, 4, debug_exit, name="isa-debug-exit")
     if config.testdev:
         make_testdev(m)
+
+
+def make_vga(m: Machine) -> None:
+    """Text mode. Its memory is there: part of RAM where nothing is cut out below 1 MiB, else a region of its own."""
+    from pyvmm.devices import vga_text
+
+    vga = vga_text.VgaText(lambda: m.memory_map.read(layout.VGA_TEXT, layout.VGA_TEXT_BYTES), m.clock)
+    m.vga = m.devices["vga"] = vga
+    m.pio.map(layout.PORT_VGA, vga_text.PORTS, vga, name="vga")
+    m.pio.map(
+        layout.PORT_VGA_MONO, vga_text.MONO_PORTS, vga, name="vga.mono", read=vga.read_mono, write=vga.write_mono
+    )
+    if m.config.raw_terminal:
+        from pyvmm.terminal_screen import TerminalScreen
+
+        line = terminal(m)
+        m.screen = TerminalScreen(vga.frame, m.event_loop.clock, line.type_to_console)
+        line.set_screen(m.screen, first=True)
 
 
 def make_testdev(m: Machine) -> None:
@@ -468,7 +488,7 @@ def write_tables(m: Machine) -> int:
         return int(pc_board().write_tables(m))
     from pyvmm.x86 import acpi, mptable
 
-    tables = acpi.build(m.config.cpus, s3=not m.config.no_s3)
+    tables = acpi.build(m.config.cpus, s3=not m.config.no_s3, vga=m.vga is not None)
     tables.write(m.memory)
     mptable.write(m.memory, m.config.cpus)
     return tables.rsdp
@@ -673,6 +693,8 @@ def last_steps(m: Machine) -> Iterator[Callable[[], object]]:
     for made in m.chardevs:
         yield made.close
     if m.terminal is not None:
+        if m.screen is not None:
+            yield lambda: leave_screen(m)
         yield m.terminal.close
     yield m.event_loop.close
     for cpu in m.cpus:
@@ -685,6 +707,14 @@ def last_steps(m: Machine) -> Iterator[Callable[[], object]]:
     for space in (m.pio, m.mmio):
         yield from (lambda region=region, space=space: space.unmap(region) for region in space.regions)
     yield m.devices.clear
+
+
+def leave_screen(m: Machine) -> None:
+    """The consoles again; what was on the screen stays to be read, as lines of text."""
+    assert m.terminal is not None and m.screen is not None
+    if m.terminal.screen_shown:
+        m.terminal.toggle_screen()
+        m.terminal.show(m.screen.last_words())
 
 
 def abandon(m: Machine) -> None:

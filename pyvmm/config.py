@@ -55,6 +55,8 @@ class MachineConfig:
     cpu          "host", and features to hide: "host,-xsave,-cx16".
     irqchip      "kernel", or "off": PIC pair, PIT, IOAPIC and local APIC in Python, one vCPU.
     serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
+    vga          None, or "text": VGA's text mode, 25 lines of 80 characters at 0xb8000. Machine.vga tells what they
+                 say, and a command's terminal shows them.
     debugcon     the same for the debug console at port 0x402.
     raw_terminal "stdio" takes the terminal over: raw mode, with Ctrl-A x to quit. For commands, not libraries.
     no_reboot    a reset ends the run with status 6 instead of starting the guest again.
@@ -85,6 +87,7 @@ class MachineConfig:
     irqchip: str = "kernel"
     serial: Serial = None
     debugcon: Serial = None
+    vga: str | None = None
     raw_terminal: bool = False
     no_reboot: bool = False
     no_s3: bool = False
@@ -146,6 +149,8 @@ class MachineConfig:
             raise ConfigError("both an initrd and modules: the initrd is the first module, give one of them")
         if self.flat_mode not in FLAT_MODES:
             raise ConfigError(f"flat_mode={self.flat_mode!r}: use {', '.join(FLAT_MODES)}")
+        if self.vga not in (None, "none", "text"):
+            raise ConfigError(f"vga={self.vga!r}: use 'text' or 'none': there is no graphics")
         if self.debug_exit is not None and (not is_int(self.debug_exit) or not 0 <= self.debug_exit < 0xFFFF):
             raise ConfigError(f"debug_exit={self.debug_exit!r}: give a port below 0xffff, or None")
 
@@ -348,6 +353,7 @@ def from_file(path: str) -> dict[str, Any]:
                 ("accel", str),
                 ("serial", str),
                 ("debugcon", str),
+                ("vga", str),
                 ("no_reboot", bool),
                 ("no_s3", bool),
                 ("testdev", bool),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyvmm.device import Device, IrqLine, IrqWire
     from pyvmm.devices.irq_pins import ControllerPins
     from pyvmm.devices.user_irqchip import UserIrqchip
+    from pyvmm.devices.vga_text import VgaText
     from pyvmm.exit_stats import ExitStat
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm.system import Kvm
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pyvmm.memory_map import MemoryMap
     from pyvmm.run_state import RunState
     from pyvmm.terminal import Terminal
+    from pyvmm.terminal_screen import TerminalScreen
 
 STATUS_SHUTDOWN = states.STATUS_POWER_OFF
 STATUS_RESET = states.STATUS_RESET
@@ -90,6 +92,11 @@ class Machine:
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.chardevs: list[Chardev] = []
         self.terminal: Terminal | None = None
+        self.vga: VgaText | None = None
+        """With vga="text": ``lines()`` is what the guest has on its screen, ``cursor`` where that is."""
+        self.screen: TerminalScreen | None = None
+        self.on_first_resume: Callable[[], None] | None = None
+        """Called once, when the guest has been set going: for what need not be done before."""
         self.cpus = []
         self.user_irqchip: UserIrqchip | None = None
         self._ring_lock = DeviceLock()
@@ -174,9 +181,15 @@ class Machine:
         self.control.resume()
         if self.terminal is not None:
             self.terminal.start()
+        self._say_that_it_runs()
         # After that: one that fails again stops the machine again.
         for backend in self.backends.values():
             backend.resume()
+
+    def _say_that_it_runs(self) -> None:
+        started, self.on_first_resume = self.on_first_resume, None
+        if started is not None:
+            started()
 
     def _retry_drives(self) -> None:
         """resume() where nothing runs but the drives. StateError where none of them waits."""
@@ -358,6 +371,8 @@ class Machine:
 
     def _flush_console(self) -> None:
         """What the guest has said is out before anybody hears that it stands."""
+        if self.screen is not None:
+            self.screen.refresh()
         try:
             self.devices["serial"].flush()  # type: ignore[attr-defined]  # builder made a Serial
         except BaseException as error:

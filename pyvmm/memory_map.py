@@ -68,6 +68,7 @@ class MemoryMap:
         self._memory = memory
         self._mmio = mmio
         self._rom: RamRegion | None = None
+        self._text: RamRegion | None = None
         self._set_slot: SetSlot | None = None
         self._held = False
         self._slots: dict[tuple[int, int, int, bool], int] = {}
@@ -87,6 +88,12 @@ class MemoryMap:
         if low.size_bytes > WINDOW_END:
             self.sections.append(Section(WINDOW_END, low.size_bytes - WINDOW_END, low, WINDOW_END, False))
 
+    def show_text_memory(self, text: RamRegion) -> None:
+        """From the next ``set_window`` on a display adapter's text memory answers where the bus would: RAM, a memory
+        slot, so that no character that a guest puts there costs an exit.
+        """
+        self._text = text
+
     def set_window(self, segments: Iterable[Segment]) -> None:
         """(gpa, size_bytes, kind) of what the window shows from now on; what is left out is on the bus."""
         kept = [s for s in self.sections if not WINDOW <= s.gpa < WINDOW_END]
@@ -98,6 +105,9 @@ class MemoryMap:
     def _section(self, gpa: int, size: int, kind: str) -> Section | None:
         ram, rom = self._memory.ram[0], self._rom
         in_ram = gpa + size <= ram.size_bytes
+        text = self._text
+        if kind == BUS and text is not None and gpa == text.gpa:
+            return Section(gpa, size, text, 0, False)
         if kind in (RAM, RAM_READONLY):
             return Section(gpa, size, ram, gpa, kind == RAM_READONLY) if in_ram else None
         if kind in (ROM, ROM_OVER_RAM) and rom is not None and gpa >= WINDOW_END - rom.size_bytes:
@@ -149,7 +159,7 @@ class MemoryMap:
     def close(self) -> None:
         """Show nothing any more, and let go of the memory. The VM is on its way out, its slots with it."""
         self._set_slot = None
-        self._rom = None
+        self._rom = self._text = None
         self.sections.clear()
 
     # -- the processor's view ----------------------------------------------------------------------------------

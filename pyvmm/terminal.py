@@ -107,6 +107,7 @@ class Terminal(FdChardev):
         self._cooked: list[int | list[bytes | int]] | None = None  # the terminal's own modes, while it is raw
         self._pid = os.getpid()
         self._screen: Screen | None = None
+        self._screen_first = False
         self._shown = False  # the screen is
         self._show_lock = Lock()
         self._held = bytearray()
@@ -123,9 +124,10 @@ class Terminal(FdChardev):
             self.add_key("c", "give the keyboard to the next console", self._next_console)
         return made
 
-    def set_screen(self, screen: Screen) -> None:
-        """Have Ctrl-A v change between the consoles and ``screen``."""
+    def set_screen(self, screen: Screen, *, first: bool = False) -> None:
+        """Have Ctrl-A v change between the consoles and ``screen``; ``first``: it is shown from ``start`` on."""
         self._screen = screen
+        self._screen_first = first
         self.add_key("v", "change between the consoles and the screen", self.toggle_screen)
 
     def add_key(self, key: str, what: str, pressed: Callable[[], None]) -> None:
@@ -137,6 +139,8 @@ class Terminal(FdChardev):
         if self._receive is not None or self._closed:
             return
         self.set_receiver(self._typed, self._typed_room)
+        if self._screen_first:
+            self._event_loop.call_soon(self._show_first)
         if self._on_gone is not None and self._out_fd >= 0:
             try:
                 self._event_loop.add_hang_up(self._out_fd, self._on_gone)
@@ -194,13 +198,22 @@ class Terminal(FdChardev):
                 plain.append(byte)
         self._hand_over(bytes(plain))
 
+    @property
+    def screen_shown(self) -> bool:
+        return self._shown
+
+    def type_to_console(self, data: bytes) -> None:
+        """As typed while the consoles are shown."""
+        if self.consoles:
+            self.consoles[self._focus].feed(data)
+
     def _hand_over(self, data: bytes) -> None:
         if not data:
             return
         if self._shown and self._screen is not None:
             self._screen.type(data)
-        elif self.consoles:
-            self.consoles[self._focus].feed(data)
+        else:
+            self.type_to_console(data)
 
     def _press(self, key: str) -> None:
         _, pressed = self._keys.get("h" if key == "?" else key, ("", None))
@@ -218,6 +231,10 @@ class Terminal(FdChardev):
     def _next_console(self) -> None:
         self._focus = (self._focus + 1) % len(self.consoles)
         self.show(f"\r\n[the keyboard is on {self.consoles[self._focus].name}]\r\n".encode())
+
+    def _show_first(self) -> None:
+        if not self._shown and not self._closed:
+            self.toggle_screen()
 
     def toggle_screen(self) -> None:
         """As Ctrl-A v, on the loop's thread."""

@@ -62,6 +62,11 @@ def multiboot_kernel() -> Path:
     return _the_file(package("multiboot"), "usr/lib/multiboot/examples/kernel")
 
 
+def invaders() -> Path:
+    """grub-invaders: a game, and a multiboot kernel, that draws on the VGA text screen."""
+    return _the_file(package("grub-invaders"), "boot/invaders.exec")
+
+
 def firmware() -> Path:
     """SeaBIOS for a pc."""
     return _the_file(package("seabios"), "usr/share/seabios/bios-256k.bin")

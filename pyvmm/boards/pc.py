@@ -78,6 +78,8 @@ def open_window(m: Machine) -> None:
             isa_rom = RamRegion(WINDOW_END - size, size, readonly=True, name="isa-bios")
             memoryview(isa_rom)[:] = memoryview(region)[region.size_bytes - size :]
     m.memory_map.open_window(isa_rom)
+    if m.config.vga == "text":
+        m.memory_map.show_text_memory(RamRegion(layout.VGA_TEXT, layout.VGA_TEXT_BYTES, name="vga text"))
     shown = RAM if boots_directly(m) else ROM
     m.memory_map.set_window([(WINDOW, PAM - WINDOW, BUS), (PAM, WINDOW_END - PAM, shown)])
 
@@ -319,7 +321,7 @@ def write_tables(m: Machine) -> int:
     from pyvmm.x86 import acpi_pc, mptable, smbios
 
     low = min(m.memory.size_bytes, layout.RAM_HOLE)
-    tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low, s3=not m.config.no_s3)
+    tables = acpi_pc.build(m.config.cpus, ram_below_4g_bytes=low, s3=not m.config.no_s3, vga=m.vga is not None)
     tables.write(m.memory)
     mptable.write(m.memory, m.config.cpus)
     ranges = [(gpa, size) for gpa, size in m.memory.regions if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 NOTHING = {"nographic", "enable-kvm", "nodefaults", "no-user-config", "no-hpet"}
 # What there is none of, so that "none" says nothing new; other values want something that is not there.
 ABSENT = {
-    "vga": "a display",
     "display": "a display",
     "vnc": "a display",
     "net": "a network",

@@ -65,6 +65,8 @@ OPTIONS = (
     Option("--serial", "WHERE", "COM1: stdio (default), none, pty, file:PATH", words=True,
            one="a second serial port is not there yet, give one"),
     Option("--debugcon", "WHERE", "debug console at port 0x402: none (default), stdio, pty, file:PATH", words=True),
+    Option("--vga", "KIND", "none (default), or text: VGA's text mode, 80x25, on the terminal; Ctrl-A v changes between"
+           " it and the serial console"),
     Option("--debug-exit", "PORT", "where isa-debug-exit is (default 0xf4), or none", port_or_none),
     Option("--testdev", "", "the registers of QEMU's pc-testdev"),
     Option("--fw-cfg", "NAME=FILE", "one more fw_cfg file; may be repeated", split_fw_cfg, many=True,
@@ -179,7 +181,10 @@ def announce(machine: Machine) -> None:
 
 
 def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
+    from pyvmm.cli.text_watch import TextWatch
+
     message = ""
+    watch = TextWatch(machine) if machine.vga is None else None
     try:
         status = run_through_errors(machine, timeout_s)
     except GuestError as error:
@@ -192,6 +197,8 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
         status = int(ended.code or 0)
     except KeyboardInterrupt:
         status = STATUS_INTERRUPTED
+    if watch is not None:
+        watch.look()
     table = machine.exit_stats_table() if exit_stats else ""
     # The terminal is given back first: what follows must not be printed in raw mode.
     machine.close()

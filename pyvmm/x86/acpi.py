@@ -100,6 +100,7 @@ def build(
     irqchip: bool = True,
     devices: Iterable[bytes] = (),
     s3: bool = True,
+    vga: bool = False,
     rsdp: int = layout.ACPI_RSDP,
     base: int = layout.ACPI_TABLES,
     end: int = layout.ACPI_TABLES_END,
@@ -107,11 +108,17 @@ def build(
     """The tables for that many processors with APIC ids 0, 1, ...
 
     ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are
-    aml.device terms for \\_SB beside the ISA devices. ``s3`` False leaves suspend to RAM out. The tables follow one
-    another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit below ``end``.
+    aml.device terms for \\_SB beside the ISA devices. ``s3`` False leaves suspend to RAM out; ``vga``: there is a
+    VGA. The tables follow one another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit
+    below ``end``.
     """
     others = [("APIC", madt(cpus))] if irqchip else []
-    return arrange(dsdt(cpus, devices, s3=s3), fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
+    terms = dsdt(cpus, devices, s3=s3)
+
+    def make_fadt(facs: int, dsdt: int) -> bytes:
+        return fadt(facs, dsdt, vga=vga)
+
+    return arrange(terms, make_fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
 
 
 def arrange(
@@ -194,7 +201,9 @@ def gas(port: int, size_bytes: int, access: int) -> bytes:
     return pack("<BBBBQ", SYSTEM_IO, size_bytes * 8, 0, access, port)
 
 
-def fadt(facs_gpa: int, dsdt_gpa: int, *, gpe0: int = 0, gpe0_bytes: int = 0, smi_command: int = 0) -> bytes:
+def fadt(
+    facs_gpa: int, dsdt_gpa: int, *, gpe0: int = 0, gpe0_bytes: int = 0, smi_command: int = 0, vga: bool = False
+) -> bytes:
     """Fixed ACPI Description Table.
 
     ``gpe0`` is the port of a general purpose event block, of ``gpe0_bytes``: half status, half enable. Without
@@ -213,7 +222,7 @@ def fadt(facs_gpa: int, dsdt_gpa: int, *, gpe0: int = 0, gpe0_bytes: int = 0, sm
         pack("<Bxxx", gpe0_bytes),  # then GPE1 length and base, CST_CNT
         pack("<HHHHBB", NO_C2, NO_C3, 0, 0, 0, 0),  # latencies, cache flush size and stride, duty cycle
         pack("<BBB", 0, 0, CMOS_CENTURY),  # RTC alarm's day and month: not there
-        pack("<Hx", LEGACY_DEVICES | HAS_8042 | VGA_NOT_PRESENT),
+        pack("<Hx", LEGACY_DEVICES | HAS_8042 | (0 if vga else VGA_NOT_PRESENT)),
         pack("<I", WBINVD | PROC_C1 | SLP_BUTTON_ABSENT | TMR_VAL_EXT | RESET_REG_SUP),
         gas(layout.PORT_RESET, 1, BYTE_ACCESS),
         pack("<BHB", layout.RESET_VALUE, 0, FADT_MINOR_REVISION),  # then ARM boot flags

@@ -55,6 +55,7 @@ def build(
     gpe0: bool = True,
     smi_command: bool = False,
     s3: bool = True,
+    vga: bool = False,
     rsdp: int = layout.ACPI_RSDP,
     base: int = layout.ACPI_TABLES,
     end: int = layout.ACPI_TABLES_END,
@@ -63,7 +64,7 @@ def build(
 
     ``devices`` are aml.device terms for the ISA bus beside those every PC has. ``gpe0`` False where nothing answers
     at PORT_GPE0; ``smi_command`` True where port 0xb2 takes ACPI's enable and disable commands; ``s3`` False leaves
-    suspend to RAM out. ConfigError when the tables do not fit below ``end``.
+    suspend to RAM out; ``vga``: there is a VGA. ConfigError when the tables do not fit below ``end``.
     """
 
     def fadt(facs: int, dsdt: int) -> bytes:
@@ -73,6 +74,7 @@ def build(
             gpe0=PORT_GPE0 if gpe0 else 0,
             gpe0_bytes=GPE0_BYTES if gpe0 else 0,
             smi_command=PORT_SMI_COMMAND if smi_command else 0,
+            vga=vga,
         )
 
     others = [("APIC", acpi.madt(cpus, sorted({layout.IRQ_SCI, *PIRQ_CHOICES})))] if irqchip else []

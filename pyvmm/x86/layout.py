@@ -66,6 +66,10 @@ MP_TABLE_END = 0xF_8000
 SMBIOS = 0xF_8000
 SMBIOS_END = 0x10_0000
 
+# VGA's text memory, in colour modes.
+VGA_TEXT = 0xB_8000
+VGA_TEXT_BYTES = 0x8000
+
 # Protected-mode kernels go to 1 MiB: the first address that is RAM on any PC and all that boot loaders
 # promise.
 KERNEL = 0x10_0000
@@ -113,6 +117,8 @@ PORT_APM = 0xB2  # the PIIX's advanced power management control and status
 PORT_TESTDEV = 0xE0  # pc-testdev: latch 0xe0, page flush 0xe4, byte latch 0xe8
 PORT_DEBUG_EXIT = 0xF4  # isa-debug-exit, where kvm-unit-tests write their status
 PORT_COM2 = 0x2F8
+PORT_VGA_MONO = 0x3B0  # CRT controller and status of a VGA that is set to monochrome
+PORT_VGA = 0x3C0
 PORT_COM1 = 0x3F8
 PORT_DEBUG_CONSOLE = 0x402  # SeaBIOS writes its log here, one byte a character
 PORT_PIC_ELCR = 0x4D0  # edge/level control of both PICs

@@ -24,14 +24,16 @@ LAYERS = [
         "pyvmm.run_state",
         *("pyvmm.dump", "pyvmm.x86", "pyvmm.guests"),
     ],
-    ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.terminal", "pyvmm.block"],
+    ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.screen", "pyvmm.terminal", "pyvmm.terminal_screen", "pyvmm.block"],
     ["pyvmm.devices"],
     ["pyvmm.config", "pyvmm.builder", "pyvmm.boards", "pyvmm.machine"],
     ["pyvmm"],
     ["pyvmm.cli", "pyvmm.control", "pyvmm.__main__"],
 ]
 # A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
-DEVICES_MAY = ["errors", "light", "device", "clock", "address_space", "guest_memory", "chardev", "block", "devices"]
+DEVICES_MAY = [
+    *("errors", "light", "device", "clock", "address_space", "guest_memory", "chardev", "screen", "block", "devices")
+]
 MODULES = sources(".py", ".pyx", ".pxd")
 
 

@@ -11,6 +11,13 @@ from pyvmm.config import MachineConfig, from_file
 from pyvmm.errors import ConfigError
 
 
+@pytest.mark.parametrize("value", ["std", "", 1, "TEXT"])
+def test_vga_is_text_or_nothing(value: object) -> None:
+    with pytest.raises(ConfigError, match="use 'text' or 'none': there is no graphics"):
+        MachineConfig(flat=b"\xf4", vga=value)
+    assert MachineConfig(flat=b"\xf4", vga="text").vga == "text"
+
+
 def test_defaults() -> None:
     config = MachineConfig()
     assert (config.memory_mib, config.cpus, config.irqchip, config.cpu) == (256, 1, "kernel", "host")

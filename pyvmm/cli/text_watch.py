@@ -1,0 +1,64 @@
+"""TextWatch: says once that a guest writes to VGA's text memory, which nobody sees: it would look dead."""
+
+from __future__ import annotations
+
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.machine import Machine
+
+FIRST_LOOK_NS = 50_000_000
+LONGEST_NS = 1_600_000_000  # between two looks
+MESSAGE = "pyvmm: the guest writes to VGA's text memory, which is not shown: --vga text shows it"
+
+
+class TextWatch:
+    """Looks at the memory, or, where none is there, at the exits of writes to it: now and then, less and less often."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._told = False
+        self._wait_ns = FIRST_LOOK_NS
+        self._before = self._content()
+        machine.on_first_resume = self._start
+
+    def look(self) -> None:
+        """Say so, where it is so and has not been said."""
+        if not self._told and self._written():
+            self._told = True
+            from pyvmm.cli import say
+
+            say(MESSAGE)
+
+    def _start(self) -> None:
+        self._timer = self._machine.event_loop.clock.timer(self._on_timer)
+        self._arm()
+
+    def _arm(self) -> None:
+        self._timer.arm(self._machine.event_loop.clock.now_ns() + self._wait_ns)
+
+    def _on_timer(self) -> None:
+        self.look()
+        if not self._told:
+            self._wait_ns = min(2 * self._wait_ns, LONGEST_NS)
+            self._arm()
+
+    def _content(self) -> bytes | None:
+        """What is in it, where it is RAM as on a microvm; None: there is nothing, or a device of somebody's."""
+        if any(s.gpa <= layout.VGA_TEXT < s.gpa + s.size for s in self._machine.memory_map.sections):
+            return self._machine.memory_map.read(layout.VGA_TEXT, layout.VGA_TEXT_BYTES)
+        return None
+
+    def _written(self) -> bool:
+        if self._before is not None:
+            return self._content() != self._before
+        end = layout.VGA_TEXT + layout.VGA_TEXT_BYTES
+        return any(
+            row.reason == "MMIO"
+            and row.direction == "out"
+            and row.address is not None
+            and layout.VGA_TEXT <= row.address < end
+            and self._machine.mmio.find(row.address) is None
+            for row in self._machine.exit_stats()
+        )
