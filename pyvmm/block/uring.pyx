@@ -371,11 +371,12 @@ cdef class Ring:
 
         EBUSY: reap first. EAGAIN: it is short of memory. What is left stays queued; see ``take_back``.
         """
-        cdef int rc
+        cdef int rc = 0
         self.come_in()
         try:
-            with nogil:
-                rc = self.submit_all()
+            if self.queued():           # else there is nothing to give the GIL away for
+                with nogil:
+                    rc = self.submit_all()
             return rc
         finally:
             self.go_out()
@@ -423,8 +424,10 @@ cdef class Ring:
         """Requests whose results are there: (request, bytes or 0 or a negative errno), in the order they came."""
         self.come_in()
         try:
-            with nogil:
-                self.harvest()
+            self.empty_queue()
+            if self.overflown():        # a system call, which the rest of this is not
+                with nogil:
+                    self.harvest()
             return self.results()
         finally:
             self.go_out()
@@ -441,19 +444,26 @@ cdef class Ring:
             self.free_slot(slot)
         return found
 
+    cdef void empty_queue(self) noexcept nogil:
+        """Note everything that is in the completion queue."""
+        cdef uint32_t head = self.cq_head[0]    # nobody else writes it
+        cdef uint32_t tail = atomic_load_u32(self.cq_tail, ATOMIC_ACQUIRE)
+        while head != tail:
+            self.note(self.cqes[head & self.cq_mask].user_data, self.cqes[head & self.cq_mask].res)
+            head += 1
+        # Release: the kernel may use these entries again only after they were read.
+        atomic_store_u32(self.cq_head, head, ATOMIC_RELEASE)
+
+    cdef bint overflown(self) noexcept nogil:
+        """Whether the kernel keeps results back because the queue was full."""
+        return atomic_load_u32(self.sq_flags, ATOMIC_ACQUIRE) & URING_SQ_CQ_OVERFLOW
+
     cdef void harvest(self) noexcept nogil:
-        """Everything out of the completion queue, and what the kernel kept back because it was full."""
-        cdef uint32_t head, tail
+        """Note everything, what the kernel keeps back too."""
         cdef int rc
         while True:
-            head = self.cq_head[0]      # nobody else writes it
-            tail = atomic_load_u32(self.cq_tail, ATOMIC_ACQUIRE)
-            while head != tail:
-                self.note(self.cqes[head & self.cq_mask].user_data, self.cqes[head & self.cq_mask].res)
-                head += 1
-            # Release: the kernel may use these entries again only after they were read.
-            atomic_store_u32(self.cq_head, head, ATOMIC_RELEASE)
-            if not atomic_load_u32(self.sq_flags, ATOMIC_ACQUIRE) & URING_SQ_CQ_OVERFLOW:
+            self.empty_queue()
+            if not self.overflown():
                 return
             rc = enter(self.fd, 0, 0, URING_ENTER_GETEVENTS)
             if rc < 0 and rc != -EINTR:
