@@ -46,8 +46,8 @@ OPTIONS = (
            key="drives", many=True, words=True),
     Option("--cdrom", "FILE", "a CD image, on the second channel"),
     Option("--firmware", "FILE", "BIOS image (default: SeaBIOS, where there is neither kernel nor flat binary)"),
-    Option("--boot", "WORDS", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cad); QEMU's words:"
-           " order=, once=, menu=on, splash-time=MS, reboot-timeout=MS, strict=on", many=True, words=True),
+    Option("--boot", "WORDS", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cad); QEMU's once=,"
+           " menu=, splash-time=, reboot-timeout=, strict=", many=True, words=True),
     Option("--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are"),
     Option("--uuid", "UUID", "the machine's, for SMBIOS and fw_cfg"),
     Option("--kernel -k", "FILE", "bzImage, ELF with a PVH note, or multiboot v1 kernel", key="kernel"),

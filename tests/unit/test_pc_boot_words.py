@@ -65,7 +65,7 @@ def files(m: Machine) -> dict[str, bytes]:
 )
 def test_boot_order_test(words: list[str] | None, boot: int, reboot: int) -> None:
     args = ["--firmware", "x", *(part for each in words or () for part in ("--boot", each))]
-    config = configure(parse(OPTIONS, args, words="images"))
+    config = configure(parse(OPTIONS, args, verb="run", words="images"))
     with board(boot=config.boot) as m:
         assert order(m) == boot
         m.pio.write(0xCF9, 1, 6)
@@ -144,7 +144,7 @@ def test_uuid() -> None:
 
 
 def test_the_command_takes_a_uuid() -> None:
-    config = configure(parse(OPTIONS, ["--firmware", "x", "--uuid", UUID], words="images"))
+    config = configure(parse(OPTIONS, ["--firmware", "x", "--uuid", UUID], verb="run", words="images"))
     assert config.uuid == UUID
 
 
