@@ -28,6 +28,7 @@ RLock = _thread.RLock
 get_ident = _thread.get_ident
 
 SIGNAL_CHECK_S = 0.25
+BEGIN_LIMIT_S = 5.0
 
 
 def on_main_thread() -> bool:
@@ -145,8 +146,8 @@ class Thread:
     def _run(self) -> None:
         if not self._claimed.acquire(False):
             return
-        self.ident = get_ident()
         try:
+            self.ident = get_ident()
             self.follow_threading()
             self._target()
         finally:
@@ -177,5 +178,9 @@ class Thread:
     def join(self) -> None:
         """Wait for its end; at once from the thread itself, and where it was never started."""
         if (self._started or self._claimed.locked()) and not self.is_current:
-            with self._ended:
-                pass
+            while not self._ended.acquire(timeout=BEGIN_LIMIT_S):
+                # A thread that its host gave no memory for can die before it begins. It is not waited for, and if it is
+                # only late it finds its target taken.
+                if self._claimed.acquire(False):
+                    break
+            self._ended.release()

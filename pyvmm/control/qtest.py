@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import binascii
 import os
+import select
 
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.guest_memory import GPA_END
-from pyvmm.light import Lock, Thread
+from pyvmm.light import SIGNAL_CHECK_S, Lock, Thread, on_main_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -381,6 +382,7 @@ class QtestServer:
             raise StateError("there is no socket to serve: call listen() first")
         while not self._closed:
             try:
+                wait_for_input(self._listener)
                 client, _ = self._listener.accept()
             except OSError:
                 if self._closed:
@@ -443,7 +445,7 @@ class QtestServer:
 
     def _converse(self, client: socket.socket, session: Session) -> None:
         pending = bytearray()
-        while data := client.recv(RECEIVE_BYTES):
+        while data := receive(client):
             searched = len(pending)
             pending += data
             while (end := pending.find(b"\n", searched)) >= 0:
@@ -464,6 +466,22 @@ class QtestServer:
                     client.sendall(text.encode("latin-1", "replace"))
                 except OSError:  # it has hung up: the next recv() says so
                     pass
+
+
+def receive(client: socket.socket) -> bytes:
+    wait_for_input(client)
+    return client.recv(RECEIVE_BYTES)
+
+
+def wait_for_input(end: socket.socket) -> None:
+    """On the main thread, which runs signal handlers: of two signals that come at once (those of timeout(1): SIGTERM,
+    SIGCONT) another thread may take both, and no system call here ends for that. So look again now and then.
+    """
+    if on_main_thread():
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        while not poll.poll(SIGNAL_CHECK_S * 1000):
+            pass
 
 
 def hang_up(end: socket.socket) -> None:

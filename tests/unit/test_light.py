@@ -499,3 +499,17 @@ def test_a_thread_that_cannot_be_had_says_which_limit_is_in_the_way(
         monkeypatch.setattr(mmap, "mmap", no_room)
     with pytest.raises(ThreadError, match=f"can't start new thread: raise `{limit}`"):
         Thread(lambda: None).start()
+
+
+def test_a_thread_that_never_begins_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host gave it no memory: the interpreter says so and ends it before its first line."""
+    begun: list[Callable[..., object]] = []
+    monkeypatch.setattr(_thread, "start_new_thread", lambda function, args: begun.append(function))
+    monkeypatch.setattr(light, "BEGIN_LIMIT_S", SHORT_S)
+    ran: list[int] = []
+    thread = Thread(lambda: ran.append(1))
+    thread.start()
+    thread.join()
+    thread.join()
+    begun[0]()  # only late, after all
+    assert ran == []

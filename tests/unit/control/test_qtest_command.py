@@ -155,3 +155,22 @@ def status_when_idle(client: Client) -> int:
     while (status := int(client.ask("inb 0x1f7").split()[1], 16)) & 0x80:
         pass
     return status
+
+
+@pytest.mark.parametrize("client", [False, True])
+def test_timeout_s_two_signals_end_it(tmp_path: Path, client: bool) -> None:
+    """timeout(1) sends SIGTERM and at once SIGCONT: the kernel may hand both to another thread than the main one."""
+    for attempt in range(8):
+        path = tmp_path / f"socket{attempt}"
+        command = [sys.executable, "-m", "pyvmm", "qtest", "--socket", str(path), "--drive", "media=cdrom"]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith(b"pyvmm: qtest on")
+            with socket.socket(socket.AF_UNIX) as connection:
+                if client:
+                    connection.connect(str(path))
+                    connection.sendall(b"inb 0x70\n")
+                    assert connection.recv(100).startswith(b"OK")
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGCONT)
+                assert process.wait(60) == 128 + signal.SIGTERM
