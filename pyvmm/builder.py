@@ -359,7 +359,7 @@ def make_vga(m: Machine) -> None:
         from pyvmm.terminal_screen import TerminalScreen
 
         line = terminal(m)
-        m.screen = TerminalScreen(vga.frame, m.event_loop.clock, line.type_to_console)
+        m.screen = TerminalScreen(vga.frame, m.event_loop.clock, line.type_to_console, lambda: line.can_write)
         line.set_screen(m.screen, first=True)
 
 
@@ -433,7 +433,14 @@ def terminal(m: Machine) -> Terminal:
             on_quit=lambda: m.stop(0, "quit"),
             on_gone=m.reader_gone if m.config.raw_terminal else None,
         )
+        m.terminal.add_key("w", "wake a guest that has suspended itself", lambda: wake_if_suspended(m))
     return m.terminal
+
+
+def wake_if_suspended(m: Machine) -> None:
+    """As Machine.wakeup, without waiting for it, and for a guest that is awake as well."""
+    if m.control.suspended:
+        m.guest_wake(POWER_BUTTON)
 
 
 # -- the guest -------------------------------------------------------------------------------------------------
@@ -712,8 +719,7 @@ def last_steps(m: Machine) -> Iterator[Callable[[], object]]:
 def leave_screen(m: Machine) -> None:
     """The consoles again; what was on the screen stays to be read, as lines of text."""
     assert m.terminal is not None and m.screen is not None
-    if m.terminal.screen_shown:
-        m.terminal.toggle_screen()
+    if m.terminal.leave_screen():
         m.terminal.show(m.screen.last_words())
 
 

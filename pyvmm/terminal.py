@@ -198,9 +198,13 @@ class Terminal(FdChardev):
                 plain.append(byte)
         self._hand_over(bytes(plain))
 
-    @property
-    def screen_shown(self) -> bool:
-        return self._shown
+    def leave_screen(self) -> bool:
+        """The consoles again, for good. Whether the screen was shown, or was going to be."""
+        first, self._screen_first = self._screen_first, False
+        shown = self._shown
+        if shown:
+            self.toggle_screen()
+        return first or shown
 
     def type_to_console(self, data: bytes) -> None:
         """As typed while the consoles are shown."""
@@ -233,8 +237,9 @@ class Terminal(FdChardev):
         self.show(f"\r\n[the keyboard is on {self.consoles[self._focus].name}]\r\n".encode())
 
     def _show_first(self) -> None:
-        if not self._shown and not self._closed:
+        if self._screen_first and not self._shown and not self._closed:
             self.toggle_screen()
+        self._screen_first = False
 
     def toggle_screen(self) -> None:
         """As Ctrl-A v, on the loop's thread."""

@@ -17,13 +17,22 @@ REFRESH_NS = 40_000_000  # between two looks at what the guest has made of it
 
 
 class TerminalScreen(Screen):
-    """``look()`` gives the frame to be shown; ``type`` is what takes the keys meanwhile."""
+    """``look()`` gives the frame to be shown, ``on_key`` takes what is typed meanwhile. ``ready()``: the terminal keeps
+    up; what is to be drawn while it does not is left for later.
+    """
 
-    def __init__(self, look: Callable[[], Frame], clock: Clock, on_key: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        look: Callable[[], Frame],
+        clock: Clock,
+        on_key: Callable[[bytes], None],
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._look = look
         self._clock = clock
         self._timer = clock.timer(self._on_timer)
         self._on_key = on_key
+        self._ready = ready
         self._lock = Lock()
         self._write: Callable[[bytes], None] | None = None
         self._shown: Frame | None = None
@@ -51,7 +60,7 @@ class TerminalScreen(Screen):
         """Draw what has changed, if it is shown at all. From any thread."""
         frame = self._look()
         with self._lock:
-            if self._write is None or (self._shown is not None and self._shown.same(frame)):
+            if self._write is None or not self._ready() or (self._shown is not None and self._shown.same(frame)):
                 return
             if drawn := screen.draw(self._shown, frame):
                 self._write(drawn)

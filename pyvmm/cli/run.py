@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.block.options import DriveOptions
+    from pyvmm.cli.text_watch import TextWatch
 else:
     import _signal as signal
 
@@ -181,10 +182,8 @@ def announce(machine: Machine) -> None:
 
 
 def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
-    from pyvmm.cli.text_watch import TextWatch
-
     message = ""
-    watch = TextWatch(machine) if machine.vga is None else None
+    watches = watch_text_memory(machine)
     try:
         status = run_through_errors(machine, timeout_s)
     except GuestError as error:
@@ -197,7 +196,7 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
         status = int(ended.code or 0)
     except KeyboardInterrupt:
         status = STATUS_INTERRUPTED
-    if watch is not None:
+    for watch in watches:
         watch.look()
     table = machine.exit_stats_table() if exit_stats else ""
     # The terminal is given back first: what follows must not be printed in raw mode.
@@ -206,6 +205,20 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
         if text:
             say(text)
     return status & 0xFF
+
+
+def watch_text_memory(machine: Machine) -> list[TextWatch]:
+    """Have it told that the guest writes to text memory that nobody sees. The watch is there once the guest runs."""
+    watches: list[TextWatch] = []
+
+    def begin() -> None:
+        from pyvmm.cli.text_watch import TextWatch
+
+        watches.append(TextWatch(machine))
+
+    if machine.vga is None:
+        machine.on_first_resume = begin
+    return watches
 
 
 def lost_output(machine: Machine) -> list[str]:

@@ -10,18 +10,23 @@ if TYPE_CHECKING:
 
 FIRST_LOOK_NS = 50_000_000
 LONGEST_NS = 1_600_000_000  # between two looks
+BLANK = bytes(layout.VGA_TEXT_BYTES)  # memory as it comes up: nothing is loaded there
 MESSAGE = "pyvmm: the guest writes to VGA's text memory, which is not shown: --vga text shows it"
 
 
 class TextWatch:
-    """Looks at the memory, or, where none is there, at the exits of writes to it: now and then, less and less often."""
+    """Looks at the memory, or, where none is there, at the exits of writes to it: now and then, less and less often.
+
+    Made when the guest runs already: it takes nothing from the start.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._told = False
         self._wait_ns = FIRST_LOOK_NS
-        self._before = self._content()
-        machine.on_first_resume = self._start
+        self._ram = any(s.gpa <= layout.VGA_TEXT < s.gpa + s.size for s in machine.memory_map.sections)
+        self._timer = machine.event_loop.clock.timer(self._on_timer)
+        self._arm()
 
     def look(self) -> None:
         """Say so, where it is so and has not been said."""
@@ -30,10 +35,6 @@ class TextWatch:
             from pyvmm.cli import say
 
             say(MESSAGE)
-
-    def _start(self) -> None:
-        self._timer = self._machine.event_loop.clock.timer(self._on_timer)
-        self._arm()
 
     def _arm(self) -> None:
         self._timer.arm(self._machine.event_loop.clock.now_ns() + self._wait_ns)
@@ -44,15 +45,9 @@ class TextWatch:
             self._wait_ns = min(2 * self._wait_ns, LONGEST_NS)
             self._arm()
 
-    def _content(self) -> bytes | None:
-        """What is in it, where it is RAM as on a microvm; None: there is nothing, or a device of somebody's."""
-        if any(s.gpa <= layout.VGA_TEXT < s.gpa + s.size for s in self._machine.memory_map.sections):
-            return self._machine.memory_map.read(layout.VGA_TEXT, layout.VGA_TEXT_BYTES)
-        return None
-
     def _written(self) -> bool:
-        if self._before is not None:
-            return self._content() != self._before
+        if self._ram:
+            return self._machine.memory_map.read(layout.VGA_TEXT, layout.VGA_TEXT_BYTES) != BLANK
         end = layout.VGA_TEXT + layout.VGA_TEXT_BYTES
         return any(
             row.reason == "MMIO"

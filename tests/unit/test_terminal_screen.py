@@ -72,3 +72,22 @@ def test_keys_and_last_words() -> None:
     assert bench.screen.last_words() == b"\n  two\n"
     bench.frame = frame()
     assert bench.screen.last_words() == b""
+
+
+def test_a_terminal_that_does_not_keep_up_gets_the_last_frame_later() -> None:
+    bench = Bench()
+    ready = True
+    bench.screen = TerminalScreen(bench.look, bench.clock, bench.type, lambda: ready)
+    bench.screen.show(bench.sent.append)
+    terminal = SmallTerminal()
+    terminal.take(b"".join(bench.sent[1:]))
+    bench.sent.clear()
+    ready = False
+    for n in range(10):
+        bench.frame = frame(f"line {n}")
+        bench.clock.step(REFRESH_NS)
+    assert bench.sent == []
+    ready = True
+    bench.clock.step(REFRESH_NS)
+    terminal.take(b"".join(bench.sent))
+    assert terminal.lines()[0] == "line 9"
