@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from heapq import heapify, heappop, heappush
 
+from pyvmm.errors import KindError
 from pyvmm.light import Lock
 
 TYPE_CHECKING = False
@@ -45,6 +46,8 @@ class Timer:
     __slots__ = ("_callback", "_entry", "_queue", "deadline_ns")
 
     def __init__(self, queue: TimerQueue, callback: Callable[[], None]) -> None:
+        if not callable(callback):
+            raise KindError(f"a timer with {callback!r}: give a function without arguments")
         self._queue = queue
         self._callback = callback
         self._entry = 0  # number of its valid entry in the queue's heap, 0 while disarmed
@@ -58,6 +61,8 @@ class Timer:
 
     def arm(self, deadline_ns: int) -> None:
         """Expire at ``deadline_ns`` of guest time, at once where that is past. A former deadline is void."""
+        if not isinstance(deadline_ns, int):
+            raise KindError(f"a timer armed for {deadline_ns!r}: give guest time in whole nanoseconds")
         self._queue.arm(self, deadline_ns)
 
     def disarm(self) -> None:

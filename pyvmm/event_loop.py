@@ -99,6 +99,10 @@ class Ends:
             self.epoll, self.wake_fd = None, -1
 
 
+class Forked(BaseException):
+    """A callback has forked, and this is the child: it has this thread only, and the loop is its parent's."""
+
+
 class EventLoop:
     """Runs callbacks for one machine on one thread. Every method may be called from any thread.
 
@@ -396,10 +400,15 @@ class EventLoop:
         """Whether it returned. What it raised goes to on_error; what that raises, to threading.excepthook."""
         if self._closed:
             return True
+        pid = os.getpid()
         try:
             callback()
+            if os.getpid() != pid:
+                raise Forked
             return True
         except BaseException as exc:
+            if os.getpid() != pid:
+                raise Forked from (None if isinstance(exc, Forked) else exc)
             try:
                 self._on_error(exc)
             except BaseException as worse:
@@ -423,12 +432,26 @@ def main(me: ref[EventLoop], lock: LockType, ends: Ends, epoll: select.epoll) ->
             if sleep_ns == CLOSED:
                 break
             events = wait(epoll, sleep_ns)
-    finally:
-        if (loop := me()) is not None:
-            loop._over()
-        else:
-            with lock:
-                ends.close()
+    except Forked as forked:
+        # No lock is taken, and nothing is closed: the process ends with this, its only thread.
+        if forked.__cause__ is not None:
+            import traceback
+
+            traceback.print_exception(forked.__cause__)
+        return
+    except BaseException:
+        over(me, lock, ends)
+        raise
+    over(me, lock, ends)
+
+
+def over(me: ref[EventLoop], lock: LockType, ends: Ends) -> None:
+    """The thread ends."""
+    if (loop := me()) is not None:
+        loop._over()
+    else:
+        with lock:
+            ends.close()
 
 
 def wait(epoll: select.epoll, sleep_ns: int | None) -> list[tuple[int, int]]:

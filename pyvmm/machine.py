@@ -503,6 +503,9 @@ class Machine:
             else:
                 self.close()
 
+    def __reduce__(self) -> str:
+        raise StateError("a machine can't be copied or sent: it is descriptors, threads and memory of this process")
+
     def __repr__(self) -> str:
         if self._closed:
             return "<Machine closed>"

@@ -6,6 +6,8 @@ one a thread is started, up to the limit; beyond that jobs wait in order.
 
 from __future__ import annotations
 
+from _weakref import ref
+
 from pyvmm.light import Lock, Thread, deque
 
 TYPE_CHECKING = False
@@ -19,12 +21,13 @@ IDLE_S = 10.0
 class Worker:
     """One thread of the pool, and the job it was given while it sleeps on ``wake``."""
 
-    __slots__ = ("job", "thread", "wake")
+    __slots__ = ("job", "pool", "thread", "wake")
 
     def __init__(self) -> None:
         self.wake = Lock()
         self.wake.acquire()
         self.job: object = None
+        self.pool: ThreadPool | None = None  # whose job it is
         self.thread: Thread | None = None
 
 
@@ -54,7 +57,7 @@ class ThreadPool:
         with self._lock:
             if self._idle:
                 worker = self._idle.pop()
-                worker.job = job
+                worker.job, worker.pool = job, self
                 worker.wake.release()
                 return
             if len(self._workers) < self._limit and self._start_locked(job):
@@ -66,8 +69,9 @@ class ThreadPool:
 
     def _start_locked(self, job: object) -> bool:
         worker = Worker()
-        worker.job = job
-        worker.thread = Thread(lambda: self._run(worker))
+        worker.job, worker.pool = job, self
+        me, idle_s = ref(self), self._idle_s
+        worker.thread = Thread(lambda: main(me, worker, idle_s))
         self._workers[worker] = None
         try:
             worker.thread.start()
@@ -92,7 +96,8 @@ class ThreadPool:
                 return self._queue.popleft()
             return None
 
-    def _run(self, worker: Worker) -> None:
+    def _turn(self, worker: Worker) -> bool:
+        """What there is to do, on a worker's thread. False: there will be no more, and the thread ends."""
         while True:
             job = worker.job
             worker.job = None
@@ -104,17 +109,21 @@ class ThreadPool:
                     worker.job = self._queue.popleft()
                     continue
                 if self._closed:
-                    break
+                    self._workers.pop(worker, None)
+                    worker.thread = None
+                    return False
                 self._idle.append(worker)
-            if not worker.wake.acquire(timeout=self._idle_s):
-                with self._lock:
-                    if worker in self._idle:
-                        self._idle.remove(worker)
-                        break
-                worker.wake.acquire()  # a job came in this very moment
+                return True
+
+    def _retire(self, worker: Worker) -> bool:
+        """It has been idle for long. False: a job came in this very moment."""
         with self._lock:
+            if worker not in self._idle:
+                return False
+            self._idle.remove(worker)
             self._workers.pop(worker, None)
             worker.thread = None
+            return True
 
     def close(self) -> None:
         """Do what is queued, end the threads and wait for them."""
@@ -127,3 +136,24 @@ class ThreadPool:
         for thread in threads:
             if thread is not None:
                 thread.join()
+
+
+def main(me: ref[ThreadPool], worker: Worker, idle_s: float) -> None:
+    """A worker's thread. While it has nothing to do it holds on to nothing but its Worker: a pool that nobody else
+    refers to can be freed.
+
+    A pool that is being freed may still have jobs, the last flush of a drive: weak references to it are dead by then.
+    So each job brings its pool along.
+    """
+    pool, worker.pool = worker.pool, None
+    while pool is not None and pool._turn(worker):
+        pool = None
+        if not worker.wake.acquire(timeout=idle_s):
+            pool = me()
+            if pool is not None and pool._retire(worker):
+                return
+            # Once more where it is gone, or about to be; else for the job that came in this very moment.
+            is_gone, pool = pool is None, None
+            if not worker.wake.acquire(timeout=idle_s if is_gone else -1):
+                return
+        pool, worker.pool = worker.pool or me(), None

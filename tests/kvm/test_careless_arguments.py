@@ -188,6 +188,20 @@ def test_interrupt_lines(boot: Callable[..., Guest]) -> None:
         line.lower()
 
 
+def test_timers(boot: Callable[..., Guest]) -> None:
+    clock = boot("finish").machine.clock
+    wrong: list[Any] = [None, 5, "tick"]
+    for value in wrong:
+        assert "give a function" in sentence(lambda value=value: clock.timer(value))
+    timer = clock.timer(print)
+    wrong = [None, "5", 1.5, math.nan]
+    for value in wrong:
+        assert "whole nanoseconds" in sentence(lambda value=value: timer.arm(value))
+    assert not timer.armed
+    timer.arm(1 << 70)
+    assert timer.armed
+
+
 def test_nmis(boot: Callable[..., Guest]) -> None:
     machine = boot("finish").machine
     wrong: list[Any] = [3, 1, -1, "0", None, True, 0.0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
@@ -128,6 +130,79 @@ KINDS: dict[str, Callable[[], pyvmm.Machine]] = {
     "console": lambda: ended(serial=lambda data: None),
     "pty": lambda: ended(serial="pty"),
 }
+
+
+def test_a_drive_s_idle_workers_hold_nothing(tmp_path: Path) -> None:
+    from pyvmm.block.thread_pool import ThreadPool
+
+    class Owner:
+        def __init__(self) -> None:
+            self.over = threading.Event()
+            self.pool = ThreadPool(self.work, idle_s=LIMIT_S)
+
+        def work(self, job: object) -> None:
+            self.over.set()
+
+    owner = Owner()
+    owner.pool.submit(5)
+    assert owner.over.wait(LIMIT_S)
+    idle = owner.pool._idle
+    assert settled(lambda: len(idle), 1)
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None
+
+
+def test_one_with_a_drive_that_was_used(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    fds = descriptors()
+    machine = ended(drives=[f"file={disk},cache=none"])
+    over = threading.Event()
+    (backend,) = machine.backends.values()
+    backend.aio_writev(0, [memoryview(bytearray(b"x" * 512))], lambda ret: over.set())
+    assert over.wait(LIMIT_S)
+    gone = weakref.ref(machine)
+    del machine, backend
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        assert settled(lambda: (gc.collect(), gone())[1], None)
+    assert descriptors() == fds
+    assert disk.read_bytes()[:513] == b"x" * 512 + b"\0"
+
+
+def test_no_copy_of_one_closes_it() -> None:
+    machine = ended()
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(pyvmm.StateError, match="can't be copied"):
+            attempt(machine)
+    gc.collect()
+    assert machine.state.value == "shutdown"
+    machine.close()
+
+
+def test_what_was_never_finished() -> None:
+    """A subclass that forgets super().__init__(), or closes in its own."""
+
+    class Forgetful(pyvmm.Machine):
+        def __init__(self) -> None:
+            pass
+
+    class Hasty(pyvmm.Machine):
+        def __init__(self) -> None:
+            super().__init__(flat=b"\xf4", memory_mib=4)
+            self.close()
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for kind in (Forgetful, Hasty):
+            with kind() as machine:
+                machine.close()
+                assert repr(machine) == "<Machine closed>"
+            del machine
+        gc.collect()
+    assert said == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -240,3 +241,46 @@ def test_a_handler_that_forks_and_returns_in_both(boot: Callable[..., Guest]) ->
     finally:
         os.close(child)
         os.waitpid(pids[0], 0)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("where", ["timer", "descriptor"])
+def test_a_callback_that_forks_and_returns_in_both(boot: Callable[..., Guest], where: str, raises: bool) -> None:
+    """The child has the event loop's thread only, and must not go on with the parent's events and timers."""
+    guest = boot("1: jmp 1b")
+    loop, parent = guest.machine.event_loop, os.getpid()
+    pids: list[int] = []
+    ticks: list[int] = []
+    heard, tell = os.pipe()
+
+    def fork() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid:
+            pids.append(pid)
+        elif raises:
+            sys.stderr = os.fdopen(tell, "w", buffering=1)
+            raise LookupError("in the child")
+
+    def tick() -> None:
+        ticks.append(os.getpid())
+        guest.machine.stop(33)
+
+    if where == "timer":
+        guest.machine.clock.timer(fork).arm(0)
+    else:
+        loop.call_soon(fork)
+    guest.machine.clock.timer(tick).arm(1)
+    assert guest.run() == 33
+    assert ticks == [parent]
+    child = os.pidfd_open(pids[0])
+    try:
+        assert select.select([child], [], [], LIMIT_S)[0], "the child hangs"
+    finally:
+        os.close(child)
+        os.waitpid(pids[0], 0)
+        os.close(tell)
+    with os.fdopen(heard) as words:
+        text = words.read()
+    assert ("LookupError: in the child" in text) == raises
