@@ -93,7 +93,7 @@ def kinds() -> list[Kind]:
 
 
 def main(args: Sequence[str]) -> int:
-    given = parse(OPTIONS, args)
+    given = parse(OPTIONS, args, verb="bench exits")
     if given.get("help"):
         print(usage(TITLE, OPTIONS), end="")
         return 0

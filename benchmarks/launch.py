@@ -104,7 +104,7 @@ def launchers() -> list[Launcher]:
 
 
 def main(args: Sequence[str]) -> int:
-    given = parse(OPTIONS, args)
+    given = parse(OPTIONS, args, verb="bench launch")
     if given.get("help"):
         print(usage(TITLE, OPTIONS), end="")
         return 0

@@ -456,7 +456,7 @@ def test_wrong_use_says_what_to_do() -> None:
         (["--contenders", "bochs"], "choose of qemu-pc"),
         (["--rounds", "0"], "at least 1"),
         (["--from", "/no/such/file"], "--json has written"),
-        (["--speed"], "did you mean|lists them"),
+        (["--speed"], "did you mean|`pyvmm bench launch --help` lists"),
     ):
         with pytest.raises(ConfigError, match=remedy):
             launch.main(words)
