@@ -67,6 +67,16 @@ def invaders() -> Path:
     return _the_file(package("grub-invaders"), "boot/invaders.exec")
 
 
+def memtest() -> Path:
+    """Memtest86+, 64-bit: a bzImage, but no Linux."""
+    return _the_file(package("memtest86+"), "boot/*x64.bin")
+
+
+def ipxe() -> Path:
+    """iPXE as a kernel that only a BIOS can start: protocol 2.07, no 32-bit entry."""
+    return _the_file(package("ipxe"), "boot/ipxe.lkrn")
+
+
 def firmware() -> Path:
     """SeaBIOS for a pc."""
     return _the_file(package("seabios"), "usr/share/seabios/bios-256k.bin")

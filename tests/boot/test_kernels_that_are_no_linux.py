@@ -1,0 +1,46 @@
+"""Programs in a Linux kernel's clothes, from Debian's packages, on a full KVM: what they say is what QEMU shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import boot_assets
+import pytest
+from console import SerialLine
+
+import pyvmm
+
+LIMIT_S = 240.0
+
+
+def test_what_wants_a_bios_is_told_so() -> None:
+    with pytest.raises(pyvmm.ConfigError, match=r"ipxe\.lkrn has to be started by a BIOS.*add --firmware"):
+        pyvmm.Machine(kernel=boot_assets.ipxe(), memory_mib=64)
+
+
+@pytest.mark.lab
+def test_ipxe_by_firmware(firmware: Path) -> None:
+    """Its set-up code is real-mode code that calls the BIOS. Software KVM lacks the IRET of its shell."""
+    line = SerialLine()
+    with pyvmm.Machine(
+        machine="pc", memory_mib=64, firmware=firmware, kernel=boot_assets.ipxe(), serial=line.chardev
+    ) as m:
+        m.resume()
+        line.expect("iPXE initialising devices...ok", LIMIT_S)
+        line.expect("No more network devices", LIMIT_S)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_memtest_tests_with_all_processors(cpus: int) -> None:
+    """Its own local APIC is off when it wakes the others. Software KVM lacks FWAIT, with which it begins."""
+    line = SerialLine()
+    with pyvmm.Machine(
+        kernel=boot_assets.memtest(), append="console=ttyS0,115200", cpus=cpus, memory_mib=64, serial=line.chardev
+    ) as m:
+        m.resume()
+        said = line.expect("Status: Testing", LIMIT_S)
+        threads = re.findall(r"SMP: (\w+)", said)
+        assert threads[-1] == ("Disabled" if cpus == 1 else f"{cpus}T")
+        assert m.resets.count == 0
