@@ -45,7 +45,7 @@ def _the_file(root: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Tests run side by side: a reader sees no file or the whole one."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
@@ -106,7 +106,7 @@ class Kernel:
         """The uncompressed ELF image, taken out of the bzImage once."""
         path = self.bzimage.with_name(f"vmlinux-{self.release}")
         if not path.exists():
-            _write_whole(path, extract_vmlinux(self.bzimage.read_bytes()))
+            write_whole(path, extract_vmlinux(self.bzimage.read_bytes()))
         return path
 
     def modules(self, *names: str) -> list[Path]:
@@ -297,5 +297,5 @@ def initrd(
 ) -> Path:
     """`initrd_bytes` as a file in `directory`, which a test takes from pytest's tmp_path."""
     path = directory / "initrd.cpio"
-    _write_whole(path, initrd_bytes(init, modules, files))
+    write_whole(path, initrd_bytes(init, modules, files))
     return path
