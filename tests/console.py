@@ -9,15 +9,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from pyvmm.chardev import CallableChardev
 
+LOOK_S = 1.0  # how often a limit is looked at while nothing comes
+
 
 class Console:
-    """Starts a command on a pseudo-terminal of its own; ``output`` is all it has printed."""
+    """Starts a command on a pseudo-terminal of its own; ``output`` is all it has printed.
 
-    def __init__(self, *args: str, separate_stderr: bool = False) -> None:
+    Limits are in seconds of ``clock``: the lab's, where the command runs there.
+    """
+
+    def __init__(
+        self, *args: str, separate_stderr: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             args,
@@ -35,25 +44,29 @@ class Console:
 
     def expect(self, text: str, timeout_s: float) -> str:
         """Wait until ``text`` comes after what was expected last: what stood between. AssertionError if it does not."""
-        end = time.monotonic() + timeout_s
+        end = self.clock() + timeout_s
         while True:
             at = self.output.find(text, self._seen)
             if at >= 0:
                 between = self.output[self._seen : at]
                 self._seen = at + len(text)
                 return between
-            left = end - time.monotonic()
-            assert left > 0, f"no {text!r} within {timeout_s} s; the last of the output:\n{self.output[-3000:]}"
-            assert self._read(left) or self.output.find(text, self._seen) >= 0, (
+            left = end - self.clock()
+            assert left > 0, f"no {text!r} within {timeout_s} s; {self.last_words()}"
+            assert self._read(min(left, LOOK_S)) or self.output.find(text, self._seen) >= 0, (
                 f"the command ended ({self.process.wait(10)}) without {text!r}; its last output:\n{self.output[-3000:]}"
             )
 
     def wait(self, timeout_s: float) -> int:
         """The exit status, all output read."""
-        end = time.monotonic() + timeout_s
-        while self._read(max(0.0, end - time.monotonic())):
-            assert time.monotonic() < end, f"still running after {timeout_s} s:\n{self.output[-3000:]}"
-        return self.process.wait(max(1.0, end - time.monotonic()))
+        end = self.clock() + timeout_s
+        while self._read(LOOK_S):
+            assert self.clock() < end, f"still running after {timeout_s} s; {self.last_words()}"
+        return self.process.wait(timeout_s)
+
+    def last_words(self) -> str:
+        """What a failure shows of a command that still runs."""
+        return f"the last of the output:\n{self.output[-3000:]}"
 
     def _read(self, timeout_s: float) -> bool:
         """Some more output, or nothing in that time: True; False at the end of it."""
@@ -75,16 +88,26 @@ class Console:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what still runs; again is no harm."""
+        if self.master < 0:
+            return
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
         os.close(self.master)
+        self.master = -1
         if self.process.stderr is not None:
             self.process.stderr.close()
 
 
+PYVMM_RUN = (sys.executable, "-m", "pyvmm", "run")
+
+
 def pyvmm_run(*args: str) -> Console:
-    return Console(sys.executable, "-m", "pyvmm", "run", *args)
+    return Console(*PYVMM_RUN, *args)
 
 
 class SerialLine:

@@ -9,7 +9,7 @@ kvm-amd. Inside: the host's files, and root. The modules, each on those before i
     emulator    one QEMU: its command line, its monitor, what it looks like when it stands still
     supervisor  owns the emulator of one lab: boots it, watches its beat, boots it anew, keeps its clock
     client      asks a supervisor; runs a command in its lab
-    __main__    the verbs of ci/lab
+    command     the verbs of ci/lab
 
 What the emulator is known to do wrong stands in docs/lab.md, with what is done about it.
 """

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-import wire
+from nested_lab import wire
 
 BEAT_S = 1.0
 # What a command left running may hold its output open: after its end it is waited for so long, not for ever.
@@ -102,7 +102,7 @@ def set_size(fd: int, size: Iterable[int]) -> None:
 
 
 class Command:
-    """A command of a client: started, its streams passed on, its status told; ended with the client if that vanishes."""
+    """A client's command: started, its streams passed on, its status told; ended with the client if that vanishes."""
 
     def __init__(self, connection: socket.socket, request: Mapping[str, Any]) -> None:
         self.connection = connection

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 import termios
 import time
 import tty
@@ -20,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import wire
-from emulator import unix_connection
-from supervisor import say
+from nested_lab import wire
+from nested_lab.emulator import unix_connection
+from nested_lab.supervisor import say
 
 STATUS_TIMEOUT, STATUS_LAB_FAILED = 124, 125
 # poll(2) promises that much for a pipe or a terminal which others read: no write of it waits.
@@ -85,7 +84,7 @@ class LabConnection:
         return str(told["end"])
 
     def status(self) -> dict[str, Any]:
-        """The supervisor's: clock_s, boot, breaks (boot, why, log of each), pid of the emulator, cpus, memory_mib, scratch."""
+        """clock_s, boot, breaks (boot, why, log of each), the emulator's pid, cpus, memory_mib, scratch."""
         return self.ask(ask="status")
 
     def clock_s(self) -> float:
@@ -168,7 +167,7 @@ class RemoteCommand:
             self._to_agent.flush()
         if ready.get(connection, 0) & ~select.POLLOUT:
             self._hear_agent()
-        for kind, outlet in self._outlets.items():
+        for outlet in self._outlets.values():
             if outlet.fd in ready and outlet.waiting:
                 outlet.flush()
                 if outlet.broken:
@@ -335,6 +334,3 @@ def remove_if_empty(path: Path) -> None:
     else:
         shutil.rmtree(path)
 
-
-if __name__ == "__main__":
-    sys.exit("ci/lab is the command")

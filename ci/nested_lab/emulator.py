@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import image
+from nested_lab import image
 
 MONITOR_LIMIT_S = 10.0
 # A monitor that has not answered by then will not: the process is stopped, or hangs itself.

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import boot_assets  # noqa: E402
 
-LAB = boot_assets.CACHE.resolve() / "lab"
+CACHE = boot_assets.CACHE.resolve()
+LAB = CACHE / "lab"
 QEMU = "qemu-system-x86_64"
 
 MODULES = ("kvm-amd", "virtio_pci", "virtio_net", "9pnet_virtio", "9p", "overlay", "tun")
@@ -28,12 +29,13 @@ READY = b"lab: ready"
 STATES_KEPT = 4
 
 SHARE = "trans=virtio,version=9p2000.L,msize=512000"
-GUEST_ADDRESS, AGENT_PORT = "10.0.2.15", 5999  # QEMU's user network gives out the first; the agent listens on the second
+GUEST_ADDRESS = "10.0.2.15"  # where QEMU's user network forwards to
+AGENT_PORT = 5999
 
-# Two views of the host's files: /host remembers what it has once looked at (the system, Python and its packages), live
-# asks each time (the checkout, which changes while a lab is up).
+# Two views of the host's files: /host remembers what it has once looked at (the system, Python and its packages; /files
+# is that with a place for writes, which vanish), live asks each time (the checkout, which changes while a lab is up).
 INIT = f"""\
-mkdir -p /host /over /new
+mkdir -p /host /over /files /new
 stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
 echo '{READY.decode()}' > /dev/ttyS0
@@ -43,7 +45,8 @@ date -s "@$LAB_TIME" > /dev/null
 mount -t 9p -o {SHARE},ro,cache=loose root /host
 mount -t tmpfs tmpfs /over
 mkdir /over/upper /over/work
-mount -t overlay -o lowerdir=/host,upperdir=/over/upper,workdir=/over/work overlay /new
+mount -t overlay -o lowerdir=/host,upperdir=/over/upper,workdir=/over/work overlay /files
+mount --bind /files /new
 mount -t proc proc /new/proc
 mount -t sysfs sysfs /new/sys
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
@@ -58,7 +61,7 @@ show() {{ # VIEW PATH
     mount --bind "$1$2" "/new$2"
 }}
 show /new/run/lab/live "$LAB_CHECKOUT"
-for seldom in "$LAB_VENV" "$LAB_CACHE"; do [ ! -d "/host$seldom" ] || show /host "$seldom"; done
+for seldom in "$LAB_VENV" "$LAB_CACHE"; do [ ! -d "/files$seldom" ] || show /files "$seldom"; done
 mkdir -p "/new$LAB_SCRATCH"
 mount -t 9p -o {SHARE},cache=mmap scratch "/new$LAB_SCRATCH"
 chmod 666 /dev/kvm
@@ -67,7 +70,8 @@ ip link set eth0 up
 ip address add {GUEST_ADDRESS}/24 dev eth0
 hostname lab
 cd /
-exec chroot /new "$LAB_PYTHON" -sSE "$LAB_CHECKOUT/ci/nested_lab/agent.py" {AGENT_PORT} "$LAB_TOKEN" "$LAB_SEED" <&3 >&3
+export PYTHONPATH="$LAB_CHECKOUT/ci"
+exec chroot /new "$LAB_PYTHON" -sS -m nested_lab.agent {AGENT_PORT} "$LAB_TOKEN" "$LAB_SEED" <&3 >&3
 """
 
 

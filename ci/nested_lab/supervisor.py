@@ -28,8 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import image
-from emulator import Emulator, EmulatorError, LabClock
+from nested_lab import image
+from nested_lab.emulator import Emulator, EmulatorError, LabClock
 
 # On the lab's clock. A boot says something on its console every two seconds; a beat comes every second.
 BOOT_SILENCE_S = 15.0
@@ -168,7 +168,7 @@ class Supervisor:
             "LAB_TOKEN": self.token,
             "LAB_CHECKOUT": str(image.ROOT),
             "LAB_VENV": str(venv.resolve()),
-            "LAB_CACHE": str(image.boot_assets.CACHE.resolve()),
+            "LAB_CACHE": str(image.CACHE),
             "LAB_SCRATCH": str(self.scratch),
             "LAB_PYTHON": str(venv / "bin" / "python"),
         }
@@ -208,7 +208,8 @@ class Supervisor:
         if emulator is not None:
             seen = "QEMU has ended" if emulator.ended() else emulator.diagnose()
             console = emulator.console.read_text("utf-8", "replace")
-            path.write_text(f"{head}\n{seen}\n---- console\n{console}\n---- QEMU\n{(emulator.directory / 'qemu.log').read_text()}")
+            said = (emulator.directory / "qemu.log").read_text()
+            path.write_text(f"{head}\n{seen}\n---- console\n{console}\n---- QEMU\n{said}")
             for old in sorted(image.LAB.glob("stood-still-*.log"))[:-DIAGNOSES_KEPT]:
                 old.unlink(missing_ok=True)
         self._end_emulator()

@@ -82,7 +82,7 @@ def _read_exactly(connection: socket.socket, length: int) -> bytes:
 class Outlet:
     """A descriptor that is written without waiting; what it does not take yet is kept and in order.
 
-    `step_bytes` bounds one write: a blocking pipe or terminal that poll(2) calls writable takes PIPE_BUF without waiting.
+    `step_bytes` bounds one write: a pipe or terminal in blocking mode that poll(2) calls writable takes PIPE_BUF.
     """
 
     def __init__(self, fd: int, step_bytes: int) -> None:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import image
-from client import STATUS_LAB_FAILED, LabConnection, NoLabError, execute, remove_if_empty
-from supervisor import locked, say, stop_on_signal, supervise
+from nested_lab import image
+from nested_lab.client import STATUS_LAB_FAILED, LabConnection, NoLabError, execute, remove_if_empty
+from nested_lab.supervisor import locked, say, stop_on_signal, supervise
 
 UP_POLL_S = 0.05
 
@@ -205,6 +205,3 @@ def main() -> int:
     call = options.call
     return int(call(options))
 
-
-if __name__ == "__main__":
-    sys.exit(main())

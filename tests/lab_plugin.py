@@ -1,0 +1,246 @@
+"""Which tests run where, and how those that need a complete KVM get to the nested lab.
+
+The marker `lab` says that a test needs a complete KVM. Where this machine has no KVM for us at all, ci/test sets
+PYVMM_KVM_TESTS=lab, and every test of tests/kvm and tests/boot carries that marker. There are two ways:
+
+- a test with the fixture `guest_console` runs here, and what it starts on a console runs in the lab;
+- any other runs there, in a process that serves the whole session (lab_worker.py), and its reports come here.
+
+The lab is started for the first of them. Where it breaks (it stands still, or QEMU ends), its supervisor boots it anew
+and the one test that this hit is tried again, once; the summary says so. In the lab itself all this is out of the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.runner import runtestprotocol
+from console import PYVMM_RUN, Console
+from lab import Lab, NoLabError
+
+TESTS = Path(__file__).resolve().parent
+NEEDS_KVM = [TESTS / name for name in ("kvm", "boot")]
+INSIDE = "PYVMM_LAB" in os.environ
+# On the lab's clock: the longest that a test there may say nothing.
+REPORT_LIMIT_S = 600.0
+
+SESSION = pytest.StashKey["LabSession"]()
+
+
+class WorkerEndedError(Exception):
+    """The process in the lab ended, or says nothing any more."""
+
+
+class Worker:
+    """lab_worker.py in the lab."""
+
+    def __init__(self, lab: Lab, boot: int) -> None:
+        self._lab = lab
+        self.boot = boot
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = lab.popen(
+            sys.executable, str(TESTS / "lab_worker.py"),
+            cwd=TESTS.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+        self._data = b""
+        self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._collection = ""
+        self._asked: set[str] = set()
+        self._lists = 0  # that it was given and has not come to the end of
+
+    def ask(self, ids: list[str]) -> None:
+        assert self._process.stdin is not None
+        self._asked.update(ids)
+        self._lists += 1
+        try:
+            self._process.stdin.write(json.dumps(ids).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerEndedError(self._last_words()) from None
+
+    def was_asked(self, nodeid: str) -> bool:
+        return nodeid in self._asked
+
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """Those of a test that it was asked for. Raises WorkerEndedError."""
+        while not any(report.when == "teardown" for report in self._reports.get(item.nodeid, ())):
+            line = json.loads(self._line())
+            if "report" in line:
+                hook = item.config.hook
+                report = hook.pytest_report_from_serializable(config=item.config, data=line["report"])
+                self._reports.setdefault(report.nodeid, []).append(report)
+            elif "collection" in line:
+                self._collection += line["collection"]
+            else:
+                self._lists -= 1
+                if not self._lists:
+                    raise WorkerEndedError(self._collection or f"its pytest ended with {line['over']} before it")
+        return self._reports.pop(item.nodeid)
+
+    def _line(self) -> bytes:
+        assert self._process.stdout is not None
+        end = self._lab.clock() + REPORT_LIMIT_S
+        while b"\n" not in self._data:
+            if self._lab.clock() > end:
+                raise WorkerEndedError(f"it said nothing for {REPORT_LIMIT_S:g} s\n{self._last_words()}")
+            if select.select([self._process.stdout], [], [], 1.0)[0]:
+                data = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not data:
+                    raise WorkerEndedError(f"it ended with {self._process.wait()}\n{self._last_words()}")
+                self._data += data
+        line, _, self._data = self._data.partition(b"\n")
+        return line
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode("utf-8", "replace")[-5000:]
+
+    def close(self) -> None:
+        self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                stream.close()
+        self._process.wait()
+
+
+class LabSession:
+    """The lab of this pytest session, made when it is first needed, and what was tried again in it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._lab: Lab | None = None
+        self._worker: Worker | None = None
+        self.tried_again: list[str] = []
+
+    @property
+    def lab(self) -> Lab:
+        if self._lab is None:
+            # What a test writes into its tmp_path the lab sees at the same place.
+            shared = self._config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+            directory = Path(tempfile.mkdtemp(prefix="lab-", dir=shared))
+            self._lab = Lab(directory, shared)
+        return self._lab
+
+    def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+        """One test, and once more where the lab broke under it."""
+        here = "guest_console" in getattr(item, "fixturenames", ())
+        try:
+            before = self.lab.status()["boot"]
+            reports = self._here(item, nextitem) if here else self._there(item, before)
+            if not any(report.failed for report in reports) or self.lab.status()["boot"] == before:
+                return reports
+            why = self.lab.status()["breaks"][-1]
+            self.tried_again.append(f"{item.nodeid}: {why['why']} ({why['log']})")
+            if here:
+                item._initrequest()  # type: ignore[attr-defined]
+                return self._here(item, nextitem)
+            return self._there(item, self.lab.status()["boot"])
+        except NoLabError as error:
+            return [failure(item, str(error))]
+
+    def _here(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+        return runtestprotocol(item, log=False, nextitem=nextitem)
+
+    def _there(self, item: pytest.Item, boot: int) -> list[pytest.TestReport]:
+        if self._worker is not None and self._worker.boot != boot:
+            self._end_worker()  # it went with the boot that broke
+        try:
+            if self._worker is None:
+                self._worker = Worker(self.lab, boot)
+            if not self._worker.was_asked(item.nodeid):
+                self._worker.ask(rest_of_file(item))
+            return self._worker.reports(item)
+        except WorkerEndedError as error:
+            self._end_worker()
+            return [failure(item, f"the process in the lab that ran this: {error}")]
+
+    def summary(self) -> Iterator[str]:
+        if self._lab is None:
+            return
+        status = self._lab.status()
+        yield f"lab: {status['boot']} boots, {len(status['breaks'])} broke, {len(self.tried_again)} tests tried again"
+        yield from (f"lab: tried again {line}" for line in self.tried_again)
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def close(self) -> None:
+        self._end_worker()
+        if self._lab is not None:
+            self._lab.close()
+
+
+def rest_of_file(item: pytest.Item) -> list[str]:
+    """The tests from this one on that go to the lab's process and are of the same file: it collects that only once."""
+    items = item.session.items
+    rest = items[items.index(item) :]
+    return [i.nodeid for i in rest if i.path == item.path and i.get_closest_marker("lab")]
+
+
+def failure(item: pytest.Item, text: str) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SESSION] = LabSession(config)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[SESSION].close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest itself selects by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("PYVMM_KVM_TESTS") != "lab":
+        return
+    for item in items:
+        if any(item.path.is_relative_to(directory) for directory in NEEDS_KVM):
+            item.add_marker("lab")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    if INSIDE or not item.get_closest_marker("lab"):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in item.config.stash[SESSION].run(item, nextitem):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in config.stash[SESSION].summary():
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def guest_console(request: pytest.FixtureRequest) -> Iterator[Callable[..., Console]]:
+    """guest_console(*args): the console of a `pyvmm run`, in the lab for a test marked so; closed after the test."""
+    made: list[Console] = []
+
+    def start(*args: str) -> Console:
+        if INSIDE or request.node.get_closest_marker("lab") is None:
+            console = Console(*PYVMM_RUN, *args)
+        else:
+            console = request.config.stash[SESSION].lab.console(*PYVMM_RUN, *args)
+        made.append(console)
+        return console
+
+    yield start
+    for console in made:
+        console.close()
