@@ -279,7 +279,7 @@ def raw_terminal() -> Iterator[None]:
         return
     saved = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # not what drops what has been typed already
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, saved)

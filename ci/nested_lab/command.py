@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     ):
         directory = Path(name)
         try:
-            start(directory, options, scratch, os.getpid())
+            pid = start(directory, options, scratch, os.getpid())
         except NoLabError as error:
             say(str(error))
             return STATUS_LAB_FAILED
@@ -146,6 +146,7 @@ def run(options: argparse.Namespace) -> int:
             return execute(directory, options.command, options.timeout, on_terminal)
         finally:
             stop(directory)
+            os.waitpid(pid, 0)
 
 
 def shell(options: argparse.Namespace) -> int:

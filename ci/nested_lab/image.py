@@ -52,6 +52,8 @@ mount -t sysfs sysfs /new/sys
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 mount -t devtmpfs devtmpfs /new/dev
 mkdir -p /new/dev/pts /new/dev/shm /new/dev/net
+ln -s /proc/self/fd /new/dev/fd
+for stream in 0:stdin 1:stdout 2:stderr; do ln -s "/proc/self/fd/${{stream%:*}}" "/new/dev/${{stream#*:}}"; done
 mount -t devpts -o mode=600,ptmxmode=666 devpts /new/dev/pts
 for place in /new/dev/shm /new/run /new/tmp; do mount -t tmpfs -o mode=1777 tmpfs $place; done
 mkdir -p /new/run/lab/live
@@ -60,6 +62,13 @@ show() {{ # VIEW PATH
     mkdir -p "/new$2"
     mount --bind "$1$2" "/new$2"
 }}
+# The lab's /tmp is its own; of the host's there is what these lie in, and later what a command names.
+for path in "$LAB_CHECKOUT" "$LAB_VENV" "$LAB_CACHE" "$LAB_SCRATCH"; do
+    case $path in /tmp/*)
+        path=${{path#/tmp/}}
+        [ -e "/new/tmp/${{path%%/*}}" ] || show /new/run/lab/live "/tmp/${{path%%/*}}" ;;
+    esac
+done
 show /new/run/lab/live "$LAB_CHECKOUT"
 for seldom in "$LAB_VENV" "$LAB_CACHE"; do [ ! -d "/files$seldom" ] || show /files "$seldom"; done
 mkdir -p "/new$LAB_SCRATCH"

@@ -40,7 +40,8 @@ def when_asked(run: subprocess.Popen[str], base: Path) -> str:
 
 def test_an_emulator_that_is_stopped_and_one_that_is_killed(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", base, HERE / "lab_sample.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["--basetemp", str(base), str(HERE / "lab_sample.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]) as run:
         for expected in ("SIGSTOP", "SIGKILL"):
             number = when_asked(run, base)
