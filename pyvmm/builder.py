@@ -426,14 +426,19 @@ def terminal(m: Machine) -> Terminal:
         from pyvmm.terminal import Terminal
 
         raw = m.config.raw_terminal and os.isatty(0)
-        m.terminal = Terminal(
+        made = m.terminal = Terminal(
             m.event_loop,
             raw=raw,
             escape=raw,
             on_quit=lambda: m.stop(0, "quit"),
             on_gone=m.reader_gone if m.config.raw_terminal else None,
         )
-        m.terminal.add_key("w", "wake a guest that has suspended itself", lambda: wake_if_suspended(m))
+        made.add_key("w", "wake a guest that has suspended itself", lambda: wake_if_suspended(m))
+
+        def show(text: str) -> None:
+            made.show(f"\n{text}".replace("\n", "\r\n").encode())
+
+        made.add_key("r", "registers of every vCPU", lambda: m.dump_later(show))
     return m.terminal
 
 

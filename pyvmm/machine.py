@@ -248,6 +248,29 @@ class Machine:
         ended = ExitStatus(status, reason)
         self.control.request(lambda: self.control.end(ended, None, states.SHUTDOWN))
 
+    def dump(self) -> str:
+        """Registers and code of every vCPU, taken while all of them stand; a machine that runs goes on afterwards.
+
+        StateError in a device's handler or a callback, and where the machine is closed.
+        """
+        self._usable("dump")
+        self._not_from_inside("dump")
+        texts: list[str] = []
+        self.control.request(lambda: self._dump(texts.append), wait=True)
+        return "".join(texts)
+
+    def dump_later(self, hear: Callable[[str], object]) -> None:
+        """As ``dump``, from anywhere: ``hear`` gets the text, on another thread, as soon as every vCPU stands."""
+        self._usable("dump_later")
+        self.control.request(lambda: self._dump(hear))
+
+    def _dump(self, hear: Callable[[str], object]) -> None:
+        from pyvmm.dump import dump
+
+        title = f"vCPU {{}}, machine {self.control.state_name}"
+        hear("\n".join(dump(cpu.vcpu, self.memory, title.format(cpu.index)) for cpu in self.cpus) + "\n")
+        self.control.carry_on()
+
     def _same_process(self, call: str) -> None:
         if getpid() != self._pid:
             raise StateError(f"{call}() in a child of fork: the VM is its parent's, close() is all that is left here")

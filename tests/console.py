@@ -15,6 +15,8 @@ from types import TracebackType
 from pyvmm.chardev import CallableChardev
 
 LOOK_S = 1.0  # how often a limit is looked at while nothing comes
+CTRL_A = "\x01"
+DUMP_S = 20.0
 
 
 class Console:
@@ -66,7 +68,7 @@ class Console:
 
     def last_words(self) -> str:
         """What a failure shows of a command that still runs."""
-        return f"the last of the output:\n{self.output[-3000:]}"
+        return f"the last of the output:\n{self.output[-9000:]}"
 
     def _read(self, timeout_s: float) -> bool:
         """Some more output, or nothing in that time: True; False at the end of it."""
@@ -103,11 +105,22 @@ class Console:
             self.process.stderr.close()
 
 
+class GuestConsole(Console):
+    """The console of a `pyvmm run`: a guest that hangs is shown with the state of all its vCPUs."""
+
+    def last_words(self) -> str:
+        self.send(CTRL_A + "r")
+        end = self.clock() + DUMP_S
+        while self.clock() < end and self._read(LOOK_S):
+            pass
+        return super().last_words()
+
+
 PYVMM_RUN = (sys.executable, "-m", "pyvmm", "run")
 
 
-def pyvmm_run(*args: str) -> Console:
-    return Console(*PYVMM_RUN, *args)
+def pyvmm_run(*args: str) -> GuestConsole:
+    return GuestConsole(*PYVMM_RUN, *args)
 
 
 class SerialLine:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from console import Console
+from console import PYVMM_RUN, GuestConsole
 
 ROOT = Path(__file__).resolve().parents[1]
 CI_LAB = ROOT / "ci" / "lab"
@@ -48,9 +48,9 @@ class Lab:
         """subprocess.Popen of a command in the lab: its streams, signals and status are the command's."""
         return subprocess.Popen(self.command(*argv), **options)
 
-    def console(self, *argv: str) -> Console:
-        """A command on a terminal in the lab."""
-        return Console(*self.command(*argv, tty=True), clock=self.clock)
+    def guest_console(self, *args: str) -> GuestConsole:
+        """`pyvmm run` with these arguments on a terminal in the lab."""
+        return GuestConsole(*self.command(*PYVMM_RUN, *args, tty=True), clock=self.clock)
 
     def close(self) -> None:
         self._supervisor.close()

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
-from console import PYVMM_RUN, Console
+from console import Console, pyvmm_run
 from lab import Lab, NoLabError
 
 TESTS = Path(__file__).resolve().parent
@@ -235,9 +235,9 @@ def guest_console(request: pytest.FixtureRequest) -> Iterator[Callable[..., Cons
 
     def start(*args: str) -> Console:
         if INSIDE or request.node.get_closest_marker("lab") is None:
-            console = Console(*PYVMM_RUN, *args)
+            console = pyvmm_run(*args)
         else:
-            console = request.config.stash[SESSION].lab.console(*PYVMM_RUN, *args)
+            console = request.config.stash[SESSION].lab.guest_console(*args)
         made.append(console)
         return console
 
