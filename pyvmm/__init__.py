@@ -1,5 +1,31 @@
 """pyvmm: a virtual machine monitor for x86-64 Linux with KVM.
 
+    import pyvmm
+
+    class Counter(pyvmm.Device):
+        def read(self, offset, size): ...
+        def write(self, offset, size, value): ...
+
+    with pyvmm.Machine(memory_mib=256, kernel="vmlinuz", append="console=ttyS0", serial=print) as m:
+        m.pio.map(0x7F0, 2, Counter())
+        status = m.run()
+
+The vocabulary:
+
+    Machine         one virtual machine; MachineOptions its arguments, MachineConfig the same checked, DriveOptions a
+                    disk's; RunState what it is doing, ExitStatus how it ended
+    Device          a device model: read, write, reset at offsets of its region, under its lock
+    m.pio, m.mmio   AddressSpace: map(base, size, device) makes a MemoryRegion; LatchRegion, SinkRegion, FifoRegion,
+                    EventRegion and BufferRegion answer without Python
+    m.irq_line(n)   IrqLine: an interrupt
+    m.clock         Clock: guest time; clock.timer(callback) a Timer
+    m.memory        GuestMemory: RAM, as views for DMA
+    m.cpus          Cpu: registers, step(), breakpoints
+    m.consoles      Chardev by name, with feed(bytes)
+    m.exit_stats()  ExitStat: what each kind of exit cost
+    errors          ConfigError what was asked wrongly, StateError not now, KvmError what the host refuses,
+                    GuestError and DeviceError with a dump: what ends a run
+
 General layout, lowest layer first; a module imports only from those above it in this list:
 
     errors          every exception
@@ -27,9 +53,15 @@ if TYPE_CHECKING:
         MemoryRegion,
         SinkRegion,
     )
-    from pyvmm.config import MachineConfig
+    from pyvmm.block.options import DriveOptions
+    from pyvmm.chardev import Chardev
+    from pyvmm.clock import Clock, Timer
+    from pyvmm.config import MachineConfig, MachineOptions
+    from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine
     from pyvmm.errors import BusError, ConfigError, DeviceError, GuestError, KvmError, StateError, VmmError
+    from pyvmm.exit_stats import ExitStat
+    from pyvmm.guest_memory import GuestMemory
     from pyvmm.machine import Machine
     from pyvmm.run_control import ExitStatus
     from pyvmm.run_state import RunState
@@ -48,9 +80,15 @@ _MODULES = {
         "MemoryRegion",
         "SinkRegion",
     ),
-    "config": ("MachineConfig",),
+    "block.options": ("DriveOptions",),
+    "chardev": ("Chardev",),
+    "clock": ("Clock", "Timer"),
+    "config": ("MachineConfig", "MachineOptions"),
+    "cpu": ("Cpu",),
     "device": ("Device", "IrqLine"),
     "errors": ("BusError", "ConfigError", "DeviceError", "GuestError", "KvmError", "StateError", "VmmError"),
+    "exit_stats": ("ExitStat",),
+    "guest_memory": ("GuestMemory",),
     "machine": ("Machine",),
     "run_control": ("ExitStatus",),
     "run_state": ("RunState",),
@@ -75,21 +113,29 @@ __all__ = [
     "AddressSpace",
     "BufferRegion",
     "BusError",
+    "Chardev",
+    "Clock",
     "ConfigError",
+    "Cpu",
     "Device",
     "DeviceError",
+    "DriveOptions",
     "EventRegion",
+    "ExitStat",
     "ExitStatus",
     "FifoRegion",
     "GuestError",
+    "GuestMemory",
     "IrqLine",
     "KvmError",
     "LatchRegion",
     "Machine",
     "MachineConfig",
+    "MachineOptions",
     "MemoryRegion",
     "RunState",
     "SinkRegion",
     "StateError",
+    "Timer",
     "VmmError",
 ]

@@ -264,7 +264,7 @@ def make_devices(m: Machine) -> None:
         on_suspend=m.guest_suspend,
         on_wake=m.guest_wake,
     )
-    reset = ResetControl(m.guest_reset)
+    reset = ResetControl(lambda: m.guest_reset(by=f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"))
     fw_cfg = FwCfg(m.memory)
     m.devices.update(serial=serial, acpi_pm=pm, reset_control=reset, fw_cfg=fw_cfg)
     pio.add(layout.PORT_COM1, serial.region)
@@ -295,8 +295,11 @@ def make_legacy_devices(m: Machine) -> None:
         cpus=m.config.cpus,
         on_alarm=m.devices["acpi_pm"].rtc_alarm,  # type: ignore[attr-defined]  # make_devices made an AcpiPm
     )
-    i8042 = I8042(irq_line(m, layout.IRQ_KEYBOARD), m.guest_reset)
-    port92 = Port92(m.guest_reset)
+    i8042 = I8042(
+        irq_line(m, layout.IRQ_KEYBOARD),
+        lambda: m.guest_reset(by=f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"),
+    )
+    port92 = Port92(lambda: m.guest_reset(by=f"port {layout.PORT_FAST_A20:#x}"))
     m.devices.update(rtc=rtc, i8042=i8042, port92=port92)
     m.pio.map(layout.PORT_RTC, 2, rtc, name="rtc")
     m.pio.map(layout.PORT_I8042_DATA, 1, i8042, name="i8042.data")
@@ -397,25 +400,28 @@ def describe(m: Machine, fw_cfg: Any) -> None:
 
 def chardev(m: Machine, spec: Serial, name: str) -> Chardev:
     """The host's side of the console ``name``, from the words of MachineConfig.serial."""
+    made = m.consoles[name] = open_chardev(m, spec, name)
+    if made is not spec:
+        m.chardevs.append(made)  # the embedder's own is closed by the embedder
+    return made
+
+
+def open_chardev(m: Machine, spec: Serial, name: str) -> Chardev:
     from pyvmm import chardev as c
 
-    made: c.Chardev
     if spec is None or spec == "none":
-        made = c.NullChardev()
-    elif isinstance(spec, c.Chardev):
-        return spec  # the embedder's: closed by the embedder
-    elif callable(spec):
-        made = c.CallableChardev(spec)
-    elif spec == "stdio":
-        made = terminal(m).console(name)
-    elif spec == "pty":
-        made = c.PtyChardev(m.event_loop)
-    elif spec.startswith("file:") and len(spec) > len("file:"):
-        made = c.FileChardev(spec[len("file:") :], m.event_loop)
-    else:
-        raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
-    m.chardevs.append(made)
-    return made
+        return c.NullChardev()
+    if isinstance(spec, c.Chardev):
+        return spec
+    if callable(spec):
+        return c.CallableChardev(spec)
+    if spec == "stdio":
+        return terminal(m).console(name)
+    if spec == "pty":
+        return c.PtyChardev(m.event_loop)
+    if spec.startswith("file:") and len(spec) > len("file:"):
+        return c.FileChardev(spec[len("file:") :], m.event_loop)
+    raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
 
 
 def terminal(m: Machine) -> Terminal:
@@ -650,7 +656,7 @@ def reset_kernel(m: Machine) -> None:
         m.vm.set_pit(state["pit"])
     for cpu, saved in zip(m.cpus, state["vcpus"], strict=True):
         vcpu_state.load(cpu.vcpu, saved)
-        cpu.exec.halted = False
+        cpu.was_reset()
     if m.kvm_clock is not None:
         m.kvm_clock.forget_timers()
 

@@ -16,12 +16,14 @@ import stat
 from errno import EIO, EPIPE
 from time import monotonic
 
-from pyvmm.errors import ConfigError, StateError, remedy
+from pyvmm.errors import ConfigError, KindError, StateError, remedy
 from pyvmm.light import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import Buffer
 
     from pyvmm.event_loop import EventLoop
 
@@ -41,6 +43,7 @@ class Chardev:
     """
 
     can_write = True
+    _fed: Feed | None = None
 
     def __init__(self) -> None:
         self._receive: Callable[[bytes], None] | None = None
@@ -66,9 +69,38 @@ class Chardev:
         self._receive = receive
         self._room = room or (lambda: READ_BYTES)
         self._on_break = on_break
+        if self._fed is not None:
+            self._fed.deliver()
 
     def accept_input(self) -> None:
         """The device said it had no room, and has some again. It may hold its lock."""
+        if self._fed is not None:
+            self._fed.deliver()
+
+    def feed(self, data: Buffer) -> None:
+        """Input for the guest, any amount, from any thread, beside what comes from the other end.
+
+        The device takes it at its own pace: ``fed_bytes`` says how much it has not taken yet. ConfigError for what are
+        no bytes.
+        """
+        try:
+            fed = memoryview(data).cast("B")
+        except TypeError:
+            raise KindError(f"feed({data!r}): give bytes, as by encode()") from None
+        with _feed_lock:
+            if self._fed is None:
+                self._fed = Feed(self)
+        self._fed.add(fed)
+
+    @property
+    def fed_bytes(self) -> int:
+        """How much of what was fed the device has not taken yet."""
+        return 0 if self._fed is None else len(self._fed.data)
+
+    def send_break(self) -> None:
+        """A break condition on the line (Linux: the next character is a SysRq command)."""
+        if self._on_break is not None:
+            self._on_break()
 
     def set_writable(self, callback: Callable[[], None] | None) -> None:
         """Call ``callback`` when ``can_write`` turned True again: on the loop's thread, with no lock held."""
@@ -81,54 +113,25 @@ class Chardev:
         """In a child of fork: close what this process has, and touch nothing that the parent has too. Takes no lock."""
 
 
-class NullChardev(Chardev):
-    """Nobody there: output is lost, input never comes."""
-
-    def write(self, data: bytes) -> None:
-        pass
+_feed_lock = Lock()  # of making Chardev._fed
 
 
-class CallableChardev(Chardev):
-    """Output goes to a Python callable, on the vCPU's thread; input comes from ``feed``.
+class Feed:
+    """What a program has fed to a console, on its way to the device."""
 
-    What the callable raises stops the machine as any error of a device does.
-    """
-
-    def __init__(self, fn: Callable[[bytes], object]) -> None:
-        super().__init__()
-        self._fn = fn
+    def __init__(self, chardev: Chardev) -> None:
+        self.data = bytearray()
+        self._chardev = chardev
         self._lock = Lock()
-        self._input = bytearray()
         self._delivering = False
         self._look_again = False
 
-    def write(self, data: bytes) -> None:
-        self._fn(data)
-
-    def feed(self, data: bytes) -> None:
-        """Input for the guest, any amount, from any thread; the device takes it at its own pace."""
+    def add(self, data: memoryview) -> None:
         with self._lock:
-            self._input += data
-        self._deliver()
+            self.data += data
+        self.deliver()
 
-    def set_receiver(
-        self,
-        receive: Callable[[bytes], None] | None,
-        room: Callable[[], int] | None = None,
-        on_break: Callable[[], None] | None = None,
-    ) -> None:
-        super().set_receiver(receive, room, on_break)
-        self._deliver()
-
-    def accept_input(self) -> None:
-        self._deliver()
-
-    def send_break(self) -> None:
-        """A break condition on the line (Linux: the next character is a SysRq command)."""
-        if self._on_break is not None:
-            self._on_break()
-
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         """Hand over as much as there is room for.
 
         One thread does it at a time, without the lock. Another one only leaves word that there may be more:
@@ -153,11 +156,33 @@ class CallableChardev(Chardev):
             raise
 
     def _deliver_while_room(self) -> None:
-        while self._input and (receive := self._receive) is not None and (room := self._room()) > 0:
+        chardev = self._chardev
+        while self.data and (receive := chardev._receive) is not None and (room := chardev._room()) > 0:
             with self._lock:
-                data = bytes(self._input[:room])
-                del self._input[:room]
+                data = bytes(self.data[:room])
+                del self.data[:room]
             receive(data)
+
+
+class NullChardev(Chardev):
+    """Nobody there: output is lost, input comes from ``feed`` only."""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+
+class CallableChardev(Chardev):
+    """Output goes to a Python callable, on the vCPU's thread; input comes from ``feed``.
+
+    What the callable raises stops the machine as any error of a device does.
+    """
+
+    def __init__(self, fn: Callable[[bytes], object]) -> None:
+        super().__init__()
+        self._fn = fn
+
+    def write(self, data: bytes) -> None:
+        self._fn(data)
 
 
 class FdChardev(Chardev):
@@ -296,6 +321,7 @@ class FdChardev(Chardev):
                 self._watch_input()
 
     def accept_input(self) -> None:
+        super().accept_input()
         # On the loop's thread, so that it comes after the removal of the reader that made it necessary.
         if self._loop is not None:
             self._loop.call_soon(self._watch_input)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, TypedDict
 
     from pyvmm.block.options import DriveOptions
     from pyvmm.chardev import Chardev
@@ -20,6 +20,39 @@ if TYPE_CHECKING:
     Image = str | os.PathLike[str] | Buffer
     Serial = str | Chardev | Callable[[bytes], object] | None
 
+    class MachineOptions(TypedDict, total=False):
+        """What ``Machine(**options)`` takes: MachineConfig's docstring says what each is."""
+
+        machine: str | None
+        memory_mib: int
+        cpus: int
+        kernel: Image | None
+        initrd: Image | None
+        modules: Sequence[tuple[Image, str]]
+        append: str
+        flat: Image | None
+        flat_address: int | None
+        flat_mode: str
+        drives: Sequence[DriveOptions | str | os.PathLike[str]]
+        firmware: Image | None
+        boot: str
+        uuid: str | None
+        cpu: str
+        irqchip: str
+        serial: Serial
+        debugcon: Serial
+        vga: str | None
+        raw_terminal: bool
+        no_reboot: bool
+        no_s3: bool
+        testdev: bool
+        debug_exit: int | None
+        fw_cfg: Mapping[str, bytes]
+        accel: str
+        shared_memory: bool
+        huge_pages: str | None
+
+
 FLAT_MODES = ("real16", "protected32", "long64")
 IRQCHIPS = ("kernel", "off")
 MACHINES = ("pc", "microvm")
@@ -27,8 +60,6 @@ ACCELERATORS = ("kvm", "qtest")
 HUGE_PAGES = (None, "transparent", "2M", "1G")
 # The ACPI names of processors have three hexadecimal digits.
 MAX_CPUS = 0x1000
-# A wait for longer is one without a limit: locks take no more than this (threading.TIMEOUT_MAX, 292 years).
-LONGEST_WAIT_S = 9e9
 # isa-debug-exit's port as kvm-unit-tests expect it.
 DEBUG_EXIT_PORT = 0xF4
 
@@ -191,6 +222,19 @@ class MachineConfig:
             parse_uuid(self.uuid)
 
 
+def __getattr__(name: str) -> object:
+    """MachineOptions for whoever looks at it: nothing on the way to the first guest instruction does."""
+    if name == "MachineOptions":
+        from typing import TypedDict
+
+        # From the same table as MachineConfig's own.
+        fields: Any = dict(MachineConfig.__annotations__)
+        made = TypedDict("MachineOptions", fields, total=False)  # type: ignore[misc]  # and no literal
+        globals()[name] = made
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def check_image(what: str, image: object) -> None:
     """ConfigError where that is neither a path nor the bytes themselves."""
     if isinstance(image, (str, os.PathLike)):
@@ -311,15 +355,6 @@ def machine_config(config: MachineConfig | None, options: Mapping[str, Any]) -> 
     if config.machine == "microvm" and config.accel == "kvm" and config.kernel is None and config.flat is None:
         raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
     return config
-
-
-def timeout_or_none(timeout_s: object) -> float | None:
-    """A time to wait, None where that is for ever. ConfigError for what is no time."""
-    if timeout_s is None:
-        return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s >= 0:
-        raise ConfigError(f"timeout_s={timeout_s!r}: give seconds, 0 or more, or None for no limit")
-    return float(timeout_s) if timeout_s < LONGEST_WAIT_S else None
 
 
 def is_int(value: object) -> bool:

@@ -6,18 +6,31 @@ from _weakref import ref
 from os import getpid
 
 from pyvmm.cpu_exec import CpuExec, StopReason
-from pyvmm.errors import StateError
+from pyvmm.errors import ConfigError, KindError, KvmError, StateError
+from pyvmm.kvm.vcpu import (
+    GUESTDBG_BLOCKIRQ,
+    GUESTDBG_ENABLE,
+    GUESTDBG_SINGLESTEP,
+    GUESTDBG_USE_HW_BP,
+)
 from pyvmm.light import Thread
+from pyvmm.run_control import timeout_or_none
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.light import Condition
-    from pyvmm.run_control import RunControl
+    from pyvmm.run_control import ExitStatus, RunControl
+
+# Intel SDM vol. 3, 17.2: four address registers; in DR7 L0 to L3 enable them, and R/W and LEN of 0 mean execution.
+BREAKPOINTS = 4
+DR7_FIXED = 1 << 10
+EFER_LMA = 1 << 10
+
 
 
 class Cpu:
@@ -40,6 +53,9 @@ class Cpu:
         self._control = control
         self._on_stop = on_stop
         self._thread: Thread | None = None
+        self._breakpoints: frozenset[int] = frozenset()
+        self._stepping = False
+        self._stood_at: int | None = None  # linear address of the last debug stop: seen, and not to stop at again
         self._pid = getpid()
 
     # -- state, while parked -------------------------------------------------------------------------------
@@ -80,6 +96,110 @@ class Cpu:
         self._require_parked()
         self.vcpu.sregs = values
 
+    # -- debugging, while parked ---------------------------------------------------------------------------
+
+    @property
+    def breakpoints(self) -> frozenset[int]:
+        """Linear addresses of at most four instructions that this vCPU stops before, with status 14.
+
+        Assign a set of them, or ``|=`` one; they stay over a reset. ``run`` and ``resume`` after a stop there get past
+        it. While there are any, the guest's own breakpoints do nothing. ConfigError for more than four, StateError
+        while the vCPU runs.
+        """
+        return self._breakpoints
+
+    @breakpoints.setter
+    def breakpoints(self, addresses: Iterable[int]) -> None:
+        self._require_parked()
+        if isinstance(addresses, (str, bytes)) or not hasattr(addresses, "__iter__"):
+            raise KindError(f"breakpoints = {addresses!r}: give a set of linear addresses")
+        wanted = frozenset(addresses)
+        for address in wanted:
+            if not isinstance(address, int) or isinstance(address, bool) or not 0 <= address < 1 << 64:
+                raise KindError(f"a breakpoint at {address!r}: give a linear address")
+        if len(wanted) > BREAKPOINTS:
+            raise ConfigError(f"{len(wanted)} breakpoints: a processor has {BREAKPOINTS}, take some away")
+        before, self._breakpoints = self._breakpoints, wanted
+        try:
+            self._watch()
+        except BaseException:
+            self._breakpoints = before
+            raise
+
+    def step(self, timeout_s: float | None = None) -> ExitStatus:
+        """Execute one instruction, the other vCPUs parked: status 14, or how the guest ended by it.
+
+        Interrupts wait meanwhile, where KVM can hold them back. Raises what ``Machine.run`` does: TimeoutError where
+        the vCPU waits for an interrupt, or for its INIT, ``timeout_s`` seconds; StateError while the machine runs.
+        """
+        limit_s = timeout_or_none(timeout_s)
+        self._require_parked()
+        self._control.not_from_inside("step")
+        self._stepping = True
+        try:
+            self.start()
+            self._control.resume(only=self)
+            finished = self._control.wait(limit_s)
+        except BaseException:
+            self._control.pause()
+            raise
+        else:
+            if not finished:
+                self._control.pause()
+                if self._control.status is None or self._control.status.reason == "paused":
+                    raise TimeoutError(f"vCPU {self.index} executed nothing in {timeout_s} s")
+        finally:
+            self._stepping = False
+        return self._control.outcome()
+
+    def was_reset(self) -> None:
+        """It stands at its first instruction, and has not stopped there."""
+        self.exec.halted = False
+        self._stood_at = None
+
+    def _watch(self) -> None:
+        """Stop at the breakpoints."""
+        addresses = sorted(self._breakpoints)
+        dr7 = DR7_FIXED | sum(1 << 2 * n for n in range(len(addresses)))
+        registers = [*addresses, *[0] * (7 - len(addresses)), dr7]
+        self.vcpu.set_guest_debug(GUESTDBG_ENABLE | GUESTDBG_USE_HW_BP if addresses else 0, registers)
+
+    def _linear_rip(self) -> int:
+        regs, sregs = self.vcpu.regs, self.vcpu.sregs
+        if sregs["efer"] & EFER_LMA and sregs["cs"]["l"]:
+            return regs["rip"]
+        return int(sregs["cs"]["base"] + regs["rip"]) & 0xFFFF_FFFF
+
+    def _run(self) -> StopReason:
+        """In the guest until something stops it, on the vCPU's thread."""
+        if not self._stepping and not self._breakpoints:
+            return self.exec.run()
+        if self._stepping:
+            reason = self._single_step()
+        else:
+            reason = StopReason.DEBUG
+            if self._stood_at is not None and self._linear_rip() == self._stood_at:
+                # Past this one, with no breakpoint set: RF would do it (SDM 17.3.1.1), but not in KVM's emulator.
+                reason = self._single_step()
+            if reason is StopReason.DEBUG:
+                self._stood_at = None
+                reason = self.exec.run()
+        if reason is StopReason.DEBUG:
+            self._stood_at = self._linear_rip()
+        return reason
+
+    def _single_step(self) -> StopReason:
+        step = GUESTDBG_ENABLE | GUESTDBG_SINGLESTEP
+        try:
+            # Not into the handler of an interrupt that comes just now.
+            self.vcpu.set_guest_debug(step | GUESTDBG_BLOCKIRQ)
+        except KvmError:
+            self.vcpu.set_guest_debug(step)  # a kernel before 5.12
+        try:
+            return self.exec.run()
+        finally:
+            self._watch()
+
     # -- the thread ----------------------------------------------------------------------------------------
 
     @property
@@ -109,7 +229,7 @@ class Cpu:
         pid = getpid()
         error: BaseException | None = None
         try:
-            reason = self.exec.run()
+            reason = self._run()
         except BaseException as raised:
             reason, error = StopReason.DEVICE_RAISED, raised
         if getpid() != pid:

@@ -60,7 +60,20 @@ def traceback_text(error: BaseException) -> str:
         return "".join(traceback.format_tb(error.__traceback__)).rstrip() + "\n" + describe(error)
 
 
-class VmmError(Exception):
+class Brief(type):
+    """The type of classes whose dir(), and so whose help(), is what pyvmm says of them: not what every exception or
+    every int can do as well.
+    """
+
+    def __dir__(cls) -> list[str]:
+        names = {"__doc__", "__init__", "__module__"} if "__init__" in cls.__dict__ else {"__doc__", "__module__"}
+        for owner in cls.__mro__:
+            if isinstance(owner, Brief):
+                names |= {name for name in (*owner.__dict__, *owner.__annotations__) if not name.startswith("_")}
+        return sorted(names)
+
+
+class VmmError(Exception, metaclass=Brief):
     """The base of all of them."""
 
 

@@ -9,10 +9,12 @@ class ExitStat:
     address: int | None
     direction: str
     count: int
-    sum_ns: float
-    min_ns: float
-    max_ns: float
-    histogram_ns: list[tuple[float, int]]
+    # Whole in what Machine.exit_stats() gives; a row of ExitStats.rows() alone has fractions.
+    sum_ns: int
+    min_ns: int
+    max_ns: int
+    histogram_ns: list[tuple[int, int]]
+    region: str | None
     def __init__(
         self,
         reason: str,
@@ -23,11 +25,12 @@ class ExitStat:
         min_ns: float,
         max_ns: float,
         histogram_ns: list[tuple[float, int]],
+        region: str | None = None,
     ) -> None: ...
     @property
-    def mean_ns(self) -> float: ...
+    def mean_ns(self) -> int: ...
     @property
-    def median_ns(self) -> float: ...
+    def median_ns(self) -> int: ...
 
 @disjoint_base
 class ExitStats:

@@ -17,12 +17,14 @@ _IO, _MMIO = "IO", "MMIO"
 class ExitStat:
     """One row: an exit reason, its port (IO) or page (MMIO), a direction, and what it cost in user space.
 
-    Times are nanoseconds from leaving KVM_RUN to entering it again. ``histogram_ns`` is [(upper bound, count)].
+    Times are nanoseconds from leaving KVM_RUN to entering it again: whole ones in what ``Machine.exit_stats`` gives.
+    ``histogram_ns`` is [(upper bound, count)]. ``region`` names who answers there, more than one where they share a
+    page; None where nobody does, and for exits that have no address.
     """
 
-    __slots__ = ("reason", "address", "direction", "count", "sum_ns", "min_ns", "max_ns", "histogram_ns")
+    __slots__ = ("reason", "address", "direction", "count", "sum_ns", "min_ns", "max_ns", "histogram_ns", "region")
 
-    def __init__(self, reason, address, direction, count, sum_ns, min_ns, max_ns, histogram_ns):
+    def __init__(self, reason, address, direction, count, sum_ns, min_ns, max_ns, histogram_ns, region=None):
         self.reason = reason
         self.address = address
         self.direction = direction
@@ -31,10 +33,12 @@ class ExitStat:
         self.min_ns = min_ns
         self.max_ns = max_ns
         self.histogram_ns = histogram_ns
+        self.region = region
 
     @property
     def mean_ns(self):
-        return self.sum_ns / self.count if self.count else 0.0
+        mean_ns = self.sum_ns / self.count if self.count else 0.0
+        return round(mean_ns) if isinstance(self.sum_ns, int) else mean_ns
 
     @property
     def median_ns(self):
@@ -125,32 +129,32 @@ cdef class ExitStats:
 
 
 def merge(tables):
-    """One table out of those of several vCPUs."""
+    """One table out of those of several vCPUs, in whole nanoseconds."""
     merged = {}
     for table in tables:
         for row in table:
             key = (row.reason, row.address, row.direction)
             if key not in merged:
-                merged[key] = ExitStat(*key, 0, 0.0, row.min_ns, 0.0, [])
+                merged[key] = ExitStat(*key, 0, 0, round(row.min_ns), 0, [])
             total = merged[key]
             total.count += row.count
-            total.sum_ns += row.sum_ns
-            total.min_ns = min(total.min_ns, row.min_ns)
-            total.max_ns = max(total.max_ns, row.max_ns)
+            total.sum_ns += round(row.sum_ns)
+            total.min_ns = min(total.min_ns, round(row.min_ns))
+            total.max_ns = max(total.max_ns, round(row.max_ns))
             buckets = dict(total.histogram_ns)
             for bound, count in row.histogram_ns:
-                buckets[bound] = buckets.get(bound, 0) + count
+                buckets[round(bound)] = buckets.get(round(bound), 0) + count
             total.histogram_ns = sorted(buckets.items())
     return sorted(merged.values(), key=lambda row: -row.sum_ns)
 
 
 def format_table(rows, names=None):
-    """The table of ``--exit-stats``. ``names`` maps (reason, address) to the region that answered."""
+    """The table of ``--exit-stats``. ``names`` maps (reason, address) to what stands for the region."""
     lines = [f"{'exit':<16} {'address':>10} {'':3} {'count':>9} {'mean ns':>8} {'min':>7} {'~median':>8} {'max':>9} "
              f"{'total ms':>9}  region"]
     for r in rows:
         address = f"{r.address:#x}" if r.address is not None else ""
-        name = (names or {}).get((r.reason, r.address), "")
+        name = (names or {}).get((r.reason, r.address), r.region or "")
         lines.append(f"{r.reason:<16} {address:>10} {r.direction:3} {r.count:>9} {r.mean_ns:>8.0f} {r.min_ns:>7.0f} "
                      f"{r.median_ns:>8.0f} {r.max_ns:>9.0f} {r.sum_ns / 1e6:>9.2f}  {name}".rstrip())
     total = sum(r.count for r in rows)

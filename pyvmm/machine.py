@@ -14,23 +14,26 @@ from os import getpid
 from pyvmm import builder
 from pyvmm import run_control as states
 from pyvmm.address_space import AddressSpace
-from pyvmm.config import MachineConfig, is_int, machine_config, timeout_or_none
+from pyvmm.config import MachineConfig, is_int, machine_config
 from pyvmm.cpu_exec import StopReason
 from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, DeviceError, GuestError, HostError, StateError, describe, traceback_text, whose
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread
-from pyvmm.run_control import ExitStatus, RunControl
+from pyvmm.reset_count import ResetCount
+from pyvmm.run_control import ExitStatus, RunControl, timeout_or_none
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+
+    from typing_extensions import Unpack
 
     from pyvmm.block.backend import BlockBackend
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock
+    from pyvmm.config import MachineOptions
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine, IrqWire
     from pyvmm.devices.irq_pins import ControllerPins
@@ -56,7 +59,8 @@ class Machine:
     """A machine, built and paused at its first instruction. The arguments are MachineConfig's.
 
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
-    vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. Raises
+    vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. ``consoles``
+    are the host's ends of "serial" and "debugcon": ``m.consoles["serial"].feed(b"root\\n")`` types. Raises
     ConfigError for what is asked wrongly and KvmError for what the host refuses.
 
     Close it, best by ``with``. One that is dropped without is freed when nothing refers to it and its guest does not
@@ -72,7 +76,7 @@ class Machine:
     clock: Clock
     _closed = True  # until there is something to close
 
-    def __init__(self, config: MachineConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: MachineConfig | None = None, **options: Unpack[MachineOptions]) -> None:
         self.config = machine_config(config, options)
         self._pid = getpid()
         self._closing = Lock()
@@ -88,9 +92,12 @@ class Machine:
         self.io_error = ""
         self.on_io_error: Callable[[str], object] | None = None
         """Told what failed when a drive's policy has stopped the machine, by whatever thread found out."""
+        self.resets = ResetCount()
+        """How often the guest has reset itself, and why last."""
         self.first_boot = True
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.chardevs: list[Chardev] = []
+        self.consoles: dict[str, Chardev] = {}
         self.terminal: Terminal | None = None
         self.vga: VgaText | None = None
         """With vga="text": ``lines()`` is what the guest has on its screen, ``cursor`` where that is."""
@@ -143,6 +150,7 @@ class Machine:
         """
         limit_s = timeout_or_none(timeout_s)
         self._not_from_inside("run")
+        before = self.resets.count
         try:
             self.resume()
             finished = self.control.wait(limit_s)
@@ -153,7 +161,8 @@ class Machine:
             self.control.pause()
             # It may have ended while it was being paused.
             if self.control.state_name in (states.PAUSED, states.RUNNING):
-                raise TimeoutError(f"the guest was still running after {timeout_s} s")
+                often = self.resets.sentence(before)
+                raise TimeoutError(f"the guest was still running after {timeout_s} s" + (often and f": {often}"))
         return self.control.outcome()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -300,12 +309,12 @@ class Machine:
         """The guest powered itself off."""
         self.stop(states.STATUS_POWER_OFF, "shutdown")
 
-    def guest_reset(self, why: str = "reset") -> None:
-        """The guest asked for a reset, or fell into a triple fault."""
+    def guest_reset(self, why: str = "reset", by: str = "") -> None:
+        """The guest asked for a reset, or fell into a triple fault; ``by`` what, where ``why`` does not tell."""
         if self.config.no_reboot:
             self.stop(states.STATUS_RESET, why)
             return
-
+        self.resets.note(by or why)
         self.control.request(self._reset)
 
     def guest_suspend(self) -> None:
@@ -343,11 +352,11 @@ class Machine:
             return
         detail = cpu.exec.detail
         if reason is StopReason.SHUTDOWN:
-            self.guest_reset("triple fault")
+            self.guest_reset("triple fault", by="a triple fault")
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "SHUTDOWN":
             self.guest_shutdown()
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "RESET":
-            self.guest_reset()
+            self.guest_reset(by="KVM's system event")
         elif reason is StopReason.DEBUG:
             stopped = ExitStatus(states.STATUS_DEBUG, "debug")
             self.control.request(lambda: self.control.end(stopped, None, states.DEBUG))
@@ -466,19 +475,22 @@ class Machine:
         from pyvmm.exit_stats import merge
 
         self._same_process("exit_stats")
-        return merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
+        rows = merge([cpu.exec.stats.rows(self._tsc_khz) for cpu in self.cpus])
+        for row in rows:
+            if row.address is not None:
+                space, size = (self.pio, 1) if row.reason == "IO" else (self.mmio, layout.PAGE_BYTES)
+                row.region = names_within(space, row.address, size)
+        return rows
 
     def exit_stats_table(self) -> str:
-        """exit_stats() as text, with the regions' names."""
+        """exit_stats() as text, with the regions' names; and how often the guest has reset itself, if it has."""
         from pyvmm.exit_stats import format_table
 
         rows = self.exit_stats()
-        names: dict[tuple[str, int | None], str] = {}
-        for row in rows:
-            if row.address is not None:
-                region = (self.pio if row.reason == "IO" else self.mmio).find(row.address)
-                names[row.reason, row.address] = region.name if region is not None else "(nobody)"
-        return format_table(rows, names)
+        names = {(row.reason, row.address): row.region or "" for row in rows}
+        names |= {key: "(nobody)" for key, name in names.items() if key[1] is not None and not name}
+        often = self.resets.sentence()
+        return format_table(rows, names) + (often and f"\n{often}")
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -539,6 +551,13 @@ class Machine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def names_within(space: AddressSpace, address: int, size: int) -> str | None:
+    """Of the regions that have a part of the range; None where there are none."""
+    bases = [(region.base, region) for region in space.regions]
+    found = [r.name for base, r in bases if base is not None and base < address + size and address < base + r.size]
+    return ", ".join(found) or None
 
 
 def callback_failure(error: BaseException) -> DeviceError:

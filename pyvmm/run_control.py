@@ -10,7 +10,7 @@ neither.
 
 from __future__ import annotations
 
-from pyvmm.errors import StateError, describe
+from pyvmm.errors import Brief, ConfigError, StateError, describe
 from pyvmm.light import Condition, RLock, get_ident
 
 TYPE_CHECKING = False
@@ -41,6 +41,8 @@ ENDED = (SHUTDOWN, INTERNAL_ERROR, CLOSED)
 RESUMABLE = (PRELAUNCH, PAUSED, DEBUG, IO_ERROR)
 
 
+# A wait for longer is one without a limit: locks take no more than this (threading.TIMEOUT_MAX, 292 years).
+LONGEST_WAIT_S = 9e9
 # What ExitStatus is, and `pyvmm run` exits with. Odd ones are isa-debug-exit's; 2 and 124 are the command's own.
 STATUS_POWER_OFF = 0
 STATUS_GUEST_ERROR = 4
@@ -52,7 +54,7 @@ STATUS_DEBUG = 14
 STATUS_STOPPED = 16
 
 
-class ExitStatus(int):
+class ExitStatus(int, metaclass=Brief):
     """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two.
 
     ====  =====================================================================================
@@ -83,6 +85,15 @@ class ExitStatus(int):
 
     def __repr__(self) -> str:
         return f"<ExitStatus {int(self)}: {self.reason}>"
+
+
+def timeout_or_none(timeout_s: object) -> float | None:
+    """A time to wait, None where that is for ever. ConfigError for what is no time."""
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s >= 0:
+        raise ConfigError(f"timeout_s={timeout_s!r}: give seconds, 0 or more, or None for no limit")
+    return float(timeout_s) if timeout_s < LONGEST_WAIT_S else None
 
 
 def failure_status(error: BaseException) -> ExitStatus:
@@ -409,6 +420,11 @@ class RunControl:
                 raise StateError("the machine was closed while it ran")
             # Somebody has paused it, and somebody else has set it going again since.
             return ExitStatus(STATUS_PAUSED, PAUSED)
+
+    def not_from_inside(self, call: str) -> None:
+        """StateError where the caller would wait for itself."""
+        if self._would_wait_for_itself():
+            raise StateError(f"{call}() {FROM_INSIDE}")
 
     def inside(self) -> bool:
         """Whether the caller is a vCPU's thread, a request, or a timer's callback: none may wait for the machine."""

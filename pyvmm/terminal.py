@@ -33,8 +33,9 @@ class Console(CallableChardev):
         self.name = name
         self._terminal = terminal
 
-    def feed(self, data: bytes) -> None:
-        super().feed(data[: max(0, TYPED_LIMIT_BYTES - len(self._input))])
+    def type(self, data: bytes) -> None:
+        """Input from the keyboard: no end of it may pile up."""
+        self.feed(data[: max(0, TYPED_LIMIT_BYTES - self.fed_bytes)])
 
     def set_receiver(
         self,
@@ -51,7 +52,7 @@ class Console(CallableChardev):
 
     def room(self) -> int:
         """How many more bytes its device takes now."""
-        return 0 if self._receive is None or self._input else self._room()
+        return 0 if self._receive is None or self.fed_bytes else self._room()
 
     def tell_writable(self) -> None:
         """The terminal takes output again."""
@@ -209,7 +210,7 @@ class Terminal(FdChardev):
     def type_to_console(self, data: bytes) -> None:
         """As typed while the consoles are shown."""
         if self.consoles:
-            self.consoles[self._focus].feed(data)
+            self.consoles[self._focus].type(data)
 
     def _hand_over(self, data: bytes) -> None:
         if not data:

@@ -25,6 +25,8 @@ CHOICES = {
 GEOMETRY = {"cyls": 0xFFFF, "heads": 16, "secs": 255}
 SERIAL_CHARACTERS = 20  # ATA IDENTIFY words 10-19
 MODEL_CHARACTERS = 40  # words 27-46
+REVISION_CHARACTERS = 8  # words 23-26
+CD_REVISION_CHARACTERS = 4  # INQUIRY's field (SPC-2, 7.3.2)
 LAST_INDEX = 3
 THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what in ("", "_read", "_write"))
 SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -32,7 +34,7 @@ SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # QEMU's -drive: key -> our name. Those with a value of their own to translate are in DriveOptions.parse.
 KEYS = {
     **{name: name for name in ("file", "id", "format", "media", "cache", "aio", "rerror", "werror", "serial", "model")},
-    **{name: name for name in (*GEOMETRY, "trans", "snapshot")},
+    **{name: name for name in (*GEOMETRY, "trans", "snapshot", "ver")},
     "bios-chs-trans": "trans",
     "if": "interface",
     "index": "index",
@@ -95,7 +97,8 @@ class DriveOptions:
                    where that is not given by the partition table.
     throttle_bps, throttle_iops, and both with _read or _write: bytes, operations a second; 0: no limit. With _max
                    after that: the rate that bursts may reach.
-    serial, model  what the drive calls itself.
+    serial, model, ver  what the drive calls itself: up to 20 characters, 40, and of its firmware's version 8, on a CD
+                   drive 4.
     """
 
     file: str | os.PathLike[str] | None = None
@@ -133,6 +136,7 @@ class DriveOptions:
     throttle_iops_write_max: int = 0
     serial: str | None = None
     model: str | None = None
+    ver: str | None = None
 
     def __init__(self, file: str | os.PathLike[str] | None = None, **values: Any) -> None:
         self.file = file
@@ -192,7 +196,8 @@ class DriveOptions:
             raise ConfigError(f"drive option size={self.size!r}: give bytes, or None for all there are")
         self._check_geometry()
         self._check_throttles()
-        for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS)):
+        revision = CD_REVISION_CHARACTERS if self.media == "cdrom" else REVISION_CHARACTERS
+        for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS), ("ver", revision)):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and text.isascii() and text.isprintable()):
                 raise ConfigError(f"drive option {name}={text!r}: use printable ASCII characters")

@@ -199,8 +199,9 @@ def make_drive(m: Machine, index: int, drive: DriveOptions) -> IdeDisk | AtapiDr
 
 
 def named(drive: DriveOptions) -> dict[str, str]:
-    """The model, where one is given."""
-    return {} if drive.model is None else {"model": drive.model}
+    """The model and the firmware's version, where they are given."""
+    named = {"model": drive.model, "revision": drive.ver}
+    return {name: text for name, text in named.items() if text is not None}
 
 
 # -- what firmware reads -----------------------------------------------------------------------------------------------

@@ -181,8 +181,23 @@ def announce(machine: Machine) -> None:
             say(f"pyvmm: console on {made.path}")
 
 
+def tell_of_resets(machine: Machine) -> None:
+    """A line on standard error at the third reset within a second: from outside such a guest looks alive."""
+
+    def tell(sentence: str) -> None:
+        from pyvmm.kvm.kind import kvm_kind
+
+        hint = "--no-reboot ends it at the first"
+        if "triple fault" in machine.resets.why and "software" in kvm_kind():
+            hint += "; software KVM lacks parts of a processor, 32-bit paging for one (pyvmm doctor)"
+        say(f"pyvmm: {sentence}; {hint}")
+
+    machine.resets.on_often = tell
+
+
 def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
     message = ""
+    tell_of_resets(machine)
     watches = watch_text_memory(machine)
     try:
         status = run_through_errors(machine, timeout_s)

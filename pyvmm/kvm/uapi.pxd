@@ -226,6 +226,7 @@ cdef extern from "<linux/kvm.h>" nogil:
         uint32_t enabled, flags
 
     unsigned int KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_SW_BP, KVM_GUESTDBG_USE_HW_BP
+    unsigned int KVM_GUESTDBG_BLOCKIRQ
     struct kvm_guest_debug_arch:
         __u64 debugreg[8]
     struct kvm_guest_debug:

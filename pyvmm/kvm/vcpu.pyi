@@ -9,6 +9,7 @@ GUESTDBG_ENABLE: int
 GUESTDBG_SINGLESTEP: int
 GUESTDBG_USE_SW_BP: int
 GUESTDBG_USE_HW_BP: int
+GUESTDBG_BLOCKIRQ: int
 
 @disjoint_base
 class Vcpu:

@@ -23,6 +23,7 @@ GUESTDBG_ENABLE = uapi.KVM_GUESTDBG_ENABLE
 GUESTDBG_SINGLESTEP = uapi.KVM_GUESTDBG_SINGLESTEP
 GUESTDBG_USE_SW_BP = uapi.KVM_GUESTDBG_USE_SW_BP
 GUESTDBG_USE_HW_BP = uapi.KVM_GUESTDBG_USE_HW_BP
+GUESTDBG_BLOCKIRQ = uapi.KVM_GUESTDBG_BLOCKIRQ
 
 # struct kvm_vcpu_events, in the kernel's order; the pad bytes between are reserved fields.
 _EVENTS = struct.Struct("=4BI 4B 3Bx I I 4B B 26x B Q")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
+import asm
 import pytest
-from guests import PASSED, PORT, Guest, Recorder
+from guests import PASSED, PORT, TIMEOUT_S, Guest, Recorder
 
 from pyvmm import RunState
 
@@ -150,3 +157,67 @@ def test_other_vcpus_wait_for_sipi_again(boot: Callable[..., Guest]) -> None:
     guest.machine.pio.map(PORT, 1, device)
     assert guest.run() == PASSED
     assert device.resets == 3
+
+
+WHY = {
+    "triple fault": "a triple fault",
+    "port 0xcf9": "port 0xcf9, the reset register of ACPI and PCI",
+    "keyboard controller": "port 0x64, the keyboard controller",
+    "port 0x92": "port 0x92",
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_how_often_and_why_last(boot: Callable[..., Guest], road: str) -> None:
+    guest = boot(SOURCE.format(road=ROADS[road]))
+    device = Recorder()
+    device.answer = lambda offset, size: 0 if device.resets < 2 else 1
+    guest.machine.pio.map(PORT, 1, device)
+    assert guest.run() == PASSED
+    assert (guest.machine.resets.count, guest.machine.resets.why) == (2, WHY[road])
+    assert guest.machine.exit_stats_table().endswith(f"\n2 resets, the last by {WHY[road]}")
+    guest.machine.reset()
+    assert guest.machine.resets.count == 2, "the embedder's are not the guest's"
+
+
+def test_an_endless_loop_of_resets_is_told(boot: Callable[..., Guest]) -> None:
+    """It looks alive, and the time limit is all that ends it."""
+    guest = boot(ROADS["triple fault"] + "\n no_idt: .word 0, 0, 0, 0, 0")
+    often = threading.Event()
+    said: list[str] = []
+
+    def tell(sentence: str) -> None:
+        said.append(sentence)
+        often.set()
+
+    guest.machine.resets.on_often = tell
+    guest.start()
+    assert often.wait(TIMEOUT_S)
+    assert said[0].startswith("the guest resets itself again and again: ")
+    guest.machine.pause()
+    with pytest.raises(TimeoutError, match=r"still running after 0.2 s: \d+ resets?, the last by a triple fault"):
+        # The machine takes no more than some milliseconds for one.
+        while True:
+            try:
+                guest.machine.run(0.2)
+            except TimeoutError as error:
+                if "reset" in str(error):
+                    raise
+
+
+def test_the_command_tells_of_them(tmp_path: Path) -> None:
+    program = asm.assemble(ROADS["triple fault"] + "\n no_idt: .word 0, 0, 0, 0, 0", "long64")
+    flat = tmp_path / "flat"
+    flat.write_bytes(program.image)
+    command = [sys.executable, "-m", "pyvmm", "run", "--flat", str(flat), "--flat-mode", "long64"]
+    command += ["--flat-address", str(program.address), "--memory", "16", "--serial", "none", "--exit-stats"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        line = run.stderr.readline()
+        run.send_signal(signal.SIGTERM)
+        rest = run.stderr.read()
+        assert run.wait(TIMEOUT_S) == 128 + signal.SIGTERM
+    assert re.match(r"pyvmm: the guest resets itself again and again: \d+ resets, the last by a triple fault; ", line)
+    assert "--no-reboot ends it at the first" in line
+    assert rest.count("again and again") == 0
+    assert re.search(r"\n\d+ resets, the last by a triple fault\n$", rest)

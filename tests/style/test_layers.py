@@ -21,7 +21,7 @@ LAYERS = [
     ],
     [
         *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.kvm_clock", "pyvmm.run_control"),
-        "pyvmm.run_state",
+        "pyvmm.run_state", "pyvmm.reset_count",
         *("pyvmm.dump", "pyvmm.x86", "pyvmm.guests"),
     ],
     ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.screen", "pyvmm.terminal", "pyvmm.terminal_screen", "pyvmm.block"],

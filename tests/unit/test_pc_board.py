@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,21 @@ def test_resume_tries_again_what_a_policy_has_put_aside(image: Path, tmp_path: P
         assert m.pio.read(0x1F0, 2) == 0x0505
         with pytest.raises(StateError, match="no vCPU to run"):
             m.resume()
+
+
+@pytest.mark.parametrize("size", [256 << 10, 2 << 20, 8 << 20])
+def test_kvm_s_pages_are_reserved_and_under_no_firmware(tmp_path: Path, size: int) -> None:
+    """Linux virt/kvm/api.rst, KVM_SET_TSS_ADDR and KVM_SET_IDENTITY_MAP_ADDR: no memory slot may be there.
+
+    QEMU's place (target/i386/kvm/kvm.c, 0xfeffc000), which it tells its firmware in etc/e820 as well.
+    """
+    firmware = tmp_path / "firmware"
+    firmware.write_bytes(bytes(size))
+    with board(firmware=firmware) as m:
+        entry = m.devices["fw_cfg"]
+        names = [entry._items[key].name for key in entry._files]  # type: ignore[attr-defined]
+        content = entry.content(0x20 + names.index("etc/e820"))  # type: ignore[attr-defined]
+        told = list(struct.iter_unpack("<QQI", content))
+        assert told == [(0, 4 << 20, 1), (0xFEFF_C000, 0x4000, 2)]
+        for region in m.memory.ram:
+            assert region.gpa + region.size_bytes <= 0xFEFF_C000 or region.gpa >= 0xFF00_0000

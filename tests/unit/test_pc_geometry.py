@@ -232,6 +232,20 @@ def test_mistakes_are_one_sentence(text: str, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_names(tmp_path: Path) -> None:
+    """QEMU's ide-test (identify): words 10 to 19, and 23 to 26."""
+    path = disk(tmp_path, "disk", SMALL)
+    with board(f"file={path},serial=testdisk,ver=version", "media=cdrom,index=2,ver=v1") as m:
+        found = words(m, 0x1F0, 0)
+        text = b"".join(word.to_bytes(2, "big") for word in found)
+        assert text[20:40] == b"testdisk".ljust(20)
+        assert text[46:54] == b"version ".ljust(8)
+        m.pio.write(0x176, 1, 0xA0)
+        m.pio.write(0x177, 1, 0xA1)  # IDENTIFY PACKET DEVICE
+        text = b"".join(m.pio.read(0x170, 2).to_bytes(2, "big") for _ in range(256))
+        assert text[46:54] == b"v1".ljust(8)
+
+
 @pytest.mark.parametrize("value", [1.5, "306", True])
 def test_no_whole_numbers(value: object) -> None:
     with pytest.raises(ConfigError, match="give a whole number from 1 to"):

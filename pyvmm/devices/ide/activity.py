@@ -21,6 +21,9 @@ class Activity:
 
     __slots__ = ("channel", "drive", "dropped", "pending")
 
+    to_memory = False
+    """A DMA transfer that writes the guest's memory."""
+
     def __init__(self, drive: Drive) -> None:
         self.drive = drive
         self.channel: IdeChannel = drive.channel

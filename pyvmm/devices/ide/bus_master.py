@@ -6,6 +6,11 @@ command says which way the data goes; a table that is too short for the command 
 
 How a transfer ended shows in the status register: (INTERRUPT, ACTIVE) is (1, 0) where the table had exactly the
 command's length, (1, 1) where it was longer, (0, 0) where it was too short, or, with ERROR, not all in RAM.
+
+A function that may not be bus master moves nothing, and a command waits until it may (PCI 3.0, 6.2.2). One thing is as
+in QEMU, whose ide-test waits for it without end: a start bit that is set for a read ends that against nobody. The table
+reads as zeros, which are entries of 64 KiB without a last one, and the data is lost. A write waits in any case: from
+nobody the disk would get zeros.
 """
 
 from __future__ import annotations
@@ -98,7 +103,7 @@ class BusMaster(Device):
             if changed & BM_START:
                 if value & BM_START:
                     self.status |= BM_ACTIVE
-                    self._begin()
+                    self._begin(by_start_bit=True)
                 else:
                     self._stop()
         elif offset == BM_STATUS:
@@ -118,9 +123,11 @@ class BusMaster(Device):
         self._running = False
         self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, by_start_bit: bool = False) -> None:
         transfer = self.transfer
-        if transfer is not None and not self._running and self._enabled and self.status & BM_ACTIVE:
+        if transfer is None or self._running or not self.status & BM_ACTIVE:
+            return
+        if self._enabled or (by_start_bit and transfer.to_memory):
             self._running = True
             transfer.begin()
 
@@ -141,6 +148,8 @@ class BusMaster(Device):
         ``write``: the memory is going to be written. None, and no longer active, where the table is too short, or where
         it or what it describes is not all in RAM.
         """
+        if not self._enabled:
+            return self._nowhere(size)
         view = self._memory.view
         try:
             pieces, left, more = self._walk(size)
@@ -150,6 +159,15 @@ class BusMaster(Device):
             self.status |= BM_ERROR
         self.status &= ~BM_ACTIVE
         return None
+
+    def _nowhere(self, size: int) -> tuple[list[memoryview], bool] | None:
+        """As gather(), of a table of zeros from here to its boundary: memory that nobody looks at."""
+        entries = (TABLE_BOUNDARY_BYTES - self.prd_table % TABLE_BOUNDARY_BYTES) // PRD.size
+        if size > entries * PRD_LONGEST_BYTES:
+            self.status &= ~BM_ACTIVE
+            return None
+        lost = memoryview(bytearray(min(size, PRD_LONGEST_BYTES)))
+        return [lost[: min(len(lost), size - at)] for at in range(0, size, len(lost))], True
 
     def _walk(self, size: int) -> tuple[list[tuple[int, int]], int, bool]:
         """The (address, length) that the table gives for ``size`` bytes, neighbours joined; how many it does not have;

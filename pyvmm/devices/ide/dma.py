@@ -40,6 +40,10 @@ class DmaTransfer(Activity):
         self._waiting = False  # for the one request of _moved_at_once
         self._iov: list[memoryview] = []
 
+    @property
+    def to_memory(self) -> bool:  # type: ignore[override]  # it knows only now
+        return self._read
+
     def start(self) -> None:
         disk = self._disk
         disk.activity = self

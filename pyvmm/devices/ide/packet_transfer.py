@@ -288,6 +288,8 @@ class PacketDmaIn(PacketDma):
 
     __slots__ = ("_count", "_data", "_lba")
 
+    to_memory = True
+
     def __init__(self, drive: PacketDrive, data: bytes, lba: int, count: int) -> None:
         super().__init__(drive, len(data) or count * BLOCK_BYTES, True)
         self._data = data

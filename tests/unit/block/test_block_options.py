@@ -82,6 +82,8 @@ def test_parse(text: str, values: dict[str, object]) -> None:
         ("file=x,bus=2", "index=4: use"),
         ("file=x,serial=123456789012345678901", "at most 20 characters"),
         ("file=x,model=Plätte", "use printable ASCII"),
+        ("file=x,ver=123456789", "ver='123456789': use at most 8 characters"),
+        ("file=x,media=cdrom,ver=12345", "ver='12345': use at most 4 characters"),
         ("file=x,throttling.bps-total=5,throttling.bps-read=3", "throttle_bps and throttle_bps_read: give the total"),
         ("file=x,throttling.bps-total-max=5", "throttle_bps_max=5 without throttle_bps"),
         ("file=x,throttling.bps-total=5,throttling.bps-total-max=3", "throttle_bps_max=3 is below throttle_bps=5"),

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qtest_client import TIMEOUT_S, Client
 
 from pyvmm import Machine
 from pyvmm.control.qtest import QtestServer
+from pyvmm.control.qtest_client import TIMEOUT_S, QtestClient
 
 MEMORY = """
 readq 0x1000
@@ -265,7 +265,7 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, listener: socket.socket) -> Iterator[Client]:
+def theirs(tmp_path: Path, listener: socket.socket) -> Iterator[QtestClient]:
     """QEMU connects to the test, as libqtest has it."""
     image = disk(tmp_path / "theirs.img")
     command = [
@@ -275,25 +275,25 @@ def theirs(tmp_path: Path, listener: socket.socket) -> Iterator[Client]:
     ]  # fmt: skip
     with subprocess.Popen(command) as process:
         try:
-            yield Client(listener.accept()[0])
+            yield QtestClient(listener.accept()[0])
         finally:
             process.kill()
 
 
 @pytest.fixture
-def ours(tmp_path: Path) -> Iterator[Client]:
+def ours(tmp_path: Path) -> Iterator[QtestClient]:
     end, other_end = socket.socketpair()
     with Machine(accel="qtest", memory_mib=16, drives=[disk(tmp_path / "ours.img")]) as machine:
         server = QtestServer(machine)
         thread = threading.Thread(target=server.talk, args=(other_end,))
         thread.start()
-        client = Client(end)
+        client = QtestClient(end)
         yield client
         client.hang_up()
         thread.join(TIMEOUT_S)
 
 
-def transcript(client: Client, script: str) -> list[str]:
+def transcript(client: QtestClient, script: str) -> list[str]:
     """Each command, and everything that came up to its reply."""
     told = []
     for line in script.strip("\n").split("\n"):
@@ -304,5 +304,5 @@ def transcript(client: Client, script: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_same_answers(theirs: Client, ours: Client, name: str) -> None:
+def test_the_same_answers(theirs: QtestClient, ours: QtestClient, name: str) -> None:
     assert transcript(ours, SCRIPTS[name]) == transcript(theirs, SCRIPTS[name])

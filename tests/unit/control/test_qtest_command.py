@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from qtest_client import TIMEOUT_S, Client
+
+from pyvmm.control.qtest_client import TIMEOUT_S, QtestClient
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -30,11 +31,11 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def client_of(process: subprocess.Popen[str], path: Path) -> Client:
+def client_of(process: subprocess.Popen[str], path: Path) -> QtestClient:
     """Connected as soon as it says that it listens."""
     assert process.stderr is not None
     assert process.stderr.readline() == f"pyvmm: qtest on {path}\n"
-    return Client.connected_to(path)
+    return QtestClient.connect(path)
 
 
 def test_a_disk_through_a_socket(start: Start, tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_connecting(start: Start, tmp_path: Path) -> None:
         listener.listen(1)
         listener.settimeout(TIMEOUT_S)
         process = start("--connect", path)
-        client = Client(listener.accept()[0])
+        client = QtestClient(listener.accept()[0])
     assert client.ask("endianness") == "OK little"
     client.hang_up()
     assert process.wait(TIMEOUT_S) == 0
@@ -151,7 +152,7 @@ def test_a_request_that_was_put_aside_goes_on_at_sigcont(start: Start, tmp_path:
     assert image.read_bytes()[512:1024] == b"\x55" * 512
 
 
-def status_when_idle(client: Client) -> int:
+def status_when_idle(client: QtestClient) -> int:
     while (status := int(client.ask("inb 0x1f7").split()[1], 16)) & 0x80:
         pass
     return status

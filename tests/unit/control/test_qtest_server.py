@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qtest_client import TIMEOUT_S, Client
 
 from pyvmm import ConfigError, Machine, StateError
 from pyvmm.control import qtest
 from pyvmm.control.qtest import QtestServer
+from pyvmm.control.qtest_client import TIMEOUT_S, QtestClient
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def server(board: Machine, path: Path) -> Iterator[QtestServer]:
 
 
 @pytest.fixture
-def client(server: QtestServer, path: Path) -> Iterator[Client]:
-    made = Client.connected_to(path)
+def client(server: QtestServer, path: Path) -> Iterator[QtestClient]:
+    made = QtestClient.connect(path)
     yield made
     made.hang_up()
 
@@ -51,19 +51,19 @@ def joined(thread: threading.Thread) -> bool:
 # Lines and packets
 
 
-def test_a_line_for_each_line(client: Client) -> None:
+def test_a_line_for_each_line(client: QtestClient) -> None:
     assert client.ask("writel 0x1000 0x12345678") == "OK"
     assert client.ask("readl 0x1000") == "OK 0x0000000012345678"
 
 
-def test_several_commands_in_one_packet(client: Client) -> None:
+def test_several_commands_in_one_packet(client: QtestClient) -> None:
     client.send(b"writeb 1 2\nreadb 1\nfoo\nendianness\n")
     assert [client.reply() for _ in range(4)] == [
         "OK", "OK 0x0000000000000002", "FAIL Unknown command 'foo'", "OK little",
     ]  # fmt: skip
 
 
-def test_a_command_in_many_packets(client: Client) -> None:
+def test_a_command_in_many_packets(client: QtestClient) -> None:
     for byte in b"readb 0x1000":
         client.send(bytes([byte]))
     client.send(b"\nendian")
@@ -72,18 +72,18 @@ def test_a_command_in_many_packets(client: Client) -> None:
     assert client.reply() == "OK little"
 
 
-def test_bytes_that_are_no_text(client: Client) -> None:
+def test_bytes_that_are_no_text(client: QtestClient) -> None:
     client.send(b"\xff\xfe\0\n")
     assert client.reply() == "FAIL Unknown command '\xff\xfe\0'"
 
 
-def test_a_write_of_a_mebibyte(client: Client) -> None:
+def test_a_write_of_a_mebibyte(client: QtestClient) -> None:
     data = os.urandom(1 << 20).hex()
     assert client.ask(f"write 0x100000 {1 << 20} 0x{data}") == "OK"
     assert client.ask(f"read 0x100000 {1 << 20}") == f"OK 0x{data}"
 
 
-def test_a_line_without_an_end(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_an_end(client: QtestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qtest, "LINE_MAX_BYTES", 1000)
     client.send(b"x" * 2000)
     assert client.reply() == "FAIL a line is longer than 1000 bytes"
@@ -91,7 +91,7 @@ def test_a_line_without_an_end(client: Client, monkeypatch: pytest.MonkeyPatch) 
         client.reply()
 
 
-def test_a_client_that_ends_its_side_still_gets_its_replies(client: Client) -> None:
+def test_a_client_that_ends_its_side_still_gets_its_replies(client: QtestClient) -> None:
     client.send(b"endianness\n" * 100)
     client.end.shutdown(socket.SHUT_WR)
     assert [client.reply() for _ in range(100)] == ["OK little"] * 100
@@ -102,27 +102,27 @@ def test_a_client_that_ends_its_side_still_gets_its_replies(client: Client) -> N
 # Clients
 
 
-def test_one_client_after_the_other(client: Client, path: Path) -> None:
+def test_one_client_after_the_other(client: QtestClient, path: Path) -> None:
     assert client.ask("writeb 5 6") == "OK"
     client.send(b"readb")  # left in the middle of a word
     client.hang_up()
-    other = Client.connected_to(path)
+    other = QtestClient.connect(path)
     assert other.ask("readb 5") == "OK 0x0000000000000006"
     other.hang_up()
 
 
-def test_a_client_that_leaves_without_reading(client: Client, path: Path) -> None:
+def test_a_client_that_leaves_without_reading(client: QtestClient, path: Path) -> None:
     client.send(b"read 0 65536\n" * 50)
     client.hang_up()
-    other = Client.connected_to(path)
+    other = QtestClient.connect(path)
     assert other.ask("endianness") == "OK little"
     other.hang_up()
 
 
-def test_the_next_client_hears_of_no_pins(client: Client, path: Path, board: Machine) -> None:
+def test_the_next_client_hears_of_no_pins(client: QtestClient, path: Path, board: Machine) -> None:
     assert client.ask("irq_intercept_in ioapic") == "OK"
     client.hang_up()
-    other = Client.connected_to(path)
+    other = QtestClient.connect(path)
     assert other.ask("endianness") == "OK little"  # the first one is gone now
     board.irq_line(5).raise_()
     assert other.ask("irq_intercept_in pic") == "OK"
@@ -133,13 +133,13 @@ def test_the_next_client_hears_of_no_pins(client: Client, path: Path, board: Mac
 # IRQ lines
 
 
-def test_an_interrupt_is_told_before_the_reply(client: Client) -> None:
+def test_an_interrupt_is_told_before_the_reply(client: QtestClient) -> None:
     assert client.ask("irq_intercept_in ioapic") == "OK"
     client.send(b"set_irq_in ioapic unnamed-gpio-in 9 1\n")
     assert [client.line(), client.line()] == ["IRQ raise 9", "OK"]
 
 
-def test_a_tick_of_the_pit(client: Client) -> None:
+def test_a_tick_of_the_pit(client: QtestClient) -> None:
     client.ask("irq_intercept_in ioapic")
     for line in ("outb 0x43 0x34", "outb 0x40 0xa9", "outb 0x40 0x04"):  # mode 2, 1193 pulses
         assert client.ask(line) == "OK"
@@ -148,7 +148,7 @@ def test_a_tick_of_the_pit(client: Client) -> None:
     assert client.irqs[1:] == ["IRQ lower 0", "IRQ raise 0"] * 2
 
 
-def test_interrupts_from_other_threads(client: Client, board: Machine) -> None:
+def test_interrupts_from_other_threads(client: QtestClient, board: Machine) -> None:
     """They come in between, and never inside a line."""
     client.ask("irq_intercept_in ioapic")
     lines = [board.irq_line(n) for n in (3, 5, 7)]
@@ -175,18 +175,18 @@ def test_close_while_nobody_is_there(server: QtestServer, path: Path) -> None:
     server.close()
     assert not path.exists()
     server.close()
-    with pytest.raises(OSError):
-        Client.connected_to(path)
+    with pytest.raises(ConfigError, match="start the server first"):
+        QtestClient.connect(path)
 
 
-def test_close_hangs_up(server: QtestServer, client: Client) -> None:
+def test_close_hangs_up(server: QtestServer, client: QtestClient) -> None:
     client.ask("endianness")
     server.close()
     with pytest.raises(EOFError):
         client.reply()
 
 
-def test_close_while_a_client_does_not_read(server: QtestServer, client: Client, board: Machine) -> None:
+def test_close_while_a_client_does_not_read(server: QtestServer, client: QtestClient, board: Machine) -> None:
     """A reply that nobody takes, and a device's thread that waits to tell of its pin."""
     client.ask("irq_intercept_in ioapic")
     client.send(b"read 0 4000000\n" * 4)
@@ -198,7 +198,7 @@ def test_close_while_a_client_does_not_read(server: QtestServer, client: Client,
     assert joined(thread)
 
 
-def test_close_cuts_a_long_step_short(server: QtestServer, client: Client) -> None:
+def test_close_cuts_a_long_step_short(server: QtestServer, client: QtestClient) -> None:
     """A tick each 100 us of guest time, for years."""
     for line in ("outb 0x43 0x34", "outb 0x40 0x77", "outb 0x40 0"):
         client.ask(line)
@@ -217,7 +217,7 @@ def test_connecting_to_a_listener_as_libqtest_has_it(board: Machine, path: Path)
     server = QtestServer(board)
     thread = threading.Thread(target=server.connect, args=(str(path),))
     thread.start()
-    client = Client(listener.accept()[0])
+    client = QtestClient(listener.accept()[0])
     assert client.ask("endianness") == "OK little"
     client.hang_up()
     assert joined(thread)

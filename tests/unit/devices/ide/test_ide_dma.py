@@ -370,6 +370,43 @@ class TestStopping:
         assert bench.bm_status() == INTERRUPT
         assert bench.status() == DONE
 
+    @pytest.mark.parametrize("entries", [[(0, 0)] * 4096, [(0x2000, 512)]])
+    def test_a_read_that_is_started_with_bus_mastering_off(self, entries: list[tuple[int, int]]) -> None:
+        """QEMU's ide-test (bmdma/no_busmaster) waits for its end: active and interrupt, no error, no byte in memory."""
+        bench, _ = new_bench()
+        bench.prd(*entries, last=len(entries) == 1)
+        before = bench.memory.read(0, bench.memory.size_bytes)
+        bench.channel.bus_master.enabled = False
+        bench.command(READ, 0, 0)  # 256 sectors
+        assert bench.alt() == DONE | DRQ
+        bench.start()
+        assert bench.bm_status() == ACTIVE | INTERRUPT
+        assert bench.status() == DONE
+        assert bench.memory.read(0, bench.memory.size_bytes) == before
+
+    def test_a_write_that_is_started_with_bus_mastering_off_waits(self) -> None:
+        bench, backend = new_bench()
+        before = bytes(backend.data)
+        bench.memory.write(0x2000, b"w" * 512)
+        bench.prd((0x2000, 512))
+        bench.channel.bus_master.enabled = False
+        bench.command(WRITE, 5)
+        bench.start(to_memory=False)
+        assert (bench.alt(), bench.bm_status()) == (DONE | DRQ, ACTIVE)
+        assert backend.data == before
+        bench.channel.bus_master.enabled = True
+        assert (bench.status(), bench.bm_status()) == (DONE, INTERRUPT)
+        assert backend.data[5 * 512 : 6 * 512] == b"w" * 512
+
+    def test_a_read_that_no_table_could_hold(self) -> None:
+        """What is left of the table's 64 KiB has no room for as many entries."""
+        bench, _ = new_bench()
+        bench.pio.write(BM + 4, 4, 0x1_FFF8)  # one entry: 64 KiB
+        bench.channel.bus_master.enabled = False
+        bench.command(READ, 0, 0)
+        bench.start()
+        assert bench.bm_status() & (ACTIVE | INTERRUPT) == 0
+
     def test_a_reset_takes_the_command_away(self) -> None:
         bench, backend = new_bench()
         bench.prd((0x2000, 512))
