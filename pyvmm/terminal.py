@@ -106,6 +106,7 @@ class Terminal(FdChardev):
         self._tty_fd = in_fd
         self._raw = raw and os.isatty(in_fd)
         self._cooked: list[int | list[bytes | int]] | None = None  # the terminal's own modes, while it is raw
+        self._lent = True  # somebody else has it: until the run begins, and while the process is stopped
         self._pid = os.getpid()
         self._screen: Screen | None = None
         self._screen_first = False
@@ -171,6 +172,8 @@ class Terminal(FdChardev):
     # -- what is typed, on the loop's thread ----------------------------------------------------------------
 
     def _typed_room(self) -> int:
+        if self._raw and self._cooked is None and not self._lent:
+            self.enter_raw()  # a shell has brought us to the foreground, and told nobody
         if self._escape:
             return READ_BYTES
         return self.consoles[0].room() if self.consoles else 0
@@ -263,6 +266,7 @@ class Terminal(FdChardev):
         """Take keys as they are, where that was asked for and the terminal is ours: not in the background, where the
         kernel would stop the process for it (termios(3), job control). Takes no lock: a signal handler may call it.
         """
+        self._lent = False
         if not self._raw or self._closed or not in_foreground(self._tty_fd):
             return
         import atexit
@@ -283,18 +287,22 @@ class Terminal(FdChardev):
             pass  # hung up: there is nothing to take
 
     def leave_raw(self) -> None:
-        """Give the terminal back as it was. Idempotent; takes no lock: a signal handler may call it."""
+        """Give the terminal back as it was. In the background it is not ours to give: a shell has set the modes it
+        wants. Idempotent; takes no lock: a signal handler may call it.
+        """
+        self._lent = True
         cooked, self._cooked = self._cooked, None
         if cooked is None or os.getpid() != self._pid:
             return  # a child of fork: the terminal is its parent's
         import atexit
         import termios
 
-        try:
-            termios.tcsetattr(self._tty_fd, termios.TCSANOW, cooked)
-        except (OSError, termios.error):
-            pass  # hung up: nothing to restore
         atexit.unregister(self.leave_raw)
+        if in_foreground(self._tty_fd):
+            try:
+                termios.tcsetattr(self._tty_fd, termios.TCSANOW, cooked)
+            except (OSError, termios.error):
+                pass  # hung up: nothing to restore
 
     # -- the end --------------------------------------------------------------------------------------------
 

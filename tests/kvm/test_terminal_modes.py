@@ -172,25 +172,63 @@ def test_a_guest_that_a_drive_has_stopped(tmp_path: Path, go_on: bool, status: i
         assert cooked(console)
 
 
-def test_under_a_shell_with_job_control(guest: str) -> None:
+class Shell(Console):
+    """bash with job control, its terminal the controlling one; the prompt is <>. The guest is its job."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        guest = flat(tmp_path, SAY_AND_SPIN.replace("2e", "25"))  # '%': there is none in the prompt or the command
+        own_terminal = "import os, sys; from fcntl import *; ioctl(0, 0x540E); os.execvp(sys.argv[1], sys.argv[1:])"
+        super().__init__(sys.executable, "-c", own_terminal, "bash", "--norc", "--noediting", "-i")
+        self.send(f"PS1='<>' ; {sys.executable} -m pyvmm run --flat {guest}\n")
+        self.expect("%", LIMIT_S)
+        until_cooked(self, False)
+        shell = self.process.pid
+        self.job = int(Path(f"/proc/{shell}/task/{shell}/children").read_text().split()[0])
+
+    def kill(self, number: int) -> None:
+        os.kill(self.job, number)
+
+    def until_gone(self) -> None:
+        end = time.monotonic() + LIMIT_S
+        while Path(f"/proc/{self.job}").exists():
+            assert time.monotonic() < end, Path(f"/proc/{self.job}/status").read_text()
+            os.sched_yield()
+
+    def prompt(self) -> None:
+        self.expect("<>", LIMIT_S)
+        until_cooked(self, True)
+
+    def finish(self) -> None:
+        self.send("exit 7\n")
+        assert self.wait(LIMIT_S) == 7
+
+
+def test_under_a_shell_with_job_control(tmp_path: Path) -> None:
     """The shell has the terminal while the guest is stopped; in the background the guest leaves it alone."""
-    own_terminal = "import os, sys; from fcntl import *; ioctl(0, 0x540E); os.execvp(sys.argv[1], sys.argv[1:])"
-    with Console(sys.executable, "-c", own_terminal, "bash", "--norc", "--noediting", "-i") as console:
-        console.send(f"PS1='<>' ; {sys.executable} -m pyvmm run --flat {guest}\n")
-        console.expect("\r\n", LIMIT_S)
-        console.expect(".", LIMIT_S)
-        until_cooked(console, False)
-        job = Path(f"/proc/{console.process.pid}/task/{console.process.pid}/children").read_text().split()
-        os.kill(int(job[0]), signal.SIGTSTP)
-        console.expect("Stopped", LIMIT_S)
-        console.expect("<>", LIMIT_S)
-        until_cooked(console, True)
-        console.send("fg\n")
-        until_cooked(console, False)
-        console.send("\x01h")
-        console.expect("Ctrl-A x", LIMIT_S)
-        console.send("\x01x")
-        console.expect("<>", LIMIT_S)
-        until_cooked(console, True)
-        console.send("exit 7\n")
-        assert console.wait(LIMIT_S) == 7
+    with Shell(tmp_path) as shell:
+        shell.kill(signal.SIGTSTP)
+        shell.expect("Stopped", LIMIT_S)
+        shell.prompt()
+        shell.send("fg\n")
+        until_cooked(shell, False)
+        shell.send("\x01h")
+        shell.expect("Ctrl-A x", LIMIT_S)
+        shell.send("\x01x")
+        shell.prompt()
+        shell.finish()
+
+
+def test_an_end_in_the_background(tmp_path: Path) -> None:
+    """It does not wait for the terminal: SIGTTOU would stop it."""
+    with Shell(tmp_path) as shell:
+        shell.kill(signal.SIGSTOP)
+        shell.expect("Stopped", LIMIT_S)
+        shell.prompt()
+        shell.send("bg\n")
+        shell.prompt()
+        shell.kill(signal.SIGTERM)
+        shell.until_gone()
+        shell.send("\n")
+        shell.expect("Exit 143", LIMIT_S)
+        shell.prompt()
+        shell.finish()

@@ -480,3 +480,26 @@ def test_terminal_is_restored_when_the_process_ends_without_close(pseudo_termina
     status = subprocess.run(command, stdin=program, stderr=subprocess.PIPE, check=False)
     assert (status.returncode, status.stderr) == (1, b"and out\n")
     assert termios.tcgetattr(program) == before
+
+
+def test_in_the_background_the_terminal_is_left_alone(
+    loop: EventLoop, pseudo_terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell tells nobody that it has brought a running job to the foreground: what is typed next does."""
+    user, program = pseudo_terminal
+    before = termios.tcgetattr(program)
+    monkeypatch.setattr("pyvmm.terminal.in_foreground", lambda fd: False)
+    terminal = Terminal(loop, raw=True, in_fd=program, out_fd=program)
+    port = Port().attach(terminal.console("serial"))
+    terminal.enter_raw()
+    terminal.start()
+    assert termios.tcgetattr(program) == before
+    monkeypatch.setattr("pyvmm.terminal.in_foreground", lambda fd: True)
+    os.write(user, b"first\n")
+    port.wait_for(b"first\n")
+    raw = termios.tcgetattr(program)
+    assert not raw[tty.LFLAG] & (termios.ECHO | termios.ICANON | termios.ISIG)
+    monkeypatch.setattr("pyvmm.terminal.in_foreground", lambda fd: False)
+    terminal.close()  # the shell has set the modes it wants
+    assert termios.tcgetattr(program) == raw
+    termios.tcsetattr(program, termios.TCSANOW, before)
