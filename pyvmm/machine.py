@@ -240,11 +240,19 @@ class Machine:
         self.control.request(lambda: self._wake(builder.POWER_BUTTON), wait=True)
 
     def nmi(self, cpu: int = 0) -> None:
-        """Send a non-maskable interrupt to one vCPU. The machine must be paused, or it arrives at the next exit."""
+        """Send a non-maskable interrupt to one vCPU; a machine that runs goes on, another has it when it does.
+
+        The vCPUs are parked for it: KVM takes KVM_NMI between two stays in the guest, and a guest may never exit. In a
+        handler or a timer's callback it takes effect when that returns.
+        """
         self._usable("nmi")
         if not is_int(cpu) or not 0 <= cpu < len(self.cpus):
             raise ConfigError(f"nmi({cpu!r}): give the number of a vCPU, from 0; there are {len(self.cpus)}")
-        self.cpus[cpu].vcpu.nmi()
+        self.control.request(lambda: self._nmi(self.cpus[cpu]), wait=True)
+
+    def _nmi(self, cpu: Cpu) -> None:
+        cpu.vcpu.nmi()
+        self.control.carry_on()
 
     def stop(self, status: int = states.STATUS_STOPPED, reason: str = "stopped") -> None:
         """End the run with ``status``; callable from devices' handlers. What ``run`` returns.
