@@ -8,7 +8,6 @@ from pyvmm.device import DeviceLock
 from pyvmm.exit_stats import ExitStats
 from pyvmm.kvm.vcpu import Vcpu
 
-@disjoint_base
 class StopReason(int):
     name: str
     KICKED: ClassVar[StopReason]

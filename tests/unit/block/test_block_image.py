@@ -68,7 +68,7 @@ def test_empty_and_too_small(drive: Callable[..., BlockBackend], tmp_path: Path)
 
 
 def test_a_name_that_is_none(drive: Callable[..., BlockBackend], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no path: embedded null"):
+    with pytest.raises(ConfigError, match=r"is no path: .*embedded null"):
         drive("a\0b")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "can't be opened: Too many levels of symbolic links" in refusal(drive, tmp_path / "loop")
