@@ -41,7 +41,7 @@ DRIVE = (
     ("throttling.bps-total=N", "bytes a second, reads and writes together; or -read, -write; with -max the rate of"
      " bursts [bps, bps_rd, bps_wr, bps_max, bps_max_rd, ...]"),
     ("throttling.iops-total=N", "operations a second, in the same way [iops, iops_rd, iops_wr, iops_max, ...]"),
-    ("serial=TEXT, model=TEXT", "what the drive calls itself"),
+    ("serial=TEXT, model=TEXT, ver=TEXT", "what the drive calls itself, and its firmware's revision"),
 )  # fmt: skip
 
 DEVICE = """\
