@@ -30,10 +30,17 @@ class MissingAssetError(Exception):
     """A file that `ci/setup test` should have brought is not in the cache."""
 
 
+class LeftOutError(MissingAssetError):
+    """Nor can it be: the machine's Debian has no such package, as ci/setup has said."""
+
+
 def package(name: str) -> Path:
     """The root of an unpacked Debian package."""
     root = CACHE / "debian" / name
     if not root.is_dir():
+        left_out = root.with_name(f"{name}.left-out")
+        if left_out.exists():
+            raise LeftOutError(left_out.read_text().strip())
         raise MissingAssetError(f"{root} is missing: run ci/setup test")
     return root
 
