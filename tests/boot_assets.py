@@ -31,7 +31,7 @@ class MissingAssetError(Exception):
 
 
 class LeftOutError(MissingAssetError):
-    """Nor can it be: the machine's Debian has no such package, as ci/setup has said."""
+    """Nor can it be: the machine's Debian has no such package, as ci/setup has said, or one that is of no use."""
 
 
 def package(name: str) -> Path:
@@ -91,7 +91,10 @@ def firmware() -> Path:
 
 def bochs_firmware() -> Path:
     """Bochs' BIOS as it was before it took things over from SeaBIOS's ancestors: 64 KiB, no ACPI."""
-    return _the_file(package("bochsbios"), "usr/share/bochs/BIOS-bochs-legacy")
+    found = _the_file(package("bochsbios"), "usr/share/bochs/BIOS-bochs-legacy")
+    if b"No VGABIOS ROM" in found.read_bytes():
+        raise LeftOutError("this Debian's Bochs BIOS (3.0 or later) stops on a machine without a VGA BIOS")
+    return found
 
 
 # ---- kernels -------------------------------------------------------------------------------------
