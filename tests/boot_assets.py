@@ -81,7 +81,7 @@ def memtest() -> Path:
 
 def ipxe() -> Path:
     """iPXE as a kernel that only a BIOS can start: protocol 2.07, no 32-bit entry."""
-    return _the_file(package("ipxe"), "boot/ipxe.lkrn")
+    return _the_file(package("ipxe"), "**/ipxe.lkrn")  # /boot, since Debian 13 /usr/lib/ipxe
 
 
 def firmware() -> Path:
