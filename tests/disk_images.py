@@ -135,7 +135,7 @@ def grub_legacy(disk: Path) -> None:
     """GRUB 0.97 that asks for commands on the first serial port."""
     loader = boot_assets.package("grub-legacy") / "usr/lib/grub/x86_64-pc"
     if not (loader / "stage1").exists():
-        raise boot_assets.LeftOutError("this Debian's package grub-legacy (13 or later) has no boot loader in it any more")
+        raise boot_assets.LeftOutError("this Debian's package grub-legacy (13 or later) has no boot loader any more")
     stage1 = (loader / "stage1").read_bytes()
     stage2 = bytearray((loader / "stage2").read_bytes())
     struct.pack_into("<I", stage2, INSTALLED_PARTITION, FIRST_PARTITION)
