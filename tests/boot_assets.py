@@ -263,6 +263,7 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 for module in /modules/*.ko; do
     name=${module#/modules/*-} options=
+    name=${name//-/_} # kvm-amd.ko is kvm_amd on the command line
     for word in $(cat /proc/cmdline); do
         case $word in "${name%.ko}".*) options="$options ${word#*.}" ;; esac
     done

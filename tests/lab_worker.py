@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from typing import TextIO
 
 import pytest
@@ -39,6 +40,8 @@ class Reporter:
 
 def main() -> None:
     """Until standard input ends. What tests print without pytest's capture goes to standard error."""
+    # Beside the directory that is shared with the pytest outside, which may only be read but for that.
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.mkdtemp(prefix="worker-")
     with os.fdopen(os.dup(0)) as lists, os.fdopen(os.dup(1), "w") as out:
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)

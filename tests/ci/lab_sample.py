@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from console import Console
 
-# `cli; jmp .`: a guest in real mode that does nothing and never ends.
-SPIN = bytes.fromhex("fa ebfe")
+# mov $0x3f8, %dx; mov $'!', %al; out %al, (%dx); jmp .: a guest that says that it is there, and never ends.
+SPIN = bytes.fromhex("baf803 b021 ee ebfe")
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def test_here(number: str, shared: Path, guest_console: Callable[..., Console]) 
     assert "PYVMM_LAB" not in os.environ
     if tries(shared, number) == 1:
         (shared / "spin").write_bytes(SPIN)
-        with guest_console("--flat", str(shared / "spin"), "--serial", "none") as console:
+        with guest_console("--flat", str(shared / "spin")) as console:
+            console.expect("!", 120.0)
             (shared / "break").write_text(number)
             console.wait(200.0)
             raise AssertionError("the lab broke")

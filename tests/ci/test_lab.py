@@ -57,6 +57,12 @@ def test_a_command_sees_a_full_kvm_and_its_results_come_back(tmp_path: Path) -> 
     assert not Path("/here-and-gone").exists()
 
 
+@pytest.mark.parametrize("parameter", ["vls", "vgif"])
+def test_what_the_emulator_does_wrong_is_off(parameter: str, lab: Lab) -> None:
+    """docs/lab.md. The module is kvm-amd, its parameters on the command line are kvm_amd's."""
+    assert run(lab, "cat", f"/sys/module/kvm_amd/parameters/{parameter}").stdout == b"0\n"
+
+
 def test_an_interrupt_ends_qemu_too(tmp_path: Path) -> None:
     command = [CI_LAB, "run", "--", "sh", "-c", "echo begun; exec sleep 1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as ran:
