@@ -24,7 +24,9 @@ QEMU = "qemu-system-x86_64"
 MODULES = ("kvm-amd", "virtio_pci", "virtio_net", "9pnet_virtio", "9p", "overlay", "tun")
 # See docs/lab.md: with virtual VMLOAD/VMSAVE the emulator mixes up the registers of both kernels, with virtual GIF an
 # interrupt of the outer kernel can stay pending for ever.
-KERNEL_COMMAND_LINE = "console=ttyS0 panic=-1 kvm_amd.vls=0 kvm_amd.vgif=0"
+# The emulator's counters are one clock, but it does not say so by CPUID: without tsc=reliable the kernel calls them
+# unstable, and its KVM moves the TSC offset of a vCPU at every ioctl.
+KERNEL_COMMAND_LINE = "console=ttyS0 panic=-1 tsc=reliable kvm_amd.vls=0 kvm_amd.vgif=0"
 READY = b"lab: ready"
 STATES_KEPT = 4
 

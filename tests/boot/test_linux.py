@@ -9,7 +9,7 @@ import pytest
 from boot_assets import SHELL_ON_TTYS0, Kernel
 from console import Console
 
-BOOT_S = 90.0  # on the lab's clock: 6 times what it takes
+BOOT_S = 150.0  # on the lab's clock; 15 s where nothing else runs
 ANSWER_S = 60.0
 APPEND = "console=ttyS0 panic=-1"
 PROMPT = "# "

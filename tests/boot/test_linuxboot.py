@@ -16,7 +16,7 @@ import pyvmm
 from pyvmm import guests
 from pyvmm.x86 import linuxboot
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 MIB = 1 << 20
 SETUP_SECTORS = 4
 HEADER_END = 0x26C
