@@ -11,8 +11,6 @@ In the lab `/` is a 9p share under a tmpfs, and neither is like the file systems
 the host's server, and tmpfs refuses O_DIRECT and RWF_NOWAIT. So the images stand on ext4 on a RAM disk (brd),
 made here; elsewhere on the temporary directory, or --directory. All of an image is in the page cache: what is
 measured is the way there.
-
-`idle=poll`: the lab's emulated SVM can lose the wake-up of a HLT.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ RAM_DISK_MIB = 450
 # An emulated host loses an interrupt once in a while, whatever the VMM: then the set is begun anew, and it is said.
 TRIES = 3
 MEMORY_MIB = 256
-APPEND = "console=ttyS0 quiet panic=-1 idle=poll nokaslr"
+APPEND = "console=ttyS0 quiet panic=-1 nokaslr"
 
 INIT = """\
 stty -F /dev/ttyS0 -echo raw
