@@ -36,7 +36,8 @@ General layout, lowest layer first; a module imports only from those above it in
     x86/            guest addresses, initial state, CPUID, boot protocols, ACPI and MP tables
     event_loop      descriptors and timers;  chardev, terminal  host sides of consoles
     devices/        one chip a file
-    config, builder, machine    from arguments to a running machine
+    config          what is asked for;  boards/  what a kind of machine is made of;  platform  who runs its guest
+    builder         the recipe;  machine  the embedder's handle
     cli/            the command
 
 One reading order: builder -> cpu_exec -> address_space -> devices/serial.

@@ -57,6 +57,21 @@ class Section:
         return self.gpa, self.size, self.region.host_address + self.offset, self.readonly
 
 
+class Held:
+    """What MemoryMap.held gives."""
+
+    __slots__ = ("_map",)
+
+    def __init__(self, memory_map: MemoryMap) -> None:
+        self._map = memory_map
+
+    def __enter__(self) -> None:
+        self._map._hold()
+
+    def __exit__(self, *exc: object) -> None:
+        self._map._release()
+
+
 class MemoryMap:
     """MemoryMap(memory, mmio) shows every region of ``memory`` at its own address.
 
@@ -70,7 +85,7 @@ class MemoryMap:
         self._rom: RamRegion | None = None
         self._text: RamRegion | None = None
         self._set_slot: SetSlot | None = None
-        self._held = False
+        self._holders = 0
         self._slots: dict[tuple[int, int, int, bool], int] = {}
         self._written: list[MemoryRegion] = []
         self.sections: list[Section] = [Section(r.gpa, r.size_bytes, r, 0, r.readonly) for r in memory.ram]
@@ -134,16 +149,22 @@ class MemoryMap:
         self._set_slot = set_slot
         self._publish()
 
-    def hold(self) -> None:
-        """Keep changes from KVM until ``release``: while no vCPU runs, only where they end up counts."""
-        self._held = True
+    @property
+    def held(self) -> Held:
+        """``with map.held:`` keeps changes from KVM until the outermost of these ends: while no vCPU runs, only where
+        they end up counts.
+        """
+        return Held(self)
 
-    def release(self) -> None:
-        self._held = False
+    def _hold(self) -> None:
+        self._holders += 1
+
+    def _release(self) -> None:
+        self._holders -= 1
         self._publish()
 
     def _publish(self) -> None:
-        if self._set_slot is None or self._held:
+        if self._set_slot is None or self._holders:
             return
         wanted = {s.key for s in self.sections}
         for key in [k for k in self._slots if k not in wanted]:

@@ -10,6 +10,7 @@ from time import monotonic_ns
 BORN = monotonic_ns()
 
 import builtins  # noqa: E402
+import importlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 
@@ -19,21 +20,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 IMPORTS = "imports"
-# builder.py's names, and which step they are.
-STEPS = {
-    "GuestMemory": "memory",
-    "MemoryMap": "memory",
-    "Kvm": "KVM",
-    "open_kvm": "KVM",
-    "make_cpus": "KVM",
-    "cpuid_table": "CPUID",
-    "enter_guest": "KVM",
-    "make_user_irqchip": "devices",
-    "make_devices": "devices",
-    "load_guest": "loading",
-    "write_tables": "tables",
-    "tear_down": "closing",
-}
+# The names of the recipe's steps, and what each is.
+STEPS = (
+    ("pyvmm.builder", "make_memory", "memory"),
+    ("pyvmm.boards.board", "Board.lay_out_memory", "memory"),
+    ("pyvmm.platform", "KvmPlatform.__init__", "KVM"),
+    ("pyvmm.platform", "KvmPlatform.make_cpus", "KVM"),
+    ("pyvmm.platform", "cpuid_table", "CPUID"),
+    ("pyvmm.platform", "KvmPlatform.enter", "KVM"),
+    ("pyvmm.boards.board", "Board.install", "devices"),
+    ("pyvmm.boards.board", "Board.load_guest", "loading"),
+    ("pyvmm.boards.microvm", "Microvm.write_tables", "tables"),
+    ("pyvmm.closers", "Closers.close", "closing"),
+)
 
 
 class Stopwatch:
@@ -88,11 +87,15 @@ def main() -> int:
 
     builtins.__import__ = importing
     watch.enter("command")
-    from pyvmm import builder, cli, machine
+    from pyvmm import cli, machine
     from pyvmm.cli import run  # noqa: F401
 
-    for name, step in STEPS.items():
-        setattr(builder, name, watch.timed(step, getattr(builder, name)))
+    for module, path, step in STEPS:
+        owner = importlib.import_module(module)
+        *outer, name = path.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        setattr(owner, name, watch.timed(step, getattr(owner, name)))
     resume, wait = machine.Machine.resume, machine.Machine.wait
 
     def resumed(self: "Any") -> None:
@@ -107,7 +110,7 @@ def main() -> int:
             watch.leave()
             stamps["stopped"] = monotonic_ns()
 
-    machine.Machine.resume, machine.Machine.wait = resumed, waited  # type: ignore[method-assign]
+    machine.Machine.resume, machine.Machine.wait = resumed, waited  # type: ignore
     try:
         return cli.main(sys.argv[2:])
     finally:

@@ -82,8 +82,8 @@ def test_a_guest_that_only_waits_for_its_interrupt(boot: Callable[..., Guest], t
     guest = boot(WRITER, machine="pc", drives=[str(image) for image in images])
     data = disk_images.seeded("gathered", SECTORS * SECTOR)
     guest.machine.memory.write(SOURCE, data)
-    for thread in guest.machine._background:
-        thread.join()  # KVM gathers from when the ports are registered; until then each word is an exit
+    # KVM gathers from when the ports are registered; until then each word is an exit.
+    guest.machine.board.chassis.join_background()
     assert guest.run() == PASSED
     assert guest.value("irqs") == SECTORS
     assert guest.value("status", 1) & 0x89 == 0

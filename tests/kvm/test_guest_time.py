@@ -79,7 +79,7 @@ def test_kvmclock_stands(boot: Callable[..., Guest], how: str) -> None:
         with pytest.raises(TimeoutError):
             m.run(0.01)
     else:
-        m.drive_error(type("Backend", (), {"name": "disk"})(), "write", 28, "stop")
+        m.drives.failed(type("Backend", (), {"name": "disk"})(), "write", 28, "stop")
         assert m.wait(TIMEOUT_S)
     first, began = clock_ns(m), monotonic_ns()
     stood = stand()

@@ -223,10 +223,10 @@ def test_closed_objects() -> None:
 
 
 def test_the_command_says_one_sentence(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyvmm import builder
+    from pyvmm import platform
     from pyvmm.cli import main
 
-    monkeypatch.setattr(builder, "Kvm", lambda: Kvm("/dev/no-such-kvm"))
+    monkeypatch.setattr(platform, "Kvm", lambda: Kvm("/dev/no-such-kvm"))
     assert main(["demo"]) == 2
     error = capfd.readouterr().err
     assert error.startswith("pyvmm: open /dev/kvm: No such file or directory: ")

@@ -120,11 +120,11 @@ def test_what_is_held_reaches_kvm_as_its_last_state_only(pc: Pc) -> None:
     pc.map.set_window([(0xC_0000, 0x4_0000, RAM)])
     pc.map.attach(pc.slots.set)
     before = pc.slots.calls
-    pc.map.hold()
-    pc.map.set_window([(0xC_0000, 0x4_0000, ROM)])
-    pc.map.set_window([(0xC_0000, 0x3_0000, RAM), (0xF_0000, 0x1_0000, RAM_READONLY)])
-    assert pc.slots.calls == before
-    pc.map.release()
+    with pc.map.held:
+        pc.map.set_window([(0xC_0000, 0x4_0000, ROM)])
+        with pc.map.held:
+            pc.map.set_window([(0xC_0000, 0x3_0000, RAM), (0xF_0000, 0x1_0000, RAM_READONLY)])
+        assert pc.slots.calls == before
     assert pc.slots.calls == before + 2
     assert pc.slots.at(0xF_0000) == (pc.ram_host + 0xF_0000, True)
 

@@ -12,7 +12,7 @@ import pytest
 import pyvmm
 from pyvmm import ConfigError, Machine, StateError
 from pyvmm.block.options import DriveOptions
-from pyvmm.boards.pc import placed
+from pyvmm.boards.pc_drives import placed
 
 IDS = {0x0000: 0x1237_8086, 0x0800: 0x7000_8086, 0x0900: 0x7010_8086, 0x0B00: 0x7113_8086}
 
@@ -139,8 +139,9 @@ def test_there_is_no_vcpu_to_run(pc: Machine) -> None:
 
 def test_drives_go_to_free_places_and_cds_to_the_second_channel() -> None:
     disk, second, cd = DriveOptions("a"), DriveOptions("b", index=0), DriveOptions("c", media="cdrom")
-    assert [index for index, _ in placed([disk, second, cd])] == [0, 1, 2]
-    assert (second.index, disk.index, cd.index) == (0, 1, 2)
+    found = placed([disk, second, cd])
+    assert [(index, drive.index, drive.file) for index, drive in found] == [(0, 0, "b"), (1, 1, "a"), (2, 2, "c")]
+    assert (disk.index, second.index, cd.index) == (None, 0, None)  # the caller's stay as they are
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_write_to_the_rom_is_noticed(board: FencedBoard) -> None:
 
 
 def test_what_a_callback_raises_is_noticed(board: FencedBoard) -> None:
-    board.machine._loop_raised(ZeroDivisionError())
+    board.machine.board.chassis.outcomes.callback_raised(ZeroDivisionError())
     with pytest.raises(Escaped, match="callback raised"):
         board.check()
 

@@ -1,0 +1,239 @@
+"""Board: what a kind of machine is made of besides its processors. Subclass it and write ``make_devices``.
+
+    class Sensors(Board):
+        def make_devices(self):
+            self.add_serial()
+            self.sensor = self.add("sensor", Sensor(self.irq_line(5)))
+            self.pio.map(0x300, 4, self.sensor)
+
+    Machine(board=Sensors, flat="guest.bin")
+
+builder.py calls the steps in the order in which they stand here; restart.py those for a reset and a wake-up.
+"""
+
+from __future__ import annotations
+
+from pyvmm.device import IrqWire
+from pyvmm.errors import StateError
+from pyvmm.images import image_name
+from pyvmm.memory_map import MemoryMap
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from pyvmm.chassis import Chassis
+    from pyvmm.config import MachineConfig
+    from pyvmm.device import Device, IrqLine
+    from pyvmm.devices.serial import Serial
+    from pyvmm.devices.user_irqchip import UserIrqchip
+    from pyvmm.devices.vga_text import VgaText
+    from pyvmm.images import Images
+    from pyvmm.platform import Platform
+    from pyvmm.x86.boot import BootState
+
+    Made = TypeVar("Made", bound=Device)
+
+# How long a character of console output may wait for more, after another: nobody sees that, and a write a line is far
+# cheaper than a write a character.
+CONSOLE_GATHER_NS = 10_000_000
+
+
+class Board:
+    """RAM, a kernel or flat binary in it, and no device: subclasses add those.
+
+    ``parts`` are its devices with their names, in the order in which they were added: a reset goes by it.
+    """
+
+    window = range(0)
+    """Addresses where the board itself changes, as its guest says, what is RAM and what is the bus."""
+    vga: VgaText | None = None
+
+    def __init__(self, config: MachineConfig, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:
+        self.config = config
+        self.chassis = chassis
+        self.memory = chassis.memory
+        self.pio, self.mmio = chassis.pio, chassis.mmio
+        self.clock = chassis.clock
+        self.images = images
+        self.runs_guests = runs_guests
+        self.first_boot = True
+        """No reset yet: what firmware is told for its first boot only still holds."""
+        self.parts: list[tuple[str, Device]] = []
+        self.user_irqchip: UserIrqchip | None = None
+        self._wires: dict[int, IrqWire] = {}
+        chassis.closers.call(self._clear, self.parts.clear)
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def lay_out_memory(self) -> MemoryMap:
+        """RAM and ROM, and what a processor finds of them at which address."""
+        self.add_roms()
+        self.memory_map = MemoryMap(self.memory, self.mmio)
+        self.chassis.closers.call(self.memory_map.close, self.memory_map.close)
+        self.open_window()
+        # No device can be where RAM or ROM answers for good.
+        for section in self.memory_map.sections:
+            if section.gpa not in self.window:
+                self.mmio.reserve(section.gpa, section.size, section.region.name)
+        return self.memory_map
+
+    def add_roms(self) -> None:
+        """Add what is in memory besides RAM."""
+
+    def open_window(self) -> None:
+        """Say what shows in the board's window at first."""
+
+    # -- devices -----------------------------------------------------------------------------------------------
+
+    def install(self, platform: Platform) -> None:
+        """Everything on the board."""
+        self.platform = platform
+        if not platform.has_irqchip:
+            self.make_user_irqchip()
+        self.make_devices()
+
+    def make_devices(self) -> None:
+        """Make the devices, ``add`` each of them, and map it."""
+
+    def add(self, name: str, device: Made) -> Made:
+        """``device`` is part of the board: it is reset with it, and Machine.devices has it by this name."""
+        self.parts.append((name, device))
+        return device
+
+    def irq_line(self, irq: int) -> IrqLine:
+        """Another line to ISA interrupt ``irq``, into whichever controller the machine has; ORed with those there are.
+        """
+        wire = self._wires.get(irq)
+        if wire is None:
+            set_irq = self.platform.vm.irq_line if self.user_irqchip is None else self.user_irqchip.set_irq
+            wire = self._wires[irq] = IrqWire(lambda level: set_irq(irq, level), irq)
+        return wire.line()
+
+    def make_user_irqchip(self) -> None:
+        """All interrupt controllers and the PIT in Python; their output reaches the one vCPU when that is made."""
+        from pyvmm.devices.i8254 import I8254
+        from pyvmm.devices.user_irqchip import UserIrqchip
+
+        cpus = self.platform.cpus
+        chip = UserIrqchip(self.clock, lambda level: cpus[0].exec.interrupt(level) if cpus else None)
+        self.user_irqchip = chip
+        pit = I8254(self.clock, self.irq_line(layout.IRQ_TIMER))
+        for name, device in (("pic", chip.pic), ("ioapic", chip.ioapic), ("lapic", chip.lapic), ("pit", pit)):
+            self.add(name, device)
+        pio, mmio = self.pio, self.mmio
+        pio.map(layout.PORT_PIC_MASTER, 2, chip.pic.master, name="pic.master")
+        pio.map(layout.PORT_PIC_SLAVE, 2, chip.pic.slave, name="pic.slave")
+        pio.map(layout.PORT_PIC_ELCR, 2, chip.pic.elcr, name="pic.elcr")
+        mmio.map(layout.IOAPIC, layout.IOAPIC_BYTES, chip.ioapic, name="ioapic")
+        mmio.map(layout.LAPIC, layout.LAPIC_BYTES, chip.lapic, name="lapic")
+        pio.map(layout.PORT_PIT, 4, pit, name="pit")
+        pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
+
+    def add_serial(self) -> Serial:
+        """COM1, with the console that MachineConfig.serial says."""
+        from pyvmm.devices.serial import Serial
+
+        consoles = self.chassis.consoles
+        serial = Serial(
+            self.irq_line(layout.IRQ_COM1),
+            consoles.open(self.config.serial, "serial"),
+            self.clock,
+            gather_ns=CONSOLE_GATHER_NS if self.runs_guests else 0,
+        )
+        consoles.add_flush(serial.flush)
+        self.pio.add(layout.PORT_COM1, serial.region)
+        return self.add("serial", serial)
+
+    def gathered(self) -> list[tuple[int, int]]:
+        """(port, ports) where writes may come late and many at once. Asked for where the platform gathers them."""
+        return []
+
+    # -- the guest ---------------------------------------------------------------------------------------------
+
+    @property
+    def starts_in_firmware(self) -> bool:
+        """Whether the first instruction is a ROM's, which finds the rest by itself."""
+        return False
+
+    def load_guest(self, *, clean: bool = True) -> BootState | None:
+        """Tables and images into memory; ``clean``: that is known to be zero. None where there is neither kernel nor
+        flat binary to enter: the reset state stays.
+        """
+        from pyvmm.x86 import boot
+
+        config, images = self.config, self.images
+        if config.flat is not None:
+            address = config.flat_address
+            if address is None:
+                address = layout.BOOT_SECTOR if config.flat_mode == "real16" else layout.KERNEL
+            return boot.load(
+                self.memory,
+                images.get(config.flat, "flat binary"),
+                name=image_name(config.flat, "flat binary"),
+                flat_address=address,
+                flat_mode=config.flat_mode,
+                clean=clean,
+            )
+        if config.kernel is None or config.firmware is not None:
+            return None  # firmware boots a kernel by itself, out of fw_cfg
+        kernel = images.get(config.kernel, "kernel")
+        modules = [(images.get(image, "module"), line) for image, line in config.modules]
+        initrd = images.get(config.initrd, "initrd") if config.initrd is not None else None
+        named = [image for image, _ in config.modules] or ([config.initrd] if config.initrd is not None else [])
+        rsdp = self.write_tables()
+        return boot.load(
+            self.memory,
+            kernel,
+            name=image_name(config.kernel, "kernel"),
+            initrd=modules or initrd,
+            module_names=[image_name(image, "module") for image in named],
+            append=config.append,
+            acpi_rsdp=rsdp,
+            clean=clean,
+        )
+
+    def write_tables(self) -> int:
+        """Tables for a kernel that is entered directly; the ACPI root pointer's address, 0 without."""
+        return 0
+
+    # -- reset and wake-up: every vCPU is parked, the devices are at power-on again ------------------------------
+
+    def all_devices(self) -> list[Device]:
+        """The board's, and whatever the embedder has mapped; each once."""
+        mapped = [r.device for space in (self.pio, self.mmio) for r in space.regions if r.device is not None]
+        own = [device for _, device in self.parts]
+        return list({id(device): device for device in [*own, *mapped]}.values())
+
+    def after_reset(self) -> None:
+        """What the board has to do beyond its devices' own reset."""
+
+    def after_wake(self) -> None:
+        """The same where the guest has been suspended to RAM: memory is as it was."""
+
+    def waking_state(self) -> BootState | None:
+        """Where a guest goes on that was suspended to RAM; None: at the reset vector."""
+        from pyvmm.x86.wake import waking_state
+
+        if not self.runs_guests:
+            return None
+        # A guest that has left no vector is started again, as firmware would do.
+        return waking_state(self.memory) or self.load_guest(clean=False)
+
+    def woken(self, events: int) -> None:
+        """Tell the guest that it was, and by what: bits of PM1's status."""
+
+    # -- the embedder's hands ------------------------------------------------------------------------------------
+
+    def press_power_button(self) -> None:
+        raise StateError("this board has no power button: stop() the machine")
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        """Nothing is mapped any more, and nobody keeps the devices."""
+        for space in (self.pio, self.mmio):
+            for region in space.regions:
+                space.unmap(region)
+        self.parts.clear()

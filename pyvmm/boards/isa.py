@@ -1,0 +1,158 @@
+"""The legacy set: what every PC-like guest expects to find, at the ports of layout.py."""
+
+from __future__ import annotations
+
+from pyvmm.boards.board import Board
+from pyvmm.x86 import e820, layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.devices.debug_exit import DebugExit
+    from pyvmm.devices.debugcon import DebugCon
+    from pyvmm.devices.testdev import TestDev
+    from pyvmm.x86.boot import BootState
+
+
+class IsaBoard(Board):
+    """Both PCs' common part. ``make_isa_devices`` maps all of it but the PM block and the reset register: a chipset may
+    have its own mind about those.
+    """
+
+    debugcon: DebugCon | None = None
+    debug_exit: DebugExit | None = None
+    testdev: TestDev | None = None
+
+    def make_isa_devices(self) -> None:
+        """COM1, ACPI's PM block, the reset register, fw_cfg, RTC, i8042, port 0x92, POST codes; and what is asked for.
+        """
+        from pyvmm.devices.acpi_pm import AcpiPm
+        from pyvmm.devices.fw_cfg import FwCfg
+        from pyvmm.devices.reset_control import ResetControl
+
+        power = self.chassis.power
+        self.serial = self.add_serial()
+        pm = AcpiPm(
+            self.clock,
+            self.irq_line(layout.IRQ_SCI),
+            power.off,
+            s5_type=layout.SLP_TYP_S5,
+            s3_type=None if self.config.no_s3 else layout.SLP_TYP_S3,
+            on_suspend=power.suspend,
+            on_wake=power.wake,
+        )
+        self.pm = self.add("acpi_pm", pm)
+        why = f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"
+        self.reset_control = self.add("reset_control", ResetControl(lambda: power.reset(by=why)))
+        self.fw_cfg = self.add("fw_cfg", FwCfg(self.memory))
+        self.chassis.closers.call(self.fw_cfg.close)  # it may have views of the images
+        self.pio.map(layout.PORT_FW_CFG, 2, self.fw_cfg, name="fw_cfg")
+        self.pio.map(layout.PORT_FW_CFG_DMA, 8, self.fw_cfg.dma, name="fw_cfg.dma")
+        self._make_old_chips()
+        self._make_debug_devices()
+        if self.config.vga == "text":
+            self._make_vga()
+
+    def _make_old_chips(self) -> None:
+        from pyvmm.devices.i8042 import I8042
+        from pyvmm.devices.port92 import Port92
+        from pyvmm.devices.rtc import Rtc
+
+        pio, power = self.pio, self.chassis.power
+        low = min(self.memory.size_bytes, layout.RAM_HOLE)
+        rtc = Rtc(
+            self.irq_line(layout.IRQ_RTC),
+            self.clock,
+            ram_below_4g_bytes=low,
+            ram_above_4g_bytes=self.memory.size_bytes - low,
+            cpus=self.config.cpus,
+            on_alarm=self.pm.rtc_alarm,
+        )
+        i8042 = I8042(
+            self.irq_line(layout.IRQ_KEYBOARD),
+            lambda: power.reset(by=f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"),
+        )
+        port92 = Port92(lambda: power.reset(by=f"port {layout.PORT_FAST_A20:#x}"))
+        self.rtc, self.i8042, self.port92 = self.add("rtc", rtc), self.add("i8042", i8042), self.add("port92", port92)
+        pio.map(layout.PORT_RTC, 2, rtc, name="rtc")
+        pio.map(layout.PORT_I8042_DATA, 1, i8042, name="i8042.data")
+        pio.map(layout.PORT_I8042_COMMAND, 1, i8042.command, name="i8042.command")
+        pio.map(layout.PORT_FAST_A20, 1, port92, name="port92")
+
+    def _make_debug_devices(self) -> None:
+        """POST codes, the debug console, isa-debug-exit and, asked for, pc-testdev."""
+        from pyvmm.devices.debug_exit import DebugExit
+        from pyvmm.devices.debugcon import DebugCon
+        from pyvmm.devices.port80 import Port80
+
+        config, pio = self.config, self.pio
+        self.port80 = self.add("port80", Port80())
+        pio.map(layout.PORT_POST, 1, self.port80, name="port80")
+        if self.has_debugcon:
+            self.debugcon = self.add("debugcon", DebugCon(self.chassis.consoles.open(config.debugcon, "debugcon")))
+            self.chassis.closers.call(self.debugcon.flush)  # its last line may have no end
+            pio.map(layout.PORT_DEBUG_CONSOLE, 1, self.debugcon, name="debugcon")
+        if config.debug_exit is not None:
+            self.debug_exit = self.add("debug_exit", DebugExit(self.chassis.power.debug_exit))
+            pio.map(config.debug_exit, 4, self.debug_exit, name="isa-debug-exit")
+        if config.testdev:
+            self._make_testdev()
+
+    @property
+    def has_debugcon(self) -> bool:
+        """Whether there is a debug console, also where nobody listens."""
+        return True
+
+    def _make_testdev(self) -> None:
+        from pyvmm.address_space import BufferRegion
+        from pyvmm.devices.testdev import TestDev
+
+        lines = [self.irq_line(n) for n in range(layout.IOAPIC_PINS)]
+
+        def set_gsi(n: int, level: int) -> None:
+            if n < len(lines):
+                lines[n].set(level)
+
+        testdev = self.testdev = self.add("testdev", TestDev(self.memory.drop_mapping, set_gsi))
+        self.pio.map(layout.PORT_TESTDEV, 4, testdev, name="testdev.latch")
+        self.pio.map(layout.PORT_TESTDEV + 4, 4, testdev.flush, name="testdev.flush")
+        self.pio.map(layout.PORT_TESTDEV + 8, 4, testdev.latch_bytes, name="testdev.bytes")
+        self.pio.map(layout.PORT_TESTDEV_IRQ, 24, testdev.irqs, name="testdev.irqs")
+        self.mmio.add(layout.TESTDEV_MEMORY, BufferRegion(testdev.memory, name="testdev.memory"))
+
+    def _make_vga(self) -> None:
+        """Text mode. Its memory is there: part of RAM where nothing is cut out below 1 MiB, else a region of its own.
+        """
+        from pyvmm.devices import vga_text
+
+        memory_map = self.memory_map
+        vga = vga_text.VgaText(lambda: memory_map.read(layout.VGA_TEXT, layout.VGA_TEXT_BYTES), self.clock)
+        self.vga = self.add("vga", vga)
+        self.pio.map(layout.PORT_VGA, vga_text.PORTS, vga, name="vga")
+        self.pio.map(
+            layout.PORT_VGA_MONO, vga_text.MONO_PORTS, vga, name="vga.mono", read=vga.read_mono, write=vga.write_mono
+        )
+        self.chassis.consoles.add_screen(vga.frame)
+
+    def describe_machine(self) -> None:
+        """What firmware and kvm-unit-tests ask fw_cfg for, and the embedder's own files."""
+        cpus = self.config.cpus
+        self.fw_cfg.describe_machine(cpus, cpus, self.memory.size_bytes, e820.pack_fw_cfg(self.memory.regions))
+        for name, data in self.config.fw_cfg.items():
+            self.fw_cfg.add_file(name, bytes(data))
+
+    # -- wake-up -----------------------------------------------------------------------------------------------
+
+    def waking_state(self) -> BootState | None:
+        """Firmware, told by a byte in CMOS, finds the way to the waking vector by itself; without, we go there."""
+        if self.starts_in_firmware:
+            from pyvmm.devices.rtc import SHUTDOWN, SHUTDOWN_S3
+
+            self.rtc.cmos[SHUTDOWN] = SHUTDOWN_S3
+            return None
+        return super().waking_state()
+
+    def woken(self, events: int) -> None:
+        self.pm.woken(events)
+
+    def press_power_button(self) -> None:
+        self.pm.press()

@@ -1,0 +1,30 @@
+"""The microvm board: the legacy set and no more. It boots a kernel or a flat binary; there is neither PCI nor firmware.
+"""
+
+from __future__ import annotations
+
+from pyvmm.boards.isa import IsaBoard
+from pyvmm.x86 import layout
+
+
+class Microvm(IsaBoard):
+    def make_devices(self) -> None:
+        self.make_isa_devices()
+        self.pio.map(layout.PORT_PM, layout.PM_BYTES, self.pm, name="acpi_pm")
+        self.pio.map(layout.PORT_RESET, 1, self.reset_control, name="reset")
+        self.describe_machine()
+        if self.config.uuid is not None:
+            from pyvmm.devices.fw_cfg import UUID
+            from pyvmm.x86 import smbios
+
+            self.fw_cfg.add(UUID, smbios.parse_uuid(self.config.uuid))
+
+    def write_tables(self) -> int:
+        """ACPI and MP tables."""
+        from pyvmm.x86 import acpi, mptable
+
+        config = self.config
+        tables = acpi.build(config.cpus, s3=not config.no_s3, vga=self.vga is not None)
+        tables.write(self.memory)
+        mptable.write(self.memory, config.cpus)
+        return tables.rsdp

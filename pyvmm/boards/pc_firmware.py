@@ -1,0 +1,115 @@
+"""What a pc tells its firmware, by fw_cfg and by CMOS, and the tables for a kernel that is booted without."""
+
+from __future__ import annotations
+
+from pyvmm.devices.ide.disk import IdeDisk
+from pyvmm.errors import ConfigError
+from pyvmm.images import image_name
+from pyvmm.x86 import firmware_files, layout
+from pyvmm.x86.boot_options import BootOptions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boards.pc import Pc
+
+
+def describe_to_firmware(pc: Pc) -> None:
+    """fw_cfg's files and items for firmware, and the CMOS bytes that it looks at."""
+    config, fw_cfg = pc.config, pc.fw_cfg
+    boot = BootOptions(config.boot)
+    roms = {}
+    if config.kernel is not None and pc.starts_in_firmware:
+        roms = hand_over_kernel(pc)
+    files = firmware_files.pc_firmware_files(
+        config.cpus,
+        pc.memory.regions,
+        option_roms=roms,
+        uuid=system_uuid(pc),
+        cpu_id=pc.platform.cpu_identity(),
+        boot_menu_wait_ms=boot.splash_time_ms,
+        boot_fail_wait_ms=boot.reboot_timeout_ms,
+        s3=not config.no_s3,
+    )
+    kernel = next(iter(roms), None)
+    if any(boot_paths(pc, order, kernel) for order in (boot.order, boot.once or "")):
+        files[firmware_files.BOOT_ORDER_FILE] = lambda: firmware_files.boot_order(
+            boot_paths(pc, boot_order(pc), kernel), boot.strict
+        )
+    for name, data in files.items():
+        fw_cfg.add_file(name, data)
+    for key, item in firmware_files.pc_firmware_items(uuid=system_uuid(pc), boot_menu=boot.menu).items():
+        fw_cfg.add(key, item)
+    disks = [unit if isinstance(unit, IdeDisk) else None for unit in pc.units]
+    set_cmos(
+        pc,
+        firmware_files.pc_cmos(
+            boot_order(pc),
+            [firmware_files.TRANSLATION_NONE if disk is None else disk.bios_translation for disk in disks],
+            [None if disk is None else disk.geometry for disk in disks],
+        ),
+    )
+
+
+def set_cmos(pc: Pc, values: list[tuple[int, int]]) -> None:
+    for index, value in values:
+        pc.rtc.cmos[index] = value
+
+
+def boot_order(pc: Pc) -> str:
+    """The letters that hold for this boot: ``once`` until the first reset."""
+    boot = BootOptions(pc.config.boot)
+    return boot.order if boot.once is None or not pc.first_boot else boot.once
+
+
+def boot_paths(pc: Pc, order: str, kernel: str | None) -> list[str]:
+    """Device paths of the drives, and of the kernel's option ROM, in ``order``."""
+    drives = [(index, drive.media) for index, drive in pc.drives]
+    return firmware_files.boot_paths(drives, order, kernel=kernel)
+
+
+def after_first_boot(pc: Pc) -> None:
+    """Back to the usual order in CMOS, which is the guest's from then on. The file is made anew after every reset."""
+    boot = BootOptions(pc.config.boot)
+    if boot.once is not None:
+        set_cmos(pc, firmware_files.cmos_boot_order(boot.order))
+
+
+def system_uuid(pc: Pc) -> bytes:
+    from pyvmm.x86 import smbios
+
+    return bytes(16) if pc.config.uuid is None else smbios.parse_uuid(pc.config.uuid)
+
+
+def hand_over_kernel(pc: Pc) -> dict[str, bytes]:
+    """The kernel and its initrd into fw_cfg; the option ROM that fetches and starts them, by its name."""
+    from pyvmm import guests
+    from pyvmm.x86 import linuxboot
+
+    config, images = pc.config, pc.images
+    assert config.kernel is not None
+    if config.modules:
+        raise ConfigError("a kernel that firmware boots takes no modules: give an initrd, or leave the firmware out")
+    items = linuxboot.kernel_items(
+        pc.memory,
+        images.get(config.kernel, "kernel"),
+        name=image_name(config.kernel, "kernel"),
+        initrd=None if config.initrd is None else images.get(config.initrd, "initrd"),
+        append=config.append,
+    )
+    for key, data in items.items():
+        pc.fw_cfg.add(key, data)
+    return {linuxboot.ROM_NAME: linuxboot.option_rom(guests.image("linuxboot"))}
+
+
+def write_tables(pc: Pc) -> int:
+    """ACPI, MP and SMBIOS tables for a kernel booted directly; the ACPI root pointer's address."""
+    from pyvmm.x86 import acpi_pc, mptable, smbios
+
+    config, memory = pc.config, pc.memory
+    low = min(memory.size_bytes, layout.RAM_HOLE)
+    tables = acpi_pc.build(config.cpus, ram_below_4g_bytes=low, s3=not config.no_s3, vga=pc.vga is not None)
+    tables.write(memory)
+    mptable.write(memory, config.cpus)
+    ranges = [(gpa, size) for gpa, size in memory.regions if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
+    smbios.build(config.cpus, ranges, uuid=system_uuid(pc), cpu_id=pc.platform.cpu_identity()).write(memory)
+    return tables.rsdp

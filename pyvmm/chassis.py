@@ -1,0 +1,117 @@
+"""Chassis: what every machine has, whatever its board and its platform: the parts that know nothing of either."""
+
+from __future__ import annotations
+
+from pyvmm import run_control as states
+from pyvmm.address_space import AddressSpace
+from pyvmm.consoles import Consoles
+from pyvmm.drives import Drives
+from pyvmm.event_loop import EventLoop
+from pyvmm.light import Thread
+from pyvmm.outcomes import Outcomes, callback_failure
+from pyvmm.power import Power
+from pyvmm.run_control import RunControl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.clock import Clock
+    from pyvmm.closers import Closers
+    from pyvmm.config import MachineConfig
+    from pyvmm.guest_memory import GuestMemory
+    from pyvmm.kvm_clock import KvmClock
+
+PORTS = 1 << 16
+ADDRESS_BITS = 52
+
+
+class Chassis:
+    """Address spaces, run control, event loop, drives, consoles, power; and the list of what is to be closed.
+
+    ``owner`` is the Machine: a guest that runs keeps it, since each of its threads reaches it here.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        memory: GuestMemory,
+        closers: Closers,
+        make_clock: Callable[[EventLoop], Clock],
+        owner: object = None,
+    ) -> None:
+        self.owner = owner
+        self.closers = closers
+        self.memory = memory
+        self.pio = AddressSpace("pio", PORTS)
+        self.mmio = AddressSpace("mmio", 1 << ADDRESS_BITS)
+        self.control = RunControl(self._on_light, self._in_timer)
+        self.power = Power(self.control, no_reboot=config.no_reboot)
+        self.outcomes = Outcomes(self.control, self.power, memory)
+        self.loop = EventLoop(self.outcomes.callback_raised)
+        self.loop.clock.stop()
+        self.clock = make_clock(self.loop)
+        self.kvm_clock: KvmClock | None = None
+        """What KVM keeps of guest time, where it does."""
+        self.drives = Drives(self.control, closers)
+        self.consoles = Consoles(
+            self.loop,
+            closers,
+            command=config.raw_terminal,
+            on_quit=lambda: self.power.stop(0, "quit"),
+            on_gone=self.power.reader_gone,
+            keys=(
+                ("w", "wake a guest that has suspended itself", lambda show: self.power.press_if_suspended()),
+                ("r", "registers of every vCPU", self.outcomes.dump),
+            ),
+        )
+        self._background: list[Thread] = []
+
+    def _in_timer(self) -> bool:
+        return self.loop.clock.in_callback()
+
+    def _on_light(self, green: bool) -> None:
+        """Guest time goes on, or stops: all vCPUs are parked then, and drives and consoles come to rest too."""
+        if green:
+            if self.kvm_clock is not None:
+                self.kvm_clock.start()
+            self.loop.clock.resume()
+            return
+        if self.kvm_clock is not None:
+            self.kvm_clock.stop()
+        self.loop.clock.stop()
+        self.drives.drain()
+        # What the guest has said is out before anybody hears that it stands.
+        try:
+            self.consoles.flush()
+        except BaseException as error:
+            raise callback_failure(error) from error
+
+    # -- work beside the guest ---------------------------------------------------------------------------------
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """``work()`` on a thread of its own, over before the machine is closed. What it raises ends the run."""
+        def body() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self.outcomes.callback_raised(error)
+
+        thread = Thread(body)
+        thread.start()
+        self._background.append(thread)
+        self.closers.call(thread.join)
+
+    def join_background(self) -> None:
+        """Return when that work is done."""
+        for thread in self._background:
+            thread.join()
+
+    def on_own_thread(self) -> bool:
+        """Whether the caller is one of the machine's threads, or a request: none of them may wait for the machine."""
+        own = self.loop.on_loop_thread() or any(thread.is_current for thread in self._background)
+        return own or self.control.inside()
+
+    @property
+    def closed(self) -> bool:
+        return self.control.state_name == states.CLOSED

@@ -1,0 +1,142 @@
+"""Consoles: the host's ends of a machine's serial port and debug console, and the terminal that they may share."""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.chardev import Chardev
+    from pyvmm.closers import Closers
+    from pyvmm.config import Serial
+    from pyvmm.event_loop import EventLoop
+    from pyvmm.screen import Frame
+    from pyvmm.terminal import Terminal
+    from pyvmm.terminal_screen import TerminalScreen
+
+    # Of the terminal: a letter, its line of help, and what it does; that gets a function which shows text.
+    Key = tuple[str, str, Callable[[Callable[[str], object]], object]]
+
+
+class Consoles:
+    """``open`` makes a console's host side from the words of MachineConfig.serial; ``by_name`` has all of them.
+
+    ``command``: this process is `pyvmm run`. Its terminal is raw, has Ctrl-A as an escape with ``keys`` beside its own,
+    shows a screen where there is one, ``on_quit()`` is Ctrl-A x, and ``on_gone()`` hears that nobody reads any more.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        closers: Closers,
+        *,
+        command: bool = False,
+        on_quit: Callable[[], None] | None = None,
+        on_gone: Callable[[], None] | None = None,
+        keys: Sequence[Key] = (),
+    ) -> None:
+        self._loop = loop
+        self._closers = closers
+        self._command = command
+        self._on_quit = on_quit
+        self._on_gone = on_gone
+        self._keys = keys
+        self._flushes: list[Callable[[], object]] = []
+        self.by_name: dict[str, Chardev] = {}
+        self.made: list[Chardev] = []
+        """Those that were made here; the embedder's own are the embedder's to close."""
+        self.terminal: Terminal | None = None
+        self.screen: TerminalScreen | None = None
+
+    def open(self, spec: Serial, name: str) -> Chardev:
+        """The host's side of the console ``name``. ConfigError for words that mean nothing."""
+        opened = self.by_name[name] = self._open(spec, name)
+        if opened is not spec:
+            self.made.append(self._closers.add(opened))
+        return opened
+
+    def _open(self, spec: Serial, name: str) -> Chardev:
+        from pyvmm import chardev as c
+
+        if spec is None or spec == "none":
+            return c.NullChardev()
+        if isinstance(spec, c.Chardev):
+            return spec
+        if callable(spec):
+            return c.CallableChardev(spec)
+        if spec == "stdio":
+            return self._the_terminal().console(name)
+        if spec == "pty":
+            return c.PtyChardev(self._loop)
+        if spec.startswith("file:") and len(spec) > len("file:"):
+            return c.FileChardev(spec[len("file:") :], self._loop)
+        raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
+
+    # -- the terminal ------------------------------------------------------------------------------------------
+
+    def _the_terminal(self) -> Terminal:
+        """The one owner of standard input and output."""
+        if self.terminal is None:
+            import os
+
+            from pyvmm.terminal import Terminal
+
+            raw = self._command and os.isatty(0)
+            made = self.terminal = Terminal(
+                self._loop,
+                raw=raw,
+                escape=raw,
+                on_quit=self._on_quit,
+                on_gone=self._on_gone if self._command else None,
+            )
+            self._closers.call(self._close_terminal, made.abandon)
+            for letter, what, pressed in self._keys:
+                made.add_key(letter, what, lambda pressed=pressed: pressed(self._show_text))  # type: ignore[misc]
+        return self.terminal
+
+    def _show_text(self, text: str) -> None:
+        if self.terminal is not None:
+            self.terminal.show(f"\n{text}".replace("\n", "\r\n").encode())
+
+    def add_screen(self, look: Callable[[], Frame]) -> None:
+        """What ``look()`` gives is on a command's terminal, from the start; Ctrl-A v changes to the consoles."""
+        if self._command:
+            from pyvmm.terminal_screen import TerminalScreen
+
+            line = self._the_terminal()
+            self.screen = TerminalScreen(look, self._loop.clock, line.type_to_console, lambda: line.can_write)
+            line.set_screen(self.screen, first=True)
+
+    def take_terminal(self) -> None:
+        """Keys only, no lines, from now on: before the guest's first character, and when there is a run to quit."""
+        if self.terminal is not None:
+            self.terminal.enter_raw()
+
+    def start(self) -> None:
+        """Begin to read what is typed. Once: a later call does nothing."""
+        if self.terminal is not None:
+            self.terminal.start()
+
+    def _close_terminal(self) -> None:
+        """The consoles again; what was on the screen stays to be read, as lines of text."""
+        assert self.terminal is not None
+        try:
+            if self.screen is not None and self.terminal.leave_screen():
+                self.terminal.show(self.screen.last_words())
+        finally:
+            self.terminal.close()
+
+    # -- what the guest has said -------------------------------------------------------------------------------
+
+    def add_flush(self, flush: Callable[[], object]) -> None:
+        """A device that keeps characters back for a while hands them on when ``flush()`` is called."""
+        self._flushes.append(flush)
+
+    def flush(self) -> None:
+        """What the guest has said is out when this returns."""
+        if self.screen is not None:
+            self.screen.refresh()
+        for flush in self._flushes:
+            flush()

@@ -1,0 +1,352 @@
+"""Platforms: who runs a guest's instructions. KvmPlatform has a VM and its vCPUs; NoCpuPlatform (accel="qtest") nobody.
+
+The order is KVM's: memory slots before the irqchip (each slot change after it waits for an SRCU grace period), the
+irqchip before the vCPUs (which get their local APICs from it).
+"""
+
+from __future__ import annotations
+
+from pyvmm.cpu import Cpu
+from pyvmm.cpu_exec import CpuExec
+from pyvmm.device import DeviceLock
+from pyvmm.errors import ConfigError, StateError
+from pyvmm.kvm.system import CAPABILITIES, Kvm
+from pyvmm.kvm.vm import MEM_READONLY
+from pyvmm.kvm_clock import KvmClock
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.address_space import AddressSpace
+    from pyvmm.chassis import Chassis
+    from pyvmm.clock import Clock
+    from pyvmm.config import MachineConfig
+    from pyvmm.devices.user_irqchip import UserIrqchip
+    from pyvmm.event_loop import EventLoop
+    from pyvmm.kvm.system import CpuidEntry
+    from pyvmm.kvm.vm import Vm
+    from pyvmm.memory_map import MemoryMap
+    from pyvmm.x86.boot import BootState
+
+PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
+XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
+X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
+
+
+class Platform:
+    """What both kinds answer. ``cpus`` is empty until ``make_cpus``."""
+
+    runs_guests = False
+    """Whether there are vCPUs, so that guest time passes by itself."""
+
+    def __init__(self) -> None:
+        self.cpus: list[Cpu] = []
+        self.tsc_khz = 0
+
+    @staticmethod
+    def clock(loop: EventLoop) -> Clock:
+        """Guest time, which the devices see."""
+        raise NotImplementedError
+
+    @property
+    def kvm(self) -> Kvm:
+        raise StateError("accel='qtest' has no KVM: make the machine with accel='kvm'")
+
+    @property
+    def vm(self) -> Vm:
+        raise StateError("accel='qtest' has no VM: make the machine with accel='kvm'")
+
+    @property
+    def has_irqchip(self) -> bool:
+        """Whether interrupt controllers and PIT are KVM's."""
+        return False
+
+    def make_cpus(self, chassis: Chassis, user_irqchip: UserIrqchip | None) -> None:
+        """The vCPUs, at power-on; each on a thread of its own once the machine runs."""
+
+    def enter(self, boot: BootState | None) -> None:
+        """The first vCPU at the guest's entry, the others wait for INIT and SIPI, as KVM made them. None: at the reset
+        vector, as it is.
+        """
+
+    def reset(self) -> None:
+        """vCPUs, interrupt controllers and clocks back to power-on. Every vCPU is parked."""
+
+    def cpu_identity(self) -> tuple[int, int, str] | None:
+        """What a guest's inventory says of its processors. None without one."""
+        return None
+
+    @property
+    def gathers_ports(self) -> bool:
+        """Whether writes to ports can be gathered (KVM's coalesced PIO)."""
+        return False
+
+    def settle(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
+        """What takes long and need not be done before the guest starts: writes to these (port, ports) are gathered from
+        some milliseconds later on.
+        """
+
+    def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
+        """Have writes to this range gathered from now on."""
+        raise StateError("accel='qtest' has no KVM to gather writes: map the range without it")
+
+
+class NoCpuPlatform(Platform):
+    """Devices only, driven from outside; guest time stands still until somebody moves it."""
+
+    @staticmethod
+    def clock(loop: EventLoop) -> Clock:
+        from time import time_ns
+
+        from pyvmm.clock import VirtualClock
+
+        return VirtualClock(wall_ns=time_ns())
+
+
+class KvmPlatform(Platform):
+    """A VM with ``memory_map`` in its slots; ``irqchip`` "kernel": and with KVM's interrupt controllers and PIT."""
+
+    runs_guests = True
+
+    @staticmethod
+    def clock(loop: EventLoop) -> Clock:
+        return loop.clock
+
+    def __init__(self, config: MachineConfig, memory_map: MemoryMap, chassis: Chassis) -> None:
+        super().__init__()
+        self._config = config
+        self._pio = chassis.pio
+        self._ring_lock = DeviceLock()
+        closers = chassis.closers
+        self._kvm = Kvm()
+        closers.call(self._kvm.close, self._kvm.close)
+        check_limits(self._kvm, config.cpus)
+        self._vm = self._kvm.create_vm()
+        closers.call(self._vm.close, self._vm.close)
+        closers.call(self._close_cpus, self._abandon_cpus)
+        set_slot = self._vm.set_memory_slot
+        memory_map.attach(
+            lambda slot, gpa, size, host, readonly: set_slot(slot, gpa, size, host, MEM_READONLY if readonly else 0)
+        )
+        # Required before the first vCPU on Intel's processors (api.rst), with any irqchip.
+        self._vm.set_tss_address(layout.KVM_TSS)
+        self._vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
+        chassis.mmio.reserve(layout.KVM_PAGES, layout.KVM_PAGES_BYTES, "pages of KVM's own")
+        self._use_ids(self._vm)
+        if config.irqchip == "kernel":
+            make_kernel_irqchip(self._vm, chassis)
+
+    @property
+    def kvm(self) -> Kvm:
+        return self._kvm
+
+    @property
+    def vm(self) -> Vm:
+        return self._vm
+
+    @property
+    def has_irqchip(self) -> bool:
+        return self._vm.has_irqchip
+
+    def _use_ids(self, vm: Vm) -> None:
+        """For more processors than an xAPIC can name: APIC ids of 32 bits in all that KVM is told, and 255 the id of
+        one processor. Before the irqchip. Linux virt/kvm/api.rst, KVM_CAP_X2APIC_API.
+        """
+        cpus = self._config.cpus
+        if cpus <= XAPIC_CPUS:
+            return
+        capability = "KVM_CAP_X2APIC_API"
+        if self._kvm.check_extension(capability) & X2APIC_FLAGS != X2APIC_FLAGS:
+            raise ConfigError(f"{cpus} vCPUs: this host's KVM has no x2APIC ids, ask for at most {XAPIC_CPUS}")
+        vm.enable_cap(CAPABILITIES[capability], X2APIC_FLAGS)
+
+    # -- vCPUs -------------------------------------------------------------------------------------------------
+
+    def make_cpus(self, chassis: Chassis, user_irqchip: UserIrqchip | None) -> None:
+        for index in range(self._config.cpus):
+            vcpu = self._vm.create_vcpu(index)
+            table = cpuid_table(self._kvm, self._config, index)
+            vcpu.cpuid = table
+            loop = CpuExec(vcpu, chassis.pio, chassis.mmio, user_irqchip=user_irqchip is not None)
+            if user_irqchip is not None:
+                loop.acknowledge = user_irqchip.acknowledge
+                loop.on_tpr = user_irqchip.lapic.look_at_cpu
+                user_irqchip.lapic.cpu = loop
+            self.cpus.append(Cpu(index, vcpu, loop, chassis.control, chassis.outcomes.cpu_stopped, table))
+        if self.has_irqchip and self._config.cpus > 1:
+            # KVM makes its map of local APICs anew when one of them changes, and a new vCPU is in it only then: or INIT
+            # and SIPI never reach the last one, where the guest has not touched its own APIC before.
+            vcpu.lapic = vcpu.lapic
+        chassis.control.cpus = chassis.outcomes.cpus = self.cpus
+        chassis.outcomes.vendor = self._vendor
+        chassis.kvm_clock = self._clock = KvmClock(self._vm, self.cpus)
+        # Asked for now: the ioctl waits for a vCPU that runs, and one that has halted for good never comes back.
+        self.tsc_khz = vcpu.tsc_khz
+
+    def enter(self, boot: BootState | None) -> None:
+        if boot is None:
+            return
+        vcpu = self.cpus[0].vcpu
+        regs, sregs = vcpu.regs, vcpu.sregs
+        boot.apply(regs, sregs)
+        vcpu.sregs = sregs
+        vcpu.regs = regs
+
+    def _close_cpus(self) -> None:
+        for cpu in self.cpus:
+            cpu.exec.close()
+            cpu.vcpu.close()
+
+    def _abandon_cpus(self) -> None:
+        for cpu in self.cpus:
+            cpu.exec.abandon()
+            cpu.vcpu.close()
+
+    def cpu_identity(self) -> tuple[int, int, str] | None:
+        from pyvmm.x86 import cpuid
+
+        return cpuid.identity(cpuid_table(self._kvm, self._config, 0))
+
+    def _vendor(self) -> str:
+        """The host's CPUID vendor string: whose exit codes a hardware exit reason is."""
+        from pyvmm.x86 import cpuid
+
+        return cpuid.identity(self._kvm.supported_cpuid())[2]
+
+    # -- reset -------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        from pyvmm.x86 import vcpu_state
+
+        state = self._power_on_state()
+        if self.has_irqchip:
+            for chip in state["irqchips"]:
+                self._vm.set_irqchip(chip)
+            self._vm.set_pit(state["pit"])
+        for cpu, saved in zip(self.cpus, state["vcpus"], strict=True):
+            vcpu_state.load(cpu.vcpu, saved)
+            cpu.was_reset()
+        self._clock.forget_timers()
+
+    def _power_on_state(self) -> dict[str, Any]:
+        """The kernel's side of a machine that has just been made: read from one that is made for it and thrown away.
+
+        Costs a few milliseconds at a reset, and nothing at the start of the many machines that never see one.
+        """
+        from pyvmm.x86 import vcpu_state
+
+        indices = self._kvm.msr_indices()
+        twin = self._kvm.create_vm()
+        try:
+            state: dict[str, Any] = {}
+            self._use_ids(twin)
+            if self.has_irqchip:
+                twin.create_irqchip()
+                twin.create_pit()
+                state["irqchips"] = [twin.get_irqchip(chip) for chip in (PIC_MASTER, PIC_SLAVE, IOAPIC)]
+                state["pit"] = twin.get_pit()
+            state["vcpus"] = []
+            for cpu in self.cpus:
+                vcpu = twin.create_vcpu(cpu.index)
+                vcpu.cpuid = cpu.cpuid
+                state["vcpus"].append(vcpu_state.save(vcpu, indices, lapic=self.has_irqchip))
+                vcpu.close()
+            return state
+        finally:
+            twin.close()
+
+    # -- gathered writes ---------------------------------------------------------------------------------------
+
+    @property
+    def gathers_ports(self) -> bool:
+        return bool(self._kvm.check_extension("KVM_CAP_COALESCED_PIO"))
+
+    def settle(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
+        if ranges:
+            self._attach_ring(chassis.pio)
+        if ranges or self.has_irqchip:
+            chassis.in_background(lambda: self._settle(ranges))
+
+    def _settle(self, ranges: list[tuple[int, int]]) -> None:
+        """These wait for grace periods in KVM, longer than all of the recipe takes."""
+        if self.has_irqchip:
+            # A guest slow to take its ticks is not to be flooded with them later.
+            self._vm.set_pit_reinject(False)
+        for port, size in ranges:
+            self._vm.coalesce(port, size, pio=True)
+
+    def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
+        self._attach_ring(space)
+        self._vm.coalesce(address, size, pio=space is self._pio)
+
+    def _attach_ring(self, space: AddressSpace) -> None:
+        """Every vCPU drains KVM's ring from now on. ConfigError where KVM has none for this space."""
+        if not self._kvm.check_extension("KVM_CAP_COALESCED_PIO" if space is self._pio else "KVM_CAP_COALESCED_MMIO"):
+            raise ConfigError(f"this host's KVM does not coalesce {space.name} writes: map the range without it")
+        page = self._kvm.check_extension("KVM_CAP_COALESCED_MMIO")
+        for cpu in self.cpus:
+            cpu.exec.coalesced_ring(page, self._ring_lock)
+
+
+def check_limits(kvm: Kvm, cpus: int) -> None:
+    limit = kvm.check_extension("KVM_CAP_MAX_VCPUS")
+    if cpus > limit:
+        raise ConfigError(f"{cpus} vCPUs: this host's KVM takes at most {limit}, ask for fewer")
+
+
+# What cpuid.build made, by its arguments: it takes longer than making the vCPU. Nothing in it is of one machine.
+_cpuid_tables: dict[tuple[object, ...], list[CpuidEntry]] = {}
+
+
+def cpuid_table(kvm: Kvm, config: MachineConfig, index: int) -> list[CpuidEntry]:
+    irqchip = config.irqchip == "kernel"
+    key = (kvm.device, config.cpu, config.cpus, irqchip, index)
+    if key not in _cpuid_tables:
+        from pyvmm.x86 import cpuid
+
+        deadline = irqchip and bool(kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
+        _cpuid_tables[key] = cpuid.build(
+            kvm.supported_cpuid(),
+            spec=config.cpu,
+            apic_id=index,
+            cpus=config.cpus,
+            irqchip=irqchip,
+            tsc_deadline=deadline,
+            brand=[kvm.host_cpuid(function) for function in cpuid.BRAND_STRING],
+        )
+    return _cpuid_tables[key]
+
+
+# -- KVM's interrupt controllers ---------------------------------------------------------------------------------
+
+
+def make_kernel_irqchip(vm: Vm, chassis: Chassis) -> None:
+    vm.create_irqchip()
+    vm.create_pit()
+    vm.set_gsi_routing(pc_routes())
+    # An access there never comes to us.
+    for space, address, size, name in (
+        (chassis.pio, layout.PORT_PIC_MASTER, 2, "KVM's PIC"),
+        (chassis.pio, layout.PORT_PIC_SLAVE, 2, "KVM's PIC"),
+        (chassis.pio, layout.PORT_PIC_ELCR, 2, "KVM's PIC"),
+        (chassis.pio, layout.PORT_PIT, 4, "KVM's PIT"),
+        (chassis.pio, layout.PORT_SPEAKER, 1, "KVM's PIT"),
+        (chassis.mmio, layout.IOAPIC, KVM_IOAPIC_BYTES, "KVM's IOAPIC"),
+        (chassis.mmio, layout.LAPIC, layout.LAPIC_BYTES, "KVM's local APIC"),
+    ):
+        space.reserve(address, size, name)
+
+
+def pc_routes() -> list[tuple[int, str, int, int]]:
+    """GSI n to pin n of the PIC pair and of the IOAPIC; but the timer's wire goes to IOAPIC pin 2, as on a PC."""
+    routes = [
+        (gsi, "irqchip", PIC_MASTER if gsi < 8 else PIC_SLAVE, gsi & 7) for gsi in range(layout.ISA_IRQS)
+    ]
+    for gsi in range(layout.IOAPIC_PINS):
+        if gsi != layout.GSI_TIMER:
+            pin = layout.GSI_TIMER if gsi == layout.IRQ_TIMER else gsi
+            routes.append((gsi, "irqchip", IOAPIC, pin))
+    return routes

@@ -1,0 +1,80 @@
+"""Power: what a guest, by its devices, does to the machine it is in: off, reset, suspend to RAM, awake again."""
+
+from __future__ import annotations
+
+from pyvmm import run_control as states
+from pyvmm.reset_count import ResetCount
+from pyvmm.run_control import ExitStatus
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.run_control import RunControl
+
+STATUS_READER_GONE = 141  # what a shell says of a process that SIGPIPE has ended
+POWER_BUTTON = 0x100  # of PM1's status (ACPI 6.5, 4.8.3.1.1)
+
+
+class Power:
+    """Devices are given its methods. All may be called from handlers: what they ask for is done once every vCPU has
+    parked. ``attach`` brings how a reset and a wake-up are done (restart.py).
+    """
+
+    def __init__(self, control: RunControl, *, no_reboot: bool) -> None:
+        self._control = control
+        self._no_reboot = no_reboot
+        self.resets = ResetCount()
+        self._restart: Callable[[], None] = lambda: None
+        self._wake: Callable[[int], None] = lambda events: None
+
+    def attach(self, restart: Callable[[], None], wake: Callable[[int], None]) -> None:
+        """``restart()`` brings everything back to power-on, ``wake(events)`` a guest out of suspend to RAM."""
+        self._restart, self._wake = restart, wake
+
+    def off(self) -> None:
+        """The guest powered itself off."""
+        self.stop(states.STATUS_POWER_OFF, "shutdown")
+
+    def stop(self, status: int, reason: str) -> None:
+        """End the run."""
+        ended = ExitStatus(status, reason)
+        self._control.request(lambda: self._control.end(ended, None, states.SHUTDOWN))
+
+    def reset(self, why: str = "reset", by: str = "") -> None:
+        """The guest asked for a reset, or fell into a triple fault; ``by`` what, where ``why`` does not tell."""
+        if self._no_reboot:
+            self.stop(states.STATUS_RESET, why)
+            return
+        self.resets.note(by or why)
+        self._control.request(self._restart)
+
+    def reset_now(self) -> None:
+        """The embedder's: it returns when the reset is done, but for a caller who would wait for itself."""
+        # A function of this call's own: it is waited for, and another thread may be asking for the same.
+        self._control.request(lambda: self._restart(), wait=True)
+
+    def suspend(self) -> None:
+        """The guest suspends to RAM (ACPI S3)."""
+        self._control.request(self._control.suspend)
+
+    def wake(self, events: int) -> None:
+        """An event that the guest has enabled ends that: bits of PM1's status."""
+        self._control.request(lambda: self._wake(events))
+
+    def press_if_suspended(self) -> None:
+        """The power button, for a guest that sleeps; from anywhere, and without waiting for it."""
+        if self._control.suspended:
+            self.wake(POWER_BUTTON)
+
+    def wake_now(self) -> None:
+        """The embedder's, by the power button: it returns when that is done."""
+        self._control.request(lambda: self._wake(POWER_BUTTON), wait=True)
+
+    def debug_exit(self, value: int) -> None:
+        """isa-debug-exit was written."""
+        self.stop((value << 1) | 1, "debug-exit")
+
+    def reader_gone(self) -> None:
+        """Nobody reads the terminal, or the pipe in its place, any more: the guest would run on unseen."""
+        self.stop(STATUS_READER_GONE, "reader-gone")
