@@ -22,6 +22,7 @@ The vocabulary:
     m.memory        GuestMemory: RAM, as views for DMA
     m.cpus          Cpu: registers, step(), breakpoints
     m.consoles      Chardev by name, with feed(bytes)
+    m.events        Events: listen(function, "stop", "reset", ...) hears what happens to it, as an Event
     m.exit_stats()  ExitStat: what each kind of exit cost
     errors          ConfigError what was asked wrongly, StateError not now, KvmError what the host refuses,
                     GuestError and DeviceError with a dump: what ends a run
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine
     from pyvmm.errors import BusError, ConfigError, DeviceError, GuestError, KvmError, StateError, VmmError
+    from pyvmm.events import Event, Events
     from pyvmm.exit_stats import ExitStat
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.machine import Machine
@@ -88,6 +90,7 @@ _MODULES = {
     "cpu": ("Cpu",),
     "device": ("Device", "IrqLine"),
     "errors": ("BusError", "ConfigError", "DeviceError", "GuestError", "KvmError", "StateError", "VmmError"),
+    "events": ("Event", "Events"),
     "exit_stats": ("ExitStat",),
     "guest_memory": ("GuestMemory",),
     "machine": ("Machine",),
@@ -121,7 +124,9 @@ __all__ = [
     "Device",
     "DeviceError",
     "DriveOptions",
+    "Event",
     "EventRegion",
+    "Events",
     "ExitStat",
     "ExitStatus",
     "FifoRegion",

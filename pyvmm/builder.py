@@ -40,6 +40,7 @@ def build(config: MachineConfig, kind: type[Board] | None, owner: object) -> tup
         chassis.power.attach(restart.reset, restart.wake)
         if not runs_guests:
             chassis.consoles.start()  # no resume() will
+        closers.call(chassis.events.flush)
         return chassis, board, platform
     except BaseException:
         closers.close()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pyvmm import run_control as states
 from pyvmm.address_space import AddressSpace
 from pyvmm.consoles import Consoles
 from pyvmm.drives import Drives
 from pyvmm.event_loop import EventLoop
+from pyvmm.events import Events
 from pyvmm.light import Thread
 from pyvmm.outcomes import Outcomes, callback_failure
 from pyvmm.power import Power
@@ -45,15 +45,16 @@ class Chassis:
         self.memory = memory
         self.pio = AddressSpace("pio", PORTS)
         self.mmio = AddressSpace("mmio", 1 << ADDRESS_BITS)
-        self.control = RunControl(self._on_light, self._in_timer)
+        self.loop = EventLoop(self._callback_raised)
+        self.loop.clock.stop()
+        self.events = Events(self.loop.call_soon, self._callback_raised)
+        self.control = RunControl(self._on_time, self.loop.clock.in_callback, self.events.tell)
         self.power = Power(self.control, no_reboot=config.no_reboot)
         self.outcomes = Outcomes(self.control, self.power, memory)
-        self.loop = EventLoop(self.outcomes.callback_raised)
-        self.loop.clock.stop()
         self.clock = make_clock(self.loop)
         self.kvm_clock: KvmClock | None = None
         """What KVM keeps of guest time, where it does."""
-        self.drives = Drives(self.control, closers)
+        self.drives = Drives(self.control, self.events, closers)
         self.consoles = Consoles(
             self.loop,
             closers,
@@ -67,12 +68,12 @@ class Chassis:
         )
         self._background: list[Thread] = []
 
-    def _in_timer(self) -> bool:
-        return self.loop.clock.in_callback()
+    def _callback_raised(self, error: BaseException) -> None:
+        self.outcomes.callback_raised(error)
 
-    def _on_light(self, green: bool) -> None:
+    def _on_time(self, runs: bool) -> None:
         """Guest time goes on, or stops: all vCPUs are parked then, and drives and consoles come to rest too."""
-        if green:
+        if runs:
             if self.kvm_clock is not None:
                 self.kvm_clock.start()
             self.loop.clock.resume()
@@ -111,7 +112,3 @@ class Chassis:
         """Whether the caller is one of the machine's threads, or a request: none of them may wait for the machine."""
         own = self.loop.on_loop_thread() or any(thread.is_current for thread in self._background)
         return own or self.control.inside()
-
-    @property
-    def closed(self) -> bool:
-        return self.control.state_name == states.CLOSED

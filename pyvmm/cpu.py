@@ -225,7 +225,7 @@ class Cpu:
             self._thread.join()
 
     def _stay(self) -> bool:
-        """One stay in the loop, from the green light to the next reason to park. False: the thread is to end."""
+        """One stay in the loop, up to the next reason to park. False: the thread is to end."""
         pid = getpid()
         error: BaseException | None = None
         try:
@@ -282,7 +282,7 @@ def main(me: ref[Cpu], index: int, lock: Any, cond: Condition) -> None:
 
 
 def admitted(me: ref[Cpu], lock: Any, cond: Condition) -> Cpu | None:
-    """Park until the light is green: the vCPU, to run its guest. None: the thread's time is over."""
+    """Park until it may enter: the vCPU, to run its guest. None: the thread's time is over."""
     with lock:
         while (cpu := me()) is not None:
             admission = cpu._control.admit(cpu)

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from pyvmm.run_control import IO_ERROR, STATUS_IO_ERROR, ExitStatus
+from pyvmm.run_control import STATUS_IO_ERROR, ExitStatus
+from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pyvmm.block.backend import BlockBackend
     from pyvmm.closers import Closers
+    from pyvmm.events import Events
     from pyvmm.run_control import RunControl
 
 
 class Drives:
     """``failed`` is every backend's on_error: where its policy says stop, the request waits and so does the machine."""
 
-    def __init__(self, control: RunControl, closers: Closers) -> None:
+    def __init__(self, control: RunControl, events: Events, closers: Closers) -> None:
         self._control = control
+        self._events = events
         self._closers = closers
         self.backends: dict[str, BlockBackend] = {}
         self.io_error = ""
         """What the last one was that stopped the machine."""
-        self.on_io_error: Callable[[str], object] | None = None
 
     def add(self, backend: BlockBackend) -> None:
         self.backends[backend.name] = self._closers.add(backend)
 
     def failed(self, backend: BlockBackend, operation: str, number: int, action: str) -> None:
         """A request failed; ``action`` is what the drive's rerror or werror says."""
+        self._events.tell("io-error", drive=backend.name, operation=operation, errno=number, action=action)
         if action != "stop":
             return
         import os
 
         self.io_error = f"{backend.name}: {operation}: {os.strerror(number)}"
         held_up = ExitStatus(STATUS_IO_ERROR, f"io-error: {self.io_error}")
-        self._control.request(lambda: self._control.end(held_up, None, IO_ERROR))
-        if self.on_io_error is not None:
-            self.on_io_error(self.io_error)
+        self._control.end(RunState.IO_ERROR, held_up)
 
     @property
     def stalled(self) -> bool:

@@ -18,6 +18,7 @@ from pyvmm.errors import ConfigError, StateError
 from pyvmm.light import Lock, Thread
 from pyvmm.power import STATUS_READER_GONE
 from pyvmm.run_control import ExitStatus, timeout_or_none
+from pyvmm.run_state import RunState
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
     from pyvmm.reset_count import ResetCount
-    from pyvmm.run_state import RunState
     from pyvmm.terminal import Terminal
 
 STATUS_SHUTDOWN = states.STATUS_POWER_OFF
@@ -86,12 +86,11 @@ class Machine:
         self.clock = chassis.clock
         self.event_loop: EventLoop = chassis.loop
         self.control = chassis.control
+        self.events = chassis.events
         self.drives = chassis.drives
         self.backends: Mapping[str, BlockBackend] = chassis.drives.backends
         self.consoles: Mapping[str, Chardev] = chassis.consoles.by_name
         self.cpus: list[Cpu] = self._platform.cpus
-        self.on_first_resume: Callable[[], None] | None = None
-        """Called once, when the guest has been set going: for what need not be done before."""
 
     # -- what it is made of --------------------------------------------------------------------------------
 
@@ -134,15 +133,6 @@ class Machine:
     def io_error(self) -> str:
         """What failed when a drive's policy last stopped the machine."""
         return self.drives.io_error
-
-    @property
-    def on_io_error(self) -> Callable[[str], object] | None:
-        """Told what failed when a drive's policy has stopped the machine, by whatever thread found out."""
-        return self.drives.on_io_error
-
-    @on_io_error.setter
-    def on_io_error(self, hear: Callable[[str], object] | None) -> None:
-        self.drives.on_io_error = hear
 
     @property
     def irq_controllers(self) -> Mapping[str, ControllerPins]:
@@ -189,7 +179,7 @@ class Machine:
         if not finished:
             self.control.pause()
             # It may have ended while it was being paused.
-            if self.control.state_name in (states.PAUSED, states.RUNNING):
+            if self.control.state in (RunState.PAUSED, RunState.RUNNING):
                 often = self.resets.sentence(before)
                 raise TimeoutError(f"the guest was still running after {timeout_s} s" + (often and f": {often}"))
         return self.control.outcome()
@@ -217,20 +207,14 @@ class Machine:
         self._chassis.consoles.take_terminal()
         self.control.resume()
         self._chassis.consoles.start()
-        self._say_that_it_runs()
         # After that: one that fails again stops the machine again.
         self.drives.resume()
-
-    def _say_that_it_runs(self) -> None:
-        started, self.on_first_resume = self.on_first_resume, None
-        if started is not None:
-            started()
 
     def _retry_drives(self) -> None:
         """resume() where nothing runs but the drives. StateError where none of them waits."""
         if not self.drives.stalled:
             raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
-        self.control.restarted()
+        self.control.go_on_without_cpus()
         self.drives.resume()
 
     def pause(self) -> None:
@@ -245,7 +229,7 @@ class Machine:
         """Power-on state, kernel loaded anew. A running machine goes on running, another is paused at the start."""
         self._usable("reset")
         self._chassis.power.reset_now()
-        if self.control.state_name == states.INTERNAL_ERROR and self.control.error is not None:
+        if self.control.state is RunState.INTERNAL_ERROR and self.control.error is not None:
             raise self.control.error
 
     def powerdown(self) -> None:
@@ -260,7 +244,7 @@ class Machine:
         """
         self._usable("wakeup")
         if not self.control.suspended:
-            raise StateError(f"the guest is not suspended, the machine is in state {self.control.state_name}")
+            raise StateError(f"the guest is not suspended, the machine is in state {self.control.state}")
         self._chassis.power.wake_now()
 
     def nmi(self, cpu: int = 0) -> None:
@@ -272,11 +256,7 @@ class Machine:
         self._usable("nmi")
         if not is_int(cpu) or not 0 <= cpu < len(self.cpus):
             raise ConfigError(f"nmi({cpu!r}): give the number of a vCPU, from 0; there are {len(self.cpus)}")
-        self.control.request(lambda: self._nmi(self.cpus[cpu]), wait=True)
-
-    def _nmi(self, cpu: Cpu) -> None:
-        cpu.vcpu.nmi()
-        self.control.carry_on()
+        self.control.request("nmi", self.cpus[cpu].vcpu.nmi, self.control.carry_on, wait=True)
 
     def stop(self, status: int = states.STATUS_STOPPED, reason: str = "stopped") -> None:
         """End the run with ``status``; callable from devices' handlers. What ``run`` returns.
@@ -310,7 +290,7 @@ class Machine:
 
     def _usable(self, call: str) -> None:
         self._same_process(call)
-        if self.control.state_name == states.CLOSED:
+        if self.control.state is RunState.CLOSED:
             raise StateError(f"{call}(): the machine is closed: make another one")
 
     def _not_from_inside(self, call: str) -> None:
@@ -374,7 +354,7 @@ class Machine:
             return
         if getpid() != self._pid:
             self._closed = True
-            self.control.state_name = states.CLOSED
+            self.control.abandon()
             self._chassis.closers.abandon()
             return
         self._not_from_inside("close")
@@ -414,7 +394,7 @@ class Machine:
     def __repr__(self) -> str:
         if self._closed:
             return "<Machine closed>"
-        return f"<Machine {self.config.machine}, {len(self.cpus)} vCPUs, {self.control.state_name}>"
+        return f"<Machine {self.config.machine}, {len(self.cpus)} vCPUs, {self.control.state}>"
 
     def __enter__(self) -> Machine:
         return self

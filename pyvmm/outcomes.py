@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pyvmm import run_control as states
 from pyvmm.cpu_exec import StopReason
 from pyvmm.errors import DeviceError, GuestError, HostError, describe, traceback_text, whose
-from pyvmm.run_control import ExitStatus
+from pyvmm.run_control import STATUS_DEBUG, ExitStatus
+from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,27 +36,28 @@ class Outcomes:
             self._handler_raised(cpu, error)
             return
         detail = cpu.exec.detail
+        about = {"cpu": cpu.index, "detail": dict(detail)}
         if reason is StopReason.SHUTDOWN:
-            self._power.reset("triple fault", by="a triple fault")
+            self._power.reset("triple fault", by="a triple fault", about=about)
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "SHUTDOWN":
             self._power.off()
         elif reason is StopReason.SYSTEM_EVENT and detail["event"] == "RESET":
             self._power.reset(by="KVM's system event")
         elif reason is StopReason.DEBUG:
-            stopped = ExitStatus(states.STATUS_DEBUG, "debug")
-            self._control.request(lambda: self._control.end(stopped, None, states.DEBUG))
+            self._control.end(RunState.DEBUG, ExitStatus(STATUS_DEBUG, "debug", cpu.index), about=about)
         else:
             from pyvmm.dump import dump, reason_text
 
             text = reason_text(detail, self.vendor())
             failure = GuestError(text, dump(cpu.vcpu, self._memory, f"vCPU {cpu.index}: {text}"))
-            self._control.request(lambda: self._control.end(None, failure, states.INTERNAL_ERROR))
+            self._control.end(RunState.INTERNAL_ERROR, error=failure, about=about)
 
     def _handler_raised(self, cpu: Cpu, error: BaseException) -> None:
         """A dump with the traceback; then the access that the handler left half done is completed."""
+        about = {"cpu": cpu.index}
         if isinstance(error, HostError):  # no fault of the device's, and told in one sentence
             cpu.exec.complete()
-            self._control.request(lambda: self._control.fail_late(error))
+            self._control.fail_late(error, about)
             return
         from pyvmm.dump import dump
 
@@ -65,25 +66,24 @@ class Outcomes:
         failure = DeviceError(text, f"{post_mortem}\n{traceback_text(error)}")
         failure.__cause__ = error
         cpu.exec.complete()
-        self._control.request(lambda: self._control.fail_late(failure))
+        self._control.fail_late(failure, about)
 
     def callback_raised(self, error: BaseException) -> None:
         """A timer's or a descriptor's callback, on the event loop's thread; or work in the background."""
         failure = error if isinstance(error, HostError) else callback_failure(error)
-        self._control.request(lambda: self._control.fail_late(failure))
+        self._control.fail_late(failure)
 
     # -- dumps that somebody asks for --------------------------------------------------------------------------
 
     def dump(self, hear: Callable[[str], object], *, wait: bool = False) -> None:
         """``hear(text)`` gets registers and code of every vCPU, taken while all of them stand."""
-        self._control.request(lambda: self._dump(hear), wait=wait)
+        self._control.request("dump", lambda: self._dump(hear), self._control.carry_on, wait=wait)
 
     def _dump(self, hear: Callable[[str], object]) -> None:
         from pyvmm.dump import dump
 
-        title = f"vCPU {{}}, machine {self._control.state_name}"
+        title = f"vCPU {{}}, machine {self._control.state}"
         hear("\n".join(dump(cpu.vcpu, self._memory, title.format(cpu.index)) for cpu in self.cpus) + "\n")
-        self._control.carry_on()
 
 
 def callback_failure(error: BaseException) -> DeviceError:

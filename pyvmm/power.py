@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pyvmm import run_control as states
 from pyvmm.reset_count import ResetCount
-from pyvmm.run_control import ExitStatus
+from pyvmm.run_control import STATUS_POWER_OFF, STATUS_RESET, ExitStatus
+from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pyvmm.run_control import RunControl
 
@@ -34,33 +35,32 @@ class Power:
 
     def off(self) -> None:
         """The guest powered itself off."""
-        self.stop(states.STATUS_POWER_OFF, "shutdown")
+        self.stop(STATUS_POWER_OFF, "shutdown")
 
-    def stop(self, status: int, reason: str) -> None:
-        """End the run."""
-        ended = ExitStatus(status, reason)
-        self._control.request(lambda: self._control.end(ended, None, states.SHUTDOWN))
+    def stop(self, status: int, reason: str, about: dict[str, Any] | None = None) -> None:
+        """End the run; ``about`` is what the event says of it besides."""
+        self._control.end(RunState.SHUTDOWN, ExitStatus(status, reason), about=about)
 
-    def reset(self, why: str = "reset", by: str = "") -> None:
+    def reset(self, why: str = "reset", by: str = "", about: dict[str, Any] | None = None) -> None:
         """The guest asked for a reset, or fell into a triple fault; ``by`` what, where ``why`` does not tell."""
         if self._no_reboot:
-            self.stop(states.STATUS_RESET, why)
+            self.stop(STATUS_RESET, why, about)
             return
         self.resets.note(by or why)
-        self._control.request(self._restart)
+        self._control.request("reset", self._restart, lambda: self._control.restarted(guest=True, by=by or why))
 
     def reset_now(self) -> None:
         """The embedder's: it returns when the reset is done, but for a caller who would wait for itself."""
-        # A function of this call's own: it is waited for, and another thread may be asking for the same.
-        self._control.request(lambda: self._restart(), wait=True)
+        self._control.request("reset", self._restart, self._control.restarted, wait=True)
 
     def suspend(self) -> None:
         """The guest suspends to RAM (ACPI S3)."""
-        self._control.request(self._control.suspend)
+        self._control.request("suspend", then=self._control.suspend)
 
-    def wake(self, events: int) -> None:
+    def wake(self, events: int, *, wait: bool = False) -> None:
         """An event that the guest has enabled ends that: bits of PM1's status."""
-        self._control.request(lambda: self._wake(events))
+        control = self._control
+        control.request("wakeup", lambda: self._wake(events), lambda: control.woken(events), wait=wait)
 
     def press_if_suspended(self) -> None:
         """The power button, for a guest that sleeps; from anywhere, and without waiting for it."""
@@ -69,7 +69,7 @@ class Power:
 
     def wake_now(self) -> None:
         """The embedder's, by the power button: it returns when that is done."""
-        self._control.request(lambda: self._wake(POWER_BUTTON), wait=True)
+        self.wake(POWER_BUTTON, wait=True)
 
     def debug_exit(self, value: int) -> None:
         """isa-debug-exit was written."""

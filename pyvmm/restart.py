@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Restart:
-    """``reset`` and ``wake`` are requests of RunControl."""
+    """``reset`` and ``wake`` are what Power has RunControl carry out."""
 
     def __init__(self, chassis: Chassis, board: Board, platform: Platform) -> None:
         self._chassis = chassis
@@ -23,12 +23,10 @@ class Restart:
         self._platform = platform
 
     def reset(self) -> None:
-        """Devices, interrupt controllers, memory image and vCPUs back to power-on.
-
-        A machine that somebody paused meanwhile stays so.
-        """
+        """Devices, interrupt controllers, memory image and vCPUs back to power-on."""
         board = self._board
-        self._chassis.drives.drain()
+        if not board.runs_guests:
+            self._chassis.drives.drain()  # else they have come to rest with guest time
         self._chassis.drives.drop_stalled()
         with board.memory_map.held:
             for device in board.all_devices():
@@ -38,15 +36,13 @@ class Restart:
             board.after_reset()
             self._platform.enter(board.load_guest(clean=False))
             board.first_boot = False
-        self._chassis.control.restarted()
 
     def wake(self, events: int) -> None:
         """As a reset: processors and chips have been without power. But memory has not, and the guest goes on at its
         waking vector. ``events``: bits of PM1's status.
         """
-        board, control = self._board, self._chassis.control
-        if not control.suspended:
-            control.carry_on()
+        board = self._board
+        if not self._chassis.control.suspended:
             return
         self._chassis.drives.drop_stalled()
         with board.memory_map.held:
@@ -57,7 +53,6 @@ class Restart:
             board.after_wake()
             self._platform.enter(board.waking_state())
             board.woken(events)
-        control.woken()
 
 
 def reset_device(device: Device) -> None:

@@ -1,17 +1,18 @@
 """RunControl: what starts, parks and releases all vCPUs of a machine together, and knows its run state.
 
-A vCPU thread is either inside its loop or parked in ``RunControl.enter``. Whatever needs every vCPU out of the guest
-(pause, reset, power-off, an error) is a request: it takes the green light away, kicks the vCPUs, and the last one to
-park carries the request out. No thread of its own is needed for it, and a device may ask from inside a handler.
+A vCPU thread is either inside its loop or parked in ``RunControl.admit``. Whatever needs every vCPU out of the guest
+(pause, reset, power-off, an error) is a Request: from then on no vCPU may enter, those inside are kicked, and the last
+one to park carries it out. No thread of its own is needed for that, and a device may ask from inside a handler.
 
-Lock order: a device's lock may be held when RunControl's is taken, never the other way round; requests run with
-neither.
+Lock order: a device's lock may be held when RunControl's is taken, never the other way round; requests are carried out
+with neither.
 """
 
 from __future__ import annotations
 
 from pyvmm.errors import Brief, ConfigError, StateError, describe
 from pyvmm.light import Condition, RLock, get_ident
+from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,26 +20,16 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.cpu import Cpu
-    from pyvmm.run_state import RunState
 
+    Then = Callable[[], object]
 
-# RunState's values. Enum members are made for whoever looks at ``state``; importing enum takes a tenth of a start.
-PRELAUNCH = "prelaunch"
-RUNNING = "running"
-SUSPENDED = "suspended"
-PAUSED = "paused"
-DEBUG = "debug"
-IO_ERROR = "io-error"
-SHUTDOWN = "shutdown"
-INTERNAL_ERROR = "internal-error"
-CLOSED = "closed"
 FROM_INSIDE = (
     "from a device's handler or a callback would wait for itself: call stop() or pause() there, "
     "and the rest where run() has returned"
 )
-ALIVE = (RUNNING, SUSPENDED)
-ENDED = (SHUTDOWN, INTERNAL_ERROR, CLOSED)
-RESUMABLE = (PRELAUNCH, PAUSED, DEBUG, IO_ERROR)
+ALIVE = (RunState.RUNNING, RunState.SUSPENDED)
+ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.CLOSED)
+RESUMABLE = (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG, RunState.IO_ERROR)
 
 
 # A wait for longer is one without a limit: locks take no more than this (threading.TIMEOUT_MAX, 292 years).
@@ -55,7 +46,8 @@ STATUS_STOPPED = 16
 
 
 class ExitStatus(int, metaclass=Brief):
-    """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two.
+    """How a run ended, as the number ``pyvmm run`` exits with; ``reason`` says it in a word or two, and ``cpu`` is the
+    index of the vCPU that it stopped at, None where it was none of them.
 
     ====  =====================================================================================
     0     the guest powered off
@@ -71,14 +63,16 @@ class ExitStatus(int, metaclass=Brief):
     """
 
     reason: str
+    cpu: int | None
 
-    def __new__(cls, status: int, reason: str = "") -> ExitStatus:
+    def __new__(cls, status: int, reason: str = "", cpu: int | None = None) -> ExitStatus:
         self = super().__new__(cls, status)
         self.reason = reason
+        self.cpu = cpu
         return self
 
-    def __getnewargs__(self) -> tuple[int, str]:  # type: ignore[override]  # int's own has one: copies keep the reason
-        return int(self), self.reason
+    def __getnewargs__(self) -> tuple[int, str, int | None]:  # type: ignore[override]  # int's own has only the number
+        return int(self), self.reason, self.cpu
 
     def __str__(self) -> str:
         return int.__repr__(self)
@@ -102,38 +96,68 @@ def failure_status(error: BaseException) -> ExitStatus:
     return ExitStatus(number if isinstance(number, int) else STATUS_GUEST_ERROR, describe(error))
 
 
+PAUSED = ExitStatus(STATUS_PAUSED, RunState.PAUSED)
+
+
+class Request:
+    """Something to be done while every vCPU is parked; ``name`` says what, for whoever looks at the queue.
+
+    ``action()`` runs with no lock held. Then ``then()``, one of RunControl's transitions, says how the run goes on;
+    without one the vCPUs stay parked. ``done`` is set when that is over, also by an error.
+    """
+
+    __slots__ = ("action", "done", "name", "then")
+
+    def __init__(self, name: str, action: Callable[[], object] | None = None, then: Then | None = None) -> None:
+        self.name = name
+        self.action = action
+        self.then = then
+        self.done = False
+
+    def __repr__(self) -> str:
+        return f"<Request {self.name}{', done' if self.done else ''}>"
+
+
+def tell_nobody(name: str, **data: object) -> None:
+    """In place of Events.tell."""
+
+
 class RunControl:
-    """The state machine of one machine. ``on_light(bool)`` hears when guest time starts and stops.
+    """The state machine of one machine. ``on_time(runs)`` starts and stops guest time, ``tell`` is Events.tell.
 
     ``in_timer()`` tells whether the caller is a timer's callback: guest time can't stop before that has returned, so it
     must not wait for what comes after.
     """
 
-    def __init__(self, on_light: Callable[[bool], None], in_timer: Callable[[], bool] = lambda: False) -> None:
-        self.state_name = PRELAUNCH
+    def __init__(
+        self,
+        on_time: Callable[[bool], None],
+        in_timer: Callable[[], bool] = lambda: False,
+        tell: Callable[..., None] = tell_nobody,
+    ) -> None:
+        self._state = RunState.PRELAUNCH
         self.cpus: Sequence[Cpu] = ()
         self.status: ExitStatus | None = None
         self.error: BaseException | None = None
-        self.suspended = False  # the guest is, also while somebody has paused the machine
+        self.suspended = False
+        """The guest has suspended itself, also while somebody has paused the machine."""
         self._lock = RLock()
         self._cond = Condition(self._lock)
-        self._go = False
-        self._only: Cpu | None = None  # the one vCPU that the green light is for; None: all of them
-        self._lit = False  # guest time runs
+        self._may_enter = False
+        self._only: Cpu | None = None  # the one vCPU that may; None: all of them
+        self._time_runs = False
         self._closing = False
         self._acting = 0  # the thread that carries out requests
         self._inside = 0
-        self._requests: list[Callable[[], None]] = []
-        self._under_way: Callable[[], None] | None = None  # the request under way
-        self._on_light = on_light
+        self._requests: list[Request] = []
+        self._on_time = on_time
         self._in_timer = in_timer
+        self._tell = tell
 
     @property
     def state(self) -> RunState:
         """What the machine is doing."""
-        from pyvmm.run_state import RunState
-
-        return RunState(self.state_name)
+        return self._state
 
     # -- the vCPU threads ----------------------------------------------------------------------------------
 
@@ -148,8 +172,8 @@ class RunControl:
             if self._requests and not self._acting and not self._inside:
                 self._carry_out()
                 continue
-            # A request under way, or one that came after the light turned green, goes first.
-            if self._go and not self._acting and not self._requests and self._only in (None, cpu):
+            # A request under way, or one that came after the last of them let vCPUs enter, goes first.
+            if self._may_enter and not self._acting and not self._requests and self._only in (None, cpu):
                 cpu.parked = False
                 self._inside += 1
                 # A kick meant for the last stay must not end this one.
@@ -174,37 +198,41 @@ class RunControl:
     def fail(self, error: BaseException) -> None:
         """On a vCPU's thread, out of every handler: end the run with an error that nobody above it can hear."""
         with self._lock:
-            self._requests.append(lambda: self.end(None, error, INTERNAL_ERROR))
+            self._requests.append(Request("fail", then=lambda: self._end(RunState.INTERNAL_ERROR, error=error)))
             self._stop_all()
             if not self._inside:
                 self._carry_out()
 
     def _failed(self, error: BaseException) -> None:
         """All vCPUs are parked and the lock is held: an error is the last word, even after an end."""
-        self._go = False
-        self.state_name, self.status, self.error = INTERNAL_ERROR, failure_status(error), error
+        self._may_enter = False
+        self._stand(RunState.INTERNAL_ERROR, None, error, {})
 
     def _carry_out(self) -> None:
-        """All vCPUs are parked and the lock is held: run the requests, outside of the lock."""
+        """All vCPUs are parked and the lock is held: carry the requests out, outside of the lock."""
         if self._acting:
             return
         self._acting = get_ident()
         try:
             while self._requests:
-                # The one before may have turned the light green; nobody has entered: that takes our end.
-                self._go = False
-                request = self._under_way = self._requests.pop(0)
+                # The one before may have let vCPUs enter. None has, or this would not be carried out.
+                self._may_enter = False
+                request = self._requests.pop(0)
                 try:
                     self._lock.release()
                     try:
                         self._stop_time()
-                        request()
+                        if request.action is not None:
+                            request.action()
                     finally:
                         self._lock.acquire()
-                        self._under_way = None
+                    if request.then is not None:
+                        request.then()
                 except BaseException as error:
                     # What a request raises (a reset that KVM refuses, say) must not vanish.
                     self._failed(error)
+                finally:
+                    request.done = True
         finally:
             self._acting = 0
             self._cond.notify_all()
@@ -213,119 +241,166 @@ class RunControl:
         """Guest time stops once every vCPU is parked. It waits for a timer callback under way, which may want a
         device's lock or ours: so neither is held here.
         """
-        if self._lit:
-            self._lit = False
-            self._on_light(False)
+        if self._time_runs:
+            self._time_runs = False
+            self._on_time(False)
+
+    def _start_time(self) -> None:
+        if not self._time_runs:
+            self._time_runs = True
+            self._on_time(True)
 
     # -- requests ------------------------------------------------------------------------------------------
 
     def _stop_all(self) -> None:
-        """Red light for everybody; the lock is held."""
-        self._go = False
+        """No vCPU may enter, and those inside come out; the lock is held."""
+        self._may_enter = False
         for cpu in self.cpus:
             if not cpu.parked:
                 cpu.exec.kick()
 
-    def request(self, action: Callable[[], None], wait: bool = False) -> None:
-        """Have ``action()`` run with every vCPU parked, as soon as may be; callable from handlers.
+    def request(
+        self, name: str, action: Callable[[], object] | None = None, then: Then | None = None, *, wait: bool = False
+    ) -> None:
+        """Have this done (see Request) as soon as may be; callable from handlers.
 
-        Returns at once, or with ``wait`` when it has run; on a vCPU's own thread always at once: it must park first,
+        Returns at once, or with ``wait`` when it is done; on a vCPU's own thread always at once: it must park first,
         and so in another request or a timer's callback, which must return first.
-        The vCPUs stay parked after it unless it calls ``go`` or ``carry_on``.
         """
+        request = Request(name, action, then)
         with self._lock:
             if self._closing:
                 return
-            self._requests.append(action)
+            self._requests.append(request)
             self._stop_all()
-            if not self._inside and not self._lit:
+            if not self._inside and not self._time_runs:
                 self._carry_out()
             elif not self._inside:
                 # Time is to be stopped, and the caller may hold a device's lock: one for a vCPU on its way in.
                 self._cond.notify_all()
             if wait and not self._would_wait_for_itself():
-                self._cond.wait_for(lambda: self._closing or not self._is_due(action))
+                # For this very request: by the time a waiter wakes, somebody else may have asked for the next.
+                self._cond.wait_for(lambda: self._closing or request.done)
 
-    def _is_due(self, action: Callable[[], None]) -> bool:
-        return self._under_way is action or any(request is action for request in self._requests)
+    def end(
+        self,
+        state: RunState,
+        status: ExitStatus | None = None,
+        error: BaseException | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Ask for an end of the run, or for what holds it up: ``state`` is what the machine is in then. From anywhere.
+
+        It takes the place of a pause that came a moment earlier, or it would be lost. Among ends the first counts.
+        ``about`` goes into the events.
+        """
+        self.request(state.value, then=lambda: self._end(state, status, error, about))
+
+    def _end(
+        self,
+        state: RunState,
+        status: ExitStatus | None = None,
+        error: BaseException | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        if self._state not in ENDED:
+            self._stand(state, status, error, about or {})
+
+    def fail_late(self, error: BaseException, about: dict[str, Any] | None = None) -> None:
+        """Ask for an end because a device has raised. It counts even where the run has ended meanwhile: a handler that
+        asks for an end and raises then is wrong all the same.
+        """
+
+        def failed() -> None:
+            if self._state not in ENDED or (self._state is RunState.SHUTDOWN and self.error is None):
+                self._stand(RunState.INTERNAL_ERROR, None, error, about or {})
+
+        self.request("fail", then=failed)
+
+    def _stand(
+        self, state: RunState, status: ExitStatus | None, error: BaseException | None, about: dict[str, Any]
+    ) -> None:
+        """The run is over, or held up. The lock is held."""
+        self._state, self.error = state, error
+        self.status = status if error is None else failure_status(error)
+        if state is RunState.SHUTDOWN:
+            self._tell("shutdown", status=self.status)
+        self._tell("stop", state=state, status=self.status, error=error, **{"cpu": None, "detail": {}, **about})
+        self._cond.notify_all()
+
+    # -- transitions: how the run goes on after a request. The lock is held, or taken. ---------------------------
 
     def go(self) -> None:
-        """Green light; part of a request, or of resume()."""
+        """Every vCPU may enter; part of resume() too."""
         with self._lock:
             if self._closing:
                 return
-            self.state_name = RUNNING
+            if self._state not in ALIVE:
+                self._tell("resume", state=self._state)
+            self._state = RunState.RUNNING
             self.status = self.error = None
-            self._go = True
-            if not self._lit:
-                self._lit = True
-                self._on_light(True)
+            self._may_enter = True
+            self._start_time()
             self._cond.notify_all()
 
     def carry_on(self) -> None:
-        """The last act of a request that changes nothing: a machine that runs goes on, one that is suspended stays so.
-        """
+        """Nothing has changed: a machine that runs goes on, one that is suspended stays so."""
         with self._lock:
-            if self.state_name == RUNNING:
+            if self._state is RunState.RUNNING:
                 self.go()
-            elif self.state_name == SUSPENDED:
+            elif self._state is RunState.SUSPENDED:
                 self._sleep()
 
     def _sleep(self) -> None:
         """The vCPUs stay parked, and guest time goes on. The lock is held."""
-        self.state_name = SUSPENDED
+        self._state = RunState.SUSPENDED
         self.status = self.error = None
-        if not self._lit and not self._closing:
-            self._lit = True
-            self._on_light(True)
+        if not self._closing:
+            self._start_time()
         self._cond.notify_all()
 
     def suspend(self) -> None:
-        """Part of a request: the guest suspends to RAM. One that somebody paused meanwhile does so when it goes on."""
+        """The guest suspends to RAM. One that somebody paused meanwhile does so when it goes on."""
         with self._lock:
-            if self.state_name not in ENDED:
+            if self._state not in ENDED:
                 self.suspended = True
-                if self.state_name == RUNNING:
+                self._tell("suspend")
+                if self._state is RunState.RUNNING:
                     self._sleep()
 
-    def woken(self) -> None:
-        """The last act of a wake-up: a machine that was suspended runs; one that somebody has paused stays so."""
-        with self._lock:
-            self.suspended = False
-            if self.state_name in ALIVE:
-                self.go()
-
-    def restarted(self) -> None:
-        """The last act of a reset: a machine that runs goes on; one that was paused, or had ended, is paused."""
-        with self._lock:
-            self.suspended = False
-            if self.state_name in ALIVE:
-                self.go()
-            elif self.state_name != CLOSED:
-                self.state_name = PAUSED
-                self.status, self.error = ExitStatus(STATUS_PAUSED, PAUSED), None
-
-    def end(self, status: ExitStatus | None, error: BaseException | None, state: str) -> None:
-        """The run is over, or held up; part of a request.
-
-        An end takes the place of a pause that came a moment earlier, or it would be lost. Among ends the first counts.
+    def woken(self, events: int = 0) -> None:
+        """The guest was suspended and is awake, by these bits of PM1's status: it runs, but where somebody has paused
+        the machine. One that was not suspended carries on.
         """
         with self._lock:
-            if self.state_name not in ENDED:
-                self._end(status, error, state)
+            if not self.suspended:
+                self.carry_on()
+                return
+            self.suspended = False
+            self._tell("wakeup", events=events)
+            if self._state in ALIVE:
+                self.go()
 
-    def fail_late(self, error: BaseException) -> None:
-        """What a device raised; part of a request. It is told even where the run has ended meanwhile: a handler that
-        asks for an end and raises then is wrong all the same.
+    def restarted(self, *, guest: bool = False, by: str = "") -> None:
+        """All is at power-on: a machine that runs goes on; one that was paused, or had ended, is paused. ``guest``:
+        it has reset itself; ``by`` what.
         """
         with self._lock:
-            if self.state_name not in ENDED or (self.state_name == SHUTDOWN and self.error is None):
-                self._end(None, error, INTERNAL_ERROR)
+            self.suspended = False
+            self._tell("reset", guest=guest, by=by)
+            if self._state in ALIVE:
+                self.go()
+            elif self._state is not RunState.CLOSED:
+                self._state = RunState.PAUSED
+                self.status, self.error = PAUSED, None
 
-    def _end(self, status: ExitStatus | None, error: BaseException | None, state: str) -> None:
-        self.state_name, self.error = state, error
-        self.status = status if error is None else failure_status(error)
-        self._cond.notify_all()
+    def go_on_without_cpus(self) -> None:
+        """What held up a machine that has no vCPU is over: it is driven from outside."""
+        with self._lock:
+            if self._state is not RunState.CLOSED:
+                self._tell("resume", state=self._state)
+                self._state = RunState.PAUSED
+                self.status, self.error = PAUSED, None
 
     # -- the embedder --------------------------------------------------------------------------------------
 
@@ -334,15 +409,16 @@ class RunControl:
         with self._lock:
             if self._closing:
                 raise StateError("the machine is closed: make another one")
-            if self.state_name in ALIVE:
+            if self._state in ALIVE:
                 if only is not None:
                     raise StateError(f"vCPU {only.index} can't step while the machine runs: pause() it first")
                 return
-            if self.state_name not in RESUMABLE:
-                raise StateError(f"the machine is in state {self.state_name}: reset() it first")
+            if self._state not in RESUMABLE:
+                raise StateError(f"the machine is in state {self._state}: reset() it first")
             self._only = only
             # In the same breath: an end that comes after the look at the state must stay the last word.
             if self.suspended:
+                self._tell("resume", state=self._state)
                 self._sleep()
             else:
                 self.go()
@@ -351,14 +427,13 @@ class RunControl:
         """Park every vCPU. In a handler or a timer's callback it takes effect when that returns."""
 
         def paused() -> None:
-            if self.state_name in ALIVE:
-                self.end(ExitStatus(STATUS_PAUSED, PAUSED), None, PAUSED)
+            if self._state in ALIVE:
+                self._stand(RunState.PAUSED, PAUSED, None, {})
 
         with self._lock:
-            if self.state_name not in ALIVE:
+            if self._state not in ALIVE:
                 return
-        # Waits for this very request: by the time a waiter wakes, somebody else may have resumed the machine.
-        self.request(paused, wait)
+        self.request("pause", then=paused, wait=wait)
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until no vCPU is inside and no request is left.
@@ -373,7 +448,7 @@ class RunControl:
                 lambda: not self._inside and not self._requests and not self._acting, timeout_s
             )
 
-    def wait(self, timeout_s: float | None = None, states: Sequence[str] = ALIVE) -> bool:
+    def wait(self, timeout_s: float | None = None, states: Sequence[RunState] = ALIVE) -> bool:
         """Wait until the machine neither runs nor is suspended (is in none of ``states``): True; False where the time
         ran out first.
 
@@ -383,7 +458,7 @@ class RunControl:
             if self._would_wait_for_itself():
                 raise StateError(f"wait() {FROM_INSIDE}")
             return self._cond.wait_for(
-                lambda: self.state_name not in states and not self._acting and not self._inside, timeout_s
+                lambda: self._state not in states and not self._acting and not self._inside, timeout_s
             )
 
     def close(self) -> None:
@@ -406,8 +481,12 @@ class RunControl:
             self._stop_time()
         finally:
             with self._lock:
-                self.state_name = CLOSED
+                self._state = RunState.CLOSED
                 self._cond.notify_all()
+
+    def abandon(self) -> None:
+        """In a child of fork: nothing can be done here any more. Takes no lock."""
+        self._state = RunState.CLOSED
 
     def outcome(self) -> ExitStatus:
         """How the run that ``wait`` has seen the end of has ended. Raises the error that ended it."""
@@ -416,10 +495,10 @@ class RunControl:
                 raise self.error
             if self.status is not None:
                 return self.status
-            if self.state_name == CLOSED:
+            if self._state is RunState.CLOSED:
                 raise StateError("the machine was closed while it ran")
             # Somebody has paused it, and somebody else has set it going again since.
-            return ExitStatus(STATUS_PAUSED, PAUSED)
+            return PAUSED
 
     def not_from_inside(self, call: str) -> None:
         """StateError where the caller would wait for itself."""

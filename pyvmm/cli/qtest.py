@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pyvmm.events import Event
+
 # Of `pyvmm run`: what a board is made of; the rest is about guests and how they run.
 BOARD = {
     *("machine", "drives", "cdrom", "firmware", "boot", "uuid", "memory_mib", "cpus", "fw_cfg", "snapshot"),
@@ -79,13 +81,15 @@ class RetryAtSigcont:
         # The handler interrupts the thread that drives the devices, which may hold their locks: the loop's thread acts.
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         machine.event_loop.add_reader(self._fd, self._retry)
-        machine.on_io_error = self._tell
+        machine.events.listen(self._tell, "io-error")
         self._before = signal.signal(signal.SIGCONT, lambda _number, _frame: os.eventfd_write(self._fd, 1))
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, event: Event) -> None:
         import os
 
-        say(f"pyvmm: io-error: {what}; the request waits: `kill -CONT {os.getpid()}` tries it again")
+        if event.data["action"] == "stop":
+            what = self._machine.io_error
+            say(f"pyvmm: io-error: {what}; the request waits: `kill -CONT {os.getpid()}` tries it again")
 
     def _retry(self) -> None:
         import os
@@ -101,7 +105,7 @@ class RetryAtSigcont:
         import signal
 
         signal.signal(signal.SIGCONT, self._before)
-        self._machine.on_io_error = None
+        self._machine.events.forget(self._tell)
         self._machine.event_loop.remove_reader(self._fd)
         os.close(self._fd)
 

@@ -12,7 +12,7 @@ from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path
 from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
-from pyvmm.run_control import IO_ERROR
+from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
         status = int(ended.code or 0)
     except KeyboardInterrupt:
         status = STATUS_INTERRUPTED
+    machine.events.flush()
     for watch in watches:
         watch.look()
     table = machine.exit_stats_table() if exit_stats else ""
@@ -226,13 +227,14 @@ def watch_text_memory(machine: Machine) -> list[TextWatch]:
     """Have it told that the guest writes to text memory that nobody sees. The watch is there once the guest runs."""
     watches: list[TextWatch] = []
 
-    def begin() -> None:
+    def begin(_event: object) -> None:
         from pyvmm.cli.text_watch import TextWatch
 
+        machine.events.forget(begin)
         watches.append(TextWatch(machine))
 
     if machine.vga is None:
-        machine.on_first_resume = begin
+        machine.events.listen(begin, "resume")
     return watches
 
 
@@ -257,7 +259,7 @@ def run_through_errors(machine: Machine, timeout_s: float | None) -> int:
     left_s = timeout_s
     while (status := machine.run(left_s)) == STATUS_IO_ERROR:
         message = f"pyvmm: {status.reason}; the guest is stopped: mend it, then `kill -CONT {os.getpid()}`"
-        ended = not wait_for_sigcont(machine, message, end) and machine.control.state_name != IO_ERROR
+        ended = not wait_for_sigcont(machine, message, end) and machine.control.state is not RunState.IO_ERROR
         if ended and machine.control.status is not None:
             return int(machine.control.status)  # Ctrl-A x, say
         left_s = None if end is None else max(0.0, end - monotonic())
@@ -279,7 +281,7 @@ def wait_for_sigcont(machine: Machine, message: str, end: float | None) -> bool:
     try:
         say(message)
         while not heard and (end is None or monotonic() < end):
-            if machine.control.wait(SIGNAL_CHECK_S, (IO_ERROR,)):
+            if machine.control.wait(SIGNAL_CHECK_S, (RunState.IO_ERROR,)):
                 break
         return bool(heard)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +199,15 @@ def test_resume_tries_again_what_a_policy_has_put_aside(image: Path, tmp_path: P
     rules = tmp_path / "rules"
     rules.write_text('[inject-error]\niotype = "read"\nonce = "on"\nimmediately = "on"\n')
     with board(drives=[DriveOptions(f"blkdebug:{rules}:{image}", rerror="stop")]) as m:
-        told: list[str] = []
-        m.on_io_error = told.append
+        told: list[dict[str, Any]] = []
+        m.events.listen(lambda event: told.append(event.data), "io-error")
         for port, value in ((0x1F2, 1), (0x1F3, 5), (0x1F6, 0xE0), (0x1F7, 0x20)):
             m.pio.write(port, 1, value)
         m.drain()
         assert (m.state.name, m.pio.read(0x1F7, 1)) == ("IO_ERROR", 0xD0)
-        assert told == [m.io_error] == ["ide0-hd0: read: Input/output error"]
+        m.events.flush()
+        assert told == [{"drive": "ide0-hd0", "operation": "read", "errno": EIO, "action": "stop"}]
+        assert m.io_error == "ide0-hd0: read: Input/output error"
         m.resume()
         m.drain()
         assert (m.state.name, m.pio.read(0x1F7, 1)) == ("PAUSED", 0x58)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from pyvmm import run_control
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import StopReason
 from pyvmm.device import Device
 from pyvmm.errors import StateError
 from pyvmm.event_loop import EventLoop
-from pyvmm.run_control import ENDED, INTERNAL_ERROR, RESUMABLE, SHUTDOWN, ExitStatus, RunControl
+from pyvmm.run_control import ENDED, RESUMABLE, ExitStatus, Request, RunControl
 from pyvmm.run_state import RunState
 
 DEADLINE_S = 10
@@ -95,7 +96,7 @@ class Board:
     def stopped(self, cpu: Cpu, reason: StopReason, error: BaseException | None) -> None:
         self.stops.append((cpu.index, reason, error))
         failure = error or RuntimeError(reason.name)
-        self.control.request(lambda: self.control.end(None, failure, INTERNAL_ERROR))
+        self.control.end(RunState.INTERNAL_ERROR, error=failure)
 
     def start(self) -> Board:
         for cpu in self.cpus:
@@ -273,7 +274,7 @@ def test_state_of_a_running_vcpu_is_refused(board: Board) -> None:
 def test_a_request_runs_with_every_vcpu_parked_and_stays_dark_without_go(board: Board) -> None:
     board.start()
     seen: list[bool] = []
-    board.control.request(lambda: seen.append(board.all_parked()))
+    board.control.request("test", lambda: seen.append(board.all_parked()))
     assert board.control.settle(DEADLINE_S)
     assert seen == [True]
     assert board.light == [True, False]
@@ -283,7 +284,7 @@ def test_a_request_runs_with_every_vcpu_parked_and_stays_dark_without_go(board: 
 
 def test_a_request_on_a_parked_machine_runs_at_once_on_the_callers_thread(board: Board) -> None:
     threads: list[int] = []
-    board.control.request(lambda: threads.append(threading.get_ident()))
+    board.control.request("test", lambda: threads.append(threading.get_ident()))
     assert threads == [threading.get_ident()]
 
 
@@ -291,7 +292,7 @@ def test_requests_run_in_the_order_they_came(board: Board) -> None:
     board.start()
     order: list[int] = []
     for n in range(50):
-        board.control.request(lambda n=n: (order.append(n), board.control.go()))  # type: ignore[misc]
+        board.control.request("test", lambda n=n: (order.append(n), board.control.go()))  # type: ignore[misc]
     assert wait_for_count(board, order, 50)
     assert order == list(range(50))
     board.all_inside()
@@ -316,11 +317,11 @@ def test_requests_from_many_threads_are_all_carried_out_one_at_a_time(board: Boa
 
     def ask() -> None:
         for _ in range(100):
-            board.control.request(action)
+            board.control.request("test", action)
 
     threads = [run_thread(ask) for _ in range(3)]
     for _ in range(100):
-        board.execs[-1].do(lambda: board.control.request(action))
+        board.execs[-1].do(lambda: board.control.request("test", action))
     assert all(ended(t) for t in threads)
     assert wait_for_count(board, carried, 400)
     assert overlaps == [0]
@@ -337,12 +338,12 @@ def test_a_request_made_while_another_is_carried_out_comes_next(board: Board) ->
         inside.set()
         assert go_on.wait(DEADLINE_S)
         order.append("first")
-        board.control.request(lambda: order.append("third"))
+        board.control.request("test", lambda: order.append("third"))
         board.control.go()
 
-    board.control.request(first)
+    board.control.request("test", first)
     assert inside.wait(DEADLINE_S)
-    board.control.request(lambda: order.append("second"))  # does not wait
+    board.control.request("test", lambda: order.append("second"))  # does not wait
     assert order == []
     assert board.all_parked()
     go_on.set()
@@ -361,7 +362,7 @@ def test_no_vcpu_enters_while_a_request_is_carried_out(board: Board) -> None:
             entered.append(not cpu.parked)
 
     for _ in range(50):
-        board.control.request(action)
+        board.control.request("test", action)
         board.all_inside()
     assert not any(entered)
 
@@ -374,7 +375,7 @@ def test_settle_and_pause_inside_a_request_do_not_wait_for_themselves(board: Boa
         board.control.go()
         board.control.pause()
 
-    thread = run_thread(lambda: board.control.request(action))
+    thread = run_thread(lambda: board.control.request("test", action))
     assert ended(thread)
     assert results == [False]
     assert board.control.state is RunState.PAUSED
@@ -389,7 +390,7 @@ def test_a_request_can_be_waited_for(board: Board) -> None:
             done.append(n)
             board.control.go()
 
-        board.control.request(action, wait=True)
+        board.control.request("test", action, wait=True)
         assert done[-1] == n
     board.all_inside()
 
@@ -398,16 +399,16 @@ def test_a_request_waited_for_inside_a_request_or_on_a_vcpus_thread_returns_at_o
     order: list[str] = []
 
     def outer() -> None:
-        board.control.request(lambda: order.append("inner"), wait=True)
+        board.control.request("test", lambda: order.append("inner"), wait=True)
         order.append("outer")
 
-    assert ended(run_thread(lambda: board.control.request(outer, wait=True)))
+    assert ended(run_thread(lambda: board.control.request("test", outer, wait=True)))
     assert order == ["outer", "inner"]
     board.start()
     returned = threading.Event()
 
     def handler() -> None:
-        board.control.request(lambda: order.append("last"), wait=True)
+        board.control.request("test", lambda: order.append("last"), wait=True)
         assert order[-1] == "inner"
         returned.set()
 
@@ -433,7 +434,7 @@ def stop_while_a_timer_wants_our_lock(board: Board, returned: threading.Event) -
     with device.lock:
         clock.timer(tick).arm(clock.now_ns())
         assert about.wait(DEADLINE_S)
-        board.control.request(lambda: board.control.end(ExitStatus(0, "stopped"), None, SHUTDOWN))
+        board.control.end(RunState.SHUTDOWN, ExitStatus(0, "stopped"))
     returned.set()
 
 
@@ -517,7 +518,7 @@ def test_guest_time_stops_outside_of_every_lock_with_all_parked(board: Board) ->
             free = ended(run_thread(lambda: board.control.settle(0)))  # takes the control's lock
             seen.append((board.all_parked(), free))
 
-    board.control._on_light = on_light
+    board.control._on_time = on_light
     board.start()
     board.control.pause()
     assert seen == [(True, True)]
@@ -529,9 +530,7 @@ def test_guest_time_stops_outside_of_every_lock_with_all_parked(board: Board) ->
 def test_the_end_of_a_run(board: Board) -> None:
     board.start()
     status = ExitStatus(33, "debug-exit")
-    board.execs[0].do(
-        lambda: board.control.request(lambda: board.control.end(status, None, SHUTDOWN))
-    )
+    board.execs[0].do(lambda: board.control.end(RunState.SHUTDOWN, status))
     assert board.control.wait(DEADLINE_S)
     assert (board.control.state, board.control.status, board.control.error) == (
         RunState.SHUTDOWN,
@@ -546,9 +545,9 @@ def test_the_end_of_a_run(board: Board) -> None:
 def test_the_first_end_counts(board: Board) -> None:
     board.start()
     first, second = ExitStatus(0, "shutdown"), ExitStatus(6, "reset")
-    board.control.request(lambda: board.control.end(first, None, SHUTDOWN))
-    board.control.request(lambda: board.control.end(second, None, SHUTDOWN))
-    board.control.request(lambda: board.control.end(None, ValueError(), INTERNAL_ERROR))
+    board.control.end(RunState.SHUTDOWN, first)
+    board.control.end(RunState.SHUTDOWN, second)
+    board.control.end(RunState.INTERNAL_ERROR, error=ValueError())
     assert board.control.wait(DEADLINE_S)
     assert board.control.settle(DEADLINE_S)
     assert (board.control.status, board.control.error) == (first, None)
@@ -560,7 +559,7 @@ def test_an_end_takes_the_place_of_a_pause_that_came_a_moment_earlier(board: Boa
 
     def handler() -> None:
         board.control.pause()
-        board.control.request(lambda: board.control.end(status, None, SHUTDOWN))
+        board.control.end(RunState.SHUTDOWN, status)
 
     board.execs[0].do(handler)
     assert board.control.wait(DEADLINE_S)
@@ -570,7 +569,7 @@ def test_an_end_takes_the_place_of_a_pause_that_came_a_moment_earlier(board: Boa
 
 def test_a_pause_after_the_end_changes_nothing(board: Board) -> None:
     board.start()
-    board.control.request(lambda: board.control.end(None, None, SHUTDOWN))
+    board.control.end(RunState.SHUTDOWN, None)
     board.control.pause()
     assert board.control.settle(DEADLINE_S)
     assert board.control.state is RunState.SHUTDOWN
@@ -610,8 +609,8 @@ def test_a_request_that_raises_ends_the_run_with_its_error(board: Board) -> None
     def action() -> None:
         raise error
 
-    board.control.request(action)
-    board.control.request(lambda: done.append(1))  # the next one still gets its turn
+    board.control.request("test", action)
+    board.control.request("test", lambda: done.append(1))  # the next one still gets its turn
     assert board.control.wait(DEADLINE_S)
     assert board.control.settle(DEADLINE_S)
     assert (board.control.state, board.control.error, done) == (RunState.INTERNAL_ERROR, error, [1])
@@ -628,7 +627,7 @@ def test_a_request_that_raises_after_its_green_light_leaves_all_parked(board: Bo
         raise error
 
     stays = board.stays()
-    board.control.request(action)
+    board.control.request("test", action)
     assert board.control.wait(DEADLINE_S)
     assert board.control.settle(DEADLINE_S)
     assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
@@ -665,7 +664,7 @@ def test_guest_time_that_can_not_be_stopped_ends_the_run_and_the_threads_live(bo
             failed.append(error)
             raise error
 
-    board.control._on_light = on_light
+    board.control._on_time = on_light
     board.start()
     board.execs[0].do(board.control.pause)  # carried out by the last vCPU to leave
     assert board.control.wait(DEADLINE_S)
@@ -690,7 +689,7 @@ def test_whatever_goes_wrong_as_the_last_vcpu_leaves_ends_the_run(
         carry_out(control)
 
     monkeypatch.setattr(RunControl, "_carry_out", refuse_once)
-    board.execs[0].do(lambda: board.control.request(lambda: None))
+    board.execs[0].do(lambda: board.control.request("test", lambda: None))
     assert board.control.wait(DEADLINE_S)
     assert board.control.settle(DEADLINE_S)
     assert (failed, board.control.state, board.control.error) == ([error], RunState.INTERNAL_ERROR, error)
@@ -726,25 +725,25 @@ def test_a_vcpu_thread_that_fails_before_its_first_stay_ends_the_run_and_can_be_
 @pytest.mark.parametrize("state", [RunState.SHUTDOWN, RunState.PAUSED])
 def test_a_request_that_raises_when_nothing_runs_does_not_vanish(board: Board, state: RunState) -> None:
     board.start()
-    board.control.request(lambda: board.control.end(ExitStatus(0, "first"), None, state.value))
+    board.control.end(state, ExitStatus(0, "first"))
     assert board.control.settle(DEADLINE_S)
     error = OSError("reset refused")
 
     def action() -> None:
         raise error
 
-    board.control.request(action)
+    board.control.request("test", action)
     assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
 
 
-@pytest.mark.parametrize("state", RunState)
+@pytest.mark.parametrize("state", list(RunState))
 def test_only_some_states_can_be_resumed(board: Board, state: RunState) -> None:
-    board.control.state_name = state.value
+    board.control._state = state
     board.control.status, board.control.error = ExitStatus(1, "old"), ValueError()
     if state in (RunState.RUNNING, RunState.SUSPENDED):
         board.control.resume()
         assert board.light == []
-    elif state.value in RESUMABLE:
+    elif state in RESUMABLE:
         board.control.resume()
         assert (board.control.state, board.control.status, board.control.error) == (
             RunState.RUNNING,
@@ -757,14 +756,24 @@ def test_only_some_states_can_be_resumed(board: Board, state: RunState) -> None:
         assert board.control.state is state
 
 
-def test_the_names_of_the_states_are_those_of_the_enum() -> None:
-    names = {value for name, value in vars(run_control).items() if name in RunState.__members__}
-    assert names == {state.value for state in RunState}
-    assert all(getattr(run_control, state.name) == state.value for state in RunState)
-    assert set(ENDED) == {s.value for s in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.CLOSED)}
-    assert set(RESUMABLE) == {
-        s.value for s in (RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG, RunState.IO_ERROR)
-    }
+def test_the_states_by_name_and_value() -> None:
+    assert [state.name for state in RunState] == [name for name in vars(RunState) if name.isupper()]
+    for state in RunState:
+        assert getattr(RunState, state.name) is state is RunState(state.value) is copy.deepcopy(state)
+        assert pickle.loads(pickle.dumps(state)) is state
+    assert RunState.IO_ERROR == RunState.IO_ERROR.value == f"{RunState.IO_ERROR}" == "io-error"
+    assert repr(RunState.PAUSED) == "<RunState.PAUSED: 'paused'>"
+    assert set(ENDED) == {RunState.SHUTDOWN, RunState.INTERNAL_ERROR, RunState.CLOSED}
+    assert set(RESUMABLE) == {RunState.PRELAUNCH, RunState.PAUSED, RunState.DEBUG, RunState.IO_ERROR}
+    with pytest.raises(ValueError, match="'asleep' is no state of a machine: there are prelaunch, "):
+        RunState("asleep")
+
+
+def test_requests_have_names() -> None:
+    request = Request("reset")
+    assert (repr(request), request.done) == ("<Request reset>", False)
+    request.done = True
+    assert repr(request) == "<Request reset, done>"
 
 
 def test_the_state_can_only_be_read(board: Board) -> None:
@@ -808,7 +817,7 @@ def test_after_close_nothing_happens_any_more(board: Board) -> None:
     board.start()
     board.control.close()
     done: list[int] = []
-    board.control.request(lambda: done.append(1))
+    board.control.request("test", lambda: done.append(1))
     board.control.go()
     board.control.pause()
     with pytest.raises(StateError, match="closed"):
@@ -834,7 +843,7 @@ def test_close_waits_for_a_request_under_way(board: Board, running: bool) -> Non
         board.control.close()
         order.append("closed")
 
-    asker = run_thread(lambda: board.control.request(action))
+    asker = run_thread(lambda: board.control.request("test", action))
     assert inside.wait(DEADLINE_S)
     closer = run_thread(close)
     closer.join(0.05)
@@ -892,12 +901,12 @@ def test_pauses_resumes_and_requests_from_everywhere() -> None:
 
     def asker() -> None:
         for _ in range(100):
-            board.control.request(restart)
+            board.control.request("test", restart)
 
     def handlers() -> None:
         for n in range(100):
             pauses = n % 7 == 0
-            board.execs[n % 3].do(board.control.pause if pauses else lambda: board.control.request(restart))
+            board.execs[n % 3].do(board.control.pause if pauses else lambda: board.control.request("test", restart))
 
     threads = [run_thread(target) for target in (pauser, asker, handlers, pauser)]
     assert all(ended(t) for t in threads)

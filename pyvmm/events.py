@@ -1,0 +1,125 @@
+"""Events: what happens to a machine, told by name and with data to whoever listens.
+
+========  ==================================================================================================
+resume    the guest goes on: ``state`` it leaves
+stop      it stands: ``state``, ``status`` (ExitStatus) or ``error``, and where a vCPU was the reason ``cpu``, its
+          index, and ``detail``, CpuExec.detail
+shutdown  it has ended (before the stop): ``status``
+reset     it has been reset: ``guest``, whether by itself, and ``by`` what
+suspend   it has suspended itself to RAM
+wakeup    it is awake again: ``events``, bits of PM1's status
+io-error  a drive's request failed: ``drive``, ``operation``, ``errno``, ``action`` (stop, report, ignore)
+========  ==================================================================================================
+
+Listeners are called on the event loop's thread, one event after the other, in the order in which they happened and with
+no lock held: they may call whatever a callback of the machine may (`pause`, `stop`, `reset`, `resume`), which holds up
+nobody but the next event. `close` waits until all have been told.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError, HostError, KindError
+from pyvmm.light import Condition, Lock, deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Listener = Callable[["Event"], object]
+
+NAMES = ("resume", "stop", "shutdown", "reset", "suspend", "wakeup", "io-error")
+# A guest can reset itself faster than a slow listener listens: what is not told is counted.
+WAITING_MAX = 1000
+
+
+class Event:
+    """``name`` is one of NAMES, ``data`` what belongs to it."""
+
+    __slots__ = ("data", "name")
+
+    def __init__(self, name: str, data: dict[str, Any]) -> None:
+        self.name = name
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"<Event {self.name} {self.data}>"
+
+
+class Events:
+    """``listen`` and ``forget`` are for everybody; ``tell`` is the machine's own.
+
+    ``call_soon(callback)`` is the event loop's; ``on_error(error)`` hears what a listener raised, which keeps no other
+    listener from hearing.
+    """
+
+    def __init__(
+        self, call_soon: Callable[[Callable[[], None]], None], on_error: Callable[[BaseException], None]
+    ) -> None:
+        self._call_soon = call_soon
+        self._on_error = on_error
+        self._lock = Lock()
+        self._told = Condition(self._lock)
+        self._listeners: tuple[tuple[Listener, tuple[str, ...]], ...] = ()
+        self._waiting: deque[Event] = deque()
+        self._telling = False
+        self.lost = 0
+        """How many events nobody was told of, because listeners were too slow."""
+
+    def listen(self, listener: Listener, *names: str) -> None:
+        """Call ``listener(event)`` for each event of these names, or for every one where none is given, from now on.
+
+        ConfigError for a name that there is not.
+        """
+        if not callable(listener):
+            raise KindError(f"listen({listener!r}): give a function that takes an event")
+        for name in names:
+            if name not in NAMES:
+                raise ConfigError(f"there is no event {name!r}: use {', '.join(NAMES)}")
+        with self._lock:
+            self._listeners = (*self._listeners, (listener, names or NAMES))
+
+    def forget(self, listener: Listener) -> None:
+        """It is told of nothing that happens from now on; one call may be under way."""
+        with self._lock:
+            self._listeners = tuple(pair for pair in self._listeners if pair[0] != listener)
+
+    def tell(self, name: str, **data: Any) -> None:
+        """It has happened. From any thread, under any lock: it only puts the event into the queue."""
+        if not self._listeners:
+            return
+        with self._lock:
+            if len(self._waiting) >= WAITING_MAX:
+                self.lost += 1
+                return
+            self._waiting.append(Event(name, data))
+            begin, self._telling = not self._telling, True
+        if begin:
+            try:
+                self._call_soon(self._tell_all)
+            except HostError:
+                # No thread can be had. Whatever happens next tries again, and brings this one too.
+                with self._lock:
+                    self._telling = False
+
+    def flush(self) -> None:
+        """Return when every listener has been told of all that has happened. Not for a listener."""
+        with self._lock:
+            self._told.wait_for(lambda: not self._telling)
+
+    def _tell_all(self) -> None:
+        """On the event loop's thread."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._telling = False
+                    self._told.notify_all()
+                    return
+                event = self._waiting.popleft()
+                listeners = self._listeners
+            for listener, names in listeners:
+                if event.name in names:
+                    try:
+                        listener(event)
+                    except BaseException as error:
+                        self._on_error(error)
