@@ -332,7 +332,7 @@ def refuse_twice(drives: Sequence[DriveOptions]) -> None:
         except (OSError, ValueError):
             continue  # whoever opens it says what is wrong
         image = status.st_dev, status.st_ino
-        mine = drive.guest_may_write and not drive.snapshot
+        mine = not drive.read_only and not drive.snapshot
         if image in writes and (mine or writes[image]):
             raise ConfigError(
                 f"the image {drive.file} is given to two drives: give it to one of them, a copy (cp) to the other, or"

@@ -4,15 +4,16 @@ General layout, in the order a request walks it:
 
     backend      BlockBackend: what a device sees. Requests, their order, error policies, drain, counters
     throttle     bytes and operations a second
-    coroutine    how a request waits without a thread of its own, and where its completion runs
-    driver       the two interfaces below: a format, and the protocol it is stored by
-    raw          the format: the bytes as they are, or a window of them
-    snapshot     a format over two others: an image that stays as it is, and what the guest writes
-    blkdebug     a protocol that fails on purpose, in front of another
-    file_posix   the protocol: a file or block device of the host, by preadv and pwritev
-    thread_pool  its workers; io_uring: the other engine, on uring, a ring of the kernel's
-    opening      from options to drivers; image: the file on the host; probe: files that are no raw images
-    locking      who else may have the image open
+    coroutine    how a request waits without a thread of its own, and where its completion runs; co_lock: how one
+                 request waits for another that works on the same table
+    driver       the two interfaces below: a format, and the protocol that its bytes come by
+    formats/     raw        the bytes as they are, or a window of them
+                 snapshot   a format over two others: an image that stays as it is, and what the guest writes
+    protocols/   blkdebug   a filter that fails on purpose, in front of another protocol
+                 file_posix a file or block device of the host, by preadv and pwritev on the workers of thread_pool
+                 io_uring   the same by the other engine, on uring, a ring of the kernel's
+                 image      the opened file; locking: who else may have it open; fallocate, bounce: its tools
+    open         from options to drivers, by tables of formats and protocols; probe: by how a file begins and ends
     options      DriveOptions: what a user may say about a drive
 """
 

@@ -17,6 +17,7 @@ from errno import EACCES, ECANCELED, EINVAL, EIO, ENOMEDIUM, ENOSPC
 from time import monotonic_ns
 
 from pyvmm.block.coroutine import AioContext, Waiter, start
+from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import BlockStats
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     Callback = Callable[[int], object]
     OnError = Callable[["BlockBackend", str, int, str], object]
 
-SECTOR_BYTES = 512
 READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES = range(5)
 OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes")
 
@@ -105,7 +105,7 @@ class BlockBackend:
     ) -> None:
         self.options = options
         self.name = options.name
-        self.read_only = not options.guest_may_write
+        self.read_only = options.read_only
         self.size_bytes = 0 if driver is None else driver.size_bytes
         self.sectors = -(-self.size_bytes // SECTOR_BYTES)
         """Size in sectors of 512 bytes. What is missing of the last one, where it is only read, reads as zeros."""
@@ -218,6 +218,7 @@ class BlockBackend:
 
     def abandon(self) -> None:
         """In a child of fork, which has no worker: close the image's descriptors and do nothing else."""
+        self._context.abandon()
         self._on_error = None
         driver, self._driver = self._driver, None
         if driver is not None:
@@ -418,7 +419,9 @@ class BlockBackend:
         return True
 
     def _leave(self, request: Request) -> None:
-        """An exception ended it, and is on its way to stop the machine."""
+        """An exception ended it, and is on its way to stop the machine; or a child of fork frees what it has of it."""
+        if self._context.abandoned:
+            return
         with self._lock:
             freed = self._untrack_locked(request)
             request.iov = ()
@@ -464,7 +467,7 @@ def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnE
     context = AioContext(loop)
     if options.file is None:
         return BlockBackend(options, None, context, on_error=on_error)
-    from pyvmm.block.opening import open_image
+    from pyvmm.block.open import open_image
 
     stats = BlockStats()
     driver = open_image(options, context, stats)

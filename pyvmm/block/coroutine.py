@@ -4,6 +4,11 @@
 request that need not wait has run from end to end when ``start`` returns. One that waits is continued by whoever
 brings the result: a worker goes on with it there and then; what comes otherwise is handed to the AioContext, and the
 event loop's thread (or one that drains) goes on.
+
+So a coroutine may be on another thread after every ``await``. From that follow three rules (docs/design.md, "Which
+thread a coroutine goes on"): it holds no lock of threads while it awaits; a thread that calls ``start`` or
+``Waiter.set`` holds no lock of the block layer; and two coroutines of one drive may run at the same time, so what they
+share is under ``AioContext.lock``, or under a CoMutex (co_lock.py) where it must not change during an ``await``.
 """
 
 from __future__ import annotations
@@ -98,6 +103,8 @@ class AioContext:
     def __init__(self, loop: Loop) -> None:
         self.lock = Lock()
         self.loop = loop
+        self.abandoned = False
+        """In a child of fork: no result comes, no coroutine goes on, and ``lock`` may be held for ever."""
         self._due: deque[Waiter] = deque()
         self._called = False  # the loop has been told, and has not looked yet
         self._watchers: list[int] = []  # eventfds of threads in run_until
@@ -134,6 +141,10 @@ class AioContext:
                 raise raised
 
             self.loop.call_soon(tell)
+
+    def abandon(self) -> None:
+        """In a child of fork."""
+        self.abandoned = True
 
     def _hand_over(self, waiter: Waiter) -> None:
         with self.lock:

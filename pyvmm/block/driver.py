@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     Iov = Sequence[memoryview]
 
+SECTOR_BYTES = 512  # what a guest's disk is made of, and requests to a BlockBackend
+
 
 class ProtocolDriver:
     """Bytes at an offset. Transfers may be short: whoever called goes on with the rest."""

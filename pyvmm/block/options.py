@@ -42,8 +42,8 @@ KEYS = {
     "unit": "unit",
     "discard": "discard",
     "detect-zeroes": "detect_zeroes",
-    "read-only": "readonly",
-    "readonly": "readonly",
+    "read-only": "read_only",
+    "readonly": "read_only",
     "locking": "locking",
     "file.locking": "locking",
     "force-share": "force_share",
@@ -56,7 +56,7 @@ for unit in ("bps", "iops"):
             our_name = f"throttle_{unit}{ours}{maximum and '_max'}"
             KEYS[f"throttling.{unit}-{theirs}{maximum and '-max'}"] = our_name
             KEYS[f"{unit}{maximum and '_max'}{old}"] = our_name
-FLAGS = ("readonly", "locking", "force_share", "snapshot")
+FLAGS = ("read_only", "locking", "force_share", "snapshot")
 NUMBERS = ("index", "bus", "unit", "offset", "size", *GEOMETRY, *THROTTLES, *(f"{name}_max" for name in THROTTLES))
 ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
@@ -65,10 +65,10 @@ class DriveOptions:
     """One drive.
 
     file           path of the image or block device; None: a CD drive with no disc in it. "blkdebug:RULES:IMAGE" has
-                   the image fail as the file RULES says (pyvmm/block/blkdebug.py).
+                   the image fail as the file RULES says (pyvmm/block/protocols/blkdebug.py).
     id             its name; without one its place gives it: ide0-hd0.
-    format         "raw". Given: the image's bytes are the disk, whatever they are. Not given: an image that is known to
-                   be something else (qcow2, VMDK, VHD, gzip... pyvmm/block/probe.py) is refused.
+    format         "raw": the image's bytes are the disk, whatever they are. None: the same, but an image that is known
+                   to be something else (qcow2, VMDK, VHD, gzip... pyvmm/block/probe.py) is refused.
     media          "disk", or "cdrom": read only.
     interface      "ide".
     index          0 primary master, 1 primary slave, 2 secondary master, 3 secondary slave; None: the next free one.
@@ -80,7 +80,7 @@ class DriveOptions:
     discard        "unmap": what the guest discards becomes a hole; "ignore".
     detect_zeroes  "on": writes of nothing but zeros are told to the file system as such; "unmap": and become holes,
                    where discard="unmap".
-    readonly       the guest may not write.
+    read_only      the guest may not write. Always so of a CD.
     rerror, werror what follows when the host can't read, or write: "report" it to the guest; "ignore"; "stop" the
                    machine, and try again when it goes on; "enospc" (werror): stop for lack of room, else report.
     locking        False: open the image although another program has it open.
@@ -103,7 +103,7 @@ class DriveOptions:
 
     file: str | os.PathLike[str] | None = None
     id: str | None = None
-    format: str = "raw"
+    format: str | None = None
     media: str = "disk"
     interface: str = "ide"
     index: int | None = None
@@ -111,7 +111,7 @@ class DriveOptions:
     aio: str = "threads"
     discard: str = "unmap"
     detect_zeroes: str = "off"
-    readonly: bool = False
+    read_only: bool = False
     rerror: str = "report"
     werror: str = "enospc"
     locking: bool = True
@@ -140,7 +140,6 @@ class DriveOptions:
 
     def __init__(self, file: str | os.PathLike[str] | None = None, **values: Any) -> None:
         self.file = file
-        self.format_given = "format" in values
         for name, value in values.items():
             if name not in type(self).__annotations__:
                 raise ConfigError(f"a drive has no option {name!r}{nearest(name, type(self).__annotations__)}")
@@ -161,8 +160,9 @@ class DriveOptions:
         return any(getattr(self, name) for name in THROTTLES)
 
     @property
-    def guest_may_write(self) -> bool:
-        return not self.readonly and self.media != "cdrom"
+    def keeps_writes(self) -> bool:
+        """Whether the guest's writes go to a temporary file."""
+        return self.snapshot and not self.read_only
 
     @property
     def geometry(self) -> tuple[int, int, int] | None:
@@ -175,7 +175,7 @@ class DriveOptions:
         """ConfigError for what can be told to be wrong without opening anything."""
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:
+            if value not in allowed and not (name == "format" and value is None):
                 raise ConfigError(f"drive option {name}={value!r}: use {' or '.join(allowed)}")
         if self.file is None and self.media != "cdrom":
             raise ConfigError("a disk without an image: give file=PATH (only a CD drive may be empty)")
@@ -187,9 +187,11 @@ class DriveOptions:
             raise ConfigError(
                 f"drive option index={self.index!r}: use 0 or 1 (primary master, slave), 2 or 3 (secondary ones)"
             )
-        for name in ("readonly", "locking", "snapshot"):
+        for name in ("read_only", "locking", "snapshot"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"drive option {name}={getattr(self, name)!r}: use True or False")
+        if self.media == "cdrom":
+            self.read_only = True
         if not is_count(self.offset):
             raise ConfigError(f"drive option offset={self.offset!r}: give bytes from the image's beginning")
         if self.size is not None and not (is_count(self.size) and self.size):

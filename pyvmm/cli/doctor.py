@@ -90,7 +90,7 @@ def block_engines() -> None:
     import subprocess
     import sys
 
-    ask = "from pyvmm.block.io_uring import refusal; print(refusal() or '')"
+    ask = "from pyvmm.block.protocols.io_uring import refusal; print(refusal() or '')"
     child = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True)
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name

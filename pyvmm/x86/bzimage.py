@@ -67,7 +67,7 @@ HEADER_START = 0x1F1
 HEADER_MAX_END = 0x290  # the EDD signatures follow it in the zero page
 BOOT_FLAG = 0xAA55
 HDRS = 0x53726448  # "HdrS"
-SECTOR_BYTES = 512
+SETUP_SECTOR_BYTES = 512  # what setup_sects counts
 VERSION_HEAP = 0x0201  # heap_end_ptr
 VERSION_CMD_LINE_PTR = 0x0202
 VERSION_INITRD_ADDR_MAX = 0x0203
@@ -110,7 +110,7 @@ class BzImage:
             if offset + calcsize("<" + form) <= self.header_end:
                 (self.fields[field],) = unpack_from("<" + form, view, offset)
         # Zero sectors means four, from before the field was.
-        self.setup_bytes = ((self.fields["setup_sects"] or 4) + 1) * SECTOR_BYTES
+        self.setup_bytes = ((self.fields["setup_sects"] or 4) + 1) * SETUP_SECTOR_BYTES
         size = self.fields["syssize"] * 16 if self.fields["version"] >= VERSION_SYSSIZE else 0
         end = self.setup_bytes + size
         # syssize is rounded up to a paragraph, the file need not be.

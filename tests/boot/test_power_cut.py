@@ -27,7 +27,7 @@ import pytest
 from disk_images import MIB, SECTOR
 
 import pyvmm
-from pyvmm.block import file_posix
+from pyvmm.block.protocols import file_posix
 
 CUTS = 50
 LONGEST_S = 0.3  # after the first report

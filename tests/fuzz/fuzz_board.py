@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["pyvmm.devices", "pyvmm.block", "pyvmm.
     from fuzz.guest import BytesChoices, Guest, NoMoreChoices
     from fuzz.harness import FencedBoard
 
-    import pyvmm.block.raw
+    import pyvmm.block.formats.raw
     import pyvmm.devices.fw_cfg
     import pyvmm.devices.ide.packet_drive
     import pyvmm.devices.pci.i440fx

@@ -237,7 +237,7 @@ class FencedBoard:
                 debug_exit=None,
                 drives=[
                     self.options("disk", index=0, offset=MARGIN_BYTES, size=DISK_SECTORS * SECTOR_BYTES),
-                    self.options("small", index=1, readonly=True),
+                    self.options("small", index=1, read_only=True),
                     self.options("cd", index=2, media="cdrom"),
                     DriveOptions(file=None, index=3, media="cdrom"),
                 ],

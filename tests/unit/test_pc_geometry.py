@@ -146,7 +146,7 @@ def test_where_the_disks_are_not_is_nothing(tmp_path: Path) -> None:
         assert cmos(m, 0x39) == LBA << 6
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": "none"}, {"snapshot": True}, {"readonly": True}])
+@pytest.mark.parametrize("options", [{}, {"cache": "none"}, {"snapshot": True}, {"read_only": True}])
 def test_a_disk_that_was_partitioned_elsewhere(tmp_path: Path, options: dict[str, Any]) -> None:
     """306 cylinders, 4 heads, 17 sectors: its partitions' addresses are found where they say."""
     path = disk(tmp_path, "old", 20808, mbr(entry(3, 17, 305)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from errno import ECANCELED
 
+from pyvmm.block.driver import SECTOR_BYTES
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     Iov = list[memoryview]
     Aio = Callable[[int, Iov, Callable[[int], object]], Request]
 
-SECTOR_BYTES = 512
 REQUEST_SECTORS = 2048  # 1 MiB: the other drives of a machine get their turn in between
 IOV_MAX = 1024  # entries of one preadv; a sector has at most 256, as a PRD is at least two bytes
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from errno import ECANCELED
 from struct import Struct
 
+from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.devices.ide.activity import Activity
-from pyvmm.devices.ide.chain import IOV_MAX, REQUEST_SECTORS, SECTOR_BYTES, Discards, Flush, Mover
+from pyvmm.devices.ide.chain import IOV_MAX, REQUEST_SECTORS, Discards, Flush, Mover
 from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, UNC
 
 TYPE_CHECKING = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.devices.ide.atapi import ata_string, selected
 from pyvmm.devices.ide.registers import (
     HIGHEST_MULTIWORD,
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from pyvmm.devices.ide.disk import IdeDisk
 
 IDENTIFY_BYTES = 512
-SECTOR_BYTES = 512
 MAX_MULTIPLE = 16  # sectors a DRQ block; a power of two
 MAX_TRIM_BLOCKS = 8
 LBA28_SECTORS = 0x0FFF_FFFF  # the most that words 60 and 61 say

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
+from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import Flush, Mover
 from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, IDNF, READY, UNC
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.ide.disk import IdeDisk
 
-SECTOR_BYTES = 512
 CHUNK_SECTORS = 256  # a multiple of every DRQ block
 BUFFER_BYTES = CHUNK_SECTORS * SECTOR_BYTES
 

@@ -103,7 +103,7 @@ def flush(backend: BlockBackend) -> int:
 
 def io_uring_refusal() -> str:
     """Why this host refuses io_uring; "" where it does not. Asked in a child: a filter of system calls may kill."""
-    ask = "from pyvmm.block.io_uring import refusal; print(refusal() or '')"
+    ask = "from pyvmm.block.protocols.io_uring import refusal; print(refusal() or '')"
     child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     if child.returncode < 0:
         return f"whoever asks for it dies of {signal.Signals(-child.returncode).name}"
@@ -177,6 +177,9 @@ class ManualDriver(FormatDriver):
 
     def close(self) -> None:
         self.closed = True
+
+    def abandon(self) -> None:
+        pass
 
 
 class ManualDrive:

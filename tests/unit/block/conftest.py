@@ -1,4 +1,5 @@
-"""Drives on images of their own, and an event loop that tells what it was given to run."""
+"""Drives on images of their own, an event loop that tells what it was given to run, and a watch over the rule which
+thread a coroutine goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from block_drives import LEFT_OUT, ManualLoop, TestLoop
+from lock_watch import watch_locks
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 
@@ -14,6 +16,12 @@ from pyvmm.block import BlockBackend, DriveOptions, open_drive
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for what in LEFT_OUT:
         terminalreporter.write_line(f"NOT TESTED on this host: {what}")
+
+
+@pytest.fixture(autouse=True)
+def no_lock_is_held_where_a_coroutine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/design.md, "Which thread a coroutine goes on": in every test of the block layer."""
+    watch_locks(monkeypatch)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_what_is_no_whole_sector_is_invalid() -> None:
     assert result.values == [-EINVAL]
 
 
-@pytest.mark.parametrize("options", [{"readonly": True}, {"media": "cdrom"}])
+@pytest.mark.parametrize("options", [{"read_only": True}, {"media": "cdrom"}])
 def test_a_read_only_drive_is_read_and_flushed_only(options: dict[str, object]) -> None:
     drive = ManualDrive(**options)
     assert drive.backend.read_only

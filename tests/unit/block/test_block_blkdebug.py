@@ -11,7 +11,7 @@ import pytest
 from block_drives import ENGINES, SECTOR, Result, aligned, flush, read, write
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
-from pyvmm.block.blkdebug import parse_rules, read_rules
+from pyvmm.block.protocols.blkdebug import parse_rules, read_rules
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import ConfigError
 

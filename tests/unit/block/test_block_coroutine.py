@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from block_drives import LIMIT_S, ManualLoop, NoOwner, TestLoop
+from block_drives import LIMIT_S, ManualDrive, ManualLoop, NoOwner, TestLoop
 
 from pyvmm.block.coroutine import AioContext, Waiter, start
 
@@ -167,3 +167,25 @@ def test_results_race_with_the_way_to_sleep(loop: TestLoop) -> None:
     thread.join()
     assert done.wait(LIMIT_S)
     assert total[0] == count
+
+
+def test_the_watch_over_locks_would_notice(manual_loop: ManualLoop) -> None:
+    context = AioContext(manual_loop)
+    waiter = Waiter()
+
+    async def ask() -> None:
+        await waiter
+
+    start(ask(), NoOwner())
+    with context.lock, pytest.raises(AssertionError, match="holds a lock"):
+        waiter.set()
+
+
+def test_in_a_child_of_fork_a_request_that_is_freed_meets_no_lock() -> None:
+    drive = ManualDrive()
+    drive.read(0)
+    drive.backend.abandon()
+    step = drive.driver.steps.pop()
+    with drive.driver.context.lock:
+        step._coroutine.close()  # type: ignore[union-attr]  # as its last reference goes
+    assert drive.backend.stats.in_flight == 1

@@ -31,7 +31,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from pyvmm.block import BlockBackend, DriveOptions, file_posix, open_drive
+from pyvmm.block import BlockBackend, DriveOptions, open_drive
+from pyvmm.block.protocols import file_posix
 from pyvmm.guest_memory import GuestMemory
 
 CACHES = ["none", "writeback", "writethrough", "unsafe", "directsync"]
@@ -222,7 +223,7 @@ def test_without_fallocate_zeros_are_written(any_drive: Open, image: Path, monke
         calls.append(mode)
         raise OSError(EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr("pyvmm.block.fallocate.fallocate", refuse)
+    monkeypatch.setattr("pyvmm.block.protocols.fallocate.fallocate", refuse)
     backend = any_drive(offset=100)
     content = bytearray(image.read_bytes())
     for sector, count in ((1, 3), (700, 1200)):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from block_drives import LIMIT_S, SECTOR, Result, TestLoop, aligned, flush, read, takes_direct, wait_until, write
 
-from pyvmm.block import BlockBackend, fallocate, file_posix
-from pyvmm.block.file_posix import FilePosix
+from pyvmm.block import BlockBackend
+from pyvmm.block.protocols import fallocate, file_posix
+from pyvmm.block.protocols.file_posix import FilePosix
 from pyvmm.errors import ConfigError
 
 Open = Callable[..., BlockBackend]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from block_drives import ENGINES, LEFT_OUT, SECTOR, Result, flush, wait_until
 
-from pyvmm.block import BlockBackend, file_posix
+from pyvmm.block import BlockBackend
+from pyvmm.block.protocols import file_posix
 
 SIZE_KIB = 256
 

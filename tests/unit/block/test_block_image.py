@@ -17,8 +17,8 @@ import pytest
 from block_drives import takes_direct, write
 
 from pyvmm.block import BlockBackend, DriveOptions
-from pyvmm.block.image import Image, in_memory, probe_alignment, why_not_opened
-from pyvmm.block.locking import held_by_another, lock_image, users
+from pyvmm.block.protocols.image import Image, in_memory, probe_alignment, why_not_opened
+from pyvmm.block.protocols.locking import held_by_another, lock_image, users
 from pyvmm.errors import ConfigError
 
 SHM = Path("/dev/shm")
@@ -96,7 +96,7 @@ def test_what_may_not_even_be_read(tmp_path: Path) -> None:
 
 
 def test_it_waits_for_its_io(image: Path) -> None:
-    opened = Image(str(image), writable=True)
+    opened = Image(str(image), read_only=False)
     assert os.get_blocking(opened.fd)
     assert not os.get_inheritable(opened.fd)
     opened.close()
@@ -110,12 +110,12 @@ def test_two_writers_two_readers_and_one_of_each(drive: Callable[..., BlockBacke
     writer = drive(image)
     me = "is in use by this process: end that first, or give locking=off"
     assert me in refusal(drive, image)
-    assert me in refusal(drive, image, readonly=True)
+    assert me in refusal(drive, image, read_only=True)
     careless = drive(image, locking=False)
     assert me in refusal(drive, image)  # the careless one has set none, and has taken none away
     careless.close()
     writer.close()
-    reader = drive(image, readonly=True)
+    reader = drive(image, read_only=True)
     second = drive(image, media="cdrom")
     assert me in refusal(drive, image)
     reader.close()
@@ -127,8 +127,8 @@ def test_two_writers_two_readers_and_one_of_each(drive: Callable[..., BlockBacke
 def test_locks_end_with_the_process_that_held_them(drive: Callable[..., BlockBackend], image: Path) -> None:
     script = (
         "import sys\n"
-        "from pyvmm.block.image import Image\n"
-        "image = Image(sys.argv[1], writable=True)\n"
+        "from pyvmm.block.protocols.image import Image\n"
+        "image = Image(sys.argv[1], read_only=False)\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -208,18 +208,18 @@ if shutil.which("qemu-system-x86_64"):
         with Qemu(image, read_only=False) as qemu:
             assert qemu.runs
             assert f"process {qemu.process.pid} (qemu-system-x86)" in refusal(drive, image)
-            assert "qemu" in refusal(drive, image, readonly=True)
+            assert "qemu" in refusal(drive, image, read_only=True)
         with Qemu(image, read_only=True) as qemu:
             assert qemu.runs
             assert "qemu" in refusal(drive, image)
-            drive(image, readonly=True).close()
+            drive(image, read_only=True).close()
         writer = drive(image)
         for read_only in (False, True):
             with Qemu(image, read_only) as qemu:
                 assert not qemu.runs
             assert "lock" in qemu.said
         writer.close()
-        reader = drive(image, readonly=True)
+        reader = drive(image, read_only=True)
         with Qemu(image, read_only=False) as qemu:
             assert not qemu.runs
         with Qemu(image, read_only=True) as qemu:

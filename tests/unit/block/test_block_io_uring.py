@@ -26,10 +26,11 @@ from block_drives import (
 )
 from sandbox import run_without
 
-from pyvmm.block import BlockBackend, DriveOptions, file_posix, open_drive
+from pyvmm.block import BlockBackend, DriveOptions, open_drive
+from pyvmm.block.protocols import file_posix
 from pyvmm.block.coroutine import Waiter, start
-from pyvmm.block.file_posix import READ, Aiocb
-from pyvmm.block.io_uring import ENTRIES
+from pyvmm.block.protocols.file_posix import READ, Aiocb
+from pyvmm.block.protocols.io_uring import ENTRIES
 from pyvmm.block.uring import Ring
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import ConfigError, StateError
@@ -178,7 +179,8 @@ if not IO_URING_REFUSAL:
         code = f"""if True:
             from block_drives import SECTOR, TestLoop, flush, read, write
             import sandbox
-            from pyvmm.block import DriveOptions, file_posix, open_drive
+            from pyvmm.block import DriveOptions, open_drive
+            from pyvmm.block.protocols import file_posix
             file_posix.INLINE_LIMIT_BYTES = -1
             loop = TestLoop()
             drive = open_drive(DriveOptions({str(image)!r}, aio="io_uring"), loop=loop, clock=loop.clock)
@@ -342,7 +344,8 @@ if not IO_URING_REFUSAL:
         code = f"""if True:
             import os
             from block_drives import SECTOR, TestLoop, aligned, read, write, Result
-            from pyvmm.block import DriveOptions, file_posix, open_drive
+            from pyvmm.block import DriveOptions, open_drive
+            from pyvmm.block.protocols import file_posix
             file_posix.INLINE_LIMIT_BYTES = -1
             before = sorted(os.listdir("/proc/self/fd"))
             loop = TestLoop()

@@ -116,7 +116,7 @@ def test_a_read_only_drive_shows_all_there_is(
     path = tmp_path / "odd.img"
     content = odd(path, 2660)
     window = content[offset:] if size is None else content[offset : offset + size]
-    backend = drive(path, readonly=True, cache=cache, offset=offset, size=size)
+    backend = drive(path, read_only=True, cache=cache, offset=offset, size=size)
     sectors = -(-len(window) // SECTOR)
     assert backend.sectors == sectors
     assert read(backend, 0, sectors) == window.ljust(sectors * SECTOR, b"\0")

@@ -12,12 +12,12 @@ from pyvmm.errors import ConfigError
 
 def test_defaults() -> None:
     options = DriveOptions("x.img")
-    assert (options.file, options.format, options.media, options.interface) == ("x.img", "raw", "disk", "ide")
+    assert (options.file, options.format, options.media, options.interface) == ("x.img", None, "disk", "ide")
     assert (options.cache, options.aio, options.rerror, options.werror) == ("writeback", "threads", "report", "enospc")
-    assert options.guest_may_write
+    assert not options.read_only
     assert options.locking
     assert options.index is None
-    assert not DriveOptions("x.iso", media="cdrom").guest_may_write
+    assert DriveOptions("x.iso", media="cdrom").read_only
     assert DriveOptions(Path("x.img")).file == Path("x.img")
 
 
@@ -33,8 +33,8 @@ def test_defaults() -> None:
         ("file=x,discard=on", {"discard": "unmap"}),
         ("file=x,discard=off,detect-zeroes=on", {"discard": "ignore", "detect_zeroes": "on"}),
         ("file=x,werror=stop,rerror=ignore", {"werror": "stop", "rerror": "ignore"}),
-        ("file=x,read-only=on", {"readonly": True}),
-        ("file=x,readonly=off", {"readonly": False}),
+        ("file=x,read-only=on", {"read_only": True}),
+        ("file=x,readonly=off", {"read_only": False}),
         ("file=x,file.locking=off", {"locking": False}),
         ("file=x,locking=auto", {"locking": True}),
         ("file=x,force-share=on", {"locking": False}),
@@ -101,7 +101,7 @@ def test_every_mistake_is_one_sentence(text: str, sentence: str) -> None:
     ("values", "sentence"),
     [
         ({"cashe": "none"}, "did you mean cache?"),
-        ({"readonly": "yes"}, "readonly='yes': use True or False"),
+        ({"read_only": "yes"}, "read_only='yes': use True or False"),
         ({"locking": 1}, "locking=1: use True or False"),
         ({"index": True}, "index=True: use 0 or 1"),
         ({"offset": 1.5}, "offset=1.5: give bytes"),

@@ -73,7 +73,7 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("name", "command", "head"), HEADS)
-@pytest.mark.parametrize("options", [{}, {"readonly": True}, {"media": "cdrom"}, {"cache": "none"}, {"snapshot": True}])
+@pytest.mark.parametrize("options", [{}, {"read_only": True}, {"media": "cdrom"}, {"cache": "none"}, {"snapshot": True}])
 def test_what_begins_so(
     drive: Open, tmp_path: Path, name: str, command: str, head: bytes, options: dict[str, object]
 ) -> None:
@@ -114,8 +114,8 @@ def test_format_raw_is_the_users_word(drive: Open, tmp_path: Path) -> None:
     backend = drive(path, format="raw")
     assert read(backend, 0, 1).startswith(b"QFI\xfb")
     assert write(backend, 0, b"x" * 512) == 0
-    assert DriveOptions.parse("file=x,format=raw").format_given
-    assert not DriveOptions.parse("file=x").format_given
+    assert DriveOptions.parse("file=x,format=raw").format == "raw"
+    assert DriveOptions.parse("file=x").format is None
 
 
 def test_both_remedies_can_be_pasted(drive: Open, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_both_remedies_can_be_pasted(drive: Open, tmp_path: Path) -> None:
     word = shlex.split(sentence.partition("(--drive ")[2].partition(") if its bytes")[0])
     (spec,) = word
     options = DriveOptions.parse(spec)
-    assert (options.file, options.format_given) == (str(path), True)
+    assert (options.file, options.format) == (str(path), "raw")
 
 
 def test_behind_blkdebug_too(drive: Open, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def boot_sector(code: bytes) -> bytes:
 def test_disks_are_none_of_them(drive: Open, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(content)
-    assert drive(path, readonly=True).inserted
+    assert drive(path, read_only=True).inserted
 
 
 def test_short_files() -> None:

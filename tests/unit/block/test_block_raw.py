@@ -7,7 +7,7 @@ from errno import EIO, ENOSPC, ENOTSUP
 import pytest
 from block_drives import MemoryProtocol, run
 
-from pyvmm.block.raw import RawDriver
+from pyvmm.block.formats.raw import RawDriver
 
 DATA = bytes(range(256)) * 8
 

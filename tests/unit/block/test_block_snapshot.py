@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from test_block_engines import DiskModel
 
-from pyvmm.block import BlockBackend, snapshot
-from pyvmm.block.raw import RawDriver
-from pyvmm.block.snapshot import SnapshotDriver, cluster_size
+from pyvmm.block import BlockBackend
+from pyvmm.block.formats import snapshot
+from pyvmm.block.formats.raw import RawDriver
+from pyvmm.block.formats.snapshot import SnapshotDriver, cluster_size
 from pyvmm.errors import ConfigError
 
 Open = Callable[..., BlockBackend]
@@ -119,7 +120,7 @@ def test_many_may_have_it_but_no_writer(drive: Open, image: Path) -> None:
     one, two = drive(snapshot=True), drive(snapshot=True)
     assert write(one, 0, b"1" * SECTOR) == write(two, 0, b"2" * SECTOR) == 0
     assert (read(one, 0, 1), read(two, 0, 1)) == (b"1" * SECTOR, b"2" * SECTOR)
-    drive(readonly=True)
+    drive(read_only=True)
     with pytest.raises(ConfigError, match="is in use by"):
         drive()
 
@@ -132,7 +133,7 @@ def test_an_image_that_may_not_be_written(drive: Open, image: Path) -> None:
 
 def test_what_the_guest_may_not_write_needs_no_file(drive: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/nonexistent")
-    drive(snapshot=True, readonly=True)
+    drive(snapshot=True, read_only=True)
     drive(snapshot=True, media="cdrom")
 
 

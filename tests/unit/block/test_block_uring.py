@@ -20,12 +20,12 @@ import pytest
 from block_drives import IO_URING_REFUSAL, LIMIT_S
 from sandbox import CALLS, run_without
 
-from pyvmm.block import io_uring
+from pyvmm.block.protocols import io_uring
 from pyvmm.block.uring import IOV_MAX, Ring
 from pyvmm.errors import ConfigError, StateError
 
 ABI = Path(io_uring.__file__).with_name("uring_abi.h")
-TELL = "from pyvmm.block.io_uring import refusal; print(refusal())"
+TELL = "from pyvmm.block.protocols.io_uring import refusal; print(refusal())"
 
 
 # -- what the kernel and we have in common ----------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_the_two_causes_of_eperm_are_told_apart(
 
 
 def test_privileges_are_read_from_proc() -> None:
-    ask = "from pyvmm.block.io_uring import has_cap_sys_admin; print(has_cap_sys_admin())"
+    ask = "from pyvmm.block.protocols.io_uring import has_cap_sys_admin; print(has_cap_sys_admin())"
     mine = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
     expected = bool(int(mine.split()[1], 16) & 1 << 21)
     assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout == f"{expected}\n"
@@ -515,7 +515,7 @@ if not IO_URING_REFUSAL:
 
     def test_descriptors_run_out() -> None:
         code = (
-            "import resource; from pyvmm.block.io_uring import refusal\n"
+            "import resource; from pyvmm.block.protocols.io_uring import refusal\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d)); print(refusal())"
         )
         said = set()

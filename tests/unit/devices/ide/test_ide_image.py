@@ -206,7 +206,7 @@ def test_a_file_that_became_shorter(tmp_path: Path, opcode: int) -> None:
 
 def test_a_host_error_names_its_sector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad sector as a disk of the host has it: EIO for whatever touches it."""
-    from pyvmm.block import file_posix
+    from pyvmm.block.protocols import file_posix
 
     real = Real(image(tmp_path, pattern(SECTORS)))
     bad = 137 * SECTOR

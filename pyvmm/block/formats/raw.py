@@ -4,7 +4,7 @@ The rule for short transfers lives here, above every protocol. A read that comes
 nothing is past the end of the file, and the rest is zeros. A write that comes back short goes on; one that
 makes no progress is -ENOSPC.
 
-A disk that may be written is whole sectors (``window_size`` in opening.py sees to it). Where the file ends inside the
+A disk that may be written is whole sectors (``window_size`` sees to it). Where the file ends inside the
 last one, the bytes that are not there read as zeros, and a write to that sector makes the file longer, up to the
 sector's end. A read-only one may end inside a sector: the rest of that reads as zeros.
 """
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from errno import ENOSPC, ENOTSUP
 
-from pyvmm.block.driver import FormatDriver
+from pyvmm.block.driver import SECTOR_BYTES, FormatDriver
 from pyvmm.block.iov import ZEROS, IovSlice, fill_zeros
+from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.driver import Iov, ProtocolDriver
+    from pyvmm.block.options import DriveOptions
 
-
-SECTOR_BYTES = 512
+CD_BLOCK_BYTES = 2048
 
 
 class RawDriver(FormatDriver):
@@ -109,3 +110,38 @@ class RawDriver(FormatDriver):
 
     def abandon(self) -> None:
         self._file.abandon()
+
+
+def window_size(options: DriveOptions, file: ProtocolDriver) -> int:
+    """How many bytes of the image are the disk. Where the guest may write: whole sectors, of which the last may end
+    behind the file's end if a write may complete it. ConfigError where the window is not inside the image, or less than
+    one sector.
+    """
+    least = CD_BLOCK_BYTES if options.media == "cdrom" else SECTOR_BYTES
+    file_bytes = file.size_bytes
+    there = file_bytes - options.offset
+    if options.size is not None and options.size > there:
+        raise ConfigError(
+            f"the image {options.file} has {file_bytes} bytes, and offset={options.offset}, size={options.size} ask for"
+            f" {options.offset + options.size}: give a window that is inside"
+        )
+    size_bytes = there if options.size is None else options.size
+    if file_bytes == 0:
+        give = "make it as large as the disk, with truncate -s SIZE"
+        if options.media == "cdrom":
+            give = "give a whole CD image, or a drive without a disc: --drive media=cdrom"
+        raise ConfigError(f"the image {options.file} is empty: {give}")
+    if size_bytes < least:
+        raise ConfigError(
+            f"the image {options.file} is too small: {max(0, size_bytes)} bytes are not one sector of {least} bytes"
+        )
+    part = size_bytes % SECTOR_BYTES
+    if not part:
+        return size_bytes
+    whole = size_bytes - part
+    completed = whole + SECTOR_BYTES
+    if options.read_only:
+        return size_bytes  # what is missing of a sector reads as zeros, and nobody writes it
+    if options.size is None and (options.keeps_writes or file.may_grow_to(options.offset + completed)):
+        return completed
+    return whole

@@ -27,8 +27,8 @@ from __future__ import annotations
 import os
 from errno import ECANCELED, EINVAL, EIO, ENODEV, ENOSPC, ENOSYS, ENOTSUP, EOPNOTSUPP
 
-from pyvmm.block import fallocate
-from pyvmm.block.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
+from pyvmm.block.protocols import fallocate
+from pyvmm.block.protocols.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
 from pyvmm.block.coroutine import Waiter
 from pyvmm.block.driver import ProtocolDriver
 from pyvmm.block.thread_pool import ThreadPool
@@ -37,7 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.coroutine import AioContext
     from pyvmm.block.driver import Iov
-    from pyvmm.block.image import Image
+    from pyvmm.block.protocols.image import Image
     from pyvmm.block.stats import BlockStats
 
 IOV_MAX = 1024

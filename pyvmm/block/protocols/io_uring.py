@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from errno import EACCES, EAGAIN, ECANCELED, EFAULT, EINTR, EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM
 
-from pyvmm.block.file_posix import FLUSH, READ, Aiocb, FilePosix
-from pyvmm.block.locking import unlock_image
+from pyvmm.block.protocols.file_posix import FLUSH, READ, Aiocb, FilePosix
+from pyvmm.block.protocols.locking import unlock_image
 from pyvmm.block.uring import IOV_MAX, Ring
 from pyvmm.errors import ConfigError
 from pyvmm.light import Lock, get_ident
@@ -23,7 +23,7 @@ from pyvmm.light import Lock, get_ident
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.coroutine import AioContext, ReaderLoop
-    from pyvmm.block.image import Image
+    from pyvmm.block.protocols.image import Image
     from pyvmm.block.stats import BlockStats
 
 ENTRIES = 128

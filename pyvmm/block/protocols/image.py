@@ -11,7 +11,7 @@ import os
 import stat
 from errno import EACCES, EINVAL, EISDIR, ENOENT, EOPNOTSUPP, EPERM, EROFS
 
-from pyvmm.block.locking import lock_image, users
+from pyvmm.block.protocols.locking import lock_image, users
 from pyvmm.errors import ConfigError, not_local, remedy
 
 # Smallest first: 1 is a file system that doesn't care (tmpfs), the others are block sizes of disks and file systems.
@@ -25,22 +25,22 @@ class Image:
     bytes (1: nothing); ``tail_fd``: for the part of a last block, without O_DIRECT.
     """
 
-    def __init__(self, path: str, *, writable: bool, direct: bool = False, locking: bool = True) -> None:
+    def __init__(self, path: str, *, read_only: bool, direct: bool = False, locking: bool = True) -> None:
         """ConfigError for whatever is wrong with ``path``."""
         self.path = path
-        self.read_only = not writable
+        self.read_only = read_only
         self.direct = direct
         self.alignment = 1
         self.tail_fd = -1
-        self.fd = open_or_say(path, (os.O_RDWR if writable else os.O_RDONLY) | (os.O_DIRECT if direct else 0))
+        self.fd = open_or_say(path, (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0))
         try:
-            if locking and not lock_image(self.fd, writable):
+            if locking and not lock_image(self.fd, writes=not read_only):
                 raise ConfigError(locked(path, self.fd))
             self.size_bytes = os.lseek(self.fd, 0, os.SEEK_END)
             self.in_memory = in_memory(os.fstat(self.fd))
             if direct:
                 self.alignment = probe_alignment(path, self.fd)
-                if writable and self.size_bytes % self.alignment:
+                if not read_only and self.size_bytes % self.alignment:
                     self.tail_fd = open_or_say(path, os.O_RDWR)
         except BaseException:
             self.close()

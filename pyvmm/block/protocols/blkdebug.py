@@ -25,7 +25,7 @@ import errno as errnos
 from errno import ECANCELED, EIO
 
 from pyvmm.block.coroutine import Waiter
-from pyvmm.block.driver import ProtocolDriver
+from pyvmm.block.driver import SECTOR_BYTES, ProtocolDriver
 from pyvmm.block.iov import IovSlice
 from pyvmm.block.thread_pool import ThreadPool
 from pyvmm.errors import ConfigError
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pyvmm.block.coroutine import AioContext
     from pyvmm.block.driver import Iov
 
-SECTOR_BYTES = 512
 SECTIONS = {
     "inject-error": ("errno", "immediately"),
     "inject-short": ("bytes",),

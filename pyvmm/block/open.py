@@ -1,0 +1,162 @@
+"""From a drive's options to its format driver: the tables of protocols and of formats, and who opens what in turn.
+
+The option ``file`` names the image: a path, "PROTOCOL:PATH", or "FILTER:ARGUMENT:" in front of either, as often as
+wanted. A new protocol, filter or format is a row in one of the tables below and a module that its opener imports.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.block.coroutine import AioContext
+    from pyvmm.block.driver import FormatDriver, ProtocolDriver
+    from pyvmm.block.options import DriveOptions
+    from pyvmm.block.protocols.image import Image
+    from pyvmm.block.stats import BlockStats
+
+
+class Opening:
+    """A drive that is being opened: its options, and what all its drivers share."""
+
+    __slots__ = ("context", "options", "stats")
+
+    def __init__(self, options: DriveOptions, context: AioContext, stats: BlockStats) -> None:
+        self.options = options
+        self.context = context
+        self.stats = stats
+
+
+def open_image(options: DriveOptions, context: AioContext, stats: BlockStats) -> FormatDriver:
+    """The drive's disk, opened. ConfigError where that can't be."""
+    opening = Opening(options, context, stats)
+    file = open_protocol(opening)
+    try:
+        disk = FORMATS[options.format or probed_format(options, file)](file, opening)
+        return open_snapshot(disk, opening) if options.keeps_writes else disk
+    except BaseException:
+        file.close()
+        raise
+
+
+# -- protocols: where bytes come from ----------------------------------------------------------------------------
+
+
+def open_protocol(opening: Opening) -> ProtocolDriver:
+    """What the option ``file`` names, with the filters in front of it."""
+    filters, protocol, path = split_file(opening.options)
+    file = PROTOCOLS[protocol](path, opening)
+    try:
+        for name, argument in reversed(filters):
+            file = FILTERS[name](argument, file, opening)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def split_file(options: DriveOptions) -> tuple[list[tuple[str, str]], str, str]:
+    """([(filter, its argument)], outermost first; protocol; path) of the option ``file``. ConfigError where a filter
+    has nothing behind it.
+    """
+    assert options.file is not None
+    rest = os.fspath(options.file)
+    filters = []
+    while (name := rest.partition(":")[0]) in FILTERS and name != rest:
+        argument, colon, rest = rest[len(name) + 1 :].partition(":")
+        if not colon or not rest:
+            raise ConfigError(f"the image {options.file} names none: write {name}:{FILTER_WORDS[name]}:IMAGE")
+        filters.append((name, argument))
+    protocol, colon, path = rest.partition(":")
+    if colon and protocol in PROTOCOLS:
+        return filters, protocol, path
+    return filters, "file", rest
+
+
+def image_path(options: DriveOptions) -> str:
+    """The path of the image itself."""
+    return split_file(options)[2]
+
+
+def open_file(path: str, opening: Opening) -> ProtocolDriver:
+    """A file or block device of the host."""
+    from pyvmm.block.protocols.image import Image
+
+    options = opening.options
+    image = Image(
+        path,
+        read_only=options.read_only or options.keeps_writes,
+        direct=options.cache in ("none", "directsync"),
+        locking=options.locking,
+    )
+    return start_engine(image, opening)
+
+
+def start_engine(image: Image, opening: Opening) -> ProtocolDriver:
+    """The image with its engine, to which it belongs from here on. It is closed where that fails."""
+    try:
+        if opening.options.aio == "io_uring":
+            from pyvmm.block.protocols.io_uring import FileUring
+
+            return FileUring(image, opening.context, opening.stats)
+        from pyvmm.block.protocols.file_posix import FilePosix
+
+        return FilePosix(image, opening.context, opening.stats)
+    except BaseException:
+        image.close()
+        raise
+
+
+def open_blkdebug(rules: str, file: ProtocolDriver, opening: Opening) -> ProtocolDriver:
+    from pyvmm.block.protocols.blkdebug import BlkDebug, read_rules
+
+    return BlkDebug(file, read_rules(rules), opening.context)
+
+
+PROTOCOLS: dict[str, Callable[[str, Opening], ProtocolDriver]] = {"file": open_file}
+# In front of a protocol or of another filter.
+FILTERS: dict[str, Callable[[str, ProtocolDriver, Opening], ProtocolDriver]] = {"blkdebug": open_blkdebug}
+FILTER_WORDS = {"blkdebug": "RULES"}  # what the argument of each is, for messages
+
+
+# -- formats: where a guest's byte is among them ------------------------------------------------------------------
+
+
+def probed_format(options: DriveOptions, file: ProtocolDriver) -> str:
+    """A name in FORMATS, by how the file begins and ends. ConfigError for a format that there is no driver for."""
+    from pyvmm.block import probe
+
+    tail_at = max(0, file.size_bytes - probe.TAIL_BYTES)
+    head, tail = file.peek(0, probe.HEAD_BYTES), file.peek(tail_at, probe.TAIL_BYTES)
+    known = probe.disk_format(head, tail)
+    if known is not None and known[1] in FORMATS:
+        return known[1]
+    sentence = probe.refusal(image_path(options), head, tail)
+    if sentence is not None:
+        raise ConfigError(sentence)
+    return "raw"
+
+
+def open_raw(file: ProtocolDriver, opening: Opening) -> FormatDriver:
+    from pyvmm.block.formats.raw import RawDriver, window_size
+
+    return RawDriver(file, opening.options.offset, window_size(opening.options, file))
+
+
+FORMATS: dict[str, Callable[[ProtocolDriver, Opening], FormatDriver]] = {"raw": open_raw}
+
+
+def open_snapshot(disk: FormatDriver, opening: Opening) -> FormatDriver:
+    """``disk`` as it is, and beside it a temporary file for what the guest writes."""
+    from pyvmm.block.formats.raw import RawDriver
+    from pyvmm.block.formats.snapshot import SnapshotDriver, cluster_size, temporary_directory
+    from pyvmm.block.protocols.image import TemporaryImage
+
+    cluster_size(disk.size_bytes)  # before there is anything to close again
+    top = start_engine(TemporaryImage(temporary_directory()), opening)
+    return SnapshotDriver(disk, RawDriver(top, 0, disk.size_bytes))
