@@ -1,4 +1,4 @@
-"""The recipe: from a MachineConfig to a machine that is paused at its first instruction, top to bottom."""
+"""The recipe: from a Spec to a machine that is paused at its first instruction, top to bottom."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.board import Board
-    from pyvmm.config import MachineConfig
+    from pyvmm.spec import Spec
 
 
-def build(config: MachineConfig, kind: type[Board] | None, owner: object) -> tuple[Chassis, Board, Platform]:
+def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names. What was made before an
     error is closed again.
     """
@@ -47,7 +47,7 @@ def build(config: MachineConfig, kind: type[Board] | None, owner: object) -> tup
         raise
 
 
-def board_kind(config: MachineConfig) -> type[Board]:
+def board_kind(config: Spec) -> type[Board]:
     if config.machine == "pc":
         from pyvmm.boards.pc import Pc
 
@@ -57,7 +57,7 @@ def board_kind(config: MachineConfig) -> type[Board]:
     return Microvm
 
 
-def make_memory(config: MachineConfig, closers: Closers) -> GuestMemory:
+def make_memory(config: Spec, closers: Closers) -> GuestMemory:
     size_bytes = config.memory_mib * layout.MIB
     memory = GuestMemory(size_bytes, shared=config.shared_memory, huge_pages=config.huge_pages)
     closers.call(memory.close, memory.close)

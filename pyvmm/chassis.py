@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pyvmm.clock import Clock
     from pyvmm.closers import Closers
-    from pyvmm.config import MachineConfig
+    from pyvmm.spec import Spec
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm_clock import KvmClock
 
@@ -34,7 +34,7 @@ class Chassis:
 
     def __init__(
         self,
-        config: MachineConfig,
+        config: Spec,
         memory: GuestMemory,
         closers: Closers,
         make_clock: Callable[[EventLoop], Clock],

@@ -1,17 +1,20 @@
-"""What a machine is made of, checked: every wrong value is one sentence that says what to give instead."""
+"""What a machine is made of: the rows of MachineConfig, checked. Every wrong value is one sentence that says what to
+give instead. What is made of it before anything is opened is a Spec (spec.py).
+"""
 
 from __future__ import annotations
 
 import os
 
 from pyvmm.errors import ConfigError, remedy_for_path
+from pyvmm.options import Flag, Kind, Options, Text, Whole, Word, number, option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from typing_extensions import Buffer, TypedDict
+    from typing_extensions import Buffer, TypedDict, Unpack
 
     from pyvmm.block.options import DriveOptions
     from pyvmm.chardev import Chardev
@@ -24,311 +27,400 @@ if TYPE_CHECKING:
         """What ``Machine(**options)`` takes: MachineConfig's docstring says what each is."""
 
         machine: str | None
-        memory_mib: int
-        cpus: int
-        kernel: Image | None
-        initrd: Image | None
-        modules: Sequence[tuple[Image, str]]
-        append: str
-        flat: Image | None
-        flat_address: int | None
-        flat_mode: str
         drives: Sequence[DriveOptions | str | os.PathLike[str]]
         firmware: Image | None
         boot: str
         uuid: str | None
+        kernel: Image | None
+        initrd: Image | None
+        append: str
+        modules: Sequence[tuple[Image, str]]
+        flat: Image | None
+        flat_address: int | None
+        flat_mode: str
+        memory_mib: int
+        cpus: int
         cpu: str
         irqchip: str
         serial: Serial
         debugcon: Serial
         vga: str | None
-        raw_terminal: bool
+        debug_exit: int | None
+        testdev: bool
+        fw_cfg: Mapping[str, bytes]
         no_reboot: bool
         no_s3: bool
-        testdev: bool
-        debug_exit: int | None
-        fw_cfg: Mapping[str, bytes]
-        accel: str
-        shared_memory: bool
         huge_pages: str | None
+        shared_memory: bool
+        raw_terminal: bool
+        accel: str
 
 
-FLAT_MODES = ("real16", "protected32", "long64")
-IRQCHIPS = ("kernel", "off")
-MACHINES = ("pc", "microvm")
-ACCELERATORS = ("kvm", "qtest")
-HUGE_PAGES = (None, "transparent", "2M", "1G")
 # The ACPI names of processors have three hexadecimal digits.
 MAX_CPUS = 0x1000
-# isa-debug-exit's port as kvm-unit-tests expect it.
+# isa-debug-exit's port as kvm-unit-tests expect it, and how many it has.
 DEBUG_EXIT_PORT = 0xF4
+DEBUG_EXIT_PORTS = 4
+GIVEN = "given"  # in a Spec that was written down: what only the process had that wrote it
 
 
-class MachineConfig:
-    """The arguments of Machine, with their defaults.
-
-    machine      "pc" (i440FX, PIIX3 with IDE, firmware) or "microvm" (no PCI); None: pc where there is a drive or
-                 firmware, else microvm.
-    memory_mib   RAM in MiB.
-    cpus         number of vCPUs.
-    kernel       bzImage, ELF with a PVH note, or multiboot v1 kernel: a path, or its bytes.
-    initrd       a path or bytes; for multiboot the first module.
-    modules      (path or bytes, command line) of multiboot modules, instead of initrd. A module's name, its path,
-                 is put before its command line, as the kernel's is before append.
-    append       the kernel's command line.
-    flat         a flat binary, instead of kernel: loaded at flat_address and entered there in flat_mode.
-    drives       disk images: paths, DriveOptions, or QEMU's words ("file=a.img,index=1,cache=none"); on IDE.
-    firmware     a BIOS image for pc; None: this host's SeaBIOS, where neither kernel nor flat
-                 binary is given.
-    boot         what firmware tries, in order: letters c (disk), d (CD-ROM), n (kernel), a (floppy); or QEMU's words:
-                 "order=cd,once=d,menu=on,splash-time=3000,reboot-timeout=5000,strict=on" (times in ms).
-    uuid         the machine's UUID, "8-4-4-4-12" hexadecimal digits, in SMBIOS and fw_cfg; None: all zeros.
-    cpu          "host", and features to hide: "host,-xsave,-cx16".
-    irqchip      "kernel", or "off": PIC pair, PIT, IOAPIC and local APIC in Python, one vCPU.
-    serial       host side of COM1: None, "stdio", "pty", "file:PATH", a callable that takes bytes, or a Chardev.
-    vga          None, or "text": VGA's text mode, 25 lines of 80 characters at 0xb8000. Machine.vga tells what they
-                 say, and a command's terminal shows them.
-    debugcon     the same for the debug console at port 0x402.
-    raw_terminal "stdio" takes the terminal over: raw mode, with Ctrl-A x to quit. For commands, not libraries.
-    no_reboot    a reset ends the run with status 6 instead of starting the guest again.
-    no_s3        the guest is not offered suspend to RAM (ACPI S3).
-    testdev      the registers of QEMU's pc-testdev.
-    debug_exit   port of isa-debug-exit, or None.
-    fw_cfg       {name: bytes} of more fw_cfg files.
-    shared_memory  RAM in a memfd that other processes can map.
-    accel        "kvm", or "qtest": devices only, driven from outside, no vCPU, guest time by hand.
-    huge_pages   None, "transparent", "2M" or "1G".
-    """
-
-    machine: str | None = None
-    memory_mib: int = 256
-    cpus: int = 1
-    kernel: Image | None = None
-    initrd: Image | None = None
-    modules: Sequence[tuple[Image, str]] = ()
-    append: str = ""
-    flat: Image | None = None
-    flat_address: int | None = None
-    flat_mode: str = "real16"
-    drives: Sequence[DriveOptions | str | os.PathLike[str]] = ()
-    firmware: Image | None = None
-    boot: str = "cad"
-    uuid: str | None = None
-    cpu: str = "host"
-    irqchip: str = "kernel"
-    serial: Serial = None
-    debugcon: Serial = None
-    vga: str | None = None
-    raw_terminal: bool = False
-    no_reboot: bool = False
-    no_s3: bool = False
-    testdev: bool = False
-    debug_exit: int | None = DEBUG_EXIT_PORT
-    fw_cfg: Mapping[str, bytes] = {}
-    accel: str = "kvm"
-    shared_memory: bool = False
-    huge_pages: str | None = None
-
-    def __init__(self, **values: Any) -> None:
-        known = type(self).__annotations__
-        for name, value in values.items():
-            if name not in known:
-                import difflib
-
-                near = difflib.get_close_matches(name, known, 1)
-                raise ConfigError(f"there is no option {name!r}" + (f": did you mean {near[0]}?" if near else ""))
-            setattr(self, name, value)
-        self.complete()
-
-    def complete(self) -> None:
-        """Check everything, and fill in what follows from the rest. ConfigError for what can't be."""
-        self.check()
-        self.drives = parse_drives(self.drives)
-        if self.machine is None:
-            on_pc = self.drives or self.firmware is not None or self.accel == "qtest"
-            self.machine = "pc" if on_pc else "microvm"
-        if self.machine == "microvm" and (self.drives or self.firmware is not None):
-            raise ConfigError("machine='microvm' has no IDE and no firmware: use machine='pc'")
-
-    def check(self) -> None:
-        """ConfigError for what can be told to be wrong without opening anything."""
-        self.check_kinds()
-        if not is_int(self.memory_mib) or self.memory_mib < 1:
-            raise ConfigError(f"memory_mib={self.memory_mib!r}: give a whole number of MiB, at least 1")
-        if not is_int(self.cpus) or self.cpus < 1:
-            raise ConfigError(f"cpus={self.cpus!r}: give a whole number of vCPUs, at least 1")
-        if self.cpus > MAX_CPUS:
-            raise ConfigError(f"cpus={self.cpus}: ACPI's tables name {MAX_CPUS} processors at most here, ask for fewer")
-        if self.irqchip not in IRQCHIPS:
-            raise ConfigError(f"irqchip={self.irqchip!r}: use 'kernel' or 'off'")
-        if self.machine is not None and self.machine not in MACHINES:
-            raise ConfigError(f"machine={self.machine!r}: use 'pc' or 'microvm'")
-        if self.accel not in ACCELERATORS:
-            raise ConfigError(f"accel={self.accel!r}: use 'kvm' or 'qtest'")
-        self.check_firmware_words()
-        if self.irqchip == "off" and self.cpus > 1:
-            raise ConfigError(
-                f"irqchip='off' has the local APIC of one vCPU, not of {self.cpus}: use cpus=1, or irqchip='kernel'"
-            )
-        if self.kernel is not None and self.flat is not None:
-            raise ConfigError("both a kernel and a flat binary: give one of them")
-        if self.flat is not None and (self.initrd is not None or self.modules or self.append):
-            raise ConfigError("a flat binary takes no initrd, no modules and no command line: leave them out")
-        if self.kernel is None and (self.initrd is not None or self.modules or self.append):
-            raise ConfigError("an initrd, modules or a command line without a kernel: give the kernel too")
-        if self.initrd is not None and self.modules:
-            raise ConfigError("both an initrd and modules: the initrd is the first module, give one of them")
-        if self.flat_mode not in FLAT_MODES:
-            raise ConfigError(f"flat_mode={self.flat_mode!r}: use {', '.join(FLAT_MODES)}")
-        if self.vga not in (None, "none", "text"):
-            raise ConfigError(f"vga={self.vga!r}: use 'text' or 'none': there is no graphics")
-        if self.debug_exit is not None and (not is_int(self.debug_exit) or not 0 <= self.debug_exit < 0xFFFF):
-            raise ConfigError(f"debug_exit={self.debug_exit!r}: give a port below 0xffff, or None")
-
-    def check_kinds(self) -> None:
-        """ConfigError for a value of a kind that the option does not take."""
-        for name in ("append", "cpu"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or "\0" in value:
-                raise ConfigError(f"{name}={value!r}: give a string")
-        for name in ("raw_terminal", "no_reboot", "no_s3", "testdev", "shared_memory"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value not in (0, 1):
-                raise ConfigError(f"{name}={value!r}: give True or False")
-        for name in ("kernel", "initrd", "flat", "firmware"):
-            value = getattr(self, name)
-            if value is not None:
-                check_image(name, value)
-        if self.flat_address is not None and (not is_int(self.flat_address) or self.flat_address < 0):
-            raise ConfigError(f"flat_address={self.flat_address!r}: give an address in RAM, or None")
-        if self.huge_pages not in HUGE_PAGES:
-            raise ConfigError(f"huge_pages={self.huge_pages!r}: use None, 'transparent', '2M' or '1G'")
-        self.modules = check_modules(self.modules)
-        for name in ("serial", "debugcon"):
-            check_console(name, getattr(self, name))
-        check_fw_cfg(self.fw_cfg)
-
-    def check_firmware_words(self) -> None:
-        """ConfigError for what firmware could not be told."""
-        if self.boot != type(self).boot:
-            from pyvmm.x86.boot_options import BootOptions
-
-            BootOptions(self.boot)
-        if self.uuid is not None:
-            from pyvmm.x86.smbios import parse_uuid
-
-            if not isinstance(self.uuid, str):
-                raise ConfigError(f"uuid={self.uuid!r}: give a string of 8-4-4-4-12 hexadecimal digits")
-            parse_uuid(self.uuid)
+# -- kinds of values ---------------------------------------------------------------------------------------------------
 
 
-def __getattr__(name: str) -> object:
-    """MachineOptions for whoever looks at it: nothing on the way to the first guest instruction does."""
-    if name == "MachineOptions":
-        from typing import TypedDict
+class File(Kind):
+    """A file that a machine boots from: its path, or its bytes."""
 
-        # From the same table as MachineConfig's own.
-        fields: Any = dict(MachineConfig.__annotations__)
-        made = TypedDict("MachineOptions", fields, total=False)  # type: ignore[misc]  # and no literal
-        globals()[name] = made
-        return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    metavar = "FILE"
 
-
-def check_image(what: str, image: object) -> None:
-    """ConfigError where that is neither a path nor the bytes themselves."""
-    if isinstance(image, (str, os.PathLike)):
-        path = os.fspath(image)
-        if not path or (("\0" in path) if isinstance(path, str) else (0 in path)):
-            raise ConfigError(f"{what}={image!r}: give the path of a file")
-        return
-    try:
-        size_bytes = memoryview(image).cast("B").nbytes  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        raise ConfigError(f"{what}={image!r}: give a path, or the bytes themselves") from None
-    if not size_bytes:
-        raise ConfigError(f"{what}={image!r} is empty: give a whole image")
-
-
-def check_modules(modules: object) -> list[tuple[Image, str]]:
-    """The (image, command line) pairs, as a list. ConfigError where they are something else."""
-    if isinstance(modules, (str, bytes, os.PathLike)):
-        raise ConfigError(f"modules={modules!r}: give a list of (image, command line)")
-    try:
-        pairs = list(modules)  # type: ignore[call-overload]  # that is the question
-    except TypeError:
-        raise ConfigError(f"modules={modules!r}: give a list of (image, command line)") from None
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
-            raise ConfigError(f"modules: {pair!r} is no module: give (image, command line)")
-        check_image("module", pair[0])
-    return [(image, line) for image, line in pairs]
-
-
-def check_console(name: str, console: object) -> None:
-    """ConfigError where that is no host side of a console."""
-    if console is None or (callable(console) and not isinstance(console, type)):
-        return
-    if isinstance(console, str):
-        is_file = console.startswith("file:") and len(console) > len("file:")
-        if not is_file and console not in ("none", "stdio", "pty"):
-            raise ConfigError(f"{name} {console!r}: use none, stdio, pty or file:PATH")
-        return
-    from pyvmm.chardev import Chardev
-
-    if isinstance(console, type):
-        raise ConfigError(f"{name}={console!r} is a class: give an instance of it, or a function that takes bytes")
-    if not isinstance(console, Chardev):
-        raise ConfigError(f"{name}={console!r}: use none, stdio, pty, file:PATH, a function of bytes, or a Chardev")
-
-
-def check_fw_cfg(files: object) -> None:
-    """ConfigError where that is no {name: bytes}."""
-    if not hasattr(files, "items"):
-        raise ConfigError(f"fw_cfg={files!r}: give {{name: bytes}}")
-    for name, content in files.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"fw_cfg: {name!r} is no name: give a string, opt/org.example/x")
-        if isinstance(content, str):
-            raise ConfigError(f"fw_cfg {name!r}: {content!r} is text: give bytes, as by encode()")
+    def take(self, name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, (str, os.PathLike)):
+            path = os.fsdecode(value)
+            if not path or "\0" in path:
+                raise ConfigError(f"{name}={value!r}: give the path of a file")
+            return path
         try:
-            memoryview(content).cast("B")
+            size_bytes = memoryview(value).cast("B").nbytes
         except TypeError:
-            raise ConfigError(f"fw_cfg {name!r}: {content!r} are no bytes: give what the guest is to read") from None
+            raise ConfigError(f"{name}={value!r}: give a path, or the bytes themselves") from None
+        if not size_bytes:
+            raise ConfigError(f"{name}={value!r} is empty: give a whole image")
+        return value
+
+    def plain(self, value: Any) -> Any:
+        """A path as it is, bytes by their number."""
+        return value if value is None or isinstance(value, str) else {GIVEN: memoryview(value).nbytes}
+
+    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
+        if not isinstance(data, dict):
+            return data
+        image = given.get(name)
+        if image is None or isinstance(image, (str, os.PathLike)) or memoryview(image).nbytes != data[GIVEN]:
+            raise ConfigError(f"{name} was given as {data[GIVEN]} bytes: give the same bytes again")
+        return image
 
 
-def parse_drives(drives: Sequence[DriveOptions | str | os.PathLike[str]]) -> list[DriveOptions]:
-    """DriveOptions of each. A string with a ``=`` in it is QEMU's -drive, another a path."""
-    if isinstance(drives, (list, tuple)) and not drives:
-        return []
-    from pyvmm.block.options import DriveOptions
+class Modules(Kind):
+    """[(a File, its command line)]."""
 
-    if isinstance(drives, (str, bytes, os.PathLike, DriveOptions)) or not hasattr(drives, "__iter__"):
-        raise ConfigError(f"drives={drives!r}: give a list of drives")
-    parsed = []
-    for drive in drives:
-        if isinstance(drive, DriveOptions):
-            parsed.append(drive)
-        elif isinstance(drive, str) and "=" in drive:
-            parsed.append(DriveOptions.parse(drive))
-        elif isinstance(drive, (str, os.PathLike)):
-            parsed.append(DriveOptions(os.fspath(drive)))
-        else:
-            raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
-    refuse_twice(parsed)
-    return parsed
+    file = None
+    metavar = "'FILE ARGS'"
+    _file = File()
+
+    def take(self, name: str, value: Any) -> tuple[tuple[Image, str], ...]:
+        if isinstance(value, (str, bytes, os.PathLike)) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{name}={value!r}: give a list of (image, command line)")
+        pairs = list(value)
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
+                raise ConfigError(f"{name}: {pair!r} is no module: give (image, command line)")
+        return tuple((self._file.take("module", image), line) for image, line in pairs)
+
+    def from_text(self, text: str) -> tuple[str, str]:
+        """'FILE ARGUMENTS': the file, and its command line."""
+        path, _, line = text.partition(" ")
+        return path, line
+
+    def plain(self, value: Any) -> Any:
+        return [[self._file.plain(image), line] for image, line in value]
+
+    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
+        again = {f"{name}[{n}]": image for n, (image, _line) in enumerate(given.get(name, ()))}
+        return [(self._file.unplain(f"{name}[{n}]", image, again), line) for n, (image, line) in enumerate(data)]
+
+
+class Drives(Kind):
+    """DriveOptions, QEMU's words for one, or a path. A string with a ``=`` in it is QEMU's -drive, another a path."""
+
+    file = list[str]
+    metavar = "SPEC"
+
+    def take(self, name: str, value: Any) -> tuple[DriveOptions, ...]:
+        if isinstance(value, (list, tuple)) and not value:
+            return ()
+        from pyvmm.block.options import DriveOptions
+
+        if isinstance(value, (str, bytes, os.PathLike, DriveOptions)) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{name}={value!r}: give a list of drives")
+        drives = []
+        for drive in value:
+            if isinstance(drive, DriveOptions):
+                drives.append(drive)
+            elif isinstance(drive, str) and "=" in drive:
+                drives.append(DriveOptions.parse(drive))
+            elif isinstance(drive, (str, os.PathLike)):
+                drives.append(DriveOptions(drive))
+            else:
+                raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
+        return tuple(drives)
+
+    def plain(self, value: Any) -> Any:
+        return [drive.plain() for drive in value]
+
+    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
+        from pyvmm.block.options import DriveOptions
+
+        return [DriveOptions(**drive) for drive in data]
+
+
+class Boot(Kind):
+    metavar = "WORDS"
+
+    def take(self, name: str, value: Any) -> str:
+        from pyvmm.x86.boot_options import BootOptions
+
+        BootOptions(value)
+        return str(value)
+
+
+class Uuid(Kind):
+    metavar = "UUID"
+
+    def take(self, name: str, value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}={value!r}: give a string of 8-4-4-4-12 hexadecimal digits")
+        from pyvmm.x86.smbios import parse_uuid
+
+        parse_uuid(value)
+        return value
+
+
+class Processor(Text):
+    """A model and features, each known by its name. Whether this host's KVM has them shows when it is asked."""
+
+    metavar = "SPEC"
+
+    def take(self, name: str, value: Any) -> str | None:
+        if value != "host":
+            from pyvmm.x86.cpuid import parse
+
+            super().take(name, value)
+            parse(value)
+        return str(value)
+
+
+class Internal(Flag):
+    """For the code that makes the machine: no file says it."""
+
+    file: type | None = None
+
+
+class Console(Kind):
+    """The host's side of a console."""
+
+    metavar = "WHERE"
+
+    def take(self, name: str, value: Any) -> Any:
+        if value is None or (callable(value) and not isinstance(value, type)):
+            return value
+        if isinstance(value, str):
+            is_file = value.startswith("file:") and len(value) > len("file:")
+            if not is_file and value not in ("none", "stdio", "pty"):
+                raise ConfigError(f"{name} {value!r}: use none, stdio, pty or file:PATH")
+            return None if value == "none" else value
+        from pyvmm.chardev import Chardev
+
+        if isinstance(value, type):
+            raise ConfigError(f"{name}={value!r} is a class: give an instance of it, or a function that takes bytes")
+        if not isinstance(value, Chardev):
+            raise ConfigError(f"{name}={value!r}: use none, stdio, pty, file:PATH, a function of bytes, or a Chardev")
+        return value
+
+    def plain(self, value: Any) -> Any:
+        return value if value is None or isinstance(value, str) else {GIVEN: "object"}
+
+    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if given.get(name) is None:
+            raise ConfigError(f"{name} was an object of the process: give a function of bytes, a Chardev or a word")
+        return given[name]
+
+
+class Files(Kind):
+    """{name: bytes} of fw_cfg files."""
+
+    file = None
+    metavar = "NAME=FILE"
+
+    def take(self, name: str, value: Any) -> dict[str, Any]:
+        if not hasattr(value, "items"):
+            raise ConfigError(f"{name}={value!r}: give {{name: bytes}}")
+        files = dict(value.items())
+        for file, content in files.items():
+            if not isinstance(file, str):
+                raise ConfigError(f"{name}: {file!r} is no name: give a string, opt/org.example/x")
+            from pyvmm.devices.fw_cfg import check_file_name
+
+            check_file_name(file)
+            if isinstance(content, str):
+                raise ConfigError(f"{name} {file!r}: {content!r} is text: give bytes, as by encode()")
+            try:
+                memoryview(content).cast("B")
+            except TypeError:
+                raise ConfigError(
+                    f"{name} {file!r}: {content!r} are no bytes: give what the guest is to read"
+                ) from None
+        return files
+
+    def from_text(self, text: str) -> tuple[str, str]:
+        """'NAME=FILE': both."""
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise ValueError(text)
+        return name, path
+
+    def plain(self, value: Any) -> Any:
+        return {name: bytes(content).hex() for name, content in value.items()}
+
+    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
+        return {file: bytes.fromhex(content) for file, content in data.items()}
+
+
+def mib(text: str) -> int:
+    """A size in MiB: 256, 256M, 1.5G, 2T, or 262144K."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    unit = text[-1:].upper()
+    size_bytes = float(text[:-1]) * units[unit] if unit in units else float(int(text) << 20)
+    size, odd = divmod(size_bytes, 1 << 20)
+    if odd or size_bytes < 0:
+        raise ValueError(text)
+    return int(size)
+
+
+def port_or_none(text: str) -> int | None:
+    return None if text == "none" else number(text)
+
+
+# -- the options -------------------------------------------------------------------------------------------------------
+
+
+class MachineConfig(Options):
+    """What a machine is to be made of: the arguments of Machine."""
+
+    machine: str | None = option(
+        Word("pc", "microvm", none=True), None, "pc (i440FX, PIIX3 with IDE, firmware) or microvm (no PCI); without it"
+        " a pc where there is a drive or firmware, else a microvm", cli="--machine -M", metavar="KIND",
+        own_words=True)  # fmt: skip
+    drives: Sequence[DriveOptions | str | os.PathLike[str]] = option(
+        Drives(), (), "disks as QEMU words them: file=a.img,index=1,cache=none,werror=stop", cli="--drive", many=True,
+        own_words=True, python="; in Python also paths and DriveOptions")  # fmt: skip
+    firmware: Image | None = option(
+        File(), None, "a BIOS image for a pc; without it this host's SeaBIOS, where there is neither kernel nor flat"
+        " binary", cli="--firmware", python=": a path, or its bytes")  # fmt: skip
+    boot: str = option(
+        Boot(), "cad", "what firmware tries in turn: c disk, d CD-ROM, n kernel, a floppy; or QEMU's words: order=cd,"
+        "once=d,menu=on,splash-time=3000,reboot-timeout=5000,strict=on (times in ms)", cli="--boot", many=True,
+        own_words=True)  # fmt: skip
+    uuid: str | None = option(
+        Uuid(), None, "the machine's, for SMBIOS and fw_cfg, in 8-4-4-4-12 hexadecimal digits; without it all zeros",
+        cli="--uuid")  # fmt: skip
+    kernel: Image | None = option(
+        File(), None, "bzImage, ELF with a PVH note, or multiboot v1 kernel", cli="--kernel -k",
+        python=": a path, or its bytes")  # fmt: skip
+    initrd: Image | None = option(
+        File(), None, "initial RAM disk; for multiboot the first module", cli="--initrd",
+        python=": a path, or its bytes")  # fmt: skip
+    append: str = option(Text(), "", "the kernel's command line", cli="--append")
+    modules: Sequence[tuple[Image, str]] = option(
+        Modules(), (), "multiboot modules with their command lines, instead of an initrd; a module's path is put before"
+        " its command line, as the kernel's is before append", cli="--module", many=True,
+        python=": [(path or bytes, command line)]")  # fmt: skip
+    flat: Image | None = option(
+        File(), None, "a flat binary instead of a kernel", cli="--flat", python=": a path, or its bytes")  # fmt: skip
+    flat_address: int | None = option(
+        Whole(none=True, give="an address in RAM, or None"), None, "where it is loaded and entered; without it 0x7c00"
+        " in real mode, else 0x100000", cli="--flat-address", metavar="ADDRESS")  # fmt: skip
+    flat_mode: str = option(
+        Word("real16", "protected32", "long64"), "real16", "real16, protected32 or long64: how it is entered",
+        cli="--flat-mode", metavar="MODE")  # fmt: skip
+    memory_mib: int = option(
+        Whole(least=1, give="a whole number of MiB, at least 1", text=mib), 256,
+        "RAM: 256, 256M or 2G (default 256 MiB)", cli="--memory -m",
+        metavar="SIZE", own_words=True, python="; in Python a number of MiB")  # fmt: skip
+    cpus: int = option(
+        Whole(least=1, most=MAX_CPUS, give=f"a whole number of vCPUs, at least 1 and at most {MAX_CPUS}, as ACPI's"
+        " tables name so many here"), 1, "number of vCPUs", cli="--cpus", own_words=True)  # fmt: skip
+    cpu: str = option(
+        Processor(), "host", "host, and features to hide: host,-xsave,-cx16", cli="--cpu", own_words=True)  # fmt: skip
+    irqchip: str = option(
+        Word("kernel", "off"), "kernel", "interrupt controllers and PIT in KVM, or (off, for one vCPU) in Python",
+        cli="--irqchip", metavar="kernel|off")  # fmt: skip
+    serial: Serial = option(
+        Console(), None, "COM1: stdio (the default of pyvmm run), none, pty, file:PATH", cli="--serial", own_words=True,
+        one="a second serial port is not there yet, give one",
+        python="; in Python also a function that takes bytes, or a Chardev")  # fmt: skip
+    debugcon: Serial = option(
+        Console(), None, "debug console at port 0x402: none, stdio, pty, file:PATH", cli="--debugcon", own_words=True,
+        python="; in Python as serial")  # fmt: skip
+    vga: str | None = option(
+        Word("text", "none", unset="none", note="there is no graphics"), None, "none, or text: VGA's text mode, 25"
+        " lines of 80 characters at 0xb8000, on the terminal; Ctrl-A v changes between it and the serial console",
+        cli="--vga", metavar="KIND", python="; Machine.vga tells what they say")  # fmt: skip
+    debug_exit: int | None = option(
+        Whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", text=port_or_none), DEBUG_EXIT_PORT,
+        "port of isa-debug-exit, or none (default 0xf4)", cli="--debug-exit", metavar="PORT")  # fmt: skip
+    testdev: bool = option(Flag(), False, "the registers of QEMU's pc-testdev", cli="--testdev")
+    fw_cfg: Mapping[str, bytes] = option(
+        Files(), {}, "more fw_cfg files", cli="--fw-cfg", many=True, own_words=True,
+        python=": {name: bytes}")  # fmt: skip
+    no_reboot: bool = option(
+        Flag(), False, "a reset ends the run with status 6, instead of starting the guest again", cli="--no-reboot")
+    no_s3: bool = option(Flag(), False, "do not offer the guest suspend to RAM (ACPI S3)", cli="--no-s3")
+    huge_pages: str | None = option(
+        Word("transparent", "2M", "1G", none=True), None, "back RAM by transparent, 2M or 1G pages",
+        cli="--huge-pages", metavar="KIND")  # fmt: skip
+    shared_memory: bool = option(
+        Flag(), False, "RAM in a memfd that other processes can map", cli="--shared-memory")
+    raw_terminal: bool = option(
+        Internal(), False, "stdio takes the terminal over: raw mode, with Ctrl-A x to quit; for commands, not libraries"
+    )
+    accel: str = option(
+        Word("kvm", "qtest"), "kvm", "kvm, or qtest: devices only, driven from outside, no vCPU, guest time by hand")
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[MachineOptions]) -> None: ...
+
+    def check_together(self, values: dict[str, Any]) -> None:
+        kernel, flat, initrd, modules, append = (
+            values[name] for name in ("kernel", "flat", "initrd", "modules", "append")
+        )
+        if values["irqchip"] == "off" and values["cpus"] > 1:
+            raise ConfigError(
+                f"irqchip='off' has the local APIC of one vCPU, not of {values['cpus']}: use cpus=1, or"
+                " irqchip='kernel'"
+            )
+        if kernel is not None and flat is not None:
+            raise ConfigError("both a kernel and a flat binary: give one of them")
+        if flat is not None and (initrd is not None or modules or append):
+            raise ConfigError("a flat binary takes no initrd, no modules and no command line: leave them out")
+        if kernel is None and (initrd is not None or modules or append):
+            raise ConfigError("an initrd, modules or a command line without a kernel: give the kernel too")
+        if initrd is not None and modules:
+            raise ConfigError("both an initrd and modules: the initrd is the first module, give one of them")
+        if modules and values["firmware"] is not None:
+            raise ConfigError("a kernel that firmware boots takes no modules: give an initrd, or leave firmware out")
+        if values["machine"] == "microvm" and (values["drives"] or values["firmware"] is not None):
+            raise ConfigError("machine='microvm' has no IDE and no firmware: use machine='pc'")
+        refuse_twice(values["drives"])
 
 
 def refuse_twice(drives: Sequence[DriveOptions]) -> None:
     """Two drives on one image, one of which writes to it. (The image's locks would say only that it is in use.)"""
-    import os
+    if len(drives) < 2:
+        return
+    from pyvmm.block.open import image_path
 
     writes: dict[tuple[int, int], bool] = {}
     for drive in drives:
         if drive.file is None or not drive.locking:
             continue
         try:
-            status = os.stat(os.fspath(drive.file).removeprefix("file:"))
+            status = os.stat(image_path(drive))
         except (OSError, ValueError):
             continue  # whoever opens it says what is wrong
         image = status.st_dev, status.st_ino
@@ -341,64 +433,40 @@ def refuse_twice(drives: Sequence[DriveOptions]) -> None:
         writes[image] = mine or writes.get(image, False)
 
 
-def machine_config(config: MachineConfig | None, options: Mapping[str, Any]) -> MachineConfig:
-    """What Machine(config) or Machine(**options) asks for. ConfigError for both at once, and for nothing to run."""
-    if config is None:
-        config = MachineConfig(**options)
-    elif not isinstance(config, MachineConfig):
-        raise ConfigError(f"Machine({config!r}): give options by name, kernel=..., or one MachineConfig")
-    elif options:
-        names = ", ".join(options)
-        raise ConfigError(f"Machine(config, {names}=...): put {names} into the MachineConfig, or give options only")
-    else:
-        config.complete()  # its attributes may have been assigned to
-    if config.machine == "microvm" and config.accel == "kvm" and config.kernel is None and config.flat is None:
-        raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
-    return config
+def __getattr__(name: str) -> object:
+    """MachineOptions for whoever looks at it: nothing on the way to the first guest instruction does."""
+    if name == "MachineOptions":
+        from typing import TypedDict
+
+        # From the same table as MachineConfig's own.
+        fields: Any = {name: MachineConfig.__annotations__[name] for name in MachineConfig.rows}
+        made = TypedDict("MachineOptions", fields, total=False)  # type: ignore[misc]  # and no literal
+        globals()[name] = made
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
-def from_file(path: str) -> dict[str, Any]:
+def file_schema(options: type[Options] = MachineConfig) -> Any:
+    """The type of a configuration file, for msgspec: every option that a file can say, each with its help."""
+    from typing import Annotated
+
+    import msgspec
+
+    fields = [
+        (name, Annotated[row.kind.file, msgspec.Meta(description=row.help)], msgspec.UNSET)
+        for name, row in options.rows.items()
+        if row.kind.file is not None
+    ]
+    return msgspec.defstruct("MachineFile", fields, forbid_unknown_fields=True)
+
+
+def from_file(path: str, options: type[Options] = MachineConfig) -> dict[str, Any]:
     """The options in a TOML or JSON file, checked against the schema: for MachineConfig(**options)."""
     import msgspec
 
-    schema = msgspec.defstruct(
-        "MachineFile",
-        [
-            (name, kind, msgspec.UNSET)
-            for name, kind in (
-                ("machine", str),
-                ("drives", list[str]),
-                ("firmware", str),
-                ("boot", str),
-                ("uuid", str),
-                ("memory_mib", int),
-                ("cpus", int),
-                ("kernel", str),
-                ("initrd", str),
-                ("append", str),
-                ("flat", str),
-                ("flat_address", int),
-                ("flat_mode", str),
-                ("cpu", str),
-                ("irqchip", str),
-                ("accel", str),
-                ("serial", str),
-                ("debugcon", str),
-                ("vga", str),
-                ("no_reboot", bool),
-                ("no_s3", bool),
-                ("testdev", bool),
-                ("debug_exit", int),
-                ("shared_memory", bool),
-                ("huge_pages", str),
-            )
-        ],
-        forbid_unknown_fields=True,
-    )
     try:
         with open(path, "rb") as f:
             data = f.read()
@@ -407,9 +475,9 @@ def from_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"config file {path}: {why}") from None
     decode = msgspec.json.decode if path.endswith(".json") else msgspec.toml.decode
     try:
-        options = decode(data, type=schema)
+        given = decode(data, type=file_schema(options))
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"config file {path}: nested too deeply: the options are plain values") from None
-    return {name: value for name, value in msgspec.structs.asdict(options).items() if value is not msgspec.UNSET}
+    return {name: value for name, value in msgspec.structs.asdict(given).items() if value is not msgspec.UNSET}

@@ -13,12 +13,13 @@ from os import getpid
 
 from pyvmm import builder
 from pyvmm import run_control as states
-from pyvmm.config import MachineConfig, is_int, machine_config
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.light import Lock, Thread
+from pyvmm.options import is_int
 from pyvmm.power import STATUS_READER_GONE
 from pyvmm.run_control import ExitStatus, timeout_or_none
 from pyvmm.run_state import RunState
+from pyvmm.spec import specify
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pyvmm.block.backend import BlockBackend
     from pyvmm.boards.board import Board
     from pyvmm.chardev import Chardev
-    from pyvmm.config import MachineOptions
+    from pyvmm.config import MachineConfig, MachineOptions
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device, IrqLine
     from pyvmm.devices.irq_pins import ControllerPins
@@ -73,7 +74,7 @@ class Machine:
         board: type[Board] | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
-        self.config = machine_config(config, options)
+        self.config = specify(config, options)
         self._pid = getpid()
         self._closing = Lock()
         self._chassis, self.board, self._platform = builder.build(self.config, board, self)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.chassis import Chassis
     from pyvmm.clock import Clock
-    from pyvmm.config import MachineConfig
+    from pyvmm.spec import Spec
     from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.event_loop import EventLoop
     from pyvmm.kvm.system import CpuidEntry
@@ -115,7 +115,7 @@ class KvmPlatform(Platform):
     def clock(loop: EventLoop) -> Clock:
         return loop.clock
 
-    def __init__(self, config: MachineConfig, memory_map: MemoryMap, chassis: Chassis) -> None:
+    def __init__(self, config: Spec, memory_map: MemoryMap, chassis: Chassis) -> None:
         super().__init__()
         self._config = config
         self._pio = chassis.pio
@@ -301,7 +301,7 @@ def check_limits(kvm: Kvm, cpus: int) -> None:
 _cpuid_tables: dict[tuple[object, ...], list[CpuidEntry]] = {}
 
 
-def cpuid_table(kvm: Kvm, config: MachineConfig, index: int) -> list[CpuidEntry]:
+def cpuid_table(kvm: Kvm, config: Spec, index: int) -> list[CpuidEntry]:
     irqchip = config.irqchip == "kernel"
     key = (kvm.device, config.cpu, config.cpus, irqchip, index)
     if key not in _cpuid_tables:

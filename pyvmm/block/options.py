@@ -1,158 +1,184 @@
-"""What a user may say about a drive, checked: every wrong value is one sentence that says what to give instead."""
+"""What a user may say about a drive: the rows of DriveOptions, and QEMU's way of writing them."""
 
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
+from pyvmm.options import ON_OFF, Flag, Kind, Options, Text, Whole, Word, near_match, option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from typing import Any
 
-CHOICES = {
-    "format": ("raw",),
-    "media": ("disk", "cdrom"),
-    "interface": ("ide",),
-    "cache": ("none", "writeback", "writethrough", "unsafe", "directsync"),
-    "aio": ("threads", "io_uring"),
-    "discard": ("unmap", "ignore"),
-    "detect_zeroes": ("off", "on", "unmap"),
-    "rerror": ("report", "ignore", "stop"),
-    "werror": ("report", "ignore", "stop", "enospc"),
-    "trans": ("auto", "none", "lba", "large", "rechs"),
-}
-# As far as ATA's registers for a cylinder (16 bits), a head (4) and a sector (8, from 1 on) reach.
-GEOMETRY = {"cyls": 0xFFFF, "heads": 16, "secs": 255}
-SERIAL_CHARACTERS = 20  # ATA IDENTIFY words 10-19
-MODEL_CHARACTERS = 40  # words 27-46
-REVISION_CHARACTERS = 8  # words 23-26
-CD_REVISION_CHARACTERS = 4  # INQUIRY's field (SPC-2, 7.3.2)
-LAST_INDEX = 3
-THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what in ("", "_read", "_write"))
 SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-# QEMU's -drive: key -> our name. Those with a value of their own to translate are in DriveOptions.parse.
-KEYS = {
-    **{name: name for name in ("file", "id", "format", "media", "cache", "aio", "rerror", "werror", "serial", "model")},
-    **{name: name for name in (*GEOMETRY, "trans", "snapshot", "ver")},
-    "bios-chs-trans": "trans",
-    "if": "interface",
-    "index": "index",
-    "bus": "bus",
-    "unit": "unit",
-    "discard": "discard",
-    "detect-zeroes": "detect_zeroes",
-    "read-only": "read_only",
-    "readonly": "read_only",
-    "locking": "locking",
-    "file.locking": "locking",
-    "force-share": "force_share",
-    "offset": "offset",
-    "size": "size",
-}
-for unit in ("bps", "iops"):
-    for theirs, old, ours in (("total", "", ""), ("read", "_rd", "_read"), ("write", "_wr", "_write")):
-        for maximum in ("", "max"):
-            our_name = f"throttle_{unit}{ours}{maximum and '_max'}"
-            KEYS[f"throttling.{unit}-{theirs}{maximum and '-max'}"] = our_name
-            KEYS[f"{unit}{maximum and '_max'}{old}"] = our_name
-FLAGS = ("read_only", "locking", "force_share", "snapshot")
-NUMBERS = ("index", "bus", "unit", "offset", "size", *GEOMETRY, *THROTTLES, *(f"{name}_max" for name in THROTTLES))
-ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+GEOMETRY = ("cyls", "heads", "secs")
+THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what in ("", "_read", "_write"))
 
 
-class DriveOptions:
-    """One drive.
+# -- kinds of values, as a -drive words them -----------------------------------------------------------------------
 
-    file           path of the image or block device; None: a CD drive with no disc in it. "blkdebug:RULES:IMAGE" has
-                   the image fail as the file RULES says (pyvmm/block/protocols/blkdebug.py).
-    id             its name; without one its place gives it: ide0-hd0.
-    format         "raw": the image's bytes are the disk, whatever they are. None: the same, but an image that is known
-                   to be something else (qcow2, VMDK, VHD, gzip... pyvmm/block/probe.py) is refused.
-    media          "disk", or "cdrom": read only.
-    interface      "ide".
-    index          0 primary master, 1 primary slave, 2 secondary master, 3 secondary slave; None: the next free one.
-    cache          "writeback": the host's page cache, flushed when the guest says so. "none": O_DIRECT, else the same.
-                   "writethrough", "directsync": the same two, every write on stable storage before it is complete.
-                   "unsafe": flushes are not done.
-    aio            "threads", or "io_uring" (Linux 5.6 or later): an error where the host's kernel refuses it, never the
-                   other engine instead.
-    discard        "unmap": what the guest discards becomes a hole; "ignore".
-    detect_zeroes  "on": writes of nothing but zeros are told to the file system as such; "unmap": and become holes,
-                   where discard="unmap".
-    read_only      the guest may not write. Always so of a CD.
-    rerror, werror what follows when the host can't read, or write: "report" it to the guest; "ignore"; "stop" the
-                   machine, and try again when it goes on; "enospc" (werror): stop for lack of room, else report.
-    locking        False: open the image although another program has it open.
-    snapshot       the image stays as it is: what the guest writes goes to a temporary file without a name, in TMPDIR or
-                   /var/tmp, and is gone in the end.
-    offset, size   the window of the image that is the disk, in bytes; size None: to its end. A drive is whole sectors
-                   of 512 bytes, a CD blocks of 2048. Of an image that ends inside a sector the drive has that one too:
-                   what is missing reads as zeros, and a write makes the file longer. Where the guest may write but the
-                   file not become longer (a block device, a window with a size, a seal or a limit against that), the
-                   part is left out; so is a part of a CD's block.
-    cyls, heads, secs  the geometry of a disk, all three: up to 65535, 16 and 255. None: as the disk's partition table
-                   has it, else by its size.
-    trans          how a BIOS makes its geometry of it: "none", "lba", "large", "rechs", or "auto": by the geometry, and
-                   where that is not given by the partition table.
-    throttle_bps, throttle_iops, and both with _read or _write: bytes, operations a second; 0: no limit. With _max
-                   after that: the rate that bursts may reach.
-    serial, model, ver  what the drive calls itself: up to 20 characters, 40, and of its firmware's version 8, on a CD
-                   drive 4.
+
+class Path(Kind):
+    """The image. None: a CD drive with no disc in it."""
+
+    metavar = "PATH"
+
+    def take(self, name: str, value: Any) -> str | None:
+        if value is None:
+            return None
+        import os
+
+        try:
+            path = os.fsdecode(value) if not isinstance(value, bytes) else None
+        except TypeError:
+            path = None
+        if path is None:
+            raise ConfigError(f"{name}={value!r}: give a path")
+        if not path:
+            raise ConfigError(f"{name}={value!r}: give the path of an image")
+        return path
+
+    def from_text(self, text: str) -> str | None:
+        return text or None
+
+
+class Switch(Flag):
+    """on or off. ``auto``: what that word means, where it is one."""
+
+    metavar = "on|off"
+
+    def __init__(self, auto: bool | None = None) -> None:
+        self._auto = auto
+
+    def from_text(self, text: str) -> bool:
+        if text == "auto" and self._auto is not None:
+            return self._auto
+        if text not in ON_OFF:
+            raise ValueError("use on or off")
+        return ON_OFF[text]
+
+
+class Number(Whole):
+    def from_text(self, text: str) -> int:
+        factor = SUFFIXES.get(text[-1:].lower(), 0)
+        try:
+            return int(text[:-1], 10) * factor if factor else int(text, 10)
+        except ValueError:
+            raise ValueError("give a number, perhaps with k, M, G or T") from None
+
+
+class Discard(Word):
+    def from_text(self, text: str) -> str:
+        return {"on": "unmap", "off": "ignore"}.get(text, text)
+
+
+BYTES = Number(give="bytes from the image's beginning")
+PLACE = Number(none=True, give="a whole number from 0, or None")
+RATE = Number(give="a whole number a second, 0 for no limit")
+GEOMETRY_NUMBER = Number(least=1, none=True)
+SAID = Text(none=True, printable=True)
+
+
+def rate(what: str, words: str, maximum: bool = False) -> Any:
+    """The row of a limit of rate. ``words``: QEMU's, the newer first."""
+    return option(RATE, 0, f"the rate of {what} that bursts may reach" if maximum else f"{what}, 0 for no limit",
+                  words=words)  # fmt: skip
+
+
+class DriveOptions(Options):
+    """One drive. An object does not change: ``changed`` makes another one.
+
+    A drive is whole sectors of 512 bytes, a CD blocks of 2048. Of an image that ends inside a sector the drive has that
+    one too: what is missing reads as zeros, and a write makes the file longer. Where the guest may write but the file
+    not become longer (a block device, a window with a size, a seal or a limit against that), the part is left out; so
+    is a part of a CD's block.
     """
 
-    file: str | os.PathLike[str] | None = None
-    id: str | None = None
-    format: str | None = None
-    media: str = "disk"
-    interface: str = "ide"
-    index: int | None = None
-    cache: str = "writeback"
-    aio: str = "threads"
-    discard: str = "unmap"
-    detect_zeroes: str = "off"
-    read_only: bool = False
-    rerror: str = "report"
-    werror: str = "enospc"
-    locking: bool = True
-    snapshot: bool = False
-    offset: int = 0
-    size: int | None = None
-    cyls: int | None = None
-    heads: int | None = None
-    secs: int | None = None
-    trans: str = "auto"
-    throttle_bps: int = 0
-    throttle_bps_read: int = 0
-    throttle_bps_write: int = 0
-    throttle_iops: int = 0
-    throttle_iops_read: int = 0
-    throttle_iops_write: int = 0
-    throttle_bps_max: int = 0
-    throttle_bps_read_max: int = 0
-    throttle_bps_write_max: int = 0
-    throttle_iops_max: int = 0
-    throttle_iops_read_max: int = 0
-    throttle_iops_write_max: int = 0
-    serial: str | None = None
-    model: str | None = None
-    ver: str | None = None
+    noun = "drive option "
+    frozen = True
+
+    file: str | None = option(
+        Path(), None, "path of the image or block device; file:PATH, or blkdebug:RULES:PATH, which fails as the file"
+        " RULES says (pyvmm/block/protocols/blkdebug.py); a CD drive may have none", words="file")  # fmt: skip
+    format: str | None = option(
+        Word("raw", none=True), None, "raw: the image's bytes are the disk, whatever they look like; without it what"
+        " looks like something else (qcow2, VMDK, VHD, gzip, ...) is refused", words="format")  # fmt: skip
+    interface: str = option(Word("ide"), "ide", "the bus", words="if")
+    index: int | None = option(
+        PLACE, None, "its place; on a pc 0 and 1 are primary master and slave, 2 and 3 secondary master and slave;"
+        " without it the next that is free", words="index")  # fmt: skip
+    bus: int | None = option(PLACE, None, "with unit the same in two numbers; on a pc the channel, 0 or 1", words="bus")
+    unit: int | None = option(PLACE, None, "on a pc 0, the master, or 1, the slave", words="unit")
+    media: str = option(Word("disk", "cdrom"), "disk", "a disk, or a CD-ROM drive", words="media")
+    id: str | None = option(Text(none=True), None, "its name; without one its place, as ide0-hd0", words="id")
+    cache: str = option(
+        Word("writeback", "none", "writethrough", "directsync", "unsafe"), "writeback", "the host's page cache with the"
+        " guest's flushes; O_DIRECT, else the same; the same two with every write on stable storage before it is"
+        " complete; flushes left out", words="cache")  # fmt: skip
+    aio: str = option(
+        Word("threads", "io_uring"), "threads", "how the host is asked; io_uring wants Linux 5.6 or later, and is an"
+        " error where the host refuses it", words="aio")  # fmt: skip
+    discard: str = option(
+        Discard("unmap", "ignore"), "unmap", "what the guest discards becomes a hole in the image, or nothing (also on,"
+        " off)", words="discard")  # fmt: skip
+    detect_zeroes: str = option(
+        Word("off", "on", "unmap"), "off", "writes of nothing but zeros are told to the file system as such; and become"
+        " holes, where discard is unmap", words="detect-zeroes")  # fmt: skip
+    read_only: bool = option(
+        Switch(), False, "the guest may not write; always so of a CD", words="read-only readonly")  # fmt: skip
+    snapshot: bool = option(
+        Switch(), False, "what the guest writes goes to a temporary file without a name, in TMPDIR or /var/tmp, that is"
+        " gone in the end", words="snapshot")  # fmt: skip
+    rerror: str = option(
+        Word("report", "ignore", "stop"), "report", "what follows when the host can't read: the guest is told; or not;"
+        " or the machine stops and tries again when it goes on (at SIGCONT)", words="rerror")  # fmt: skip
+    werror: str = option(
+        Word("enospc", "report", "ignore", "stop"), "enospc", "the same of writes; enospc: stop for lack of room, else"
+        " report", words="werror")  # fmt: skip
+    locking: bool = option(
+        Switch(auto=True), True, "refuse an image that another program uses (also auto; force-share=on for off)",
+        words="locking file.locking")  # fmt: skip
+    offset: int = option(BYTES, 0, "where in the image the disk begins, in bytes", words="offset")
+    size: int | None = option(
+        Number(least=1, none=True, give="bytes, or None for all there are"), None, "how many bytes of the image are the"
+        " disk; without it all that follow", words="size")  # fmt: skip
+    cyls: int | None = option(
+        GEOMETRY_NUMBER, None, "with heads and secs the geometry that a disk shows; without them as its partition table"
+        " has it, else by its size, as QEMU does", words="cyls")  # fmt: skip
+    heads: int | None = option(GEOMETRY_NUMBER, None, "heads of that geometry", words="heads")
+    secs: int | None = option(GEOMETRY_NUMBER, None, "sectors a track of that geometry", words="secs")
+    trans: str = option(
+        Word("auto", "none", "lba", "large", "rechs"), "auto", "how the BIOS translates it; auto: by the geometry, and"
+        " where that is not given by the partition table", words="trans bios-chs-trans")  # fmt: skip
+    throttle_bps: int = rate("bytes a second, reads and writes together", "throttling.bps-total bps")
+    throttle_bps_read: int = rate("bytes read a second", "throttling.bps-read bps_rd")
+    throttle_bps_write: int = rate("bytes written a second", "throttling.bps-write bps_wr")
+    throttle_iops: int = rate("operations a second, reads and writes together", "throttling.iops-total iops")
+    throttle_iops_read: int = rate("reads a second", "throttling.iops-read iops_rd")
+    throttle_iops_write: int = rate("writes a second", "throttling.iops-write iops_wr")
+    throttle_bps_max: int = rate("all bytes", "throttling.bps-total-max bps_max", True)
+    throttle_bps_read_max: int = rate("bytes read", "throttling.bps-read-max bps_max_rd", True)
+    throttle_bps_write_max: int = rate("bytes written", "throttling.bps-write-max bps_max_wr", True)
+    throttle_iops_max: int = rate("all operations", "throttling.iops-total-max iops_max", True)
+    throttle_iops_read_max: int = rate("reads", "throttling.iops-read-max iops_max_rd", True)
+    throttle_iops_write_max: int = rate("writes", "throttling.iops-write-max iops_max_wr", True)
+    serial: str | None = option(SAID, None, "the serial number that the drive tells; without one by its place",
+                                words="serial")  # fmt: skip
+    model: str | None = option(SAID, None, "the model that the drive tells", words="model")
+    ver: str | None = option(SAID, None, "the revision of its firmware that the drive tells", words="ver")
 
     def __init__(self, file: str | os.PathLike[str] | None = None, **values: Any) -> None:
-        self.file = file
-        for name, value in values.items():
-            if name not in type(self).__annotations__:
-                raise ConfigError(f"a drive has no option {name!r}{nearest(name, type(self).__annotations__)}")
-            setattr(self, name, value)
-        self.check()
+        super().__init__(file=file, **values)
+
+    @classmethod
+    def unknown(cls, name: str, known: Any = None) -> str:
+        near = near_match(name, known or cls.rows) or ": see DriveOptions for those there are"
+        return f"a drive has no option {name!r}{near}"
 
     @property
     def name(self) -> str:
-        """Its id, or what its place on the IDE channels calls it, as in QEMU: index 2 is ide1-hd0 or ide1-cd0."""
-        if self.id is not None:
-            return self.id
-        kind = "cd" if self.media == "cdrom" else "hd"
-        return kind if self.index is None else f"ide{self.index // 2}-{kind}{self.index % 2}"
+        """Its id; a board gives one to every drive that has none."""
+        return self.id or self.media
 
     @property
     def throttled(self) -> bool:
@@ -171,72 +197,15 @@ class DriveOptions:
             return None
         return self.cyls, self.heads, self.secs
 
-    def check(self) -> None:
-        """ConfigError for what can be told to be wrong without opening anything."""
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed and not (name == "format" and value is None):
-                raise ConfigError(f"drive option {name}={value!r}: use {' or '.join(allowed)}")
-        if self.file is None and self.media != "cdrom":
+    def check_together(self, values: dict[str, Any]) -> None:
+        if values["media"] == "cdrom":
+            values["read_only"] = True
+        elif values["file"] is None:
             raise ConfigError("a disk without an image: give file=PATH (only a CD drive may be empty)")
-        if self.file is not None and not (isinstance(self.file, str) or hasattr(self.file, "__fspath__")):
-            raise ConfigError(f"drive option file={self.file!r}: give a path")
-        if self.file is not None and self.file == "":
-            raise ConfigError("drive option file='': give the path of an image")
-        if self.index is not None and not (is_count(self.index) and self.index <= LAST_INDEX):
-            raise ConfigError(
-                f"drive option index={self.index!r}: use 0 or 1 (primary master, slave), 2 or 3 (secondary ones)"
-            )
-        for name in ("read_only", "locking", "snapshot"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"drive option {name}={getattr(self, name)!r}: use True or False")
-        if self.media == "cdrom":
-            self.read_only = True
-        if not is_count(self.offset):
-            raise ConfigError(f"drive option offset={self.offset!r}: give bytes from the image's beginning")
-        if self.size is not None and not (is_count(self.size) and self.size):
-            raise ConfigError(f"drive option size={self.size!r}: give bytes, or None for all there are")
-        self._check_geometry()
-        self._check_throttles()
-        revision = CD_REVISION_CHARACTERS if self.media == "cdrom" else REVISION_CHARACTERS
-        for name, limit in (("serial", SERIAL_CHARACTERS), ("model", MODEL_CHARACTERS), ("ver", revision)):
-            text = getattr(self, name)
-            if text is not None and not (isinstance(text, str) and text.isascii() and text.isprintable()):
-                raise ConfigError(f"drive option {name}={text!r}: use printable ASCII characters")
-            if text is not None and len(text) > limit:
-                raise ConfigError(f"drive option {name}={text!r}: use at most {limit} characters")
-
-    def _check_geometry(self) -> None:
-        given = [name for name in GEOMETRY if getattr(self, name) is not None]
-        for name in given:
-            value, most = getattr(self, name), GEOMETRY[name]
-            if not is_count(value) or not 0 < value <= most:
-                raise ConfigError(f"drive option {name}={value!r}: give a whole number from 1 to {most}")
-        if given and len(given) < len(GEOMETRY):
-            missing = [name for name in GEOMETRY if name not in given]
-            raise ConfigError(
-                f"drive option {' and '.join(given)} without {' and '.join(missing)}: a geometry is cyls, heads and"
-                " secs, give all three"
-            )
-        for name in (*given, *(["trans"] if self.trans != "auto" else ())):
-            if self.media == "cdrom":
-                raise ConfigError(f"drive option {name} on a CD drive: a CD has no geometry, leave it out")
-
-    def _check_throttles(self) -> None:
-        for name in THROTTLES:
-            rate, burst = getattr(self, name), getattr(self, f"{name}_max")
-            for shown, value in ((name, rate), (f"{name}_max", burst)):
-                if not is_count(value):
-                    raise ConfigError(f"drive option {shown}={value!r}: give a whole number a second, 0 for no limit")
-            if burst and not rate:
-                raise ConfigError(f"drive option {name}_max={burst} without {name}: give the lasting rate too")
-            if burst and burst < rate:
-                raise ConfigError(f"drive option {name}_max={burst} is below {name}={rate}: give more, or leave it out")
-        for unit in ("bps", "iops"):
-            total = f"throttle_{unit}"
-            for part in (f"{total}_read", f"{total}_write"):
-                if getattr(self, total) and getattr(self, part):
-                    raise ConfigError(f"drive options {total} and {part}: give the total, or reads and writes apart")
+        if values["index"] is not None and (values["bus"], values["unit"]) != (None, None):
+            raise ConfigError("drive option index beside bus or unit: give the one or the others")
+        check_geometry(values)
+        check_throttles(values)
 
     @classmethod
     def parse(cls, text: str) -> DriveOptions:
@@ -244,45 +213,49 @@ class DriveOptions:
 
         A comma in a value is written twice. ConfigError for what is wrong.
         """
+        names = {word: name for name, row in cls.rows.items() for word in row.words}
         values: dict[str, Any] = {}
         for item in split_commas(text):
             key, equals, value = item.partition("=")
             if not equals:
                 raise ConfigError(f"drive option {item!r} has no value: write {item}=VALUE")
-            if key not in KEYS:
-                raise ConfigError(f"a drive has no option {key!r}{nearest(key, KEYS)}")
-            values[KEYS[key]] = translate(key, KEYS[key], value)
-        if values.pop("force_share", False):
-            values["locking"] = False
-        bus, unit_number = values.pop("bus", None), values.pop("unit", None)
-        if bus is not None or unit_number is not None:
-            if "index" in values:
-                raise ConfigError("drive option index beside bus or unit: give the one or the others")
-            values["index"] = (bus or 0) * 2 + (unit_number or 0)
-            if (unit_number or 0) > 1:
-                raise ConfigError(f"drive option unit={unit_number}: use 0 (master) or 1 (slave)")
+            name = "locking" if key == "force-share" else names.get(key)
+            if name is None:
+                raise ConfigError(cls.unknown(key, [*names, "force-share"]))
+            try:
+                values[name] = cls.rows[name].kind.from_text(value)
+            except ValueError as error:
+                raise ConfigError(f"drive option {key}={value}: {error}") from None
+            if key == "force-share":
+                values[name] = not values[name]
         return cls(**values)
 
 
-def translate(key: str, name: str, value: str) -> object:
-    """The Python value of ``key=value``."""
-    if name in FLAGS:
-        if value == "auto" and name == "locking":
-            return True
-        if value not in ON_OFF:
-            raise ConfigError(f"drive option {key}={value}: use on or off")
-        return ON_OFF[value]
-    if name in NUMBERS:
-        factor = SUFFIXES.get(value[-1:].lower(), 0)
-        try:
-            return int(value[:-1], 10) * factor if factor else int(value, 10)
-        except ValueError:
-            raise ConfigError(f"drive option {key}={value}: give a number, perhaps with k, M, G or T") from None
-    if key == "discard" and value in ("on", "off"):
-        return "unmap" if value == "on" else "ignore"
-    if key == "file" and not value:
-        return None
-    return value
+def check_geometry(values: dict[str, Any]) -> None:
+    given = [name for name in GEOMETRY if values[name] is not None]
+    if given and len(given) < len(GEOMETRY):
+        missing = [name for name in GEOMETRY if name not in given]
+        raise ConfigError(
+            f"drive option {' and '.join(given)} without {' and '.join(missing)}: a geometry is cyls, heads and"
+            " secs, give all three"
+        )
+    for name in (*given, *(["trans"] if values["trans"] != "auto" else ())):
+        if values["media"] == "cdrom":
+            raise ConfigError(f"drive option {name} on a CD drive: a CD has no geometry, leave it out")
+
+
+def check_throttles(values: dict[str, Any]) -> None:
+    for name in THROTTLES:
+        lasting, burst = values[name], values[f"{name}_max"]
+        if burst and not lasting:
+            raise ConfigError(f"drive option {name}_max={burst} without {name}: give the lasting rate too")
+        if burst and burst < lasting:
+            raise ConfigError(f"drive option {name}_max={burst} is below {name}={lasting}: give more, or leave it out")
+    for unit in ("bps", "iops"):
+        total = f"throttle_{unit}"
+        for part in (f"{total}_read", f"{total}_write"):
+            if values[total] and values[part]:
+                raise ConfigError(f"drive options {total} and {part}: give the total, or reads and writes apart")
 
 
 def split_commas(text: str) -> list[str]:
@@ -299,14 +272,3 @@ def split_commas(text: str) -> list[str]:
             items.append("")
         position += 1
     return [item for item in items if item]
-
-
-def nearest(name: str, known: dict[str, Any]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, 1)
-    return f": did you mean {near[0]}?" if near else ": see DriveOptions for those there are"
-
-
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

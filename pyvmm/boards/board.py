@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from pyvmm.chassis import Chassis
-    from pyvmm.config import MachineConfig
+    from pyvmm.spec import Spec
     from pyvmm.device import Device, IrqLine
     from pyvmm.devices.serial import Serial
     from pyvmm.devices.user_irqchip import UserIrqchip
@@ -50,7 +50,7 @@ class Board:
     """Addresses where the board itself changes, as its guest says, what is RAM and what is the bus."""
     vga: VgaText | None = None
 
-    def __init__(self, config: MachineConfig, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:
+    def __init__(self, config: Spec, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:
         self.config = config
         self.chassis = chassis
         self.memory = chassis.memory

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from pyvmm.boards.isa import IsaBoard
-from pyvmm.boards.pc_drives import PLACES, make_drive, placed
+from pyvmm.boards.ide_places import PLACES
+from pyvmm.boards.pc_drives import make_drive
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
 from pyvmm.memory_map import BUS, RAM, ROM, WINDOW, WINDOW_END
@@ -17,7 +18,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.block.options import DriveOptions
+    from pyvmm.boards.ide_places import PlacedDrive
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.devices.ide.channel import IdeChannel
     from pyvmm.devices.ide.disk import IdeDisk
@@ -33,7 +34,7 @@ FUNCTION_ISA, FUNCTION_IDE, FUNCTION_PM = 0, 1, 3
 
 
 class Pc(IsaBoard):
-    """``drives`` are those asked for by their places, ``units`` what is at the four of them."""
+    """``units`` is what is at the four places of its drives."""
 
     window = range(WINDOW, WINDOW_END)
 
@@ -131,10 +132,9 @@ class Pc(IsaBoard):
         """Both channels at the ports that ATA has on every PC, whatever is on them."""
         from pyvmm.devices.ide.channel import IdeChannel
 
-        self.drives = placed(self.config.drives)  # type: ignore[arg-type]  # parsed by the config
         self.units: list[IdeDisk | AtapiDrive | None] = [None] * PLACES
-        for index, drive in self.drives:
-            self.units[index] = self._open_drive(index, drive)
+        for drive in self.config.drives:
+            self.units[drive.index] = self._open_drive(drive)
         made = []
         for n, (command, control, irq) in enumerate(layout.IDE_CHANNELS):
             units = (self.units[2 * n], self.units[2 * n + 1])
@@ -146,13 +146,13 @@ class Pc(IsaBoard):
             made.append(channel)
         return made[0], made[1]
 
-    def _open_drive(self, index: int, drive: DriveOptions) -> IdeDisk | AtapiDrive:
+    def _open_drive(self, drive: PlacedDrive) -> IdeDisk | AtapiDrive:
         from pyvmm.block.backend import open_drive
 
         drives = self.chassis.drives
         backend = open_drive(drive, loop=self.chassis.loop, clock=self.clock, on_error=drives.failed)
         drives.add(backend)
-        return make_drive(index, drive, backend)
+        return make_drive(drive, backend)
 
     def gathered(self) -> list[tuple[int, int]]:
         """(port, ports) where KVM may gather what the guest writes: the data ports and the registers before the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pyvmm.devices.ide.disk import IdeDisk
-from pyvmm.errors import ConfigError
 from pyvmm.images import image_name
 from pyvmm.x86 import firmware_files, layout
 from pyvmm.x86.boot_options import BootOptions
@@ -63,7 +62,7 @@ def boot_order(pc: Pc) -> str:
 
 def boot_paths(pc: Pc, order: str, kernel: str | None) -> list[str]:
     """Device paths of the drives, and of the kernel's option ROM, in ``order``."""
-    drives = [(index, drive.media) for index, drive in pc.drives]
+    drives = [(drive.index, drive.media) for drive in pc.config.drives]
     return firmware_files.boot_paths(drives, order, kernel=kernel)
 
 
@@ -87,8 +86,6 @@ def hand_over_kernel(pc: Pc) -> dict[str, bytes]:
 
     config, images = pc.config, pc.images
     assert config.kernel is not None
-    if config.modules:
-        raise ConfigError("a kernel that firmware boots takes no modules: give an initrd, or leave the firmware out")
     items = linuxboot.kernel_items(
         pc.memory,
         images.get(config.kernel, "kernel"),

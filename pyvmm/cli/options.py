@@ -7,11 +7,17 @@ instruction.
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
+from pyvmm.options import wrapped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
+
+    from pyvmm.options import Options, Row
+
+
+HELP_COLUMN = 32
 
 
 class Option:
@@ -43,6 +49,20 @@ class Option:
         self.many = many
         self.words = words
         self.one = one
+
+
+def from_row(row: Row) -> Option:
+    """An option of a class of Options, where it has a name on the command line."""
+    shown = f" (default {row.default})" if row.has_default_to_tell else ""
+    return Option(
+        row.cli, row.metavar, row.help + shown, row.kind.from_text, key=row.name, many=row.many, words=row.own_words,
+        one=row.one,
+    )  # fmt: skip
+
+
+def from_rows(options: type[Options]) -> list[Option]:
+    """All that have a name on the command line."""
+    return [from_row(row) for row in options.rows.values() if row.cli]
 
 
 def parse(options: Sequence[Option], args: Sequence[str], *, verb: str, words: str = "") -> dict[str, Any]:
@@ -118,24 +138,4 @@ def usage(title: str, options: Sequence[Option]) -> str:
 def entry(option: Option) -> str:
     """An option and what it means."""
     left = "  " + ", ".join(option.names) + (f" {option.metavar}" if option.metavar else "")
-    return f"{left:<30}  {option.help}" if len(left) <= 30 else f"{left}\n{'':<32}{option.help}"
-
-
-def number(text: str) -> int:
-    """Decimal, or 0x and hexadecimal."""
-    return int(text, 0)
-
-
-def mib(text: str) -> int:
-    """A size in MiB: 256, 256M, 1.5G, 2T, or 262144K."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    unit = text[-1:].upper()
-    size_bytes = float(text[:-1]) * units[unit] if unit in units else float(int(text) << 20)
-    size, odd = divmod(size_bytes, 1 << 20)
-    if odd or size_bytes < 0:
-        raise ValueError(text)
-    return int(size)
-
-
-def port_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text, 0)
+    return "\n".join(wrapped(f"{left}  ", HELP_COLUMN, option.help + ("; may be repeated" if option.many else "")))

@@ -6,7 +6,7 @@ import gc
 import os
 
 from pyvmm.cli import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
-from pyvmm.cli.options import Option, mib, number, parse, port_or_none, usage
+from pyvmm.cli.options import Option, from_rows, parse, usage
 from pyvmm.cli.signals import Signals
 from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path
@@ -27,55 +27,15 @@ else:
     import _signal as signal
 
 
-def split_module(text: str) -> tuple[str, str]:
-    """'FILE ARGUMENTS': the file, and its command line."""
-    path, _, line = text.partition(" ")
-    return path, line
-
-
-def split_fw_cfg(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not equals or not name or not path:
-        raise ValueError(text)
-    return name, path
-
-
+# What only a command has, beside the options of a machine.
+CDROM = Option("--cdrom", "FILE", "a CD image, on the second channel")
+SNAPSHOT = Option(
+    "--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are"
+)
 OPTIONS = (
-    Option("--machine -M", "KIND", "pc (i440FX, IDE, firmware) or microvm; default: pc with a drive or firmware",
-           words=True),
-    Option("--drive", "SPEC", "a disk as QEMU words it: file=a.img,index=1,cache=none,werror=stop; may be repeated",
-           key="drives", many=True, words=True),
-    Option("--cdrom", "FILE", "a CD image, on the second channel"),
-    Option("--firmware", "FILE", "BIOS image (default: SeaBIOS, where there is neither kernel nor flat binary)"),
-    Option("--boot", "WORDS", "what firmware tries in turn: c disk, d CD-ROM, n kernel (default cad); QEMU's once=,"
-           " menu=, splash-time=, reboot-timeout=, strict=", many=True, words=True),
-    Option("--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are"),
-    Option("--uuid", "UUID", "the machine's, for SMBIOS and fw_cfg"),
-    Option("--kernel -k", "FILE", "bzImage, ELF with a PVH note, or multiboot v1 kernel", key="kernel"),
-    Option("--initrd", "FILE", "initial RAM disk; for multiboot the first module"),
-    Option("--append", "TEXT", "the kernel's command line"),
-    Option("--module", "'FILE ARGS'", "a multiboot module with its command line; may be repeated", split_module,
-           key="modules", many=True),
-    Option("--flat", "FILE", "a flat binary instead of a kernel"),
-    Option("--flat-address", "ADDRESS", "where it is loaded and entered (real mode 0x7c00, others 0x100000)", number),
-    Option("--flat-mode", "MODE", "real16, protected32 or long64"),
-    Option("--memory -m", "SIZE", "RAM: 256, 256M or 2G (default 256 MiB)", mib, key="memory_mib", words=True),
-    Option("--cpus", "N", "number of vCPUs (default 1)", number, words=True),
-    Option("--cpu", "SPEC", "host, and features to hide: host,-xsave,-cx16", words=True),
-    Option("--irqchip", "kernel|off", "interrupt controllers and PIT in KVM (default), or in Python"),
-    Option("--serial", "WHERE", "COM1: stdio (default), none, pty, file:PATH", words=True,
-           one="a second serial port is not there yet, give one"),
-    Option("--debugcon", "WHERE", "debug console at port 0x402: none (default), stdio, pty, file:PATH", words=True),
-    Option("--vga", "KIND", "none (default), or text: VGA's text mode, 80x25, on the terminal; Ctrl-A v changes between"
-           " it and the serial console"),
-    Option("--debug-exit", "PORT", "where isa-debug-exit is (default 0xf4), or none", port_or_none),
-    Option("--testdev", "", "the registers of QEMU's pc-testdev"),
-    Option("--fw-cfg", "NAME=FILE", "one more fw_cfg file; may be repeated", split_fw_cfg, many=True,
-           words=True),
-    Option("--no-reboot", "", "a reset ends the run with status 6"),
-    Option("--no-s3", "", "do not offer the guest suspend to RAM (ACPI S3)"),
-    Option("--huge-pages", "KIND", "back RAM by transparent, 2M or 1G pages"),
-    Option("--shared-memory", "", "RAM in a memfd that other processes can map"),
+    *from_rows(MachineConfig),
+    CDROM,
+    SNAPSHOT,
     Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
@@ -137,11 +97,8 @@ def join_drives(given: dict[str, Any]) -> None:
     """--drive, --cdrom and what is given by a path alone are the drives, --snapshot is for each of them."""
     drives = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
     if given.pop("snapshot", False):
-        from pyvmm.config import parse_drives
-
-        drives = parse_drives(drives)
-        for drive in drives:
-            drive.snapshot = True
+        parsed = MachineConfig.rows["drives"].kind.take("drives", drives)
+        drives = [drive.changed(snapshot=True) for drive in parsed]
     given["drives"] = drives
 
 

@@ -72,6 +72,12 @@ FILE_NAME_BYTES = 56  # with the zero at the end
 ZEROS = bytes(1 << 20)
 
 
+def check_file_name(name: str) -> None:
+    """ConfigError where the directory has no room for that, or a guest could not ask for it."""
+    if not name.isascii() or not name.isprintable() or not 0 < len(name) < FILE_NAME_BYTES:
+        raise ConfigError(f"fw_cfg file name {name!r}: use 1 to 55 printable ASCII characters")
+
+
 class Item:
     """One blob. Where ``source`` is a callable: made when first asked for, kept until reset."""
 
@@ -189,8 +195,7 @@ class FwCfg(Device):
         on_write: Callable[[bytes], None] | None = None,
     ) -> int:
         """An item with a name in the directory, and the key it got. Otherwise as ``add``."""
-        if not name.isascii() or not name.isprintable() or not 0 < len(name) < FILE_NAME_BYTES:
-            raise ConfigError(f"fw_cfg file name {name!r}: use 1 to 55 printable ASCII characters")
+        check_file_name(name)
         if any(self._items[key].name == name for key in self._files):
             raise ConfigError(f"fw_cfg file {name!r} is there already: give it once")
         key = FILE_FIRST + len(self._files)

@@ -13,7 +13,7 @@ from tree import PACKAGE, ROOT, code, module_name, sources
 
 # Lowest first (docs/design.md). An entry stands for a module, or for a package and all that is in it.
 LAYERS = [
-    ["pyvmm.errors"],
+    ["pyvmm.errors", "pyvmm.options"],
     ["pyvmm.kvm"],
     [
         *("pyvmm.atomic", "pyvmm.bus", "pyvmm.guest_memory", "pyvmm.address_space", "pyvmm.device"),
@@ -26,7 +26,8 @@ LAYERS = [
     ],
     ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.screen", "pyvmm.terminal", "pyvmm.terminal_screen", "pyvmm.block"],
     ["pyvmm.devices"],
-    ["pyvmm.config"],
+    ["pyvmm.config", "pyvmm.boards.ide_places"],
+    ["pyvmm.spec"],
     ["pyvmm.closers", "pyvmm.events"],
     ["pyvmm.images", "pyvmm.consoles", "pyvmm.drives", "pyvmm.power", "pyvmm.outcomes"],
     ["pyvmm.chassis", "pyvmm.platform"],

@@ -13,7 +13,7 @@ from pyvmm.errors import ConfigError
 
 @pytest.mark.parametrize("value", ["std", "", 1, "TEXT"])
 def test_vga_is_text_or_nothing(value: object) -> None:
-    with pytest.raises(ConfigError, match="use 'text' or 'none': there is no graphics"):
+    with pytest.raises(ConfigError, match="use text or none: there is no graphics"):
         MachineConfig(flat=b"\xf4", vga=value)
     assert MachineConfig(flat=b"\xf4", vga="text").vga == "text"
 
@@ -44,7 +44,7 @@ def test_values_are_taken() -> None:
         ({"cpus": 0}, "cpus=0: give a whole number of vCPUs, at least 1"),
         ({"cpus": -3}, "cpus=-3"),
         ({"cpus": 2.0}, "cpus=2.0"),
-        ({"irqchip": "split"}, "use 'kernel' or 'off'"),
+        ({"irqchip": "split"}, "use kernel or off"),
         ({"irqchip": "off", "cpus": 2}, "use cpus=1"),
         ({"kernel": "a", "flat": "b"}, "both a kernel and a flat binary"),
         ({"flat": "b", "append": "quiet"}, "a flat binary takes no"),
@@ -54,7 +54,7 @@ def test_values_are_taken() -> None:
         ({"append": "quiet"}, "without a kernel"),
         ({"modules": [("m", "")]}, "without a kernel"),
         ({"kernel": "k", "initrd": "i", "modules": [("m", "")]}, "both an initrd and modules"),
-        ({"flat_mode": "real32"}, "use real16, protected32, long64"),
+        ({"flat_mode": "real32"}, "use real16, protected32 or long64"),
         ({"debug_exit": -1}, "give a port"),
         ({"debug_exit": 0xFFFF}, "give a port"),
         ({"debug_exit": "0xf4"}, "give a port"),
@@ -154,14 +154,11 @@ def test_a_file_may_set_every_option_that_is_plain_data(tmp_path: Path) -> None:
     only_in_python = {"modules", "fw_cfg", "raw_terminal"}
     values = {int: "1", str: "'x'", bool: "true"}
     content = ""
-    for option, annotation in MachineConfig.__annotations__.items():
-        if option not in only_in_python:
-            if "Sequence" in annotation:
-                content += f"{option} = ['x']\n"
-                continue
-            kind = bool if "bool" in annotation else int if "int" in annotation else str
-            content += f"{option} = {values[kind]}\n"
-    assert (
-        set(from_file(write(tmp_path / "vm.toml", content)))
-        == set(MachineConfig.__annotations__) - only_in_python
-    )
+    for option in set(MachineConfig.rows) - only_in_python:
+        annotation = MachineConfig.__annotations__[option]
+        if "Sequence" in annotation:
+            content += f"{option} = ['x']\n"
+            continue
+        kind = bool if "bool" in annotation else int if "int" in annotation else str
+        content += f"{option} = {values[kind]}\n"
+    assert set(from_file(write(tmp_path / "vm.toml", content))) == set(MachineConfig.rows) - only_in_python

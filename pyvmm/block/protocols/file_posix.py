@@ -27,10 +27,10 @@ from __future__ import annotations
 import os
 from errno import ECANCELED, EINVAL, EIO, ENODEV, ENOSPC, ENOSYS, ENOTSUP, EOPNOTSUPP
 
-from pyvmm.block.protocols import fallocate
-from pyvmm.block.protocols.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
 from pyvmm.block.coroutine import Waiter
 from pyvmm.block.driver import ProtocolDriver
+from pyvmm.block.protocols import fallocate
+from pyvmm.block.protocols.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
 from pyvmm.block.thread_pool import ThreadPool
 
 TYPE_CHECKING = False

@@ -64,9 +64,9 @@ def test_a_read_only_drive_is_read_and_flushed_only(options: dict[str, object]) 
 
 def test_a_drive_without_a_medium() -> None:
     clock = VirtualClock()
-    backend = open_drive(DriveOptions(None, media="cdrom", index=2), loop=ManualLoop(), clock=clock)
+    backend = open_drive(DriveOptions(None, media="cdrom", id="tray"), loop=ManualLoop(), clock=clock)
     assert not backend.inserted
-    assert (backend.name, backend.sectors, backend.size_bytes) == ("ide1-cd0", 0, 0)
+    assert (backend.name, backend.sectors, backend.size_bytes) == ("tray", 0, 0)
     results = [Result() for _ in range(5)]
     backend.aio_readv(0, [memoryview(bytearray(512))], results[0])
     backend.aio_writev(0, [memoryview(bytearray(512))], results[1])
@@ -518,11 +518,5 @@ def test_counters() -> None:
 
 def test_names() -> None:
     context = AioContext(ManualLoop())
-    for options, name in (
-        ({"index": 0}, "ide0-hd0"),
-        ({"index": 3}, "ide1-hd1"),
-        ({"index": 1, "media": "cdrom"}, "ide0-cd1"),
-        ({"id": "system"}, "system"),
-        ({}, "hd"),
-    ):
+    for options, name in (({"id": "system"}, "system"), ({"media": "cdrom"}, "cdrom"), ({}, "disk")):
         assert BlockBackend(DriveOptions("x", **options), None, context).name == name

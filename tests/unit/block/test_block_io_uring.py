@@ -27,8 +27,8 @@ from block_drives import (
 from sandbox import run_without
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
-from pyvmm.block.protocols import file_posix
 from pyvmm.block.coroutine import Waiter, start
+from pyvmm.block.protocols import file_posix
 from pyvmm.block.protocols.file_posix import READ, Aiocb
 from pyvmm.block.protocols.io_uring import ENTRIES
 from pyvmm.block.uring import Ring

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.block.protocols.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
 from pyvmm.block.iov import ZEROS, IovSlice, all_zeros, fill_zeros, iov_length
+from pyvmm.block.protocols.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
 
 PIECES = st.lists(st.binary(max_size=40), max_size=6)
 

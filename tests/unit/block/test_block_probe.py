@@ -73,7 +73,9 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("name", "command", "head"), HEADS)
-@pytest.mark.parametrize("options", [{}, {"read_only": True}, {"media": "cdrom"}, {"cache": "none"}, {"snapshot": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"read_only": True}, {"media": "cdrom"}, {"cache": "none"}, {"snapshot": True}]
+)
 def test_what_begins_so(
     drive: Open, tmp_path: Path, name: str, command: str, head: bytes, options: dict[str, object]
 ) -> None:

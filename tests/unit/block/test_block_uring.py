@@ -20,11 +20,12 @@ import pytest
 from block_drives import IO_URING_REFUSAL, LIMIT_S
 from sandbox import CALLS, run_without
 
+from pyvmm import block
 from pyvmm.block.protocols import io_uring
 from pyvmm.block.uring import IOV_MAX, Ring
 from pyvmm.errors import ConfigError, StateError
 
-ABI = Path(io_uring.__file__).with_name("uring_abi.h")
+ABI = Path(block.__file__).with_name("uring_abi.h")
 TELL = "from pyvmm.block.protocols.io_uring import refusal; print(refusal())"
 
 

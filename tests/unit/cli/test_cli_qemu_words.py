@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pyvmm.cli.options import mib, parse
+from pyvmm.cli.options import parse
 from pyvmm.cli.qtest import OPTIONS as QTEST_OPTIONS
 from pyvmm.cli.run import OPTIONS, configure
+from pyvmm.config import mib
 from pyvmm.errors import ConfigError
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.block.options import KEYS, DriveOptions
+from pyvmm.block.options import DriveOptions
 from pyvmm.cli import main
-from pyvmm.cli.topics import DRIVE
+from pyvmm.cli.topics import drive_words
 
 
 @pytest.mark.parametrize(
@@ -19,19 +19,18 @@ from pyvmm.cli.topics import DRIVE
 def test_the_options_of_a_drive(capsys: pytest.CaptureFixture[str], verb: str, args: list[str]) -> None:
     assert main([verb, *args]) == 0
     shown = capsys.readouterr().out
-    for words, meaning in DRIVE:
+    for words, meaning in drive_words():
         assert words in shown
         assert " ".join(meaning.split()) in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 120
 
 
 def test_every_option_of_a_drive_is_told() -> None:
-    told = " ".join(f"{words} {meaning}" for words, meaning in DRIVE)
+    told = " ".join(f"{words} {meaning}" for words, meaning in drive_words())
     names = {word.strip(",.:;[]()").partition("=")[0] for word in told.split()}
-    assert [name for name in KEYS if name not in names and not name.startswith(("throttling.", "bps", "iops"))] == []
-    assert {KEYS[name] for name in KEYS if not name.startswith(("throttling.", "bps", "iops"))} >= {
-        name for name in DriveOptions.__annotations__ if not name.startswith("throttle_")
-    }
+    assert [word for row in DriveOptions.rows.values() for word in row.words if word not in names] == []
+    assert "force-share" in names
+    assert [name for name, row in DriveOptions.rows.items() if not row.words] == []
 
 
 @pytest.mark.parametrize("name", ["memory", "cpus", "kernel", "serial", "m", "M", "snapshot"])

@@ -1,0 +1,312 @@
+"""An option is one row of a class; all its faces come from that row.
+
+    class MachineConfig(Options):
+        cpus: int = option(Whole(least=1), 1, "number of vCPUs", cli="--cpus", metavar="N")
+
+The faces: keyword argument and attribute, with the default; what it is checked for, by its kind; the class's docstring;
+the command line and ``--help`` (``cli/options.py``); the schema of configuration files (``config.file_schema``); QEMU's
+words for a drive (``block/options.py``); its place in a Spec and in what a Spec is written as. Only for static type
+checkers the names and types of MachineOptions are written once more (config.py), which a test compares.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any, Self
+
+WIDTH = 118  # of help
+ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+
+
+# -- kinds ---------------------------------------------------------------------------------------------------------
+
+
+class Kind:
+    """What values an option takes. ``file`` is the type it has in a configuration file, None where a file can't say it;
+    ``metavar`` stands for a value on the command line, empty for a flag.
+    """
+
+    file: type | None = str
+    metavar = "TEXT"
+
+    def take(self, name: str, value: Any) -> Any:
+        """``value`` in its one form. ConfigError, which says what to give instead, where it is none of this kind."""
+        return value
+
+    def from_text(self, text: str) -> Any:
+        """From the command line, for ``take``. ValueError where that can't be."""
+        return text
+
+    def plain(self, value: Any) -> Any:
+        """A value from ``take`` as data that anything can write down: None, bool, int, str, lists and dicts of them."""
+        return value
+
+    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
+        """Back from ``plain``, for ``take``. ``given`` has, by the option's name, what could not be written down."""
+        return data
+
+
+class Flag(Kind):
+    file: type | None = bool
+    metavar = ""
+
+    def take(self, name: str, value: Any) -> bool:
+        if not isinstance(value, int) or value not in (0, 1):
+            raise ConfigError(f"{name}={value!r}: give True or False")
+        return bool(value)
+
+
+class Whole(Kind):
+    """A whole number. ``give`` completes the sentence, in place of its limits."""
+
+    file = int
+    metavar = "N"
+
+    def __init__(
+        self, *, least: int = 0, most: int | None = None, give: str = "", none: bool = False, text: Any = None
+    ) -> None:
+        self._least = least
+        self._most = most
+        self._give = give or (f"a whole number from {least}" + ("" if most is None else f" to {most}"))
+        self._none = none
+        self._from_text: Callable[[str], int | None] = text or number
+
+    def take(self, name: str, value: Any) -> int | None:
+        if value is None and self._none:
+            return None
+        if not is_int(value) or value < self._least or (self._most is not None and value > self._most):
+            shown = repr(value) if not is_int(value) else format(value, "d")
+            raise ConfigError(f"{name}={shown}: give {self._give}")
+        return int(value)
+
+    def from_text(self, text: str) -> int | None:
+        return self._from_text(text)
+
+
+class Word(Kind):
+    """One of some words. ``none``: also None; ``unset``: a word that means None. ``note`` ends the sentence."""
+
+    metavar = "WORD"
+
+    def __init__(self, *choices: str, none: bool = False, unset: str = "", note: str = "") -> None:
+        self.choices = choices
+        self._none = none
+        self._unset = unset
+        self._note = note
+
+    def take(self, name: str, value: Any) -> str | None:
+        if value is None and (self._none or self._unset):
+            return None
+        if not isinstance(value, str) or value not in self.choices:
+            note = self._note and f": {self._note}"
+            raise ConfigError(f"{name}={value!r}: use {listed(self.choices, 'or')}{note}")
+        return None if value == self._unset else str(value)
+
+
+class Text(Kind):
+    """A string without zeros. ``most``: characters, printable ASCII ones."""
+
+    def __init__(self, *, none: bool = False, printable: bool = False) -> None:
+        self._none = none
+        self._printable = printable
+
+    def take(self, name: str, value: Any) -> str | None:
+        if value is None and self._none:
+            return None
+        if self._printable and not (isinstance(value, str) and value.isascii() and value.isprintable()):
+            raise ConfigError(f"{name}={value!r}: use printable ASCII characters")
+        if not isinstance(value, str) or "\0" in value:
+            raise ConfigError(f"{name}={value!r}: give a string")
+        return str(value)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+class Row:
+    """One option.
+
+    ``help`` is one or more clauses without a full stop; ``python`` goes on with what only Python can give. ``cli``: its
+    names on the command line, none where it has none. ``many``: it may be repeated there; ``own_words``: its value has
+    words of its own, which ``help`` in its place lists, and perhaps QEMU's; ``one``: why it can't be given twice.
+    ``words``: how a -drive spells it.
+    """
+
+    __slots__ = (
+        *("cli", "default", "help", "kind", "many", "metavar", "name", "one", "own_words", "python", "words"),
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        default: Any,
+        help: str,
+        *,
+        python: str = "",
+        cli: str = "",
+        metavar: str | None = None,
+        many: bool = False,
+        own_words: bool = False,
+        one: str = "",
+        words: str = "",
+    ) -> None:
+        self.name = ""
+        self.kind = kind
+        self.default = default
+        self.help = help
+        self.python = python
+        self.cli = cli
+        self.metavar = kind.metavar if metavar is None else metavar
+        self.many = many
+        self.own_words = own_words
+        self.one = one
+        self.words = words.split()
+
+
+    @property
+    def has_default_to_tell(self) -> bool:
+        """Whether there is a default that says something, and the help does not say it."""
+        return self.default not in (None, (), "", False) and self.default != {} and "default" not in self.help
+
+
+def option(kind: Kind, default: Any, help: str, **faces: Any) -> Any:
+    """A row, in the body of a class of Options. Type checkers see the annotation in front of it."""
+    return Row(kind, default, help, **faces)
+
+
+class Doc:
+    """A docstring with the table of the rows at its end, made when somebody reads it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __get__(self, instance: object, owner: type[Options]) -> str:
+        width = max(len(name) for name in owner.rows) + 2
+        lines = [self._text.rstrip(), ""]
+        for name, row in owner.rows.items():
+            choices = getattr(row.kind, "choices", ())
+            before = "" if all(choice in row.help for choice in choices) else f"{listed(choices, 'or')}: "
+            after = f" (default {row.default!r})" if row.has_default_to_tell else ""
+            lines += wrapped(f"    {name:<{width}}", 4 + width, before + row.help + row.python + after)
+        return "\n".join(lines)
+
+
+class Options:
+    """Values for the rows of its class, each an attribute; those that are not given have the row's default.
+
+    What is given is checked when an object is made. ConfigError for whatever is wrong, in one sentence that says what
+    to give instead. Where ``frozen``, every value is in its one form from then on, and the object does not change; an
+    object of another class may be assigned to, and is checked again by whoever uses it.
+    """
+
+    rows: dict[str, Row] = {}
+    noun = ""  # what comes before an option's name in messages
+    frozen = False
+
+    def __init_subclass__(cls) -> None:
+        cls.rows = dict(cls.rows)
+        for name, row in list(vars(cls).items()):
+            if isinstance(row, Row):
+                row.name = name
+                cls.rows[name] = row
+                setattr(cls, name, row.default)
+        if cls.__doc__ is not None:
+            cls.__doc__ = Doc(cls.__doc__)  # type: ignore[assignment]  # it gives a string
+
+    def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in self.rows:
+                raise ConfigError(self.unknown(name))
+        self.__dict__.update(values)
+        taken = self.taken()
+        self.check_together(taken)
+        if self.frozen:
+            self.__dict__.update(taken)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.frozen:
+            raise AttributeError(f"a {type(self).__name__} does not change: make another one, by changed({name}=...)")
+        if name not in self.rows:
+            raise ConfigError(self.unknown(name))
+        self.__dict__[name] = value
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """The sentence for an option that there is none of."""
+        return f"there is no option {name!r}{near_match(name, cls.rows)}"
+
+    def taken(self) -> dict[str, Any]:
+        """Every option's value in its one form, each checked by itself. The object stays as it is."""
+        values = {name: row.default for name, row in self.rows.items()}
+        for name, value in self.__dict__.items():
+            values[name] = self.rows[name].kind.take(f"{self.noun}{name}", value)
+        return values
+
+    def check_together(self, values: dict[str, Any]) -> None:
+        """ConfigError for values that do not go together. Puts into ``values`` (from ``taken``) what follows from the
+        others.
+        """
+
+    def given(self) -> dict[str, Any]:
+        """What is not left to the defaults, as it was given."""
+        return dict(self.__dict__)
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values for some options. ConfigError as from the constructor."""
+        return type(self)(**{**self.__dict__, **changes})
+
+    def plain(self) -> dict[str, Any]:
+        """All values as data that anything can write down: msgspec, json."""
+        values = self.taken()
+        return {name: row.kind.plain(values[name]) for name, row in self.rows.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.taken() == other.taken()
+
+    def __repr__(self) -> str:
+        changed = [f"{name}={value!r}" for name, value in self.__dict__.items() if value != self.rows[name].default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def wrapped(first: str, indent: int, text: str) -> list[str]:
+    """``text`` behind ``first``, its further lines indented as far. Where ``first`` is longer, on lines of its own."""
+    lines = [first] if len(first) <= indent else [first, " " * indent]
+    lines[-1] = lines[-1].ljust(indent)
+    begun = False
+    for word in text.split():
+        if begun and len(lines[-1]) + 1 + len(word) > WIDTH:
+            lines.append(" " * indent)
+            begun = False
+        lines[-1] += f" {word}" if begun else word
+        begun = True
+    return [line.rstrip() for line in lines]
+
+
+def listed(words: Iterable[str], last: str) -> str:
+    """a, b or c."""
+    *most, end = words
+    return f"{', '.join(most)} {last} {end}" if most else end
+
+
+def near_match(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, for the end of a sentence; empty where that is a guess."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number(text: str) -> int:
+    """Decimal, or 0x and hexadecimal."""
+    return int(text, 0)
