@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.errors import ConfigError, remedy_for_path
-from pyvmm.options import Flag, Kind, Options, Text, Whole, Word, number, option
+from pyvmm.options import FLAG, Kind, Options, number, option, take_flag, take_text, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,217 +67,216 @@ GIVEN = "given"  # in a Spec that was written down: what only the process had th
 # -- kinds of values ---------------------------------------------------------------------------------------------------
 
 
-class File(Kind):
+def take_file(name: str, value: Any) -> Any:
     """A file that a machine boots from: its path, or its bytes."""
-
-    metavar = "FILE"
-
-    def take(self, name: str, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, (str, os.PathLike)):
-            path = os.fsdecode(value)
-            if not path or "\0" in path:
-                raise ConfigError(f"{name}={value!r}: give the path of a file")
-            return path
-        try:
-            size_bytes = memoryview(value).cast("B").nbytes
-        except TypeError:
-            raise ConfigError(f"{name}={value!r}: give a path, or the bytes themselves") from None
-        if not size_bytes:
-            raise ConfigError(f"{name}={value!r} is empty: give a whole image")
-        return value
-
-    def plain(self, value: Any) -> Any:
-        """A path as it is, bytes by their number."""
-        return value if value is None or isinstance(value, str) else {GIVEN: memoryview(value).nbytes}
-
-    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
-        if not isinstance(data, dict):
-            return data
-        image = given.get(name)
-        if image is None or isinstance(image, (str, os.PathLike)) or memoryview(image).nbytes != data[GIVEN]:
-            raise ConfigError(f"{name} was given as {data[GIVEN]} bytes: give the same bytes again")
-        return image
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)):
+        path = os.fsdecode(value)
+        if not path or "\0" in path:
+            raise ConfigError(f"{name}={value!r}: give the path of a file")
+        return path
+    try:
+        size_bytes = memoryview(value).cast("B").nbytes
+    except TypeError:
+        raise ConfigError(f"{name}={value!r}: give a path, or the bytes themselves") from None
+    if not size_bytes:
+        raise ConfigError(f"{name}={value!r} is empty: give a whole image")
+    return value
 
 
-class Modules(Kind):
-    """[(a File, its command line)]."""
-
-    file = None
-    metavar = "'FILE ARGS'"
-    _file = File()
-
-    def take(self, name: str, value: Any) -> tuple[tuple[Image, str], ...]:
-        if isinstance(value, (str, bytes, os.PathLike)) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{name}={value!r}: give a list of (image, command line)")
-        pairs = list(value)
-        for pair in pairs:
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
-                raise ConfigError(f"{name}: {pair!r} is no module: give (image, command line)")
-        return tuple((self._file.take("module", image), line) for image, line in pairs)
-
-    def from_text(self, text: str) -> tuple[str, str]:
-        """'FILE ARGUMENTS': the file, and its command line."""
-        path, _, line = text.partition(" ")
-        return path, line
-
-    def plain(self, value: Any) -> Any:
-        return [[self._file.plain(image), line] for image, line in value]
-
-    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
-        again = {f"{name}[{n}]": image for n, (image, _line) in enumerate(given.get(name, ()))}
-        return [(self._file.unplain(f"{name}[{n}]", image, again), line) for n, (image, line) in enumerate(data)]
+def plain_file(value: Any) -> Any:
+    """A path as it is, bytes by their number."""
+    return value if value is None or isinstance(value, str) else {GIVEN: memoryview(value).nbytes}
 
 
-class Drives(Kind):
+def unplain_file(name: str, data: Any, given: Mapping[str, Any]) -> Any:
+    if not isinstance(data, dict):
+        return data
+    image = given.get(name)
+    if image is None or isinstance(image, (str, os.PathLike)) or memoryview(image).nbytes != data[GIVEN]:
+        raise ConfigError(f"{name} was given as {data[GIVEN]} bytes: give the same bytes again")
+    return image
+
+
+FILE = Kind(take_file, metavar="FILE", plain=plain_file, unplain=unplain_file)
+
+
+def take_modules(name: str, value: Any) -> tuple[tuple[Image, str], ...]:
+    """(file, command line) of each."""
+    if isinstance(value, (str, bytes, os.PathLike)) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"{name}={value!r}: give a list of (image, command line)")
+    pairs = list(value)
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise ConfigError(f"{name}: {pair!r} is no module: give (image, command line)")
+    return tuple((take_file("module", image), line) for image, line in pairs)
+
+
+def split_module(text: str) -> tuple[str, str]:
+    """'FILE ARGUMENTS': the file, and its command line."""
+    path, _, line = text.partition(" ")
+    return path, line
+
+
+def unplain_modules(name: str, data: Any, given: Mapping[str, Any]) -> Any:
+    again = {f"{name}[{n}]": image for n, (image, _line) in enumerate(given.get(name, ()))}
+    return [(unplain_file(f"{name}[{n}]", image, again), line) for n, (image, line) in enumerate(data)]
+
+
+MODULES = Kind(
+    take_modules,
+    file=None,
+    metavar="'FILE ARGS'",
+    from_text=split_module,
+    plain=lambda modules: [[plain_file(image), line] for image, line in modules],
+    unplain=unplain_modules,
+)
+
+
+def take_drives(name: str, value: Any) -> tuple[DriveOptions, ...]:
     """DriveOptions, QEMU's words for one, or a path. A string with a ``=`` in it is QEMU's -drive, another a path."""
+    if isinstance(value, (list, tuple)) and not value:
+        return ()
+    from pyvmm.block.options import DriveOptions
 
-    file = list[str]
-    metavar = "SPEC"
-
-    def take(self, name: str, value: Any) -> tuple[DriveOptions, ...]:
-        if isinstance(value, (list, tuple)) and not value:
-            return ()
-        from pyvmm.block.options import DriveOptions
-
-        if isinstance(value, (str, bytes, os.PathLike, DriveOptions)) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{name}={value!r}: give a list of drives")
-        drives = []
-        for drive in value:
-            if isinstance(drive, DriveOptions):
-                drives.append(drive)
-            elif isinstance(drive, str) and "=" in drive:
-                drives.append(DriveOptions.parse(drive))
-            elif isinstance(drive, (str, os.PathLike)):
-                drives.append(DriveOptions(drive))
-            else:
-                raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
-        return tuple(drives)
-
-    def plain(self, value: Any) -> Any:
-        return [drive.plain() for drive in value]
-
-    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
-        from pyvmm.block.options import DriveOptions
-
-        return [DriveOptions(**drive) for drive in data]
+    if isinstance(value, (str, bytes, os.PathLike, DriveOptions)) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"{name}={value!r}: give a list of drives")
+    drives = []
+    for drive in value:
+        if isinstance(drive, DriveOptions):
+            drives.append(drive)
+        elif isinstance(drive, str) and "=" in drive:
+            drives.append(DriveOptions.parse(drive))
+        elif isinstance(drive, (str, os.PathLike)):
+            drives.append(DriveOptions(drive))
+        else:
+            raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
+    return tuple(drives)
 
 
-class Boot(Kind):
-    metavar = "WORDS"
+def unplain_drives(name: str, data: Any, given: Mapping[str, Any]) -> list[DriveOptions]:
+    from pyvmm.block.options import DriveOptions
 
-    def take(self, name: str, value: Any) -> str:
-        from pyvmm.x86.boot_options import BootOptions
-
-        BootOptions(value)
-        return str(value)
+    return [DriveOptions(**drive) for drive in data]
 
 
-class Uuid(Kind):
-    metavar = "UUID"
-
-    def take(self, name: str, value: Any) -> str | None:
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            raise ConfigError(f"{name}={value!r}: give a string of 8-4-4-4-12 hexadecimal digits")
-        from pyvmm.x86.smbios import parse_uuid
-
-        parse_uuid(value)
-        return value
+DRIVES = Kind(
+    take_drives,
+    file=list[str],
+    metavar="SPEC",
+    plain=lambda drives: [drive.plain() for drive in drives],
+    unplain=unplain_drives,
+)
 
 
-class Processor(Text):
+def take_boot(name: str, value: Any) -> str:
+    from pyvmm.x86.boot_options import BootOptions
+
+    BootOptions(value)
+    return str(value)
+
+
+BOOT = Kind(take_boot, metavar="WORDS")
+
+
+def take_uuid(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: give a string of 8-4-4-4-12 hexadecimal digits")
+    from pyvmm.x86.smbios import parse_uuid
+
+    parse_uuid(value)
+    return value
+
+
+UUID = Kind(take_uuid, metavar="UUID")
+
+
+def take_cpu(name: str, value: Any) -> str:
     """A model and features, each known by its name. Whether this host's KVM has them shows when it is asked."""
+    if value != "host":
+        from pyvmm.x86.cpuid import parse
 
-    metavar = "SPEC"
-
-    def take(self, name: str, value: Any) -> str | None:
-        if value != "host":
-            from pyvmm.x86.cpuid import parse
-
-            super().take(name, value)
-            parse(value)
-        return str(value)
+        parse(take_text(name, value))
+    return str(value)
 
 
-class Internal(Flag):
-    """For the code that makes the machine: no file says it."""
-
-    file: type | None = None
+CPU = Kind(take_cpu, metavar="SPEC")
+INTERNAL = Kind(take_flag, file=None, metavar="")  # for the code that makes the machine: no file says it
 
 
-class Console(Kind):
+def take_console(name: str, value: Any) -> Any:
     """The host's side of a console."""
-
-    metavar = "WHERE"
-
-    def take(self, name: str, value: Any) -> Any:
-        if value is None or (callable(value) and not isinstance(value, type)):
-            return value
-        if isinstance(value, str):
-            is_file = value.startswith("file:") and len(value) > len("file:")
-            if not is_file and value not in ("none", "stdio", "pty"):
-                raise ConfigError(f"{name} {value!r}: use none, stdio, pty or file:PATH")
-            return None if value == "none" else value
-        from pyvmm.chardev import Chardev
-
-        if isinstance(value, type):
-            raise ConfigError(f"{name}={value!r} is a class: give an instance of it, or a function that takes bytes")
-        if not isinstance(value, Chardev):
-            raise ConfigError(f"{name}={value!r}: use none, stdio, pty, file:PATH, a function of bytes, or a Chardev")
+    if value is None or (callable(value) and not isinstance(value, type)):
         return value
+    if isinstance(value, str):
+        is_file = value.startswith("file:") and len(value) > len("file:")
+        if not is_file and value not in ("none", "stdio", "pty"):
+            raise ConfigError(f"{name} {value!r}: use none, stdio, pty or file:PATH")
+        return None if value == "none" else value
+    from pyvmm.chardev import Chardev
 
-    def plain(self, value: Any) -> Any:
-        return value if value is None or isinstance(value, str) else {GIVEN: "object"}
-
-    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if given.get(name) is None:
-            raise ConfigError(f"{name} was an object of the process: give a function of bytes, a Chardev or a word")
-        return given[name]
+    if isinstance(value, type):
+        raise ConfigError(f"{name}={value!r} is a class: give an instance of it, or a function that takes bytes")
+    if not isinstance(value, Chardev):
+        raise ConfigError(f"{name}={value!r}: use none, stdio, pty, file:PATH, a function of bytes, or a Chardev")
+    return value
 
 
-class Files(Kind):
+def unplain_console(name: str, data: Any, given: Mapping[str, Any]) -> Any:
+    if not isinstance(data, dict):
+        return data
+    if given.get(name) is None:
+        raise ConfigError(f"{name} was an object of the process: give a function of bytes, a Chardev or a word")
+    return given[name]
+
+
+CONSOLE = Kind(
+    take_console,
+    metavar="WHERE",
+    plain=lambda console: console if console is None or isinstance(console, str) else {GIVEN: "object"},
+    unplain=unplain_console,
+)
+
+
+def take_files(name: str, value: Any) -> dict[str, Any]:
     """{name: bytes} of fw_cfg files."""
+    if not hasattr(value, "items"):
+        raise ConfigError(f"{name}={value!r}: give {{name: bytes}}")
+    files = dict(value.items())
+    for file, content in files.items():
+        if not isinstance(file, str):
+            raise ConfigError(f"{name}: {file!r} is no name: give a string, opt/org.example/x")
+        from pyvmm.devices.fw_cfg import check_file_name
 
-    file = None
-    metavar = "NAME=FILE"
+        check_file_name(file)
+        if isinstance(content, str):
+            raise ConfigError(f"{name} {file!r}: {content!r} is text: give bytes, as by encode()")
+        try:
+            memoryview(content).cast("B")
+        except TypeError:
+            raise ConfigError(f"{name} {file!r}: {content!r} are no bytes: give what the guest is to read") from None
+    return files
 
-    def take(self, name: str, value: Any) -> dict[str, Any]:
-        if not hasattr(value, "items"):
-            raise ConfigError(f"{name}={value!r}: give {{name: bytes}}")
-        files = dict(value.items())
-        for file, content in files.items():
-            if not isinstance(file, str):
-                raise ConfigError(f"{name}: {file!r} is no name: give a string, opt/org.example/x")
-            from pyvmm.devices.fw_cfg import check_file_name
 
-            check_file_name(file)
-            if isinstance(content, str):
-                raise ConfigError(f"{name} {file!r}: {content!r} is text: give bytes, as by encode()")
-            try:
-                memoryview(content).cast("B")
-            except TypeError:
-                raise ConfigError(
-                    f"{name} {file!r}: {content!r} are no bytes: give what the guest is to read"
-                ) from None
-        return files
+def split_fw_cfg(text: str) -> tuple[str, str]:
+    """'NAME=FILE': both."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise ValueError(text)
+    return name, path
 
-    def from_text(self, text: str) -> tuple[str, str]:
-        """'NAME=FILE': both."""
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise ValueError(text)
-        return name, path
 
-    def plain(self, value: Any) -> Any:
-        return {name: bytes(content).hex() for name, content in value.items()}
-
-    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
-        return {file: bytes.fromhex(content) for file, content in data.items()}
+FILES = Kind(
+    take_files,
+    file=None,
+    metavar="NAME=FILE",
+    from_text=split_fw_cfg,
+    plain=lambda files: {name: bytes(content).hex() for name, content in files.items()},
+    unplain=lambda name, data, given: {file: bytes.fromhex(content) for file, content in data.items()},
+)
 
 
 def mib(text: str) -> int:
@@ -302,84 +301,84 @@ class MachineConfig(Options):
     """What a machine is to be made of: the arguments of Machine."""
 
     machine: str | None = option(
-        Word("pc", "microvm", none=True), None, "pc (i440FX, PIIX3 with IDE, firmware) or microvm (no PCI); without it"
+        word("pc", "microvm", none=True), None, "pc (i440FX, PIIX3 with IDE, firmware) or microvm (no PCI); without it"
         " a pc where there is a drive or firmware, else a microvm", cli="--machine -M", metavar="KIND",
         own_words=True)  # fmt: skip
     drives: Sequence[DriveOptions | str | os.PathLike[str]] = option(
-        Drives(), (), "disks as QEMU words them: file=a.img,index=1,cache=none,werror=stop", cli="--drive", many=True,
+        DRIVES, (), "disks as QEMU words them: file=a.img,index=1,cache=none,werror=stop", cli="--drive", many=True,
         own_words=True, python="; in Python also paths and DriveOptions")  # fmt: skip
     firmware: Image | None = option(
-        File(), None, "a BIOS image for a pc; without it this host's SeaBIOS, where there is neither kernel nor flat"
+        FILE, None, "a BIOS image for a pc; without it this host's SeaBIOS, where there is neither kernel nor flat"
         " binary", cli="--firmware", python=": a path, or its bytes")  # fmt: skip
     boot: str = option(
-        Boot(), "cad", "what firmware tries in turn: c disk, d CD-ROM, n kernel, a floppy; or QEMU's words: order=cd,"
+        BOOT, "cad", "what firmware tries in turn: c disk, d CD-ROM, n kernel, a floppy; or QEMU's words: order=cd,"
         "once=d,menu=on,splash-time=3000,reboot-timeout=5000,strict=on (times in ms)", cli="--boot", many=True,
         own_words=True)  # fmt: skip
     uuid: str | None = option(
-        Uuid(), None, "the machine's, for SMBIOS and fw_cfg, in 8-4-4-4-12 hexadecimal digits; without it all zeros",
+        UUID, None, "the machine's, for SMBIOS and fw_cfg, in 8-4-4-4-12 hexadecimal digits; without it all zeros",
         cli="--uuid")  # fmt: skip
     kernel: Image | None = option(
-        File(), None, "bzImage, ELF with a PVH note, or multiboot v1 kernel", cli="--kernel -k",
+        FILE, None, "bzImage, ELF with a PVH note, or multiboot v1 kernel", cli="--kernel -k",
         python=": a path, or its bytes")  # fmt: skip
     initrd: Image | None = option(
-        File(), None, "initial RAM disk; for multiboot the first module", cli="--initrd",
+        FILE, None, "initial RAM disk; for multiboot the first module", cli="--initrd",
         python=": a path, or its bytes")  # fmt: skip
-    append: str = option(Text(), "", "the kernel's command line", cli="--append")
+    append: str = option(text(), "", "the kernel's command line", cli="--append")
     modules: Sequence[tuple[Image, str]] = option(
-        Modules(), (), "multiboot modules with their command lines, instead of an initrd; a module's path is put before"
+        MODULES, (), "multiboot modules with their command lines, instead of an initrd; a module's path is put before"
         " its command line, as the kernel's is before append", cli="--module", many=True,
         python=": [(path or bytes, command line)]")  # fmt: skip
     flat: Image | None = option(
-        File(), None, "a flat binary instead of a kernel", cli="--flat", python=": a path, or its bytes")  # fmt: skip
+        FILE, None, "a flat binary instead of a kernel", cli="--flat", python=": a path, or its bytes")  # fmt: skip
     flat_address: int | None = option(
-        Whole(none=True, give="an address in RAM, or None"), None, "where it is loaded and entered; without it 0x7c00"
+        whole(none=True, give="an address in RAM, or None"), None, "where it is loaded and entered; without it 0x7c00"
         " in real mode, else 0x100000", cli="--flat-address", metavar="ADDRESS")  # fmt: skip
     flat_mode: str = option(
-        Word("real16", "protected32", "long64"), "real16", "real16, protected32 or long64: how it is entered",
+        word("real16", "protected32", "long64"), "real16", "real16, protected32 or long64: how it is entered",
         cli="--flat-mode", metavar="MODE")  # fmt: skip
     memory_mib: int = option(
-        Whole(least=1, give="a whole number of MiB, at least 1", text=mib), 256,
+        whole(least=1, give="a whole number of MiB, at least 1", from_text=mib), 256,
         "RAM: 256, 256M or 2G (default 256 MiB)", cli="--memory -m",
         metavar="SIZE", own_words=True, python="; in Python a number of MiB")  # fmt: skip
     cpus: int = option(
-        Whole(least=1, most=MAX_CPUS, give=f"a whole number of vCPUs, at least 1 and at most {MAX_CPUS}, as ACPI's"
+        whole(least=1, most=MAX_CPUS, give=f"a whole number of vCPUs, at least 1 and at most {MAX_CPUS}, as ACPI's"
         " tables name so many here"), 1, "number of vCPUs", cli="--cpus", own_words=True)  # fmt: skip
     cpu: str = option(
-        Processor(), "host", "host, and features to hide: host,-xsave,-cx16", cli="--cpu", own_words=True)  # fmt: skip
+        CPU, "host", "host, and features to hide: host,-xsave,-cx16", cli="--cpu", own_words=True)  # fmt: skip
     irqchip: str = option(
-        Word("kernel", "off"), "kernel", "interrupt controllers and PIT in KVM, or (off, for one vCPU) in Python",
+        word("kernel", "off"), "kernel", "interrupt controllers and PIT in KVM, or (off, for one vCPU) in Python",
         cli="--irqchip", metavar="kernel|off")  # fmt: skip
     serial: Serial = option(
-        Console(), None, "COM1: stdio (the default of pyvmm run), none, pty, file:PATH", cli="--serial", own_words=True,
+        CONSOLE, None, "COM1: stdio (the default of pyvmm run), none, pty, file:PATH", cli="--serial", own_words=True,
         one="a second serial port is not there yet, give one",
         python="; in Python also a function that takes bytes, or a Chardev")  # fmt: skip
     debugcon: Serial = option(
-        Console(), None, "debug console at port 0x402: none, stdio, pty, file:PATH", cli="--debugcon", own_words=True,
+        CONSOLE, None, "debug console at port 0x402: none, stdio, pty, file:PATH", cli="--debugcon", own_words=True,
         python="; in Python as serial")  # fmt: skip
     vga: str | None = option(
-        Word("text", "none", unset="none", note="there is no graphics"), None, "none, or text: VGA's text mode, 25"
+        word("text", "none", unset="none", note="there is no graphics"), None, "none, or text: VGA's text mode, 25"
         " lines of 80 characters at 0xb8000, on the terminal; Ctrl-A v changes between it and the serial console",
         cli="--vga", metavar="KIND", python="; Machine.vga tells what they say")  # fmt: skip
     debug_exit: int | None = option(
-        Whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", text=port_or_none), DEBUG_EXIT_PORT,
+        whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", from_text=port_or_none), DEBUG_EXIT_PORT,
         "port of isa-debug-exit, or none (default 0xf4)", cli="--debug-exit", metavar="PORT")  # fmt: skip
-    testdev: bool = option(Flag(), False, "the registers of QEMU's pc-testdev", cli="--testdev")
+    testdev: bool = option(FLAG, False, "the registers of QEMU's pc-testdev", cli="--testdev")
     fw_cfg: Mapping[str, bytes] = option(
-        Files(), {}, "more fw_cfg files", cli="--fw-cfg", many=True, own_words=True,
+        FILES, {}, "more fw_cfg files", cli="--fw-cfg", many=True, own_words=True,
         python=": {name: bytes}")  # fmt: skip
     no_reboot: bool = option(
-        Flag(), False, "a reset ends the run with status 6, instead of starting the guest again", cli="--no-reboot")
-    no_s3: bool = option(Flag(), False, "do not offer the guest suspend to RAM (ACPI S3)", cli="--no-s3")
+        FLAG, False, "a reset ends the run with status 6, instead of starting the guest again", cli="--no-reboot")
+    no_s3: bool = option(FLAG, False, "do not offer the guest suspend to RAM (ACPI S3)", cli="--no-s3")
     huge_pages: str | None = option(
-        Word("transparent", "2M", "1G", none=True), None, "back RAM by transparent, 2M or 1G pages",
+        word("transparent", "2M", "1G", none=True), None, "back RAM by transparent, 2M or 1G pages",
         cli="--huge-pages", metavar="KIND")  # fmt: skip
     shared_memory: bool = option(
-        Flag(), False, "RAM in a memfd that other processes can map", cli="--shared-memory")
+        FLAG, False, "RAM in a memfd that other processes can map", cli="--shared-memory")
     raw_terminal: bool = option(
-        Internal(), False, "stdio takes the terminal over: raw mode, with Ctrl-A x to quit; for commands, not libraries"
+        INTERNAL, False, "stdio takes the terminal over: raw mode, with Ctrl-A x to quit; for commands, not libraries"
     )
     accel: str = option(
-        Word("kvm", "qtest"), "kvm", "kvm, or qtest: devices only, driven from outside, no vCPU, guest time by hand")
+        word("kvm", "qtest"), "kvm", "kvm, or qtest: devices only, driven from outside, no vCPU, guest time by hand")
 
     if TYPE_CHECKING:
 

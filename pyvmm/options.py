@@ -1,7 +1,7 @@
 """An option is one row of a class; all its faces come from that row.
 
     class MachineConfig(Options):
-        cpus: int = option(Whole(least=1), 1, "number of vCPUs", cli="--cpus", metavar="N")
+        cpus: int = option(whole(least=1), 1, "number of vCPUs", cli="--cpus", metavar="N")
 
 The faces: keyword argument and attribute, with the default; what it is checked for, by its kind; the class's docstring;
 the command line and ``--help`` (``cli/options.py``); the schema of configuration files (``config.file_schema``); QEMU's
@@ -26,102 +26,112 @@ ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "fal
 
 
 class Kind:
-    """What values an option takes. ``file`` is the type it has in a configuration file, None where a file can't say it;
-    ``metavar`` stands for a value on the command line, empty for a flag.
+    """What values an option takes.
+
+    take       (the option's name, a value) -> the value in its one form. ConfigError, which says what to give instead,
+               where it is none of this kind.
+    file       the type it has in a configuration file; None where a file can't say it.
+    metavar    stands for a value on the command line; empty for a flag.
+    from_text  what take is to get for the text of the command line or of a -drive. ValueError where that can't be.
+    plain      a value from take as data that anything can write down: None, bool, int, str, lists and dicts of them.
+    unplain    (name, that data, given) -> a value for take. ``given`` has, by the option's name, what could not be
+               written down.
+    choices    the words there are, where there are only some.
     """
 
-    file: type | None = str
-    metavar = "TEXT"
-
-    def take(self, name: str, value: Any) -> Any:
-        """``value`` in its one form. ConfigError, which says what to give instead, where it is none of this kind."""
-        return value
-
-    def from_text(self, text: str) -> Any:
-        """From the command line, for ``take``. ValueError where that can't be."""
-        return text
-
-    def plain(self, value: Any) -> Any:
-        """A value from ``take`` as data that anything can write down: None, bool, int, str, lists and dicts of them."""
-        return value
-
-    def unplain(self, name: str, data: Any, given: Mapping[str, Any]) -> Any:
-        """Back from ``plain``, for ``take``. ``given`` has, by the option's name, what could not be written down."""
-        return data
-
-
-class Flag(Kind):
-    file: type | None = bool
-    metavar = ""
-
-    def take(self, name: str, value: Any) -> bool:
-        if not isinstance(value, int) or value not in (0, 1):
-            raise ConfigError(f"{name}={value!r}: give True or False")
-        return bool(value)
-
-
-class Whole(Kind):
-    """A whole number. ``give`` completes the sentence, in place of its limits."""
-
-    file = int
-    metavar = "N"
+    __slots__ = ("choices", "file", "from_text", "metavar", "plain", "take", "unplain")
 
     def __init__(
-        self, *, least: int = 0, most: int | None = None, give: str = "", none: bool = False, text: Any = None
+        self,
+        take: Callable[[str, Any], Any],
+        *,
+        file: Any = str,
+        metavar: str = "TEXT",
+        from_text: Callable[[str], Any] = str,
+        plain: Callable[[Any], Any] | None = None,
+        unplain: Callable[[str, Any, Mapping[str, Any]], Any] | None = None,
+        choices: tuple[str, ...] = (),
     ) -> None:
-        self._least = least
-        self._most = most
-        self._give = give or (f"a whole number from {least}" + ("" if most is None else f" to {most}"))
-        self._none = none
-        self._from_text: Callable[[str], int | None] = text or number
+        self.take = take
+        self.file = file
+        self.metavar = metavar
+        self.from_text = from_text
+        self.plain = plain or as_it_is
+        self.unplain = unplain or as_it_was
+        self.choices = choices
 
-    def take(self, name: str, value: Any) -> int | None:
-        if value is None and self._none:
+
+def as_it_is(value: Any) -> Any:
+    return value
+
+
+def as_it_was(name: str, data: Any, given: Mapping[str, Any]) -> Any:
+    return data
+
+
+def take_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ConfigError(f"{name}={value!r}: give True or False")
+    return bool(value)
+
+
+FLAG = Kind(take_flag, file=bool, metavar="")
+
+
+def whole(
+    *,
+    least: int = 0,
+    most: int | None = None,
+    give: str = "",
+    none: bool = False,
+    from_text: Callable[[str], Any] | None = None,
+) -> Kind:
+    """A whole number; ``none``: or None. ``give`` completes the sentence, in place of the limits."""
+    give = give or (f"a whole number from {least}" + ("" if most is None else f" to {most}"))
+
+    def take(name: str, value: Any) -> int | None:
+        if value is None and none:
             return None
-        if not is_int(value) or value < self._least or (self._most is not None and value > self._most):
-            shown = repr(value) if not is_int(value) else format(value, "d")
-            raise ConfigError(f"{name}={shown}: give {self._give}")
+        if not is_int(value) or value < least or (most is not None and value > most):
+            shown = format(value, "d") if is_int(value) else repr(value)
+            raise ConfigError(f"{name}={shown}: give {give}")
         return int(value)
 
-    def from_text(self, text: str) -> int | None:
-        return self._from_text(text)
+    return Kind(take, file=int, metavar="N", from_text=from_text or number)
 
 
-class Word(Kind):
-    """One of some words. ``none``: also None; ``unset``: a word that means None. ``note`` ends the sentence."""
+def word(
+    *choices: str, none: bool = False, unset: str = "", note: str = "", from_text: Callable[[str], Any] = str
+) -> Kind:
+    """One of some words. ``none``: or None; ``unset``: the word that means None. ``note`` ends the sentence."""
 
-    metavar = "WORD"
-
-    def __init__(self, *choices: str, none: bool = False, unset: str = "", note: str = "") -> None:
-        self.choices = choices
-        self._none = none
-        self._unset = unset
-        self._note = note
-
-    def take(self, name: str, value: Any) -> str | None:
-        if value is None and (self._none or self._unset):
+    def take(name: str, value: Any) -> str | None:
+        if value is None and (none or unset):
             return None
-        if not isinstance(value, str) or value not in self.choices:
-            note = self._note and f": {self._note}"
-            raise ConfigError(f"{name}={value!r}: use {listed(self.choices, 'or')}{note}")
-        return None if value == self._unset else str(value)
+        if not isinstance(value, str) or value not in choices:
+            raise ConfigError(f"{name}={value!r}: use {listed(choices, 'or')}{note and f': {note}'}")
+        return None if value == unset else str(value)
+
+    return Kind(take, metavar="WORD", from_text=from_text, choices=choices)
 
 
-class Text(Kind):
-    """A string without zeros. ``most``: characters, printable ASCII ones."""
+def text(*, none: bool = False, printable: bool = False) -> Kind:
+    """A string without zeros; ``none``: or None. ``printable``: of ASCII characters that can be printed."""
 
-    def __init__(self, *, none: bool = False, printable: bool = False) -> None:
-        self._none = none
-        self._printable = printable
-
-    def take(self, name: str, value: Any) -> str | None:
-        if value is None and self._none:
+    def take(name: str, value: Any) -> str | None:
+        if value is None and none:
             return None
-        if self._printable and not (isinstance(value, str) and value.isascii() and value.isprintable()):
+        if printable and not (isinstance(value, str) and value.isascii() and value.isprintable()):
             raise ConfigError(f"{name}={value!r}: use printable ASCII characters")
-        if not isinstance(value, str) or "\0" in value:
-            raise ConfigError(f"{name}={value!r}: give a string")
-        return str(value)
+        return take_text(name, value)
+
+    return Kind(take)
+
+
+def take_text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ConfigError(f"{name}={value!r}: give a string")
+    return str(value)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -188,8 +198,8 @@ class Doc:
         width = max(len(name) for name in owner.rows) + 2
         lines = [self._text.rstrip(), ""]
         for name, row in owner.rows.items():
-            choices = getattr(row.kind, "choices", ())
-            before = "" if all(choice in row.help for choice in choices) else f"{listed(choices, 'or')}: "
+            told = all(choice in row.help for choice in row.kind.choices)
+            before = "" if told else f"{listed(row.kind.choices, 'or')}: "
             after = f" (default {row.default!r})" if row.has_default_to_tell else ""
             lines += wrapped(f"    {name:<{width}}", 4 + width, before + row.help + row.python + after)
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Flag, Kind, Options, Text, Whole, Word, near_match, option
+from pyvmm.options import ON_OFF, Kind, Options, near_match, option, take_flag, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,65 +18,49 @@ THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what 
 # -- kinds of values, as a -drive words them -----------------------------------------------------------------------
 
 
-class Path(Kind):
+def take_path(name: str, value: Any) -> str | None:
     """The image. None: a CD drive with no disc in it."""
+    if value is None:
+        return None
+    import os
 
-    metavar = "PATH"
-
-    def take(self, name: str, value: Any) -> str | None:
-        if value is None:
-            return None
-        import os
-
-        try:
-            path = os.fsdecode(value) if not isinstance(value, bytes) else None
-        except TypeError:
-            path = None
-        if path is None:
-            raise ConfigError(f"{name}={value!r}: give a path")
-        if not path:
-            raise ConfigError(f"{name}={value!r}: give the path of an image")
-        return path
-
-    def from_text(self, text: str) -> str | None:
-        return text or None
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{name}={value!r}: give a path")
+    path = os.fsdecode(value)
+    if not path:
+        raise ConfigError(f"{name}={value!r}: give the path of an image")
+    return path
 
 
-class Switch(Flag):
-    """on or off. ``auto``: what that word means, where it is one."""
-
-    metavar = "on|off"
-
-    def __init__(self, auto: bool | None = None) -> None:
-        self._auto = auto
-
-    def from_text(self, text: str) -> bool:
-        if text == "auto" and self._auto is not None:
-            return self._auto
-        if text not in ON_OFF:
-            raise ValueError("use on or off")
-        return ON_OFF[text]
+def on_or_off(text: str) -> bool:
+    if text not in ON_OFF:
+        raise ValueError("use on or off")
+    return ON_OFF[text]
 
 
-class Number(Whole):
-    def from_text(self, text: str) -> int:
-        factor = SUFFIXES.get(text[-1:].lower(), 0)
-        try:
-            return int(text[:-1], 10) * factor if factor else int(text, 10)
-        except ValueError:
-            raise ValueError("give a number, perhaps with k, M, G or T") from None
+def count(text: str) -> int:
+    """A number, perhaps with a suffix."""
+    factor = SUFFIXES.get(text[-1:].lower(), 0)
+    try:
+        return int(text[:-1], 10) * factor if factor else int(text, 10)
+    except ValueError:
+        raise ValueError("give a number, perhaps with k, M, G or T") from None
 
 
-class Discard(Word):
-    def from_text(self, text: str) -> str:
-        return {"on": "unmap", "off": "ignore"}.get(text, text)
+def discard(text: str) -> str:
+    return {"on": "unmap", "off": "ignore"}.get(text, text)
 
 
-BYTES = Number(give="bytes from the image's beginning")
-PLACE = Number(none=True, give="a whole number from 0, or None")
-RATE = Number(give="a whole number a second, 0 for no limit")
-GEOMETRY_NUMBER = Number(least=1, none=True)
-SAID = Text(none=True, printable=True)
+IMAGE = Kind(take_path, metavar="PATH", from_text=lambda text: text or None)
+SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
+LOCKING = Kind(take_flag, file=bool, metavar="on|off", from_text=lambda text: text == "auto" or on_or_off(text))
+DISCARD = word("unmap", "ignore", from_text=discard)
+BYTES = whole(give="bytes from the image's beginning", from_text=count)
+SIZE = whole(least=1, none=True, give="bytes, or None for all there are", from_text=count)
+PLACE = whole(none=True, give="a whole number from 0, or None", from_text=count)
+RATE = whole(give="a whole number a second, 0 for no limit", from_text=count)
+GEOMETRY_NUMBER = whole(least=1, none=True, from_text=count)
+SAID = text(none=True, printable=True)
 
 
 def rate(what: str, words: str, maximum: bool = False) -> Any:
@@ -98,49 +82,49 @@ class DriveOptions(Options):
     frozen = True
 
     file: str | None = option(
-        Path(), None, "path of the image or block device; file:PATH, or blkdebug:RULES:PATH, which fails as the file"
+        IMAGE, None, "path of the image or block device; file:PATH, or blkdebug:RULES:PATH, which fails as the file"
         " RULES says (pyvmm/block/protocols/blkdebug.py); a CD drive may have none", words="file")  # fmt: skip
     format: str | None = option(
-        Word("raw", none=True), None, "raw: the image's bytes are the disk, whatever they look like; without it what"
+        word("raw", none=True), None, "raw: the image's bytes are the disk, whatever they look like; without it what"
         " looks like something else (qcow2, VMDK, VHD, gzip, ...) is refused", words="format")  # fmt: skip
-    interface: str = option(Word("ide"), "ide", "the bus", words="if")
+    interface: str = option(word("ide"), "ide", "the bus", words="if")
     index: int | None = option(
         PLACE, None, "its place; on a pc 0 and 1 are primary master and slave, 2 and 3 secondary master and slave;"
         " without it the next that is free", words="index")  # fmt: skip
     bus: int | None = option(PLACE, None, "with unit the same in two numbers; on a pc the channel, 0 or 1", words="bus")
     unit: int | None = option(PLACE, None, "on a pc 0, the master, or 1, the slave", words="unit")
-    media: str = option(Word("disk", "cdrom"), "disk", "a disk, or a CD-ROM drive", words="media")
-    id: str | None = option(Text(none=True), None, "its name; without one its place, as ide0-hd0", words="id")
+    media: str = option(word("disk", "cdrom"), "disk", "a disk, or a CD-ROM drive", words="media")
+    id: str | None = option(text(none=True), None, "its name; without one its place, as ide0-hd0", words="id")
     cache: str = option(
-        Word("writeback", "none", "writethrough", "directsync", "unsafe"), "writeback", "the host's page cache with the"
+        word("writeback", "none", "writethrough", "directsync", "unsafe"), "writeback", "the host's page cache with the"
         " guest's flushes; O_DIRECT, else the same; the same two with every write on stable storage before it is"
         " complete; flushes left out", words="cache")  # fmt: skip
     aio: str = option(
-        Word("threads", "io_uring"), "threads", "how the host is asked; io_uring wants Linux 5.6 or later, and is an"
+        word("threads", "io_uring"), "threads", "how the host is asked; io_uring wants Linux 5.6 or later, and is an"
         " error where the host refuses it", words="aio")  # fmt: skip
     discard: str = option(
-        Discard("unmap", "ignore"), "unmap", "what the guest discards becomes a hole in the image, or nothing (also on,"
+        DISCARD, "unmap", "what the guest discards becomes a hole in the image, or nothing (also on,"
         " off)", words="discard")  # fmt: skip
     detect_zeroes: str = option(
-        Word("off", "on", "unmap"), "off", "writes of nothing but zeros are told to the file system as such; and become"
+        word("off", "on", "unmap"), "off", "writes of nothing but zeros are told to the file system as such; and become"
         " holes, where discard is unmap", words="detect-zeroes")  # fmt: skip
     read_only: bool = option(
-        Switch(), False, "the guest may not write; always so of a CD", words="read-only readonly")  # fmt: skip
+        SWITCH, False, "the guest may not write; always so of a CD", words="read-only readonly")  # fmt: skip
     snapshot: bool = option(
-        Switch(), False, "what the guest writes goes to a temporary file without a name, in TMPDIR or /var/tmp, that is"
+        SWITCH, False, "what the guest writes goes to a temporary file without a name, in TMPDIR or /var/tmp, that is"
         " gone in the end", words="snapshot")  # fmt: skip
     rerror: str = option(
-        Word("report", "ignore", "stop"), "report", "what follows when the host can't read: the guest is told; or not;"
+        word("report", "ignore", "stop"), "report", "what follows when the host can't read: the guest is told; or not;"
         " or the machine stops and tries again when it goes on (at SIGCONT)", words="rerror")  # fmt: skip
     werror: str = option(
-        Word("enospc", "report", "ignore", "stop"), "enospc", "the same of writes; enospc: stop for lack of room, else"
+        word("enospc", "report", "ignore", "stop"), "enospc", "the same of writes; enospc: stop for lack of room, else"
         " report", words="werror")  # fmt: skip
     locking: bool = option(
-        Switch(auto=True), True, "refuse an image that another program uses (also auto; force-share=on for off)",
+        LOCKING, True, "refuse an image that another program uses (also auto; force-share=on for off)",
         words="locking file.locking")  # fmt: skip
     offset: int = option(BYTES, 0, "where in the image the disk begins, in bytes", words="offset")
     size: int | None = option(
-        Number(least=1, none=True, give="bytes, or None for all there are"), None, "how many bytes of the image are the"
+        SIZE, None, "how many bytes of the image are the"
         " disk; without it all that follow", words="size")  # fmt: skip
     cyls: int | None = option(
         GEOMETRY_NUMBER, None, "with heads and secs the geometry that a disk shows; without them as its partition table"
@@ -148,7 +132,7 @@ class DriveOptions(Options):
     heads: int | None = option(GEOMETRY_NUMBER, None, "heads of that geometry", words="heads")
     secs: int | None = option(GEOMETRY_NUMBER, None, "sectors a track of that geometry", words="secs")
     trans: str = option(
-        Word("auto", "none", "lba", "large", "rechs"), "auto", "how the BIOS translates it; auto: by the geometry, and"
+        word("auto", "none", "lba", "large", "rechs"), "auto", "how the BIOS translates it; auto: by the geometry, and"
         " where that is not given by the partition table", words="trans bios-chs-trans")  # fmt: skip
     throttle_bps: int = rate("bytes a second, reads and writes together", "throttling.bps-total bps")
     throttle_bps_read: int = rate("bytes read a second", "throttling.bps-read bps_rd")

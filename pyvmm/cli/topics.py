@@ -48,7 +48,7 @@ def drive_words() -> list[tuple[str, str]]:
 
     words = []
     for row in DriveOptions.rows.values():
-        value = "|".join(getattr(row.kind, "choices", ())) or row.metavar
+        value = "|".join(row.kind.choices) or row.metavar
         others = ", ".join(row.words[1:])
         words.append((f"{row.words[0]}={value}", row.help + (f" [{others}]" if others else "")))
     return [*words, FORCE_SHARE]

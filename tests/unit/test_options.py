@@ -11,7 +11,7 @@ from pyvmm.cli.options import from_rows, parse, usage
 from pyvmm.cli.topics import topic_text
 from pyvmm.config import MachineConfig, file_schema, from_file
 from pyvmm.errors import ConfigError
-from pyvmm.options import Flag, Whole, Word, option
+from pyvmm.options import FLAG, option, whole, word
 from pyvmm.spec import Spec
 
 
@@ -19,10 +19,10 @@ class Fridge(Spec):
     """A machine that keeps cool."""
 
     cooling: str = option(
-        Word("air", "water", "none", unset="none", note="there is no ice"), "air", "how it is kept cool",
+        word("air", "water", "none", unset="none", note="there is no ice"), "air", "how it is kept cool",
         cli="--cooling")  # fmt: skip
-    shelves: int = option(Whole(least=1, most=9), 3, "how many things it holds", cli="--shelves -s", metavar="N")
-    light: bool = option(Flag(), False, "a light in it", cli="--light")
+    shelves: int = option(whole(least=1, most=9), 3, "how many things it holds", cli="--shelves -s", metavar="N")
+    light: bool = option(FLAG, False, "a light in it", cli="--light")
 
 
 def test_argument_attribute_and_default() -> None:
@@ -92,7 +92,7 @@ def test_the_specification() -> None:
 class Crate(DriveOptions):
     """A drive in a crate."""
 
-    wood: str = option(Word("oak", "pine"), "oak", "what the crate is made of", words="crate-wood cw")
+    wood: str = option(word("oak", "pine"), "oak", "what the crate is made of", words="crate-wood cw")
 
 
 def test_a_word_of_a_drive() -> None:
