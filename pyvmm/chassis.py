@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from pyvmm.clock import Clock
     from pyvmm.closers import Closers
-    from pyvmm.spec import Spec
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm_clock import KvmClock
+    from pyvmm.spec import Spec
 
 PORTS = 1 << 16
 ADDRESS_BITS = 52

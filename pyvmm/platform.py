@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.chassis import Chassis
     from pyvmm.clock import Clock
-    from pyvmm.spec import Spec
     from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.event_loop import EventLoop
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.kvm.vm import Vm
     from pyvmm.memory_map import MemoryMap
+    from pyvmm.spec import Spec
     from pyvmm.x86.boot import BootState
 
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from pyvmm.chassis import Chassis
-    from pyvmm.spec import Spec
     from pyvmm.device import Device, IrqLine
     from pyvmm.devices.serial import Serial
     from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.devices.vga_text import VgaText
     from pyvmm.images import Images
     from pyvmm.platform import Platform
+    from pyvmm.spec import Spec
     from pyvmm.x86.boot import BootState
 
     Made = TypeVar("Made", bound=Device)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.ide_places import PLACES
+from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.pc_drives import make_drive
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
