@@ -341,8 +341,8 @@ class MachineConfig(Options):
         "RAM: 256, 256M or 2G (default 256 MiB)", cli="--memory -m",
         metavar="SIZE", own_words=True, python="; in Python a number of MiB")  # fmt: skip
     cpus: int = option(
-        whole(least=1, most=MAX_CPUS, give=f"a whole number of vCPUs, at least 1 and at most {MAX_CPUS}, as ACPI's"
-        " tables name so many here"), 1, "number of vCPUs", cli="--cpus", own_words=True)  # fmt: skip
+        whole(least=1, most=MAX_CPUS, give=f"a whole number of vCPUs, at least 1; ACPI's tables name {MAX_CPUS}"
+        " processors at most here, ask for fewer"), 1, "number of vCPUs", cli="--cpus", own_words=True)  # fmt: skip
     cpu: str = option(
         CPU, "host", "host, and features to hide: host,-xsave,-cx16", cli="--cpu", own_words=True)  # fmt: skip
     irqchip: str = option(

@@ -131,8 +131,8 @@ def test_the_parser_sees_imports() -> None:
     assert taken_from(PACKAGE / "event_loop.py", "pyvmm.light") == {"Condition", "Lock", "Thread", "deque"}
     assert taken_from(PACKAGE / "machine.py", "pyvmm.run_control") >= {"*", "ExitStatus"}
     assert "pyvmm.device" in imports(PACKAGE / "bus.pxd")
-    assert "pyvmm.config" not in imports(PACKAGE / "builder.py")  # for annotations only
-    assert "pyvmm.config" in python_imports(PACKAGE / "builder.py", typing_too=True)
+    assert "pyvmm.spec" not in imports(PACKAGE / "builder.py")  # for annotations only
+    assert "pyvmm.spec" in python_imports(PACKAGE / "builder.py", typing_too=True)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))

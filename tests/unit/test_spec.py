@@ -154,7 +154,7 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"drives": ["file=x,serial=" + "s" * 21]}, "at most 20 characters"),
         ({"drives": ["file=x,id=a", "file=y,id=a"]}, "two drives are called a"),
         ({"machine": "microvm", "drives": ["x"]}, "no IDE"),
-        ({"cpus": 5000}, "at most 4096"),
+        ({"cpus": 5000}, "4096 processors at most here, ask for fewer"),
         ({"memory_mib": 0}, "at least 1"),
         ({"kernel": "k", "firmware": "f", "modules": [("m", "")], "flat": None}, "takes no modules"),
         ({"flat": None}, "nothing to run"),
