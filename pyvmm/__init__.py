@@ -31,12 +31,13 @@ General layout, lowest layer first; a module imports only from those above it in
 
     errors          every exception
     kvm/            the ioctls: /dev/kvm, VM, vCPU
-    light           locks and threads;  clock  guest time;  device  the contract of a device model
+    light           locks and threads;  clock  guest time;  device  the contract of a device model;  irq  its interrupts
     guest_memory    RAM;  address_space  ports and MMIO
     cpu_exec        the run loop;  exit_stats  its profiler;  run_control, cpu  the vCPU threads;  dump  post-mortems
     x86/            guest addresses, initial state, CPUID, boot protocols, ACPI and MP tables
     event_loop      descriptors and timers;  chardev, terminal  host sides of consoles
     devices/        one chip a file
+    irqchip         interrupt controllers, in KVM or ours: lines, MSIs, irqfds
     config          what is asked for;  boards/  what a kind of machine is made of;  platform  who runs its guest
     builder         the recipe;  machine  the embedder's handle
     cli/            the command
@@ -60,11 +61,12 @@ if TYPE_CHECKING:
     from pyvmm.clock import Clock, Timer
     from pyvmm.config import MachineConfig, MachineOptions
     from pyvmm.cpu import Cpu
-    from pyvmm.device import Device, IrqLine
+    from pyvmm.device import Device
     from pyvmm.errors import BusError, ConfigError, DeviceError, GuestError, KvmError, StateError, VmmError
     from pyvmm.events import Event, Events
     from pyvmm.exit_stats import ExitStat
     from pyvmm.guest_memory import GuestMemory
+    from pyvmm.irq import IrqLine
     from pyvmm.machine import Machine
     from pyvmm.run_control import ExitStatus
     from pyvmm.run_state import RunState
@@ -88,11 +90,12 @@ _MODULES = {
     "clock": ("Clock", "Timer"),
     "config": ("MachineConfig", "MachineOptions"),
     "cpu": ("Cpu",),
-    "device": ("Device", "IrqLine"),
+    "device": ("Device",),
     "errors": ("BusError", "ConfigError", "DeviceError", "GuestError", "KvmError", "StateError", "VmmError"),
     "events": ("Event", "Events"),
     "exit_stats": ("ExitStat",),
     "guest_memory": ("GuestMemory",),
+    "irq": ("IrqLine",),
     "machine": ("Machine",),
     "run_control": ("ExitStatus",),
     "run_state": ("RunState",),

@@ -1,4 +1,4 @@
-"""The Device contract, its lock, and the interrupt line: all a device model sees of the machine around it.
+"""The Device contract and its lock: with the interrupt lines of irq.pyx all a device model sees of the machine around it.
 
 A device answers reads and writes at offsets inside its region and drives IrqLine objects. It knows no address,
 no KVM and no thread. The bus (address_space.pyx) holds ``device.lock`` around every handler.
@@ -85,73 +85,3 @@ class Device:
 
     def load(self, state):
         """Take over what ``save`` gave."""
-
-
-class IrqLine:
-    """One interrupt line: the device end. ``set_level(level)`` is called on a change of level only."""
-
-    __slots__ = ("gsi", "level", "_set_level")
-
-    def __init__(self, set_level=None, gsi=-1):
-        self.gsi = gsi
-        self.level = 0
-        self._set_level = set_level
-
-    def set(self, level):
-        """Drive the line to ``level`` (0 or 1; all that is true is 1)."""
-        level = 1 if level else 0
-        if level != self.level:
-            self.level = level
-            if self._set_level is not None:
-                self._set_level(level)
-
-    def raise_(self):
-        self.set(1)
-
-    def lower(self):
-        self.set(0)
-
-    def pulse(self):
-        """An edge: up, and down again."""
-        self.set(1)
-        self.set(0)
-
-
-class IrqWire:
-    """One interrupt input and all lines that drive it, ORed: PCI's pins share interrupts with each other and with ISA.
-
-    ``set_level(level)`` is called, one call at a time, when the first line goes up and when the last one goes down. An
-    only line calls it itself.
-    """
-
-    __slots__ = ("gsi", "_lines", "_lock", "_set_level", "_up")
-
-    def __init__(self, set_level, gsi=-1):
-        self.gsi = gsi
-        self._set_level = set_level
-        self._lock = DeviceLock()
-        self._lines = []
-        self._up = 0    # a bit for each line that is
-
-    def line(self):
-        """Another IrqLine that drives it."""
-        with self._lock:
-            line = IrqLine(self._set_level, self.gsi)
-            self._lines.append(line)
-            if len(self._lines) == 2:
-                self._share(0)
-            if len(self._lines) > 1:
-                self._share(len(self._lines) - 1)
-            return line
-
-    def _share(self, n):
-        line, bit = self._lines[n], 1 << n
-        self._up |= bit if line.level else 0
-        line._set_level = lambda level: self._drive(bit, level)
-
-    def _drive(self, bit, level):
-        with self._lock:
-            before = self._up
-            self._up = before | bit if level else before & ~bit
-            if bool(before) != bool(self._up):
-                self._set_level(level)

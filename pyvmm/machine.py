@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from pyvmm.chardev import Chardev
     from pyvmm.config import MachineConfig, MachineOptions
     from pyvmm.cpu import Cpu
-    from pyvmm.device import Device, IrqLine
+    from pyvmm.device import Device
     from pyvmm.devices.irq_pins import ControllerPins
     from pyvmm.devices.vga_text import VgaText
     from pyvmm.event_loop import EventLoop
     from pyvmm.exit_stats import ExitStat
+    from pyvmm.irq import IrqLine
+    from pyvmm.irqchip import Irqchip
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
     from pyvmm.reset_count import ResetCount
@@ -56,9 +58,10 @@ class Machine:
     """A machine, built and paused at its first instruction. The arguments are MachineConfig's.
 
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
-    vCPUs, ``devices`` the board's devices by name, ``backends`` its drives by name, ``clock`` guest time. ``consoles``
-    are the host's ends of "serial" and "debugcon": ``m.consoles["serial"].feed(b"root\\n")`` types. Raises
-    ConfigError for what is asked wrongly and KvmError for what the host refuses.
+    vCPUs, ``irqchip`` its interrupt controllers, ``devices`` the board's devices by name, ``backends`` its drives by
+    name, ``clock`` guest time. ``consoles`` are the host's ends of "serial" and "debugcon":
+    ``m.consoles["serial"].feed(b"root\\n")`` types. Raises ConfigError for what is asked wrongly and KvmError for what
+    the host refuses.
 
     Close it, best by ``with``. One that is dropped without is freed when nothing refers to it and its guest does not
     run, with a ResourceWarning. In a child of ``os.fork`` close() gives back the child's descriptors and mappings, and
@@ -92,6 +95,7 @@ class Machine:
         self.backends: Mapping[str, BlockBackend] = chassis.drives.backends
         self.consoles: Mapping[str, Chardev] = chassis.consoles.by_name
         self.cpus: list[Cpu] = self._platform.cpus
+        self.irqchip: Irqchip = self._platform.irqchip
 
     # -- what it is made of --------------------------------------------------------------------------------
 
@@ -138,8 +142,7 @@ class Machine:
     @property
     def irq_controllers(self) -> Mapping[str, ControllerPins]:
         """The pins of the interrupt controllers by name, where those are in Python: to watch and to drive them."""
-        chip = self.board.user_irqchip
-        return {} if chip is None else chip.controllers
+        return self.irqchip.controllers
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -306,15 +309,14 @@ class Machine:
 
     # -- wires and counters --------------------------------------------------------------------------------
 
-    def irq_line(self, irq: int) -> IrqLine:
-        """A line to ISA interrupt ``irq`` (GSI of the same number), for a device of your own. Lines to one are ORed.
+    def irq_line(self, gsi: int) -> IrqLine:
+        """A line to global system interrupt ``gsi`` (ISA interrupts have the same numbers), for a device of your own.
 
-        ConfigError where there is no such interrupt: they go from 0 to 23, the IOAPIC's pins.
+        Lines to one are ORed. ConfigError where there is no such interrupt: they go from 0 to 23, the IOAPIC's pins.
+        ``irqchip`` has the other ways to interrupt: MSIs, and eventfds.
         """
         self._usable("irq_line")
-        if not is_int(irq) or not 0 <= irq < layout.IOAPIC_PINS:
-            raise ConfigError(f"irq_line({irq!r}): give a whole number from 0 to {layout.IOAPIC_PINS - 1}")
-        return self.board.irq_line(irq)
+        return self.irqchip.line(gsi)
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
         """Let KVM gather writes to this range (KVM_REGISTER_COALESCED_MMIO): they arrive in order at the next exit."""

@@ -10,6 +10,7 @@ from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, StateError
+from pyvmm.irqchip import KvmIrqchip, PythonIrqchip, controllers_state, make_controllers
 from pyvmm.kvm.system import CAPABILITIES, Kvm
 from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.kvm_clock import KvmClock
@@ -22,25 +23,25 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.chassis import Chassis
     from pyvmm.clock import Clock
-    from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.event_loop import EventLoop
+    from pyvmm.irqchip import Irqchip
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.kvm.vm import Vm
     from pyvmm.memory_map import MemoryMap
     from pyvmm.spec import Spec
     from pyvmm.x86.boot import BootState
 
-PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
 XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
 X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
-KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
 
 
 class Platform:
-    """What both kinds answer. ``cpus`` is empty until ``make_cpus``."""
+    """What both kinds answer. ``cpus`` is empty until ``make_cpus``; ``irqchip`` is what interrupts them."""
 
     runs_guests = False
     """Whether there are vCPUs, so that guest time passes by itself."""
+
+    irqchip: Irqchip
 
     def __init__(self) -> None:
         self.cpus: list[Cpu] = []
@@ -59,12 +60,7 @@ class Platform:
     def vm(self) -> Vm:
         raise StateError("accel='qtest' has no VM: make the machine with accel='kvm'")
 
-    @property
-    def has_irqchip(self) -> bool:
-        """Whether interrupt controllers and PIT are KVM's."""
-        return False
-
-    def make_cpus(self, chassis: Chassis, user_irqchip: UserIrqchip | None) -> None:
+    def make_cpus(self, chassis: Chassis) -> None:
         """The vCPUs, at power-on; each on a thread of its own once the machine runs."""
 
     def enter(self, boot: BootState | None) -> None:
@@ -97,6 +93,10 @@ class Platform:
 class NoCpuPlatform(Platform):
     """Devices only, driven from outside; guest time stands still until somebody moves it."""
 
+    def __init__(self, chassis: Chassis) -> None:
+        super().__init__()
+        self.irqchip = chassis.closers.add(PythonIrqchip(chassis.clock, chassis.loop))
+
     @staticmethod
     def clock(loop: EventLoop) -> Clock:
         from time import time_ns
@@ -107,7 +107,7 @@ class NoCpuPlatform(Platform):
 
 
 class KvmPlatform(Platform):
-    """A VM with ``memory_map`` in its slots; ``irqchip`` "kernel": and with KVM's interrupt controllers and PIT."""
+    """A VM with ``memory_map`` in its slots, and with KVM's interrupt controllers and PIT or with ours."""
 
     runs_guests = True
 
@@ -137,7 +137,9 @@ class KvmPlatform(Platform):
         chassis.mmio.reserve(layout.KVM_PAGES, layout.KVM_PAGES_BYTES, "pages of KVM's own")
         self._use_ids(self._vm)
         if config.irqchip == "kernel":
-            make_kernel_irqchip(self._vm, chassis)
+            self.irqchip = closers.add(KvmIrqchip(self._kvm, self._vm))
+        else:
+            self.irqchip = closers.add(PythonIrqchip(chassis.clock, chassis.loop))
 
     @property
     def kvm(self) -> Kvm:
@@ -146,10 +148,6 @@ class KvmPlatform(Platform):
     @property
     def vm(self) -> Vm:
         return self._vm
-
-    @property
-    def has_irqchip(self) -> bool:
-        return self._vm.has_irqchip
 
     def _use_ids(self, vm: Vm) -> None:
         """For more processors than an xAPIC can name: APIC ids of 32 bits in all that KVM is told, and 255 the id of
@@ -165,18 +163,16 @@ class KvmPlatform(Platform):
 
     # -- vCPUs -------------------------------------------------------------------------------------------------
 
-    def make_cpus(self, chassis: Chassis, user_irqchip: UserIrqchip | None) -> None:
+    def make_cpus(self, chassis: Chassis) -> None:
+        irqchip = self.irqchip
         for index in range(self._config.cpus):
             vcpu = self._vm.create_vcpu(index)
-            table = cpuid_table(self._kvm, self._config, index)
+            table = self._cpuid(index)
             vcpu.cpuid = table
-            loop = CpuExec(vcpu, chassis.pio, chassis.mmio, user_irqchip=user_irqchip is not None)
-            if user_irqchip is not None:
-                loop.acknowledge = user_irqchip.acknowledge
-                loop.on_tpr = user_irqchip.lapic.look_at_cpu
-                user_irqchip.lapic.cpu = loop
+            loop = CpuExec(vcpu, chassis.pio, chassis.mmio, user_irqchip=not irqchip.in_kernel)
+            irqchip.attach(loop)
             self.cpus.append(Cpu(index, vcpu, loop, chassis.control, chassis.outcomes.cpu_stopped, table))
-        if self.has_irqchip and self._config.cpus > 1:
+        if irqchip.in_kernel and self._config.cpus > 1:
             # KVM makes its map of local APICs anew when one of them changes, and a new vCPU is in it only then: or INIT
             # and SIPI never reach the last one, where the guest has not touched its own APIC before.
             vcpu.lapic = vcpu.lapic
@@ -208,7 +204,10 @@ class KvmPlatform(Platform):
     def cpu_identity(self) -> tuple[int, int, str] | None:
         from pyvmm.x86 import cpuid
 
-        return cpuid.identity(cpuid_table(self._kvm, self._config, 0))
+        return cpuid.identity(self._cpuid(0))
+
+    def _cpuid(self, index: int) -> list[CpuidEntry]:
+        return cpuid_table(self._kvm, self._config, self.irqchip.in_kernel, index)
 
     def _vendor(self) -> str:
         """The host's CPUID vendor string: whose exit codes a hardware exit reason is."""
@@ -222,10 +221,8 @@ class KvmPlatform(Platform):
         from pyvmm.x86 import vcpu_state
 
         state = self._power_on_state()
-        if self.has_irqchip:
-            for chip in state["irqchips"]:
-                self._vm.set_irqchip(chip)
-            self._vm.set_pit(state["pit"])
+        if self.irqchip.in_kernel:
+            self.irqchip.load(state["irqchip"])
         for cpu, saved in zip(self.cpus, state["vcpus"], strict=True):
             vcpu_state.load(cpu.vcpu, saved)
             cpu.was_reset()
@@ -243,16 +240,14 @@ class KvmPlatform(Platform):
         try:
             state: dict[str, Any] = {}
             self._use_ids(twin)
-            if self.has_irqchip:
-                twin.create_irqchip()
-                twin.create_pit()
-                state["irqchips"] = [twin.get_irqchip(chip) for chip in (PIC_MASTER, PIC_SLAVE, IOAPIC)]
-                state["pit"] = twin.get_pit()
+            if self.irqchip.in_kernel:
+                make_controllers(twin)
+                state["irqchip"] = controllers_state(twin)
             state["vcpus"] = []
             for cpu in self.cpus:
                 vcpu = twin.create_vcpu(cpu.index)
                 vcpu.cpuid = cpu.cpuid
-                state["vcpus"].append(vcpu_state.save(vcpu, indices, lapic=self.has_irqchip))
+                state["vcpus"].append(vcpu_state.save(vcpu, indices, lapic=self.irqchip.in_kernel))
                 vcpu.close()
             return state
         finally:
@@ -267,14 +262,13 @@ class KvmPlatform(Platform):
     def settle(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
         if ranges:
             self._attach_ring(chassis.pio)
-        if ranges or self.has_irqchip:
+        if ranges or self.irqchip.in_kernel:
             chassis.in_background(lambda: self._settle(ranges))
 
     def _settle(self, ranges: list[tuple[int, int]]) -> None:
         """These wait for grace periods in KVM, longer than all of the recipe takes."""
-        if self.has_irqchip:
-            # A guest slow to take its ticks is not to be flooded with them later.
-            self._vm.set_pit_reinject(False)
+        if isinstance(self.irqchip, KvmIrqchip):
+            self.irqchip.lose_missed_ticks()
         for port, size in ranges:
             self._vm.coalesce(port, size, pio=True)
 
@@ -301,8 +295,7 @@ def check_limits(kvm: Kvm, cpus: int) -> None:
 _cpuid_tables: dict[tuple[object, ...], list[CpuidEntry]] = {}
 
 
-def cpuid_table(kvm: Kvm, config: Spec, index: int) -> list[CpuidEntry]:
-    irqchip = config.irqchip == "kernel"
+def cpuid_table(kvm: Kvm, config: Spec, irqchip: bool, index: int) -> list[CpuidEntry]:
     key = (kvm.device, config.cpu, config.cpus, irqchip, index)
     if key not in _cpuid_tables:
         from pyvmm.x86 import cpuid
@@ -318,35 +311,3 @@ def cpuid_table(kvm: Kvm, config: Spec, index: int) -> list[CpuidEntry]:
             brand=[kvm.host_cpuid(function) for function in cpuid.BRAND_STRING],
         )
     return _cpuid_tables[key]
-
-
-# -- KVM's interrupt controllers ---------------------------------------------------------------------------------
-
-
-def make_kernel_irqchip(vm: Vm, chassis: Chassis) -> None:
-    vm.create_irqchip()
-    vm.create_pit()
-    vm.set_gsi_routing(pc_routes())
-    # An access there never comes to us.
-    for space, address, size, name in (
-        (chassis.pio, layout.PORT_PIC_MASTER, 2, "KVM's PIC"),
-        (chassis.pio, layout.PORT_PIC_SLAVE, 2, "KVM's PIC"),
-        (chassis.pio, layout.PORT_PIC_ELCR, 2, "KVM's PIC"),
-        (chassis.pio, layout.PORT_PIT, 4, "KVM's PIT"),
-        (chassis.pio, layout.PORT_SPEAKER, 1, "KVM's PIT"),
-        (chassis.mmio, layout.IOAPIC, KVM_IOAPIC_BYTES, "KVM's IOAPIC"),
-        (chassis.mmio, layout.LAPIC, layout.LAPIC_BYTES, "KVM's local APIC"),
-    ):
-        space.reserve(address, size, name)
-
-
-def pc_routes() -> list[tuple[int, str, int, int]]:
-    """GSI n to pin n of the PIC pair and of the IOAPIC; but the timer's wire goes to IOAPIC pin 2, as on a PC."""
-    routes = [
-        (gsi, "irqchip", PIC_MASTER if gsi < 8 else PIC_SLAVE, gsi & 7) for gsi in range(layout.ISA_IRQS)
-    ]
-    for gsi in range(layout.IOAPIC_PINS):
-        if gsi != layout.GSI_TIMER:
-            pin = layout.GSI_TIMER if gsi == layout.IRQ_TIMER else gsi
-            routes.append((gsi, "irqchip", IOAPIC, pin))
-    return routes

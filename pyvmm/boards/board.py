@@ -13,7 +13,6 @@ builder.py calls the steps in the order in which they stand here; restart.py tho
 
 from __future__ import annotations
 
-from pyvmm.device import IrqWire
 from pyvmm.errors import StateError
 from pyvmm.images import image_name
 from pyvmm.memory_map import MemoryMap
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from pyvmm.chassis import Chassis
-    from pyvmm.device import Device, IrqLine
+    from pyvmm.device import Device
     from pyvmm.devices.serial import Serial
-    from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.devices.vga_text import VgaText
     from pyvmm.images import Images
+    from pyvmm.irq import IrqLine
     from pyvmm.platform import Platform
     from pyvmm.spec import Spec
     from pyvmm.x86.boot import BootState
@@ -61,8 +60,6 @@ class Board:
         self.first_boot = True
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.parts: list[tuple[str, Device]] = []
-        self.user_irqchip: UserIrqchip | None = None
-        self._wires: dict[int, IrqWire] = {}
         chassis.closers.call(self._clear, self.parts.clear)
 
     # -- memory ------------------------------------------------------------------------------------------------
@@ -90,8 +87,10 @@ class Board:
     def install(self, platform: Platform) -> None:
         """Everything on the board."""
         self.platform = platform
-        if not platform.has_irqchip:
-            self.make_user_irqchip()
+        self.irqchip = platform.irqchip
+        for name, device in self.irqchip.devices.items():
+            self.add(name, device)
+        self.irqchip.place(self.pio, self.mmio)
         self.make_devices()
 
     def make_devices(self) -> None:
@@ -102,34 +101,9 @@ class Board:
         self.parts.append((name, device))
         return device
 
-    def irq_line(self, irq: int) -> IrqLine:
-        """Another line to ISA interrupt ``irq``, into whichever controller the machine has; ORed with those there are.
-        """
-        wire = self._wires.get(irq)
-        if wire is None:
-            set_irq = self.platform.vm.irq_line if self.user_irqchip is None else self.user_irqchip.set_irq
-            wire = self._wires[irq] = IrqWire(lambda level: set_irq(irq, level), irq)
-        return wire.line()
-
-    def make_user_irqchip(self) -> None:
-        """All interrupt controllers and the PIT in Python; their output reaches the one vCPU when that is made."""
-        from pyvmm.devices.i8254 import I8254
-        from pyvmm.devices.user_irqchip import UserIrqchip
-
-        cpus = self.platform.cpus
-        chip = UserIrqchip(self.clock, lambda level: cpus[0].exec.interrupt(level) if cpus else None)
-        self.user_irqchip = chip
-        pit = I8254(self.clock, self.irq_line(layout.IRQ_TIMER))
-        for name, device in (("pic", chip.pic), ("ioapic", chip.ioapic), ("lapic", chip.lapic), ("pit", pit)):
-            self.add(name, device)
-        pio, mmio = self.pio, self.mmio
-        pio.map(layout.PORT_PIC_MASTER, 2, chip.pic.master, name="pic.master")
-        pio.map(layout.PORT_PIC_SLAVE, 2, chip.pic.slave, name="pic.slave")
-        pio.map(layout.PORT_PIC_ELCR, 2, chip.pic.elcr, name="pic.elcr")
-        mmio.map(layout.IOAPIC, layout.IOAPIC_BYTES, chip.ioapic, name="ioapic")
-        mmio.map(layout.LAPIC, layout.LAPIC_BYTES, chip.lapic, name="lapic")
-        pio.map(layout.PORT_PIT, 4, pit, name="pit")
-        pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
+    def irq_line(self, gsi: int, name: str = "a device") -> IrqLine:
+        """Another line to an interrupt, ISA's by its number, for the device ``name``; ORed with those there are."""
+        return self.irqchip.line(gsi, name)
 
     def add_serial(self) -> Serial:
         """COM1, with the console that MachineConfig.serial says."""
@@ -137,7 +111,7 @@ class Board:
 
         consoles = self.chassis.consoles
         serial = Serial(
-            self.irq_line(layout.IRQ_COM1),
+            self.irq_line(layout.IRQ_COM1, "serial"),
             consoles.open(self.config.serial, "serial"),
             self.clock,
             gather_ns=CONSOLE_GATHER_NS if self.runs_guests else 0,

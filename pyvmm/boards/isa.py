@@ -33,7 +33,7 @@ class IsaBoard(Board):
         self.serial = self.add_serial()
         pm = AcpiPm(
             self.clock,
-            self.irq_line(layout.IRQ_SCI),
+            self.irq_line(layout.IRQ_SCI, "acpi_pm"),
             power.off,
             s5_type=layout.SLP_TYP_S5,
             s3_type=None if self.config.no_s3 else layout.SLP_TYP_S3,
@@ -60,7 +60,7 @@ class IsaBoard(Board):
         pio, power = self.pio, self.chassis.power
         low = min(self.memory.size_bytes, layout.RAM_HOLE)
         rtc = Rtc(
-            self.irq_line(layout.IRQ_RTC),
+            self.irq_line(layout.IRQ_RTC, "rtc"),
             self.clock,
             ram_below_4g_bytes=low,
             ram_above_4g_bytes=self.memory.size_bytes - low,
@@ -68,7 +68,7 @@ class IsaBoard(Board):
             on_alarm=self.pm.rtc_alarm,
         )
         i8042 = I8042(
-            self.irq_line(layout.IRQ_KEYBOARD),
+            self.irq_line(layout.IRQ_KEYBOARD, "i8042"),
             lambda: power.reset(by=f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"),
         )
         port92 = Port92(lambda: power.reset(by=f"port {layout.PORT_FAST_A20:#x}"))
@@ -106,13 +106,8 @@ class IsaBoard(Board):
         from pyvmm.address_space import BufferRegion
         from pyvmm.devices.testdev import TestDev
 
-        lines = [self.irq_line(n) for n in range(layout.IOAPIC_PINS)]
-
-        def set_gsi(n: int, level: int) -> None:
-            if n < len(lines):
-                lines[n].set(level)
-
-        testdev = self.testdev = self.add("testdev", TestDev(self.memory.drop_mapping, set_gsi))
+        lines = [self.irq_line(gsi, "testdev") for gsi in range(layout.IOAPIC_PINS)]
+        testdev = self.testdev = self.add("testdev", TestDev(self.memory.drop_mapping, lines))
         self.pio.map(layout.PORT_TESTDEV, 4, testdev, name="testdev.latch")
         self.pio.map(layout.PORT_TESTDEV + 4, 4, testdev.flush, name="testdev.flush")
         self.pio.map(layout.PORT_TESTDEV + 8, 4, testdev.latch_bytes, name="testdev.bytes")

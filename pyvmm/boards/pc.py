@@ -103,11 +103,11 @@ class Pc(IsaBoard):
         """The chipset's functions and the IDE channels with their drives."""
         from pyvmm.devices.pci.host import PciHost
         from pyvmm.devices.pci.i440fx import I440fx
-        from pyvmm.devices.pci.piix3 import Piix3Ide, Piix3Isa
+        from pyvmm.devices.pci.piix3 import PIRQ_IRQS, Piix3Ide, Piix3Isa
         from pyvmm.devices.pci.piix4_pm import Piix4Pm
 
-        isa = Piix3Isa([self.irq_line(n) for n in range(layout.ISA_IRQS)])
-        host = PciHost(self.reset_control, isa.set_intx)
+        isa = Piix3Isa({irq: self.irqchip.wire(irq, "PCI") for irq in PIRQ_IRQS})
+        host = PciHost(self.reset_control, isa.intx)
         bridge = I440fx(self.memory_map.set_window)
         self.channels = self._make_ide()
         ide = Piix3Ide(self.channels, self.pio)
@@ -138,7 +138,8 @@ class Pc(IsaBoard):
         made = []
         for n, (command, control, irq) in enumerate(layout.IDE_CHANNELS):
             units = (self.units[2 * n], self.units[2 * n + 1])
-            channel = IdeChannel(self.irq_line(irq), self.clock, units, self.memory, name=f"ide{n}")
+            line = self.irq_line(irq, f"ide{n}")
+            channel = IdeChannel(line, self.clock, units, self.memory, name=f"ide{n}")
             self.add(f"ide{n}", channel)
             self.pio.add(command, channel.data)
             self.pio.add(command + 1, channel.region)

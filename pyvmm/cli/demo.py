@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.device import IrqLine
+    from pyvmm.irq import IrqLine
 
 # As guests/demo.S has them.
 GUEST_ADDRESS = 0x7C00

@@ -311,7 +311,7 @@ class Session:
             raise Refused(f"FAIL there is no pin {echo(words[2])} {echo(words[3])}")
         if abs(level) > INT32_MAX:
             raise Refused(f"FAIL LEVEL {echo(words[4])} is too large")
-        controller.inputs.set_irq(pin, int(level != 0))
+        controller.inputs.set(pin, int(level != 0))
         return "OK"
 
     # -- the rest ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.clock import Clock
-    from pyvmm.device import IrqLine
+    from pyvmm.irq import IrqLine
 
 PM_TIMER_HZ = 3_579_545
 NS_PER_SECOND = 1_000_000_000

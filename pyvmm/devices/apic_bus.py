@@ -12,11 +12,18 @@ from pyvmm.device import DeviceLock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.devices.ioapic import Ioapic
     from pyvmm.devices.lapic import Lapic
 
 # Delivery modes, as in bits 10..8 of an ICR, an LVT entry or a redirection entry.
 FIXED, LOWEST_PRIORITY, SMI, RESERVED, NMI, INIT, STARTUP, EXTINT = range(8)
+
+# Message-signalled interrupts.
+MESSAGE_AREA = 0xFEE  # the upper bits of the address
+REDIRECTION_HINT, LOGICAL_DESTINATION = 1 << 3, 1 << 2  # of the address
+MESSAGE_ASSERT, MESSAGE_LEVEL = 1 << 14, 1 << 15  # of the data
 
 BROADCAST = 0xFF  # as a destination, physical or logical
 LOWEST_VECTOR = 16  # vectors below belong to exceptions
@@ -29,6 +36,39 @@ class ApicBus:
         self.lock = DeviceLock()
         self.lapics: list[Lapic] = []
         self.ioapics: list[Ioapic] = []
+        self.ended: list[tuple[Ioapic, int]] = []
+        """Pins whose interrupt has ended and who waits for that has still to be told: ``tell_ended``."""
+        self.on_end: Callable[[int], None] | None = None
+        """Told the pin of an I/O APIC, with no lock of an APIC held: it may drive lines."""
+
+    def tell_ended(self) -> None:
+        """After an access that may have ended interrupts, with ``lock`` given back."""
+        with self.lock:
+            ended, self.ended = self.ended, []
+        for ioapic, pin in ended:
+            if self.on_end is not None:
+                self.on_end(pin)
+            ioapic.told(pin)
+
+    def message(self, address: int, data: int) -> bool:
+        """A message-signalled interrupt, from any thread. Whether anybody took it.
+
+        SDM vol. 3, 11.11.1 (address: destination, redirection hint, destination mode) and 11.11.2 (data: vector,
+        delivery mode, level, trigger mode). Another address is no message, and reaches nobody.
+        """
+        if address >> 20 != MESSAGE_AREA or (data & MESSAGE_LEVEL and not data & MESSAGE_ASSERT):
+            return False
+        mode = data >> 8 & 7
+        if mode == FIXED and address & REDIRECTION_HINT:
+            mode = LOWEST_PRIORITY
+        with self.lock:
+            return self.deliver(
+                address >> 12 & 0xFF,
+                bool(address & LOGICAL_DESTINATION),
+                mode,
+                data & 0xFF,
+                bool(data & MESSAGE_LEVEL) and mode in (FIXED, LOWEST_PRIORITY),
+            )
 
     # All of these with ``lock`` held.
 

@@ -13,7 +13,8 @@ One chip, two regions of one port each: the I8042 itself is the data port, its `
 
 from __future__ import annotations
 
-from pyvmm.device import Device, IrqLine
+from pyvmm.device import Device
+from pyvmm.irq import IrqLine
 from pyvmm.light import deque
 
 TYPE_CHECKING = False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.clock import Clock
-    from pyvmm.device import IrqLine
+    from pyvmm.irq import IrqLine
 
 FREQUENCY_HZ = 1_193_182
 NS_PER_SECOND = 1_000_000_000

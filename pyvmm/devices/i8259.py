@@ -9,7 +9,7 @@ the cascade. It is the pair's; each port's Device takes it inside its own, never
 
 from __future__ import annotations
 
-from pyvmm.device import Device, IrqLine
+from pyvmm.device import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Chip:
         "cascade_mask",
         "elcr",
         "elcr_mask",
+        "ended",
         "highest",
         "ic4",
         "icw",
@@ -74,9 +75,12 @@ class Chip:
         "sfnm",
         "single",
         "special_mask",
+        "watched",
     )
 
-    STATE = tuple(name for name in __slots__ if name not in ("_set_int", "cascade_mask", "elcr_mask"))
+    STATE = tuple(
+        name for name in __slots__ if name not in ("_set_int", "cascade_mask", "elcr_mask", "ended", "watched")
+    )
 
     def __init__(
         self, elcr_mask: int, cascade_mask: int, set_int: Callable[[int], None] | None = None
@@ -84,6 +88,8 @@ class Chip:
         self.elcr_mask = elcr_mask
         self.cascade_mask = cascade_mask  # the input another chip is wired to, as a bit
         self._set_int = set_int
+        self.watched = 0  # the inputs whose end of interrupt somebody waits for
+        self.ended = 0  # those of them that ended and of which nobody was told yet
         self.lines = 0  # levels of the input pins
         self.intr = 0  # level of the output pin
         self.clear()
@@ -181,8 +187,10 @@ class Chip:
         bit = 1 << n
         if not self.auto_eoi:
             self.isr |= bit
-        elif self.rotate_aeoi:
-            self.highest = (n + 1) & 7
+        else:
+            self.ended |= bit & self.watched
+            if self.rotate_aeoi:
+                self.highest = (n + 1) & 7
         self.irr &= ~bit | self.level_mask
         # INT falls with every acknowledge. Where another request waits it rises again: the edge a master
         # needs to see it.
@@ -251,6 +259,7 @@ class Chip:
             level = (rank + self.highest) & 7
         if command & 1:
             self.isr &= ~(1 << level)
+            self.ended |= 1 << level & self.watched
         if command in (OCW2_EOI_ROTATE, OCW2_EOI_ROTATE_SPECIFIC, OCW2_SET_PRIORITY):
             # The level named gets the lowest priority.
             self.highest = (level + 1) & 7
@@ -278,12 +287,14 @@ class ChipPorts(Device):
         with self.pair.lock:
             value = self.chip.read(offset)
             self.pair.settle()
-            return value
+        self.pair.tell_ended()
+        return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         with self.pair.lock:
             self.chip.write(offset, value)
             self.pair.settle()
+        self.pair.tell_ended()
 
 
 class ElcrPorts(Device):
@@ -310,10 +321,14 @@ class I8259Pair(Device):
     ``on_intr(level)`` is called on a change of INTR, with ``lock`` held. The pair has no ports of its own:
     map ``master`` (2 bytes), ``slave`` (2 bytes) and ``elcr`` (2 bytes). State is saved, loaded and reset
     here.
+
+    ``on_end(n)`` is told when the interrupt of an input ends that ``watch_end`` has named, with no lock of the pair's
+    held: it may drive lines.
     """
 
     def __init__(self, on_intr: Callable[[int], None]) -> None:
         self._on_intr = on_intr
+        self.on_end: Callable[[int], None] | None = None
         self._line2 = 0
         # Each chip's INT: the master's goes to the CPU when an operation is over (settle), the slave's to the
         # master at once.
@@ -323,12 +338,8 @@ class I8259Pair(Device):
         self.slave = ChipPorts(self, self.chips[1])
         self.elcr = ElcrPorts(self)
 
-    def irqline(self, n: int) -> IrqLine:
-        """A line that drives input ``n`` (0..15) of the pair."""
-        return IrqLine(lambda level: self.set_irq(n, level), n)
-
-    def set_irq(self, n: int, level: int) -> None:
-        """Line ``n`` (0..15) moves to ``level``. From any thread."""
+    def set(self, n: int, level: int) -> None:
+        """Input ``n`` (0..15) moves to ``level``. From any thread."""
         with self.lock:
             if n == CASCADE:
                 # No board has a device here; whoever drives it shares the pin with the slave.
@@ -358,7 +369,24 @@ class I8259Pair(Device):
                     n = SPURIOUS
                 vector = slave.base + n
             self.settle()
-            return vector
+        self.tell_ended()
+        return vector
+
+    def watch_end(self, n: int, watch: bool) -> None:
+        """Whether ``on_end`` is to be told of input ``n`` (0..15)."""
+        chip, bit = self.chips[n >> 3], 1 << (n & 7)
+        with self.lock:
+            chip.watched = chip.watched | bit if watch else chip.watched & ~bit
+
+    def tell_ended(self) -> None:
+        """After whatever may have ended an interrupt, with the lock given back."""
+        for chip, first in zip(self.chips, (0, 8), strict=True):
+            if chip.ended:
+                with self.lock:
+                    ended, chip.ended = chip.ended, 0
+                for n in range(8):
+                    if ended >> n & 1 and self.on_end is not None:
+                        self.on_end(first + n)
 
     def settle(self) -> None:
         """Tell the CPU where INTR has come to rest: at the end of each operation, with the lock held."""

@@ -48,12 +48,13 @@ def is_level(entry: int) -> bool:
 
 
 class Ioapic(Device):
-    """Map its page, 4 KiB: offsets without a register read as 0. ``set_irq(pin, level)`` moves a pin."""
+    """Map its page, 4 KiB: offsets without a register read as 0. ``set(pin, level)`` moves a pin."""
 
     valid_sizes = (1, 8)
 
     def __init__(self, bus: ApicBus) -> None:
         self._bus = bus
+        self._watched = 0  # a bit for each pin whose end of interrupt somebody waits for
         self.lines = 0  # levels of the pins: they belong to whoever drives them, and outlive a reset
         self._power_on()
         bus.ioapics.append(self)
@@ -106,7 +107,7 @@ class Ioapic(Device):
 
     # Pins
 
-    def set_irq(self, pin: int, level: int) -> None:
+    def set(self, pin: int, level: int) -> None:
         """Pin ``pin`` (0..23) moves to ``level``. From any thread."""
         with self._bus.lock:
             bit = 1 << pin
@@ -144,7 +145,20 @@ class Ioapic(Device):
         for pin, entry in enumerate(self.table):
             if entry & REMOTE_IRR and entry & VECTOR == vector:
                 self.table[pin] &= ~REMOTE_IRR
-                self._service(pin)
+                if self._watched >> pin & 1:
+                    self._bus.ended.append((self, pin))  # serviced when that has been told
+                else:
+                    self._service(pin)
+
+    def watch_end(self, pin: int, watch: bool) -> None:
+        """Whether the bus's ``on_end`` is to be told of ``pin``."""
+        with self._bus.lock:
+            self._watched = self._watched | 1 << pin if watch else self._watched & ~(1 << pin)
+
+    def told(self, pin: int) -> None:
+        """Whoever waited for the end of its interrupt knows. A pin still asserted sends again."""
+        with self._bus.lock:
+            self._service(pin)
 
     # The contract
 

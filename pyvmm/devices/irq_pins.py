@@ -8,20 +8,20 @@ if TYPE_CHECKING:
 
 
 class IrqPins:
-    """``count`` pins that go to ``set_level(n, level)``. ``watch(n, level)``, where there is one, is called after it,
-    each time a pin is driven, and on the same thread: perhaps under a device's lock.
+    """``count`` pins that go to ``drive(n, level)``. ``watch(n, level)``, where there is one, is called after it, each
+    time a pin is set, and on the same thread: perhaps under a device's lock.
     """
 
-    __slots__ = ("_set_level", "count", "watch")
+    __slots__ = ("_drive", "count", "watch")
 
-    def __init__(self, count: int, set_level: Callable[[int, int], None]) -> None:
+    def __init__(self, count: int, drive: Callable[[int, int], None]) -> None:
         self.count = count
         self.watch: Callable[[int, int], None] | None = None
-        self._set_level = set_level
+        self._drive = drive
 
-    def set_irq(self, n: int, level: int) -> None:
+    def set(self, n: int, level: int) -> None:
         """Drive pin ``n`` (0..count-1) to ``level`` (0 or 1). From any thread."""
-        self._set_level(n, level)
+        self._drive(n, level)
         watch = self.watch
         if watch is not None:
             watch(n, level)

@@ -479,6 +479,8 @@ class Lapic(Device):
             if self._enabled and not offset & 0xF:
                 self._write(offset, value)
                 self._update()
+        if self._bus.ended:
+            self._bus.tell_ended()
 
     def _write(self, offset: int, value: int) -> None:
         if offset == EOI:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.clock import Clock
-    from pyvmm.device import IrqLine
+    from pyvmm.irq import IrqLine
 
 # CMOS indices
 SECONDS = 0x00

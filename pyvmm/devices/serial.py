@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock
-    from pyvmm.device import IrqLine
+    from pyvmm.irq import IrqLine
 
 # Offsets. The first two are the divisor latch while LCR.DLAB is set; FCR is IIR's place for writes.
 RBR = THR = DLL = 0

@@ -12,8 +12,10 @@ from pyvmm.errors import BusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
+
+    from pyvmm.irq import IrqLine
 
 IRQ_LINES = 24
 MEMORY_BYTES = 0x10000
@@ -60,32 +62,26 @@ class IrqPorts(Device):
 
     valid_sizes = (1, 1)
 
-    def __init__(self, set_gsi: Callable[[int, int], None]) -> None:
-        self._set_gsi = set_gsi
-        self._levels = 0
+    def __init__(self, lines: Sequence[IrqLine]) -> None:
+        self._lines = lines
 
     def read(self, offset: int, size: int) -> int:
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        bit = 1 << offset
-        level = int(value != 0)
-        self._levels = self._levels & ~bit | level << offset
-        self._set_gsi(offset, level)
+        self._lines[offset].set(value)
 
     def reset(self) -> None:
         with self.lock:
-            for n in range(IRQ_LINES):
-                if self._levels >> n & 1:
-                    self._set_gsi(n, 0)
-            self._levels = 0
+            for line in self._lines:
+                line.lower()
 
     def save(self) -> dict[str, int]:
-        return {"levels": self._levels}
+        return {"levels": sum(line.level << n for n, line in enumerate(self._lines))}
 
     def load(self, state: dict[str, int]) -> None:
-        # The levels are state of the interrupt controllers, which bring it themselves.
-        self._levels = state["levels"]
+        for n, line in enumerate(self._lines):
+            line.set(state["levels"] >> n & 1)
 
 
 class TestDev(Device):
@@ -96,16 +92,16 @@ class TestDev(Device):
     - ``memory``, a bytearray of 64 KiB, as a BufferRegion at 0xff000000.
 
     ``flush_page(gpa)`` takes a page's guest-physical address and may raise BusError where there is no RAM.
-    ``set_gsi(n, level)`` sets GSI ``n``, 0..23. State is saved, loaded and reset here for all parts.
+    ``lines`` are those of GSI 0 to 23. State is saved, loaded and reset here for all parts.
     """
 
     __test__ = False  # to pytest the name looks like a test
 
-    def __init__(self, flush_page: Callable[[int], None], set_gsi: Callable[[int, int], None]) -> None:
+    def __init__(self, flush_page: Callable[[int], None], lines: Sequence[IrqLine]) -> None:
         self._latch = 0
         self.latch_bytes = LatchBytes(self)
         self.flush = FlushPort(flush_page)
-        self.irqs = IrqPorts(set_gsi)
+        self.irqs = IrqPorts(lines)
         self.memory = bytearray(MEMORY_BYTES)
 
     def read(self, offset: int, size: int) -> int:

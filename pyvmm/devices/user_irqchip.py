@@ -34,10 +34,13 @@ class UserIrqchip:
     def __init__(self, clock: Clock, on_output: Callable[[int], None] | None = None) -> None:
         self.bus = ApicBus()
         self._intr = IrqPins(1, lambda _n, level: self.lapic.set_lint(0, level))
-        self.pic = I8259Pair(lambda level: self._intr.set_irq(0, level))
+        self.pic = I8259Pair(lambda level: self._intr.set(0, level))
         self.ioapic = Ioapic(self.bus)
         self.lapic = Lapic(self.bus, clock, on_output=on_output, acknowledge_pic=self.pic.acknowledge)
-        self._pic_inputs = IrqPins(ISA_IRQS, self.pic.set_irq)
+        self._on_end: dict[int, Callable[[], None]] = {}
+        self.pic.on_end = self._ended
+        self.bus.on_end = lambda pin: self._ended(TIMER if pin == TIMER_PIN else pin)
+        self._pic_inputs = IrqPins(ISA_IRQS, self.pic.set)
         # The I/O APIC's are watched where the board's wires start: the timer as 0.
         self._ioapic_inputs = IrqPins(PINS, self._set_ioapic)
         self.controllers = {
@@ -47,13 +50,35 @@ class UserIrqchip:
 
     def _set_ioapic(self, n: int, level: int) -> None:
         if n != TIMER_PIN:
-            self.ioapic.set_irq(TIMER_PIN if n == TIMER else n, level)
+            self.ioapic.set(TIMER_PIN if n == TIMER else n, level)
 
-    def set_irq(self, gsi: int, level: int) -> None:
+    def set(self, gsi: int, level: int) -> None:
         """Global system interrupt ``gsi`` (0..23) moves to ``level`` (0 or 1). From any thread."""
         if gsi < ISA_IRQS:
-            self._pic_inputs.set_irq(gsi, level)
-        self._ioapic_inputs.set_irq(gsi, level)
+            self._pic_inputs.set(gsi, level)
+        self._ioapic_inputs.set(gsi, level)
+
+    def message(self, address: int, data: int) -> bool:
+        """A message-signalled interrupt. From any thread. Whether a local APIC took it."""
+        return self.bus.message(address, data)
+
+    def watch_end(self, gsi: int, on_end: Callable[[], None] | None) -> None:
+        """Have ``on_end()`` called each time the guest ends the interrupt of ``gsi`` at either controller, before that
+        looks at the pin again. It may drive lines.
+        """
+        if on_end is None:
+            self._on_end.pop(gsi, None)
+        else:
+            self._on_end[gsi] = on_end
+        if gsi < ISA_IRQS:
+            self.pic.watch_end(gsi, on_end is not None)
+        if gsi != TIMER_PIN:
+            self.ioapic.watch_end(TIMER_PIN if gsi == TIMER else gsi, on_end is not None)
+
+    def _ended(self, gsi: int) -> None:
+        on_end = self._on_end.get(gsi)
+        if on_end is not None:
+            on_end()
 
     @property
     def output(self) -> int:

@@ -79,7 +79,7 @@ def test_signal_msi(boot: Callable[..., Guest]) -> None:
 
 
 def test_an_msi_route_behind_an_irqfd(boot: Callable[..., Guest]) -> None:
-    from pyvmm.platform import pc_routes
+    from pyvmm.irqchip import pc_routes
 
     guest = boot(MSI)
     event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

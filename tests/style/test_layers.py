@@ -17,7 +17,7 @@ LAYERS = [
     ["pyvmm.kvm"],
     [
         *("pyvmm.atomic", "pyvmm.bus", "pyvmm.guest_memory", "pyvmm.address_space", "pyvmm.device"),
-        *("pyvmm.clock", "pyvmm.light", "pyvmm.memory_map"),
+        *("pyvmm.clock", "pyvmm.light", "pyvmm.memory_map", "pyvmm.irq", "pyvmm.gsi_routes"),
     ],
     [
         *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.kvm_clock", "pyvmm.run_control"),
@@ -29,7 +29,7 @@ LAYERS = [
     ["pyvmm.config", "pyvmm.boards.ide_places"],
     ["pyvmm.spec"],
     ["pyvmm.closers", "pyvmm.events"],
-    ["pyvmm.images", "pyvmm.consoles", "pyvmm.drives", "pyvmm.power", "pyvmm.outcomes"],
+    ["pyvmm.images", "pyvmm.consoles", "pyvmm.drives", "pyvmm.power", "pyvmm.outcomes", "pyvmm.irqchip"],
     ["pyvmm.chassis", "pyvmm.platform"],
     ["pyvmm.boards"],
     ["pyvmm.restart", "pyvmm.builder"],
@@ -39,7 +39,8 @@ LAYERS = [
 ]
 # A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
 DEVICES_MAY = [
-    *("errors", "light", "device", "clock", "address_space", "guest_memory", "chardev", "screen", "block", "devices")
+    *("errors", "light", "device", "irq", "clock", "address_space", "guest_memory", "chardev", "screen", "block"),
+    "devices",
 ]
 MODULES = sources(".py", ".pyx", ".pxd")
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
-from pyvmm.device import IrqLine
 from pyvmm.devices.acpi_pm import EVENTS, GBL, PM_TIMER_HZ, PWRBTN, RTC, SLPBTN, TMR, WAK, AcpiPm
+from pyvmm.irq import IrqLine
 
 SECOND = 1_000_000_000
 BASE = 0x600

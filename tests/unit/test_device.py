@@ -1,4 +1,4 @@
-"""The Device contract: its lock, its defaults, and the interrupt line."""
+"""The Device contract: its lock, and its defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from pyvmm.address_space import AddressSpace
-from pyvmm.device import Device, DeviceLock, IrqLine, IrqWire
+from pyvmm.device import Device, DeviceLock
 
 DEADLINE_S = 10
 
@@ -231,57 +231,3 @@ def test_devices_can_be_referred_to_weakly_and_are_collected() -> None:
     del device
     gc.collect()
     assert gone() is None
-
-
-def test_a_line_forwards_changes_only() -> None:
-    levels: list[int] = []
-    line = IrqLine(levels.append, 4)
-    assert (line.gsi, line.level) == (4, 0)
-    line.lower()
-    line.raise_()
-    line.set(1)
-    assert line.level == 1
-    line.set(0)
-    line.lower()
-    assert levels == [1, 0]
-
-
-def test_a_pulse_is_an_edge_even_where_the_line_is_up() -> None:
-    levels: list[int] = []
-    line = IrqLine(levels.append)
-    line.pulse()
-    line.raise_()
-    line.pulse()
-    assert levels == [1, 0, 1, 0]
-    assert line.level == 0
-
-
-def test_a_line_with_no_sink_remembers() -> None:
-    line = IrqLine()
-    line.raise_()
-    assert (line.gsi, line.level) == (-1, 1)
-
-
-def test_lines_of_one_wire_are_ored() -> None:
-    levels: list[int] = []
-    wire = IrqWire(levels.append, 11)
-    first = wire.line()
-    first.raise_()  # before anybody shares it
-    second, third = wire.line(), wire.line()
-    assert (first.gsi, second.gsi, third.level) == (11, 11, 0)
-    second.raise_()
-    third.pulse()
-    first.lower()
-    assert levels == [1]
-    first.pulse()
-    assert levels == [1]
-    second.lower()
-    assert levels == [1, 0]
-
-
-def test_a_wire_with_one_line_takes_its_edges() -> None:
-    levels: list[int] = []
-    line = IrqWire(levels.append).line()
-    line.pulse()
-    line.pulse()
-    assert levels == [1, 0, 1, 0]

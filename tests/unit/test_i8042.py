@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.device import IrqLine
 from pyvmm.devices.i8042 import I8042
+from pyvmm.irq import IrqLine
 
 OBF, SYS, CMD, AUX, TIMEOUT = 0x01, 0x04, 0x08, 0x20, 0x40
 

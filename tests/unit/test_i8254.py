@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
-from pyvmm.device import IrqLine
 from pyvmm.devices.i8254 import FREQUENCY_HZ, I8254, MIN_INTERVAL_NS, Counter, from_bcd, to_bcd
+from pyvmm.irq import IrqLine
 
 SECOND = 1_000_000_000
 LATCH_0, LATCH_2 = 0x00, 0x80

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.devices.i8259 import I8259Pair
+from pyvmm.irq import IrqLine
 
 MASTER_BASE, SLAVE_BASE = 0x20, 0x28
 
@@ -54,9 +55,12 @@ class Bench:
         self.out(port, READ_ISR)
         return self.inb(port)
 
+    def line(self, n: int) -> IrqLine:
+        return IrqLine(lambda level: self.pair.set(n, level), n)
+
     def raise_(self, *lines: int) -> None:
         for n in lines:
-            self.pair.set_irq(n, 1)
+            self.pair.set(n, 1)
 
     def take(self) -> int | None:
         """The IRQ (by vector) the CPU would be given now, None with INTR low."""
@@ -121,7 +125,7 @@ def test_icw1_clears_mask_service_and_edges(bench: Bench) -> None:
     # A line that stayed high must fall and rise before it requests again.
     bench.raise_(4)
     assert bench.pair.intr == 0
-    bench.pair.set_irq(4, 0)
+    bench.pair.set(4, 0)
     bench.raise_(4, 5)
     assert bench.take() == 4, "and the order of priorities starts at IR0 again"
 
@@ -130,7 +134,7 @@ def test_icw1_clears_mask_service_and_edges(bench: Bench) -> None:
 
 
 def test_an_edge_requests_once_and_intr_follows(bench: Bench) -> None:
-    line = bench.pair.irqline(4)
+    line = bench.line(4)
     line.raise_()
     assert bench.intr == [1]
     assert bench.irr() == 0x10
@@ -146,14 +150,14 @@ def test_an_edge_requests_once_and_intr_follows(bench: Bench) -> None:
 
 
 def test_a_pulse_is_kept_until_it_is_served(bench: Bench) -> None:
-    bench.pair.irqline(3).pulse()
+    bench.line(3).pulse()
     assert bench.irr() == 0x08
     assert bench.take() == 3
 
 
 def test_a_level_line_requests_for_as_long_as_it_is_high(bench: Bench) -> None:
     bench.out(0x4D0, 0x20)
-    line = bench.pair.irqline(5)
+    line = bench.line(5)
     line.raise_()
     assert bench.take() == 5
     assert bench.irr() == 0x20
@@ -169,7 +173,7 @@ def test_a_level_line_requests_for_as_long_as_it_is_high(bench: Bench) -> None:
 def test_a_level_request_taken_back_in_time_is_spurious_irq7(bench: Bench) -> None:
     bench.out(0x4D0, 0x20)
     bench.raise_(5)
-    bench.pair.set_irq(5, 0)
+    bench.pair.set(5, 0)
     assert bench.intr == [1, 0]
     assert bench.pair.acknowledge() == MASTER_BASE + 7
     assert bench.isr() == 0
@@ -199,7 +203,7 @@ def test_elcr_turns_a_high_line_into_a_request_and_drops_a_stale_one(bench: Benc
     bench.out(0x4D0, 0x08)
     assert bench.take() == 3
     bench.out(0x20, EOI)
-    bench.pair.irqline(6).pulse()
+    bench.line(6).pulse()
     bench.out(0x4D0, 0x48)
     assert bench.irr() == 0x08
 
@@ -211,7 +215,7 @@ def test_ltim_makes_all_inputs_of_a_chip_level_triggered() -> None:
     bench.out(0x20, EOI)
     assert bench.take() == 0
     bench.out(0x20, EOI)
-    bench.pair.set_irq(0, 0)
+    bench.pair.set(0, 0)
     assert bench.take() is None
     # Through two level-triggered chips in cascade too.
     bench.raise_(8)
@@ -219,7 +223,7 @@ def test_ltim_makes_all_inputs_of_a_chip_level_triggered() -> None:
         assert bench.take() == 8
         bench.out(0xA0, EOI)
         bench.out(0x20, EOI)
-    bench.pair.set_irq(8, 0)
+    bench.pair.set(8, 0)
     assert bench.take() is None
 
 
@@ -271,7 +275,7 @@ def test_rotate_on_non_specific_eoi_puts_the_served_one_last(bench: Bench) -> No
     bench.raise_(3)
     bench.take()
     bench.out(0x20, EOI_ROTATE)
-    bench.pair.set_irq(3, 0)
+    bench.pair.set(3, 0)
     bench.raise_(3, 0, 4)
     order = []
     while (n := bench.take()) is not None:
@@ -286,7 +290,7 @@ def test_set_priority_and_rotate_on_specific_eoi(bench: Bench) -> None:
     assert bench.take() == 6
     bench.out(0x20, EOI_ROTATE_SPECIFIC | 6)  # 6 the lowest, 7 the highest
     assert bench.isr() == 0
-    bench.pair.set_irq(6, 0)
+    bench.pair.set(6, 0)
     bench.raise_(6)
     order = []
     while (n := bench.take()) is not None:
@@ -307,16 +311,16 @@ def test_rotation_in_automatic_eoi_mode() -> None:
     bench.out(0x20, ROTATE_AEOI_SET)
     bench.raise_(1)
     assert bench.take() == 1
-    bench.pair.set_irq(1, 0)
+    bench.pair.set(1, 0)
     bench.raise_(0, 1, 3)
     assert [bench.take(), bench.take(), bench.take()] == [3, 0, 1]
     bench.out(0x20, ROTATE_AEOI_CLEAR)
     for n in (0, 1, 3):
-        bench.pair.set_irq(n, 0)
+        bench.pair.set(n, 0)
     bench.raise_(0, 3)
     assert [bench.take(), bench.take()] == [3, 0], "the order stays where it was: 1 the lowest"
-    bench.pair.set_irq(3, 0)
-    bench.pair.set_irq(0, 0)
+    bench.pair.set(3, 0)
+    bench.pair.set(0, 0)
     bench.raise_(0, 3)
     assert [bench.take(), bench.take()] == [3, 0], "and turns no more"
 
@@ -444,7 +448,7 @@ def test_two_slave_requests_with_automatic_eoi_are_both_served() -> None:
 
 def test_irq2_does_not_disturb_a_slave_request(bench: Bench) -> None:
     bench.raise_(12)
-    bench.pair.irqline(2).pulse()
+    bench.line(2).pulse()
     assert bench.take() == 12
 
 
@@ -536,7 +540,7 @@ def test_no_sequence_of_accesses_raises_or_leaves_intr_wrong(ops: list[tuple[str
         if kind == "out":
             bench.out((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1)[which], value)
         elif kind == "line":
-            bench.pair.set_irq(value & 15, which & 1)
+            bench.pair.set(value & 15, which & 1)
         else:
             assert 0 <= bench.pair.acknowledge() <= 255
         master, slave = bench.pair.chips

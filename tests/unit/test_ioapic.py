@@ -67,8 +67,8 @@ class Bench:
         return self.read(0x10 + 2 * pin)
 
     def pulse(self, pin: int) -> None:
-        self.ioapic.set_irq(pin, 1)
-        self.ioapic.set_irq(pin, 0)
+        self.ioapic.set(pin, 1)
+        self.ioapic.set(pin, 0)
 
     def taken(self, n: int = 0) -> list[int]:
         """The vectors that processor takes now, each ended at once."""
@@ -148,10 +148,10 @@ def test_what_is_no_register_reads_zero_and_takes_nothing() -> None:
 def test_an_edge_interrupts_once() -> None:
     bench = Bench()
     bench.route(4, 0x34)
-    bench.ioapic.set_irq(4, 1)
-    bench.ioapic.set_irq(4, 1)
+    bench.ioapic.set(4, 1)
+    bench.ioapic.set(4, 1)
     assert bench.taken() == [0x34]
-    bench.ioapic.set_irq(4, 0)
+    bench.ioapic.set(4, 0)
     assert bench.taken() == []
     bench.pulse(4)
     assert bench.taken() == [0x34]
@@ -160,7 +160,7 @@ def test_an_edge_interrupts_once() -> None:
 def test_an_edge_on_a_masked_pin_is_lost() -> None:
     bench = Bench()
     bench.route(4, 0x34 | MASKED)
-    bench.ioapic.set_irq(4, 1)
+    bench.ioapic.set(4, 1)
     bench.route(4, 0x34)
     assert bench.taken() == []
 
@@ -171,7 +171,7 @@ def test_an_edge_on_a_masked_pin_is_lost() -> None:
 def test_a_level_interrupts_until_it_falls() -> None:
     bench = Bench()
     bench.route(9, 0x39 | LEVEL)
-    bench.ioapic.set_irq(9, 1)
+    bench.ioapic.set(9, 1)
     assert bench.low(9) == 0x39 | LEVEL | REMOTE_IRR
     for _ in range(3):
         assert bench.cpus[0].acknowledge() == 0x39
@@ -179,7 +179,7 @@ def test_a_level_interrupts_until_it_falls() -> None:
         bench.lapic(0, EOI, 0)
         assert bench.cpus[0].output
     assert bench.cpus[0].acknowledge() == 0x39
-    bench.ioapic.set_irq(9, 0)
+    bench.ioapic.set(9, 0)
     bench.lapic(0, EOI, 0)
     assert bench.low(9) == 0x39 | LEVEL
     assert not bench.cpus[0].output
@@ -194,7 +194,7 @@ def test_a_level_that_fell_before_it_was_taken_still_interrupts_once() -> None:
 
 def test_unmasking_an_asserted_level_interrupts() -> None:
     bench = Bench()
-    bench.ioapic.set_irq(9, 1)
+    bench.ioapic.set(9, 1)
     bench.route(9, 0x39 | LEVEL | MASKED)
     assert bench.taken() == []
     bench.write(0x10 + 18, 0x39 | LEVEL)
@@ -205,7 +205,7 @@ def test_switching_to_edge_ends_an_interrupt_by_hand() -> None:
     """What kernels do for want of an EOI register: mask and edge, then back to level."""
     bench = Bench()
     bench.route(9, 0x39 | LEVEL)
-    bench.ioapic.set_irq(9, 1)
+    bench.ioapic.set(9, 1)
     bench.write(0x10 + 18, 0x39 | MASKED)
     assert bench.low(9) == 0x39 | MASKED
     bench.write(0x10 + 18, 0x39 | LEVEL)
@@ -216,8 +216,8 @@ def test_an_end_of_interrupt_is_for_the_pins_with_that_vector() -> None:
     bench = Bench()
     for pin, vector in ((8, 0x38), (9, 0x39), (10, 0x39)):
         bench.route(pin, vector | LEVEL)
-        bench.ioapic.set_irq(pin, 1)
-        bench.ioapic.set_irq(pin, 0)
+        bench.ioapic.set(pin, 1)
+        bench.ioapic.set(pin, 0)
     assert bench.cpus[0].acknowledge() == 0x39
     bench.lapic(0, EOI, 0)
     assert [bool(bench.low(pin) & REMOTE_IRR) for pin in (8, 9, 10)] == [True, False, False]
@@ -226,7 +226,7 @@ def test_an_end_of_interrupt_is_for_the_pins_with_that_vector() -> None:
 def test_a_level_waits_for_a_local_apic_to_be_enabled() -> None:
     bench = Bench(enable=False)
     bench.route(9, 0x39 | LEVEL)
-    bench.ioapic.set_irq(9, 1)
+    bench.ioapic.set(9, 1)
     assert bench.low(9) == 0x39 | LEVEL
     bench.lapic(0, SVR, 0x1FF)
     assert bench.cpus[0].acknowledge() == 0x39
@@ -270,7 +270,7 @@ def test_nmi_and_init_go_to_the_processor() -> None:
     bench.route(4, NMI << 8, 1)
     bench.pulse(4)
     bench.route(4, INIT << 8 | LEVEL, 0)  # these are edges whatever the entry says
-    bench.ioapic.set_irq(4, 1)
+    bench.ioapic.set(4, 1)
     assert (bench.nmis, bench.inits) == ([0, 1], [1, 0])
     assert not bench.low(4) & REMOTE_IRR
 
@@ -291,7 +291,7 @@ def test_reset_masks_everything_and_leaves_the_pins_alone() -> None:
     bench = Bench()
     bench.write(0, 3 << 24)
     bench.route(9, 0x39 | LEVEL)
-    bench.ioapic.set_irq(9, 1)
+    bench.ioapic.set(9, 1)
     bench.ioapic.reset()
     assert bench.read(0) == 0
     assert bench.low(9) == MASKED
@@ -303,7 +303,7 @@ def test_a_saved_state_goes_on() -> None:
     old = Bench()
     old.write(0, 3 << 24)
     old.route(9, 0x39 | LEVEL)
-    old.ioapic.set_irq(9, 1)
+    old.ioapic.set(9, 1)
     new = Bench()
     new.ioapic.load(old.ioapic.save())
     assert new.ioapic.save() == old.ioapic.save()
@@ -329,7 +329,7 @@ def test_whatever_the_guest_writes(steps: list[tuple[int, ...]]) -> None:
             else:
                 assert 0 <= bench.mmio.read(BASE + offset, size) < 1 << 8 * size
         elif isinstance(step[1], bool):
-            bench.ioapic.set_irq(step[0], int(step[1]))
+            bench.ioapic.set(step[0], int(step[1]))
         else:
             bench.write(*step)
         assert all(0 <= entry < 1 << 64 and not entry & ~(0xFF << 56 | 0x1_EFFF) for entry in bench.ioapic.table)

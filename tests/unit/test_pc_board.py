@@ -62,11 +62,11 @@ def test_an_interrupt_shared_by_pci_and_isa_stays_up_until_both_are_done(pc: Mac
     levels: list[int] = []
     pc.irq_controllers["pic"].inputs.watch = lambda n, level: levels.append(level) if n == 14 else None
     config_write(pc, 0x860, 1, 14)  # PIRQA to the first IDE channel's interrupt
-    isa, channel = pc.devices["piix3"], pc.irq_line(14)
-    isa.set_intx(1, 0, 1)  # type: ignore[attr-defined]  # a Piix3Isa
+    function, channel = pc.devices["piix3"].intx(1, 0), pc.irq_line(14)  # type: ignore[attr-defined]  # a Piix3Isa
+    function.raise_()
     channel.pulse()
     assert levels == [1]
-    isa.set_intx(1, 0, 0)  # type: ignore[attr-defined]
+    function.lower()
     assert levels == [1, 0]
 
 

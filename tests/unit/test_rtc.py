@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
-from pyvmm.device import IrqLine
 from pyvmm.devices.rtc import Rtc, days_since_1970
+from pyvmm.irq import IrqLine
 
 S = 1_000_000_000
 SET, PIE, AIE, UIE, BINARY, H24 = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02

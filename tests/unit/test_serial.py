@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pyvmm.address_space import AddressSpace
 from pyvmm.chardev import CallableChardev, Chardev
 from pyvmm.clock import VirtualClock
-from pyvmm.device import IrqLine
 from pyvmm.devices.serial import Serial
 from pyvmm.event_loop import EventLoop
+from pyvmm.irq import IrqLine
 from pyvmm.terminal import Terminal
 
 RBR = THR = DLL = 0

@@ -6,9 +6,9 @@ import pytest
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
-from pyvmm.device import IrqLine
 from pyvmm.devices.i8254 import I8254
 from pyvmm.devices.user_irqchip import UserIrqchip
+from pyvmm.irq import IrqLine
 
 IOAPIC, LAPIC = 0xFEC0_0000, 0xFEE0_0000
 EOI, SVR, LINT0 = 0xB0, 0xF0, 0x350
@@ -55,13 +55,13 @@ def bench() -> Bench:
 
 def test_the_pic_interrupts_a_guest_that_knows_no_apic(bench: Bench) -> None:
     bench.program_pic()
-    bench.irqchip.set_irq(4, 1)
+    bench.irqchip.set(4, 1)
     assert bench.outputs == [1]
     assert bench.irqchip.acknowledge() == 0x24
     assert bench.outputs == [1, 0]
-    bench.irqchip.set_irq(4, 0)
+    bench.irqchip.set(4, 0)
     bench.pio.write(0x20, 1, 0x20)
-    bench.irqchip.set_irq(14, 1)
+    bench.irqchip.set(14, 1)
     assert bench.take() == [0x2E]
 
 
@@ -74,25 +74,25 @@ def test_in_symmetric_mode_the_ioapic_has_it(bench: Bench) -> None:
     bench.program_pic()
     bench.program_apics(pin4=0x44, pin10=0x5A | LEVEL, pin20=0x64 | LEVEL)
     for gsi in (4, 10, 20):
-        bench.irqchip.set_irq(gsi, 1)
+        bench.irqchip.set(gsi, 1)
     taken = []
     for gsi in (20, 10, 4):
         taken += bench.take()
-        bench.irqchip.set_irq(gsi, 0)
+        bench.irqchip.set(gsi, 0)
         bench.mmio.write(LAPIC + EOI, 4, 0)
     assert taken == [0x64, 0x5A, 0x44]
 
 
 def test_the_timer_is_on_pin_2_and_nothing_else_is(bench: Bench) -> None:
     bench.program_apics(pin0=0x40, pin2=0x42)
-    bench.irqchip.set_irq(2, 1)
+    bench.irqchip.set(2, 1)
     assert bench.take() == []
-    bench.irqchip.set_irq(0, 1)
+    bench.irqchip.set(0, 1)
     assert bench.take() == [0x42]
 
 
 def test_a_pit_ticks_through_both(bench: Bench) -> None:
-    pit = I8254(bench.clock, IrqLine(lambda level: bench.irqchip.set_irq(0, level)))
+    pit = I8254(bench.clock, IrqLine(lambda level: bench.irqchip.set(0, level)))
     bench.pio.map(0x40, 4, pit)
     bench.program_pic()
     for value in (0x34, 0xA9, 0x04):  # counter 0 in mode 2, 1193 pulses: a millisecond
@@ -110,17 +110,17 @@ def test_watched_pins(bench: Bench) -> None:
     controllers = bench.irqchip.controllers
     controllers["ioapic"].inputs.watch = lambda n, level: seen.append(("ioapic", n, level))
     controllers["pic"].inputs.watch = lambda n, level: seen.append(("pic", n, level))
-    bench.irqchip.set_irq(0, 1)
-    bench.irqchip.set_irq(17, 1)
+    bench.irqchip.set(0, 1)
+    bench.irqchip.set(17, 1)
     assert seen == [("pic", 0, 1), ("ioapic", 0, 1), ("ioapic", 17, 1)]
     controllers["ioapic"].inputs.watch = controllers["pic"].inputs.watch = None
-    bench.irqchip.set_irq(0, 0)
+    bench.irqchip.set(0, 0)
     assert len(seen) == 3
     outputs = controllers["pic"].outputs
     assert outputs is not None
     bench.program_pic()
     outputs.watch = lambda n, level: seen.append(("intr", n, level))
-    bench.irqchip.set_irq(3, 1)
+    bench.irqchip.set(3, 1)
     bench.irqchip.acknowledge()
     assert seen[3:] == [("intr", 0, 1), ("intr", 0, 0)]
 
@@ -129,17 +129,17 @@ def test_pins_can_be_driven_by_hand(bench: Bench) -> None:
     bench.program_apics(pin5=0x45)
     pins = bench.irqchip.controllers["ioapic"].inputs
     assert pins.count == 24
-    pins.set_irq(5, 1)
+    pins.set(5, 1)
     assert bench.take() == [0x45]
 
 
 def test_reset_of_each_leaves_the_pins_where_they_are(bench: Bench) -> None:
     bench.program_pic()
-    bench.irqchip.set_irq(4, 1)
+    bench.irqchip.set(4, 1)
     for device in (bench.irqchip.pic, bench.irqchip.ioapic, bench.irqchip.lapic):
         device.reset()
     assert bench.outputs == [1, 0]
     bench.program_pic()
-    bench.irqchip.set_irq(4, 0)
-    bench.irqchip.set_irq(4, 1)
+    bench.irqchip.set(4, 0)
+    bench.irqchip.set(4, 1)
     assert bench.take() == [0x24]

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.clock import Clock
-    from pyvmm.device import IrqLine
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.guest_memory import GuestMemory
+    from pyvmm.irq import IrqLine
 
 
 class IdeChannel(Device):

@@ -18,6 +18,7 @@ from __future__ import annotations
 from pyvmm.address_space import AddressSpace
 from pyvmm.device import Device
 from pyvmm.errors import ConfigError, KindError
+from pyvmm.irq import IrqLine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -186,8 +187,8 @@ class PciDevice(Device):
         self._windows: list[Window] = []
         self._host: PciHost | None = None
         self.slot = 0
-        self._intx_level = 0
-        self._intx_shown = 0  # what of it the bus has been told
+        self._intx = IrqLine()  # to the interrupt router, once it is on a bus
+        self._intx_level = 0  # what the function wants; the line has it where the command register lets it through
         self.define(VENDOR_ID, 2, vendor_id)
         self.define(DEVICE_ID, 2, device_id)
         self.define(COMMAND, 2, command, command_writable)
@@ -299,6 +300,9 @@ class PciDevice(Device):
         """It is on ``host``'s bus now."""
         self._host = host
         self.slot = slot
+        pin = self.config[INTERRUPT_PIN]
+        if pin:
+            self._intx = host.intx(slot, pin - 1)
 
     def be_multifunction(self) -> None:
         """Others share its slot (6.2.1): whoever finds function 0 looks for them."""
@@ -344,11 +348,7 @@ class PciDevice(Device):
 
     def _show_intx(self) -> None:
         with self.lock:
-            level = 0 if self.command & COMMAND_INTX_DISABLE else self._intx_level
-            pin = self.config[INTERRUPT_PIN]
-            if level != self._intx_shown and pin and self._host is not None:
-                self._intx_shown = level
-                self._host.intx(self.slot, pin - 1, level)
+            self._intx.set(self._intx_level and not self.command & COMMAND_INTX_DISABLE)
 
     # -- the machine's side --------------------------------------------------------------------------------------------
 
@@ -369,7 +369,7 @@ class PciDevice(Device):
             return {"config": bytes(self.config), "intx": self._intx_level}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Whatever it decodes moves to where it was. The interrupt router's own state has the line levels."""
+        """Whatever it decodes moves to where it was, and its interrupt line has the level it had."""
         with self._config_lock:
             with self.lock:
                 self.config[:] = state["config"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pyvmm.device import Device
 from pyvmm.errors import ConfigError
+from pyvmm.irq import IrqLine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,20 +28,20 @@ ENABLE_AND_BUS = 0x80FF_0000
 class PciHost(Device):
     """Map 8 ports at 0xcf8.
 
-    ``reset_control`` answers byte accesses at offset 1, port 0xcf9. ``on_intx(slot, pin, level)``, pin 0 to 3 for INTA
-    to INTD, is called when a function's interrupt pin changes, from any thread.
+    ``reset_control`` answers byte accesses at offset 1, port 0xcf9. ``intx(slot, pin)``, pin 0 to 3 for INTA to INTD,
+    gives a function a line of its own to the interrupt router; without, they lead nowhere.
 
     The address register keeps all its 32 bits, as QEMU's does, and its two lowest ones select the byte together with
     the data port's: programs that write a register's unaligned number there and access 0xcfc find what they mean.
     """
 
-    __slots__ = ("_address", "_functions", "_reset_control", "on_intx")
+    __slots__ = ("_address", "_functions", "_reset_control", "intx")
 
     def __init__(
-        self, reset_control: Device | None = None, on_intx: Callable[[int, int, int], None] | None = None
+        self, reset_control: Device | None = None, intx: Callable[[int, int], IrqLine] | None = None
     ) -> None:
         self._reset_control = reset_control
-        self.on_intx = on_intx
+        self.intx = intx or no_router
         self._address = 0
         self._functions: list[PciDevice | None] = [None] * (SLOTS * FUNCTIONS)
 
@@ -71,10 +72,6 @@ class PciHost(Device):
         for function in self._functions:
             if function is not None:
                 function.retry_blocked()
-
-    def intx(self, slot: int, pin: int, level: int) -> None:
-        if self.on_intx is not None:
-            self.on_intx(slot, pin, level)
 
     # -- the guest's side ----------------------------------------------------------------------------------------------
 
@@ -118,3 +115,7 @@ class PciHost(Device):
     def load(self, state: dict[str, int]) -> None:
         with self.lock:
             self._address = state["address"]
+
+
+def no_router(slot: int, pin: int) -> IrqLine:
+    return IrqLine()

@@ -22,15 +22,15 @@ from pyvmm.devices.pci.device import (
     STATUS_FAST_BACK_TO_BACK,
     PciDevice,
 )
+from pyvmm.irq import IrqWire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
+    from collections.abc import Mapping, Sequence
 
     from pyvmm.address_space import AddressSpace
-    from pyvmm.device import IrqLine
     from pyvmm.devices.ide.channel import IdeChannel
+    from pyvmm.irq import IrqLine
 
 ISA_DEVICE_ID = 0x7000
 ISA_BRIDGE = 0x060100
@@ -74,35 +74,29 @@ SIDETIM = 0x44
 
 
 class Piix3Isa(PciDevice):
-    """``lines[n]`` is ISA interrupt n, None where PCI has no business: lines of its own, each one of an IrqWire."""
+    """``wires`` are those of the ISA interrupts that PCI's may be routed to, by their number."""
 
-    def __init__(self, lines: Sequence[IrqLine | None]) -> None:
+    def __init__(self, wires: Mapping[int, IrqWire]) -> None:
         super().__init__(
             device_id=ISA_DEVICE_ID,
             class_code=ISA_BRIDGE,
             command=ISA_COMMAND_FIXED,
             command_writable=COMMAND_SPECIAL_CYCLES | COMMAND_SERR,
         )
-        self._lines = list(lines)
-        self._asserted = [0] * PIRQ_COUNT  # a bit for each slot's pin that is up
+        self._wires = wires
+        self._pirqs = [IrqWire() for _ in range(PIRQ_COUNT)]  # they keep what drives them when nothing is routed
         for n in range(PIRQ_COUNT):
             self.define(PIRQRC + n, 1, PIRQ_OFF, PIRQ_OFF | PIRQ_IRQ)
         for register, size, value, writable in ISA_REGISTERS:
             self.define(register, size, value, writable)
 
-    def set_intx(self, slot: int, pin: int, level: int) -> None:
-        """INTA to INTD (``pin`` 0 to 3) of a slot goes up or down. What PciHost wants as ``on_intx``; from any thread.
+    def intx(self, slot: int, pin: int) -> IrqLine:
+        """A line to INTA to INTD (``pin`` 0 to 3) of a slot: what PciHost asks for each function that interrupts.
 
-        Each slot's pins are wired to the four lines one further than the slot's before, slot 1's INTA to PIRQA: as in
+        Each slot's pins are wired to the four wires one further than the slot's before, slot 1's INTA to PIRQA: as in
         QEMU, and as SeaBIOS has it.
         """
-        with self.lock:
-            pirq = (slot - 1 + pin) % PIRQ_COUNT
-            bit = 1 << (PIRQ_COUNT * slot + pin)
-            asserted = self._asserted[pirq]
-            self._asserted[pirq] = asserted | bit if level else asserted & ~bit
-            if bool(asserted) != bool(self._asserted[pirq]):
-                self._drive()
+        return self._pirqs[(slot - 1 + pin) % PIRQ_COUNT].line()
 
     def route(self, pirq: int) -> int | None:
         """The ISA interrupt that PIRQA to PIRQD (0 to 3) goes to, None for none."""
@@ -110,33 +104,18 @@ class Piix3Isa(PciDevice):
         irq = value & PIRQ_IRQ
         return irq if not value & PIRQ_OFF and irq in PIRQ_IRQS else None
 
-    def _drive(self) -> None:
-        up = {self.route(pirq) for pirq in range(PIRQ_COUNT) if self._asserted[pirq]}
-        for irq, line in enumerate(self._lines):
-            if line is not None:
-                line.set(int(irq in up))
-
     def changed(self, first: int, last: int) -> None:
         super().changed(first, last)
-        if first < PIRQRC + PIRQ_COUNT and last >= PIRQRC:
-            with self.lock:
-                self._drive()
+        for pirq, wire in enumerate(self._pirqs):
+            if first <= PIRQRC + pirq <= last:
+                irq = self.route(pirq)
+                wire.connect(None if irq is None else self._wires.get(irq))
 
     def post_firmware(self, irqs: Sequence[int] = (10, 10, 11, 11)) -> None:
         """PIRQA to PIRQD to these interrupts, which the board is to make level sensitive (ELCR)."""
         with self._config_lock:
             for n, irq in enumerate(irqs):
                 self.config_write(PIRQRC + n, 1, irq)
-
-    def save(self) -> dict[str, Any]:
-        with self._config_lock, self.lock:
-            return {**super().save(), "asserted": list(self._asserted)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        with self._config_lock:
-            with self.lock:
-                self._asserted = list(state["asserted"])
-            super().load(state)
 
 
 class Piix3Ide(PciDevice):

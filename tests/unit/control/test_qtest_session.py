@@ -271,10 +271,10 @@ def test_a_timer_that_is_overdue_runs_at_the_next_step(session: Session, board: 
 
 def test_pins_of_the_ioapic(session: Session, board: Board, sent: list[str]) -> None:
     assert session.answer("irq_intercept_in ioapic") == "OK"
-    board.irqchip.set_irq(14, 1)
-    board.irqchip.set_irq(14, 1)
-    board.irqchip.set_irq(0, 1)
-    board.irqchip.set_irq(14, 0)
+    board.irqchip.set(14, 1)
+    board.irqchip.set(14, 1)
+    board.irqchip.set(0, 1)
+    board.irqchip.set(14, 0)
     assert sent == ["IRQ raise 14\n", "IRQ raise 0\n", "IRQ lower 14\n"]
     assert board.irqchip.pic.chips[0].irr  # they still get there
 
@@ -282,17 +282,17 @@ def test_pins_of_the_ioapic(session: Session, board: Board, sent: list[str]) -> 
 def test_interception_changes_nothing_and_tells_of_changes_only(
     session: Session, board: Board, sent: list[str]
 ) -> None:
-    board.irqchip.set_irq(5, 1)
+    board.irqchip.set(5, 1)
     session.answer("irq_intercept_in /machine/unattached/ioapic")
-    board.irqchip.set_irq(5, 0)  # never told of the rise, nobody misses the fall
+    board.irqchip.set(5, 0)  # never told of the rise, nobody misses the fall
     assert sent == []
-    board.irqchip.set_irq(5, 1)
+    board.irqchip.set(5, 1)
     assert sent == ["IRQ raise 5\n"]
 
 
 def test_the_output_of_the_pic(session: Session, board: Board, sent: list[str]) -> None:
     assert session.answer("irq_intercept_out i8259") == "OK"
-    board.irqchip.set_irq(3, 1)
+    board.irqchip.set(3, 1)
     assert sent == ["IRQ raise 0\n"]
     board.irqchip.acknowledge()
     assert sent[1:] == ["IRQ lower 0\n"]
@@ -312,7 +312,7 @@ def test_after_the_end_nothing_is_told(session: Session, board: Board, sent: lis
     session.close()
     assert watch is not None
     watch(4, 1)  # on its way already
-    board.irqchip.set_irq(5, 1)
+    board.irqchip.set(5, 1)
     assert sent == []
     other = Session(board, sent.append)
     assert other.answer("irq_intercept_in pic") == "OK"

@@ -6,13 +6,14 @@ from typing import Any
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
-from pyvmm.device import Device, IrqLine
+from pyvmm.device import Device
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.devices.pci.host import PciHost
 from pyvmm.devices.pci.i440fx import I440fx
 from pyvmm.devices.pci.piix3 import Piix3Ide, Piix3Isa
 from pyvmm.devices.pci.piix4_pm import Piix4Pm
 from pyvmm.devices.reset_control import ResetControl
+from pyvmm.irq import IrqLine, IrqWire
 
 ADDRESS, DATA = 0xCF8, 0xCFC
 VENDOR, COMMAND, STATUS, CLASS_REVISION, HEADER = 0x00, 0x04, 0x06, 0x08, 0x0E
@@ -81,8 +82,9 @@ class Board(Bus):
         self.reset_control = ResetControl(self._count_reset)
         self.sci = IrqLine()
         self.acpi = AcpiPm(VirtualClock(), self.sci, lambda: None, s5_type=0, acpi_mode=False)
-        self.isa = Piix3Isa([self._line(irq) for irq in range(16)])
-        self.host = PciHost(self.reset_control, self.isa.set_intx)
+        self.isa = Piix3Isa({irq: self._wire(irq) for irq in range(16)})
+        self.host = PciHost(self.reset_control, self.isa.intx)
+        self._pins: dict[tuple[int, int], IrqLine] = {}
         self.bridge = I440fx(self.layouts.append)
         self.channels = (Channel(0x11), Channel(0x22))
         self.ide = Piix3Ide(self.channels, self.pio)  # type: ignore[arg-type]
@@ -106,11 +108,17 @@ class Board(Bus):
     def _count_reset(self) -> None:
         self.resets += 1
 
-    def _line(self, irq: int) -> IrqLine:
-        def set_level(level: int) -> None:
+    def _wire(self, irq: int) -> IrqWire:
+        def drive(level: int) -> None:
             self.levels[irq] = level
 
-        return IrqLine(set_level, irq)
+        return IrqWire(drive, irq)
+
+    def set_pin(self, slot: int, pin: int, level: int) -> None:
+        """As the function in that slot does."""
+        if (slot, pin) not in self._pins:
+            self._pins[slot, pin] = self.isa.intx(slot, pin)
+        self._pins[slot, pin].set(level)
 
     def up(self) -> set[int]:
         """The interrupts that are up."""

@@ -12,6 +12,7 @@ from pyvmm.address_space import AddressSpace, MemoryRegion
 from pyvmm.devices.pci.device import PciDevice
 from pyvmm.devices.pci.host import PciHost
 from pyvmm.errors import ConfigError
+from pyvmm.irq import IrqLine
 
 BAR0, BAR1 = 0x10, 0x14
 INTX_DISABLE, INTX_STATUS = 0x400, 0x08
@@ -42,12 +43,15 @@ class Bench(Bus):
         super().__init__(AddressSpace("pio", 0x10000))
         self.mmio = AddressSpace("mmio", 1 << 40)
         self.intx: list[tuple[int, int, int]] = []
-        self.host = PciHost(on_intx=lambda slot, pin, level: self.intx.append((slot, pin, level)))
+        self.host = PciHost(intx=self._line)
         self.pio.map(0xCF8, 8, self.host)
         self.cards = [Card(self.pio, self.mmio) for _ in range(cards)]
         for slot, card in enumerate(self.cards):
             self.host.add(card, slot)
         self.card = self.cards[0]
+
+    def _line(self, slot: int, pin: int) -> IrqLine:
+        return IrqLine(lambda level: self.intx.append((slot, pin, level)))
 
     def place(self, slot: int, base: int) -> None:
         self.set((slot, 0), BAR0, base)

@@ -12,11 +12,11 @@ from typing import Any
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
-from pyvmm.device import IrqLine
 from pyvmm.devices.ide.atapi import AtapiDrive
 from pyvmm.devices.ide.channel import IdeChannel
 from pyvmm.devices.ide.disk import IdeDisk
 from pyvmm.guest_memory import GuestMemory
+from pyvmm.irq import IrqLine
 
 RAM_BYTES = (2 << 20) + 0x3000  # no multiple of 64 KiB
 SECTOR = 512

@@ -1,0 +1,86 @@
+"""GsiRoutes: where each global system interrupt (GSI) leads in KVM, and which numbers are free.
+
+KVM_SET_GSI_ROUTING takes the whole table each time, so the table is kept here (Linux virt/kvm/api.rst, 4.52). The pins
+of the interrupt controllers have the low numbers for good; an MSI that an eventfd is to send gets one above them for as
+long as it needs it.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+from pyvmm.light import Lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Route = tuple[int, str, int, int]  # as Vm.set_gsi_routing takes it
+
+
+class GsiRoutes:
+    """``apply(routes)`` makes a whole table KVM's. ``limit()`` is how many routes that takes (KVM_CAP_IRQ_ROUTING).
+
+    The methods may be called from any thread. Where KVM refuses a table the one before is kept.
+    """
+
+    def __init__(self, apply: Callable[[list[Route]], None], limit: Callable[[], int]) -> None:
+        self._apply = apply
+        self._limit = limit
+        self._lock = Lock()
+        self._table: dict[int, tuple[str, list[Route]]] = {}
+        self._first_free = 0
+
+    @property
+    def table(self) -> list[Route]:
+        """Every route there is, by GSI."""
+        return [route for gsi in sorted(self._table) for route in self._table[gsi][1]]
+
+    def owner(self, gsi: int) -> str | None:
+        """Who has the number; None: nobody."""
+        return self._table[gsi][0] if gsi in self._table else None
+
+    def set_pins(self, routes: Iterable[Route], owner: str, count: int) -> None:
+        """The pins' own routes, for good: their numbers lie below ``count``, and all others at or above it."""
+        with self._lock:
+            table: dict[int, tuple[str, list[Route]]] = {}
+            for route in routes:
+                table.setdefault(route[0], (owner, []))[1].append(route)
+            self._change(table)
+            self._first_free = count
+
+    def add_msi(self, address: int, data: int, owner: str, gsi: int | None = None) -> int:
+        """A route for an MSI: its GSI, the lowest that is free or the one that is asked for.
+
+        ConfigError where that one is taken, or all are.
+        """
+        with self._lock:
+            if gsi is None:
+                gsi = self._first_free
+                while gsi in self._table:
+                    gsi += 1
+            if gsi in self._table:
+                raise ConfigError(f"GSI {gsi} is {self._table[gsi][0]}'s: {owner} needs another one")
+            limit = self._limit()
+            if len(self.table) >= limit:
+                raise ConfigError(f"{owner} wants a GSI, and KVM takes {limit} routes at most: ask for fewer MSIs")
+            self._change({**self._table, gsi: (owner, [(gsi, "msi", address, data)])})
+            return gsi
+
+    def change_msi(self, gsi: int, address: int, data: int) -> None:
+        """The MSI of ``gsi`` is another one from now on."""
+        with self._lock:
+            owner, _ = self._table[gsi]
+            self._change({**self._table, gsi: (owner, [(gsi, "msi", address, data)])})
+
+    def remove(self, gsi: int) -> None:
+        """Give the number of an MSI back."""
+        with self._lock:
+            self._change({n: entry for n, entry in self._table.items() if n != gsi})
+
+    def _change(self, table: dict[int, tuple[str, list[Route]]]) -> None:
+        before, self._table = self._table, table
+        try:
+            self._apply(self.table)
+        except BaseException:
+            self._table = before
+            raise

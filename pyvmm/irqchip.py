@@ -1,0 +1,450 @@
+"""Irqchip: a machine's interrupt controllers, whether they are in KVM or ours, and all ways to interrupt its guest.
+
+    line(gsi)             an IrqLine: an input of the controllers, with a level
+    msi(address, data)    an Msi: a message, ``fire()``
+    irqfd(gsi or msi)     an IrqFd: an eventfd, each write to which is one of the two
+
+KvmIrqchip has PIC pair, IOAPIC, local APICs and PIT in KVM; PythonIrqchip, for one processor or none, has them in
+devices/. Words: a GSI is an interrupt's number in the whole machine, a pin an input of one controller, a line the
+device's end; to drive one is ``set``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.config import is_int
+from pyvmm.errors import ConfigError, StateError
+from pyvmm.gsi_routes import GsiRoutes
+from pyvmm.irq import IrqWire
+from pyvmm.kvm.vm import IOAPIC, PIC_MASTER, PIC_SLAVE
+from pyvmm.light import Lock
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from pyvmm.address_space import AddressSpace
+    from pyvmm.clock import Clock
+    from pyvmm.cpu_exec import CpuExec
+    from pyvmm.device import Device
+    from pyvmm.devices.irq_pins import ControllerPins
+    from pyvmm.event_loop import EventLoop
+    from pyvmm.gsi_routes import Route
+    from pyvmm.irq import IrqLine
+    from pyvmm.kvm.system import Kvm
+    from pyvmm.kvm.vm import Vm
+
+KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
+CHIPS = (PIC_MASTER, PIC_SLAVE, IOAPIC)
+
+
+class Irqchip:
+    """What both kinds are. Lines, MSIs and irqfds may be asked for from any thread."""
+
+    in_kernel = False
+    """Whether the controllers are KVM's: then so are the local APICs and the PIT."""
+
+    def __init__(self) -> None:
+        self._wires: dict[int, IrqWire] = {}
+        self._users: dict[int, list[str]] = {}  # who has lines to a GSI, or irqfds that are levels
+        self._edges: dict[int, str] = {}  # who has its irqfd that makes edges, and so the GSI for itself
+        self._fds: list[IrqFd] = []
+
+    # -- what a kind of them brings ----------------------------------------------------------------------------
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        """The controllers that are Devices, by name: the board resets and saves them with its own."""
+        return {}
+
+    @property
+    def controllers(self) -> Mapping[str, ControllerPins]:
+        """The pins of the controllers by name, where those are ours: to watch and to drive them."""
+        return {}
+
+    def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
+        """Into the guest's address spaces, each at the place that it has on every PC."""
+        raise NotImplementedError
+
+    def attach(self, loop: CpuExec) -> None:
+        """The run loop of a processor they interrupt."""
+
+    def save(self) -> dict[str, Any]:
+        """What is not in ``devices``."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what ``save`` gave."""
+
+    def send(self, address: int, data: int) -> bool:
+        """Send an MSI once. Whether a local APIC took it."""
+        raise NotImplementedError
+
+    def _sink(self, gsi: int) -> Vm | Callable[[int], object]:
+        raise NotImplementedError
+
+    # -- lines -------------------------------------------------------------------------------------------------
+
+    def wire(self, gsi: int, name: str = "a device") -> IrqWire:
+        """The wire of GSI 0 to 23, the IOAPIC's pins: lines to one are ORed. ``name`` is who wants it.
+
+        ConfigError where there is no such GSI, or an irqfd without resample has it.
+        """
+        if not is_int(gsi) or not 0 <= gsi < layout.IOAPIC_PINS:
+            raise ConfigError(f"GSI {gsi!r}: give a whole number from 0 to {layout.IOAPIC_PINS - 1}")
+        if gsi in self._edges:
+            owner = self._edges[gsi]
+            raise ConfigError(f"GSI {gsi} is for {owner} alone, whose irqfd makes edges: {name} needs another")
+        self._users.setdefault(gsi, []).append(name)
+        return self._wires.setdefault(gsi, IrqWire(self._sink(gsi), gsi))
+
+    def line(self, gsi: int, name: str = "a device") -> IrqLine:
+        """Another line to GSI 0 to 23; as ``wire``."""
+        return self.wire(gsi, name).line()
+
+    # -- MSIs and irqfds ---------------------------------------------------------------------------------------
+
+    def msi(self, address: int, data: int, name: str = "a device") -> Msi:
+        """A message-signalled interrupt (SDM vol. 3, 11.11): what a guest has written to a function's registers.
+
+        An address or a data that is no message is no error: it is sent, and reaches nobody.
+        """
+        return Msi(self, address, data, name)
+
+    def irqfd(self, target: int | Msi, *, resample: bool = False, name: str = "a device") -> IrqFd:
+        """An eventfd that interrupts: for threads without the GIL, and other processes.
+
+        Each write to it sends the Msi ``target``, or is an edge of the GSI ``target``, which nobody else may use then.
+        With ``resample`` a write raises the GSI's level, which others may drive too; the guest's end of interrupt
+        lowers it and signals ``resample_fd``, and whoever still wants the interrupt writes again. ConfigError where the
+        GSI is taken.
+        """
+        if isinstance(target, Msi) and resample:
+            raise ConfigError("an irqfd of an MSI with resample: a message has no level, leave resample out")
+        made = IrqFd(self, target, resample, name)
+        made.open()
+        self._fds.append(made)
+        return made
+
+    def claim(self, gsi: int, resample: bool, name: str) -> None:
+        """An irqfd's: its GSI is shared where it is a level, else there is nobody beside it."""
+        others = self._users.get(gsi)
+        if others and not resample:
+            raise ConfigError(
+                f"GSI {gsi} has {', '.join(others)}: {name} may share it by an irqfd with resample, or needs another"
+            )
+        self.wire(gsi, name)
+        if not resample:
+            del self._users[gsi]
+            self._edges[gsi] = name
+
+    def unclaim(self, gsi: int, resample: bool, name: str) -> None:
+        if resample:
+            self._users[gsi].remove(name)
+        else:
+            del self._edges[gsi]
+
+    def connect(self, irqfd: IrqFd) -> None:
+        """Have the controllers listen to it. Its descriptors are open."""
+        raise NotImplementedError
+
+    def disconnect(self, irqfd: IrqFd) -> None:
+        raise NotImplementedError
+
+    def msi_changed(self, msi: Msi) -> None:
+        """It is another message from now on."""
+
+    def forget(self, irqfd: IrqFd) -> None:
+        """It has closed itself."""
+        if irqfd in self._fds:
+            self._fds.remove(irqfd)
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the irqfds that are open."""
+        for irqfd in list(self._fds):
+            irqfd.close()
+
+    def abandon(self) -> None:
+        """In a child of fork: close its copies of their descriptors."""
+        for irqfd in self._fds:
+            irqfd.close_descriptors()
+        self._fds.clear()
+
+
+class Msi:
+    """A message-signalled interrupt. ``change`` is for a guest that writes another address or data."""
+
+    __slots__ = ("_irqchip", "address", "data", "gsi", "name")
+
+    def __init__(self, irqchip: Irqchip, address: int, data: int, name: str) -> None:
+        self._irqchip = irqchip
+        self.address = address
+        self.data = data
+        self.name = name
+        self.gsi = -1
+        """Its number in KVM's table, while an irqfd sends it; else -1."""
+
+    def fire(self) -> bool:
+        """Send it. Whether a local APIC took it. From any thread."""
+        return self._irqchip.send(self.address, self.data)
+
+    def change(self, address: int, data: int) -> None:
+        """From now on it is this message, also where an irqfd sends it."""
+        self.address, self.data = address, data
+        self._irqchip.msi_changed(self)
+
+
+class IrqFd:
+    """An eventfd that interrupts, ``fd``; and, for a level, ``resample_fd``, which the guest's end of interrupt signals
+    (else -1). ``close`` gives both back; whoever got them has copies of his own.
+    """
+
+    def __init__(self, irqchip: Irqchip, target: int | Msi, resample: bool, name: str) -> None:
+        self._irqchip = irqchip
+        self.target = target
+        self.resample = resample
+        self.name = name
+        self._closing = Lock()
+        self.fd = -1
+        self.resample_fd = -1
+        self.line: IrqLine | None = None  # where the controllers are ours: what it drives
+
+    def open(self) -> None:
+        """Take the GSI, make the descriptors, connect them; or nothing of it."""
+        if not isinstance(self.target, Msi):
+            self._irqchip.claim(self.target, self.resample, self.name)
+        try:
+            self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            if self.resample:
+                self.resample_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._irqchip.connect(self)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def signal(self) -> None:
+        """What writing 1 to ``fd`` does."""
+        os.eventfd_write(self.fd, 1)
+
+    def take(self) -> bool:
+        """Whether it was signalled since the last look; where the controllers are ours."""
+        with self._closing:
+            try:
+                return self.fd >= 0 and os.eventfd_read(self.fd) > 0
+            except BlockingIOError:
+                return False
+
+    def close(self) -> None:
+        """The GSI is free again. A second call does nothing."""
+        if self.fd >= 0:
+            self._irqchip.forget(self)
+            self._irqchip.disconnect(self)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.close_descriptors()
+        if not isinstance(self.target, Msi):
+            self._irqchip.unclaim(self.target, self.resample, self.name)
+
+    def close_descriptors(self) -> None:
+        with self._closing:  # the event loop may be about to look
+            fds, self.fd, self.resample_fd = (self.fd, self.resample_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+
+# -- in KVM ------------------------------------------------------------------------------------------------------------
+
+
+def make_controllers(vm: Vm) -> None:
+    """PIC pair, IOAPIC, local APICs for the vCPUs made after this, and the PIT: after the memory slots."""
+    vm.create_irqchip()
+    vm.create_pit()
+
+
+def controllers_state(vm: Vm) -> dict[str, Any]:
+    """Of all of these but the local APICs, which are the vCPUs'."""
+    return {"chips": [vm.get_irqchip(chip) for chip in CHIPS], "pit": vm.get_pit()}
+
+
+def pc_routes() -> list[Route]:
+    """GSI n to pin n of the PIC pair and of the IOAPIC; but the timer's wire goes to IOAPIC pin 2, as on a PC."""
+    routes: list[Route] = [
+        (gsi, "irqchip", PIC_MASTER if gsi < 8 else PIC_SLAVE, gsi & 7) for gsi in range(layout.ISA_IRQS)
+    ]
+    for gsi in range(layout.IOAPIC_PINS):
+        if gsi != layout.GSI_TIMER:
+            pin = layout.GSI_TIMER if gsi == layout.IRQ_TIMER else gsi
+            routes.append((gsi, "irqchip", IOAPIC, pin))
+    return routes
+
+
+class KvmIrqchip(Irqchip):
+    """KVM's. Made after the memory slots, each later change of which waits for a grace period, and before the vCPUs,
+    which get their local APICs from it.
+    """
+
+    in_kernel = True
+
+    def __init__(self, kvm: Kvm, vm: Vm) -> None:
+        super().__init__()
+        self._vm = vm
+        make_controllers(vm)
+        self.routes = GsiRoutes(vm.set_gsi_routing, lambda: kvm.check_extension("KVM_CAP_IRQ_ROUTING"))
+        self.routes.set_pins(pc_routes(), "KVM's IOAPIC and PIC", layout.IOAPIC_PINS)
+
+    def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
+        # An access there never comes to us.
+        for space, address, size, name in (
+            (pio, layout.PORT_PIC_MASTER, 2, "KVM's PIC"),
+            (pio, layout.PORT_PIC_SLAVE, 2, "KVM's PIC"),
+            (pio, layout.PORT_PIC_ELCR, 2, "KVM's PIC"),
+            (pio, layout.PORT_PIT, 4, "KVM's PIT"),
+            (pio, layout.PORT_SPEAKER, 1, "KVM's PIT"),
+            (mmio, layout.IOAPIC, KVM_IOAPIC_BYTES, "KVM's IOAPIC"),
+            (mmio, layout.LAPIC, layout.LAPIC_BYTES, "KVM's local APIC"),
+        ):
+            space.reserve(address, size, name)
+
+    def lose_missed_ticks(self) -> None:
+        """A guest slow to take the PIT's ticks is not to be flooded with them later.
+
+        KVM_REINJECT_CONTROL waits for a grace period, and a vCPU's next entry with it: so nobody should wait for this.
+        """
+        self._vm.set_pit_reinject(False)
+
+    def save(self) -> dict[str, Any]:
+        return controllers_state(self._vm)
+
+    def load(self, state: dict[str, Any]) -> None:
+        for chip in state["chips"]:
+            self._vm.set_irqchip(chip)
+        self._vm.set_pit(state["pit"])
+
+    def send(self, address: int, data: int) -> bool:
+        return self._vm.signal_msi(address, data)
+
+    def _sink(self, gsi: int) -> Vm:
+        return self._vm
+
+    def connect(self, irqfd: IrqFd) -> None:
+        target = irqfd.target
+        if not isinstance(target, Msi):
+            self._vm.irqfd(irqfd.fd, target, resample_fd=irqfd.resample_fd)
+            return
+        if target.gsi >= 0:
+            raise StateError(f"{target.name}: this MSI has its irqfd already: use that one")
+        target.gsi = self.routes.add_msi(target.address, target.data, target.name)
+        try:
+            self._vm.irqfd(irqfd.fd, target.gsi)
+        except BaseException:
+            self._unroute(target)
+            raise
+
+    def disconnect(self, irqfd: IrqFd) -> None:
+        target = irqfd.target
+        self._vm.irqfd(irqfd.fd, target.gsi if isinstance(target, Msi) else target, deassign=True)
+        if isinstance(target, Msi):
+            self._unroute(target)
+
+    def _unroute(self, msi: Msi) -> None:
+        gsi, msi.gsi = msi.gsi, -1
+        self.routes.remove(gsi)
+
+    def msi_changed(self, msi: Msi) -> None:
+        if msi.gsi >= 0:
+            self.routes.change_msi(msi.gsi, msi.address, msi.data)
+
+
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+class PythonIrqchip(Irqchip):
+    """PIC pair, IOAPIC, the local APIC of one processor and the PIT, in Python; irqfds are the event loop's."""
+
+    def __init__(self, clock: Clock, event_loop: EventLoop) -> None:
+        from pyvmm.devices.i8254 import I8254
+        from pyvmm.devices.user_irqchip import UserIrqchip
+
+        super().__init__()
+        self._event_loop = event_loop
+        self._processor: CpuExec | None = None
+        self._chips = UserIrqchip(clock, self._interrupt)
+        self._pit = I8254(clock, self.line(layout.IRQ_TIMER, "pit"))
+        self._resampled: dict[int, list[IrqFd]] = {}
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        chips = self._chips
+        return {"pic": chips.pic, "ioapic": chips.ioapic, "lapic": chips.lapic, "pit": self._pit}
+
+    @property
+    def controllers(self) -> Mapping[str, ControllerPins]:
+        return self._chips.controllers
+
+    def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
+        chips, pit = self._chips, self._pit
+        pio.map(layout.PORT_PIC_MASTER, 2, chips.pic.master, name="pic.master")
+        pio.map(layout.PORT_PIC_SLAVE, 2, chips.pic.slave, name="pic.slave")
+        pio.map(layout.PORT_PIC_ELCR, 2, chips.pic.elcr, name="pic.elcr")
+        mmio.map(layout.IOAPIC, layout.IOAPIC_BYTES, chips.ioapic, name="ioapic")
+        mmio.map(layout.LAPIC, layout.LAPIC_BYTES, chips.lapic, name="lapic")
+        pio.map(layout.PORT_PIT, 4, pit, name="pit")
+        pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
+
+    def attach(self, loop: CpuExec) -> None:
+        loop.acknowledge = self._chips.acknowledge
+        loop.on_tpr = self._chips.lapic.look_at_cpu
+        self._chips.lapic.cpu = loop
+        self._processor = loop
+
+    def _interrupt(self, level: int) -> None:
+        if self._processor is not None:
+            self._processor.interrupt(level)
+
+    def send(self, address: int, data: int) -> bool:
+        return self._chips.message(address, data)
+
+    def _sink(self, gsi: int) -> Callable[[int], object]:
+        return lambda level: self._chips.set(gsi, level)
+
+    def connect(self, irqfd: IrqFd) -> None:
+        target = irqfd.target
+        if isinstance(target, Msi):
+            interrupt: Callable[[], object] = target.fire
+        elif irqfd.resample:
+            irqfd.line = line = self._wires[target].line()
+            interrupt = line.raise_
+        else:
+            interrupt = self._wires[target].line().pulse
+        def on_signal() -> None:
+            if irqfd.take():
+                interrupt()
+
+        self._event_loop.add_reader(irqfd.fd, on_signal)
+        if not isinstance(target, Msi) and irqfd.resample:
+            self._resampled[target] = [*self._resampled.get(target, ()), irqfd]
+            self._chips.watch_end(target, lambda: self._resample(target))
+
+    def _resample(self, gsi: int) -> None:
+        """The guest has ended the interrupt: what the irqfds made of it goes, and whoever wants it says so again."""
+        for irqfd in self._resampled.get(gsi, ()):
+            if irqfd.line is not None and irqfd.resample_fd >= 0:
+                irqfd.line.lower()
+                os.eventfd_write(irqfd.resample_fd, 1)
+
+    def disconnect(self, irqfd: IrqFd) -> None:
+        self._event_loop.remove_reader(irqfd.fd)
+        if irqfd.line is not None and not isinstance(irqfd.target, Msi):
+            gsi = irqfd.target
+            left = [each for each in self._resampled[gsi] if each is not irqfd]
+            self._resampled[gsi] = left
+            if not left:
+                self._chips.watch_end(gsi, None)
+            irqfd.line.lower()
