@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.config import is_int
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.gsi_routes import GsiRoutes
 from pyvmm.irq import IrqWire
 from pyvmm.kvm.vm import IOAPIC, PIC_MASTER, PIC_SLAVE
 from pyvmm.light import Lock
+from pyvmm.options import is_int
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
