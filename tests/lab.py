@@ -19,14 +19,16 @@ __all__ = ["CI_LAB", "Lab", "NoLabError"]
 
 
 class Lab:
-    """A lab of its own for this process, up when this returns. Raises NoLabError with the reason if there is none.
+    """A lab, up when this returns: one of its own for this process, or that which the process ``owner`` keeps there.
 
-    ``shared`` is a directory that commands in the lab see at the same path and may write.
+    ``shared`` is a directory that commands in the lab see at the same path and may write. Raises NoLabError with the
+    reason if there is none.
     """
 
-    def __init__(self, directory: Path, shared: Path) -> None:
+    def __init__(self, directory: Path, shared: Path, owner: int | None = None) -> None:
         self.directory = directory
-        up = [CI_LAB, "up", "--at", directory, "--scratch", shared, "--with", str(os.getpid())]
+        self._ours = owner is None
+        up = [CI_LAB, "up", "--at", directory, "--scratch", shared, "--with", str(owner or os.getpid())]
         made = subprocess.run(up, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if made.returncode:
             raise NoLabError(made.stderr.strip())
@@ -54,4 +56,5 @@ class Lab:
 
     def close(self) -> None:
         self._supervisor.close()
-        subprocess.run([CI_LAB, "down", "--at", self.directory], check=False)
+        if self._ours:
+            subprocess.run([CI_LAB, "down", "--at", self.directory], check=False)

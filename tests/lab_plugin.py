@@ -6,8 +6,9 @@ PYVMM_KVM_TESTS=lab, and every test of tests/kvm and tests/boot carries that mar
 - a test with the fixture `guest_console` runs here, and what it starts on a console runs in the lab;
 - any other runs there, in a process that serves the whole session (lab_worker.py), and its reports come here.
 
-The lab is started for the first of them. Where it breaks (it stands still, or QEMU ends), its supervisor boots it anew
-and the one test that this hit is tried again, once; the summary says so. In the lab itself all this is out of the way.
+`-m lab_consoles` and `-m lab_inside` select the one and the other. The lab is started for the first test that needs
+it. Where it breaks (it stands still, or QEMU ends), its supervisor boots it anew and the one test that this hit is
+tried again, once; the summary says so. In the lab itself all this is out of the way.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from lab import Lab, NoLabError
 TESTS = Path(__file__).resolve().parent
 NEEDS_KVM = [TESTS / name for name in ("kvm", "boot")]
 INSIDE = "PYVMM_LAB" in os.environ
+# The directory of a lab that several pytests use; whose process it ends with is PYVMM_LAB_OWNER.
+SHARED_LAB = os.environ.get("PYVMM_LAB_AT")
 # On the lab's clock: the longest that a test there may say nothing.
 REPORT_LIMIT_S = 600.0
 
@@ -125,14 +128,16 @@ class LabSession:
     def lab(self) -> Lab:
         if self._lab is None:
             # What a test writes into its tmp_path the lab sees at the same place.
-            shared = self._config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
-            directory = Path(tempfile.mkdtemp(prefix="lab-", dir=shared))
-            self._lab = Lab(directory, shared)
+            if SHARED_LAB is not None:
+                self._lab = Lab(Path(SHARED_LAB), Path(SHARED_LAB) / "scratch", int(os.environ["PYVMM_LAB_OWNER"]))
+            else:
+                shared = self._config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+                self._lab = Lab(Path(tempfile.mkdtemp(prefix="lab-", dir=shared)), shared)
         return self._lab
 
     def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
         """One test, and once more where the lab broke under it."""
-        here = "guest_console" in getattr(item, "fixturenames", ())
+        here = runs_here(item)
         try:
             before = self.lab.status()["boot"]
             reports = self._here(item, nextitem) if here else self._there(item, before)
@@ -181,6 +186,11 @@ class LabSession:
             self._lab.close()
 
 
+def runs_here(item: pytest.Item) -> bool:
+    """Whether only what it starts is in the lab."""
+    return "guest_console" in getattr(item, "fixturenames", ())
+
+
 def rest_of_file(item: pytest.Item) -> list[str]:
     """The tests from this one on that go to the lab's process and are of the same file: it collects that only once."""
     items = item.session.items
@@ -205,11 +215,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("PYVMM_KVM_TESTS") != "lab":
-        return
+    all_kvm_tests = os.environ.get("PYVMM_KVM_TESTS") == "lab"
     for item in items:
-        if any(item.path.is_relative_to(directory) for directory in NEEDS_KVM):
+        if all_kvm_tests and any(item.path.is_relative_to(directory) for directory in NEEDS_KVM):
             item.add_marker("lab")
+        if item.get_closest_marker("lab"):
+            item.add_marker("lab_consoles" if runs_here(item) else "lab_inside")
 
 
 @pytest.hookimpl(tryfirst=True)

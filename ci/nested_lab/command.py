@@ -38,13 +38,19 @@ def scratch_directory(asked: str | None) -> Iterator[Path]:
         remove_if_empty(path)
 
 
-def start(directory: Path, options: argparse.Namespace, scratch: Path, owner: int | None) -> int:
-    """A supervisor in a process of its own; returns its pid once the lab is up. Raises NoLabError with what it says."""
-    directory.mkdir(parents=True, exist_ok=True)
+def start(
+    directory: Path, options: argparse.Namespace, scratch: Path, owner: int | None, turn: int | None = None
+) -> int:
+    """A supervisor in a process of its own; returns its pid once the lab is up. Raises NoLabError with what it says.
+
+    ``turn`` is a lock that the supervisor is not to keep.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            if turn is not None:
+                os.close(turn)
             status = become_supervisor(directory, options, scratch, owner)
         except SystemExit as end:
             status = int(end.code or 0)
@@ -67,7 +73,7 @@ def become_supervisor(directory: Path, options: argparse.Namespace, scratch: Pat
     os.setsid()
     lock = locked(directory)
     if lock is None:
-        return 0  # somebody was faster; whoever started this one finds that lab
+        return 0  # somebody was faster
     null = os.open(os.devnull, os.O_RDWR)
     log = os.open(directory / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for source, fd in ((null, 0), (log, 1), (log, 2)):
@@ -92,6 +98,16 @@ def stop(directory: Path) -> bool:
 
 def up(options: argparse.Namespace) -> int:
     directory: Path = options.at
+    directory.mkdir(parents=True, exist_ok=True)
+    turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # of two at once the second finds the lab of the first
+        return up_in_turn(directory, options, turn)
+    finally:
+        os.close(turn)
+
+
+def up_in_turn(directory: Path, options: argparse.Namespace, turn: int) -> int:
     try:
         with LabConnection(directory) as lab:
             say(f"a lab is up already, at its boot {lab.status()['boot']}")
@@ -101,7 +117,7 @@ def up(options: argparse.Namespace) -> int:
     scratch = Path(options.scratch or directory / "scratch").resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     try:
-        start(directory, options, scratch, options.owner)
+        start(directory, options, scratch, options.owner, turn)
     except NoLabError as error:
         say(str(error))
         return STATUS_LAB_FAILED

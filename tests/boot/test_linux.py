@@ -1,4 +1,4 @@
-"""A stock Debian kernel with a busybox initrd under `pyvmm run`: shell, all its CPUs, reboot, power-off."""
+"""A stock Debian kernel with a busybox initrd under `pyvmm run`: shell, all its CPUs, suspend, reboot, power-off."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from pathlib import Path
 import pytest
 from boot_assets import SHELL_ON_TTYS0, Kernel
 from console import Console
-
-BOOT_S = 150.0  # on the lab's clock; 15 s where nothing else runs
-ANSWER_S = 60.0
-APPEND = "console=ttyS0 panic=-1"
-PROMPT = "# "
+from linux_shell import ANSWER_S, APPEND, BOOT_S, PROMPT, suspend_and_wake
 
 
 def use_the_machine(console: Console, cpus: int) -> None:
-    """From the first boot through a reset to the power-off."""
+    """From the first boot through a suspend and a reset to the power-off."""
     console.expect("Linux version", BOOT_S)
     console.expect(PROMPT, BOOT_S)
     console.send("echo CPUs=$(nproc)\n")
     console.expect(f"CPUs={cpus}", ANSWER_S)
+    suspend_and_wake(console, cpus)
     console.send("reboot -f\n")
     console.expect("Linux version", BOOT_S)
     console.expect(PROMPT, BOOT_S)
@@ -32,8 +29,9 @@ def use_the_machine(console: Console, cpus: int) -> None:
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize(("image", "cpus"), [("bzimage", 2), ("vmlinux", 4)])
-def test_shell_reboot_poweroff(
+@pytest.mark.parametrize(("machine", "image", "cpus"), [("microvm", "bzimage", 2), ("pc", "vmlinux", 4)])
+def test_shell_suspend_reboot_poweroff(
+    machine: str,
     image: str,
     cpus: int,
     cloud_kernel: Kernel,
@@ -42,6 +40,6 @@ def test_shell_reboot_poweroff(
 ) -> None:
     kernel = str(getattr(cloud_kernel, image))
     initrd = str(make_initrd(SHELL_ON_TTYS0))
-    args = ("--cpus", str(cpus), "--memory", "512", "--kernel", kernel, "--initrd", initrd, "--append", APPEND)
-    with guest_console(*args) as console:
+    args = ("--machine", machine, "--cpus", str(cpus), "--memory", "512", "--kernel", kernel, "--initrd", initrd)
+    with guest_console(*args, "--append", f"{APPEND} no_console_suspend") as console:
         use_the_machine(console, cpus)

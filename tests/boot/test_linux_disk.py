@@ -15,12 +15,12 @@ from console import Console
 
 BOOT_S = 120.0  # on the lab's clock
 MOVE_S = 300.0
-DISK_MIB = 400
+DISK_MIB = 200
 APPEND = "console=ttyS0 quiet panic=-1"
 
 FILE_BYTES = 4 << 20
-DMA_FILES = 48  # 201 MB
-PIO_FILES = 5  # 21 MB
+DMA_FILES = 16  # 67 MB
+PIO_FILES = 2  # 8 MB
 
 # From the RAM disk to the file system on the disk.
 INITRD_INIT = """\
@@ -127,7 +127,7 @@ def check_file_system(image: Path) -> None:
 
 @pytest.mark.lab
 def test_root_on_an_ide_disk(tmp_path: Path, guest_console: Callable[..., Console]) -> None:
-    """200 MB by DMA and 20 MB by PIO (libata.dma=0), both there after the next boot, the file system clean."""
+    """67 MB by DMA and 8 MB by PIO (libata.dma=0), both there after the next boot, the file system clean."""
     directory = tmp_path
     image = make_root(directory)
     initrd = boot_assets.initrd(

@@ -15,6 +15,7 @@ import pytest
 from console import Console
 from lab import CI_LAB, Lab
 
+pytestmark = pytest.mark.emulator
 LIMIT_S = 300.0  # a time limit for what hangs: the lab's commands take a second or two
 
 

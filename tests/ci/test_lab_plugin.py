@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.emulator
 HERE = Path(__file__).resolve().parent
 LIMIT_S = 900.0
 

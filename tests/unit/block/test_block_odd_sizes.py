@@ -6,6 +6,7 @@ is not offered.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
@@ -150,24 +151,26 @@ def test_a_file_that_is_sealed_against_growth(drive: Open) -> None:
         os.close(fd)
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int], None]]:
+@contextlib.contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Over before the test is: pytest may write its own output to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(("limit", "sectors"), [(2660, 5), (3071, 5), (3072, 6)])
-def test_a_process_that_may_write_no_longer_files(
-    drive: Open, tmp_path: Path, file_size_limit: Callable[[int], None], limit: int, sectors: int
-) -> None:
+def test_a_process_that_may_write_no_longer_files(drive: Open, tmp_path: Path, limit: int, sectors: int) -> None:
     path = tmp_path / "odd.img"
     odd(path, 2660)
-    file_size_limit(limit)
-    backend = drive(path)
-    assert backend.sectors == sectors
-    assert write(backend, sectors - 1, b"z" * SECTOR) == 0
-    assert read(backend, sectors - 1, 1) == b"z" * SECTOR
+    with file_size_limit(limit):
+        backend = drive(path)
+        assert backend.sectors == sectors
+        assert write(backend, sectors - 1, b"z" * SECTOR) == 0
+        assert read(backend, sectors - 1, 1) == b"z" * SECTOR
 
 
 def test_a_cd_has_whole_blocks(drive: Open, tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""What the tests of stock Linux with a busybox shell on its serial console share."""
+
+from __future__ import annotations
+
+from console import Console
+
+# On the lab's clock. A boot takes 10 s there where nothing else runs.
+BOOT_S = 150.0
+ANSWER_S = 90.0
+PROMPT = "# "
+# A character on the console costs the lab half a millisecond: notices (level 5, "Linux version") and what is worse.
+APPEND = "console=ttyS0 panic=-1 loglevel=6"
+
+
+def suspend_and_wake(console: Console, cpus: int) -> None:
+    """To RAM, woken by the RTC's alarm: the shell goes on where it was, with all processors."""
+    console.send("dmesg -n 7; mount -t sysfs none /sys 2>/dev/null; cat /sys/power/mem_sleep\n")
+    console.expect("[deep]", ANSWER_S)
+    console.send("echo +2 > /sys/class/rtc/rtc0/wakealarm; echo mem > /sys/power/state; echo woken=$((6 * 7))\n")
+    console.expect("ACPI: PM: Preparing to enter system sleep state S3", ANSWER_S)
+    console.expect("ACPI: PM: Waking up from system sleep state S3", ANSWER_S)
+    console.expect("woken=42", ANSWER_S)
+    console.send("echo CPUs=$(nproc)\n")
+    console.expect(f"CPUs={cpus}", ANSWER_S)
