@@ -75,6 +75,7 @@ class Contender:
         self.tsc_khz = 0
         self.mailbox: Mailbox | None = None
         self.said: dict[str, str] = {}
+        self._heard = ""
         self._memory: Memory | None = None
         self._start = time.monotonic()
         affinity = ALLOWED if pin is None or case.threads else {pin}
@@ -129,10 +130,11 @@ class Contender:
     def _told(self) -> int | None:
         """Where guest RAM is: its first line, words in pairs of name and value. None while that is not there."""
         if not self.said:
-            line = read_line(self.process.stdout, time.monotonic())
-            if not line:
+            # Without buffers the line and its end are two writes, and only the first may be there by now.
+            self._heard += read_line(self.process.stdout, time.monotonic())
+            if not self._heard.endswith("\n"):
                 return None
-            words = line.split()
+            words = self._heard.split()
             self.said = dict(zip(words[::2], words[1::2], strict=False))
             self.tsc_khz = int(self.said["tsc_khz"])
         return int(self.said["memory"], 0)

@@ -2,7 +2,8 @@
 
 ``synthetic_child.py WORK``, JSON: ``cost_us`` an access; ``overhead_us`` a block, and a single access, takes more;
 ``noise``, the part by which times vary; every ``disturbed``-th block is ten times as long; ``hang`` in that turn;
-``end`` at once; ``tsc_khz``. Time does not pass: tick counts are made up.
+``end`` at once; ``pause_at`` that character of its first line, negative from its end; ``tsc_khz``. Time does not pass:
+tick counts are made up.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def main() -> None:
     memory = mmap.mmap(-1, 64 * MIB)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     if work.get("tells", True):
-        print(f"memory {base:#x} tsc_khz {work['tsc_khz']}", flush=True)
+        line = f"memory {base:#x} tsc_khz {work['tsc_khz']}\n"
+        at = work.get("pause_at", 0)
+        if at:
+            print(line[:at], end="", flush=True)
+            time.sleep(0.05)
+        print(line[at:], end="", flush=True)
     else:
         print("# some VMM 1.0", flush=True)
     struct.pack_into("<Q", memory, MAILBOX + COUNTS, 1)

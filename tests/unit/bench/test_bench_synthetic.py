@@ -29,6 +29,14 @@ def test_costs_and_ratios_come_out_right(tmp_path: Path) -> None:
     assert pyvmm is not None and pyvmm.p50 == pytest.approx(8.4, rel=1e-3)
 
 
+@pytest.mark.parametrize("at", [3, 12, -4, -1])
+def test_a_first_line_that_comes_in_pieces(tmp_path: Path, at: int) -> None:
+    """As it does where PYTHONUNBUFFERED is set: its end by a write of its own."""
+    kind = Synthetic("c", 8.0, pause_at=at)
+    measure(tmp_path, kind)
+    assert kind.started[0].tsc_khz == TSC_KHZ
+
+
 def test_what_a_block_takes_beside_its_accesses_is_not_counted(tmp_path: Path) -> None:
     case = measure(tmp_path, Synthetic("c", 8.0, overhead_us=30.0), Synthetic("pyvmm", 8.4, overhead_us=3.0))
     costs = [result.value.value for result in case.results if result.value]
