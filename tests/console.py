@@ -59,6 +59,15 @@ class Console:
                 f"the command ended ({self.process.wait(10)}) without {text!r}; its last output:\n{self.output[-3000:]}"
             )
 
+    def send_until(self, keys: str, text: str, timeout_s: float) -> None:
+        """Type ``keys`` again and again until ``text`` comes: nothing tells when they are of use."""
+        end = self.clock() + timeout_s
+        while self.output.find(text, self._seen) < 0:
+            assert self.clock() < end, f"no {text!r} within {timeout_s} s; {self.last_words()}"
+            self.send(keys)
+            assert self._read(LOOK_S), f"the command ended without {text!r}"
+        self.expect(text, LOOK_S)
+
     def wait(self, timeout_s: float) -> int:
         """The exit status, all output read."""
         end = self.clock() + timeout_s

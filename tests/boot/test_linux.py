@@ -11,13 +11,13 @@ from console import Console
 from linux_shell import ANSWER_S, APPEND, BOOT_S, PROMPT, suspend_and_wake
 
 
-def use_the_machine(console: Console, cpus: int) -> None:
+def use_the_machine(console: Console, cpus: int, alarm: bool) -> None:
     """From the first boot through a suspend and a reset to the power-off."""
     console.expect("Linux version", BOOT_S)
     console.expect(PROMPT, BOOT_S)
     console.send("echo CPUs=$(nproc)\n")
     console.expect(f"CPUs={cpus}", ANSWER_S)
-    suspend_and_wake(console, cpus)
+    suspend_and_wake(console, cpus, alarm)
     console.send("reboot -f\n")
     console.expect("Linux version", BOOT_S)
     console.expect(PROMPT, BOOT_S)
@@ -42,4 +42,4 @@ def test_shell_suspend_reboot_poweroff(
     initrd = str(make_initrd(SHELL_ON_TTYS0))
     args = ("--machine", machine, "--cpus", str(cpus), "--memory", "512", "--kernel", kernel, "--initrd", initrd)
     with guest_console(*args, "--append", f"{APPEND} no_console_suspend") as console:
-        use_the_machine(console, cpus)
+        use_the_machine(console, cpus, alarm=machine == "pc")
