@@ -1,9 +1,9 @@
 """The host's end of a byte stream (a serial port, a debug console): pty, file, Python callable; terminal.py has the
 terminal.
 
-Two threads meet here. A vCPU thread writes, with its device's lock held, and must never wait for whoever
-reads at the other end: what a descriptor does not take at once is queued, and the event loop sends it on. The
-event loop's thread brings input, and only as much as the device has room for.
+Two threads meet here. A vCPU thread writes, with its device's lock held, and must never wait for whoever reads at the
+other end: what a descriptor does not take at once is queued, and the event loop sends it on. The event loop's thread
+brings input, and only as much as the device has room for.
 
 Lock order: device, then chardev, then event loop. A chardev calls its device with none of its own locks held.
 """
@@ -37,9 +37,8 @@ BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at th
 class Chardev:
     """Base, and the contract. One device is at the other side; one thread at a time calls ``write``.
 
-    ``can_write`` turns False when the queue is full: a device that can hold back does so until it is told by
-    the callback of ``set_writable``; what is written all the same may be lost. A write that finds it True is kept
-    whole.
+    ``can_write`` turns False when the queue is full: a device that can hold back does so until it is told by the
+    callback of ``set_writable``; what is written all the same may be lost. A write that finds it True is kept whole.
     """
 
     can_write = True
@@ -134,8 +133,8 @@ class Feed:
     def deliver(self) -> None:
         """Hand over as much as there is room for.
 
-        One thread does it at a time, without the lock. Another one only leaves word that there may be more:
-        so the order of bytes holds, and no two locks cross.
+        One thread at a time does it, and holds no lock meanwhile; others only note that there may be more. So bytes
+        keep their order, and no lock is taken under another.
         """
         with self._lock:
             self._look_again = True
@@ -397,8 +396,7 @@ class FdChardev(Chardev):
 
 
 class PtyChardev(FdChardev):
-    """A pseudo-terminal: a client (screen, minicom, socat) opens ``path``, goes away and comes back as it
-    likes.
+    """A pseudo-terminal: a client (screen, minicom, socat) opens ``path``, goes away and comes back as it likes.
 
     While no client has it open, output is lost, as on an unplugged line.
     """
@@ -434,8 +432,7 @@ class PtyChardev(FdChardev):
 
 
 class FileChardev(FdChardev):
-    """Output is appended to a file, a FIFO or a device by path, or goes to an open descriptor, which stays
-    open.
+    """Output is appended to a file, a FIFO or a device by path, or goes to an open descriptor, which stays open.
 
     ConfigError where the path can't be opened. A FIFO must have its reader already.
     """

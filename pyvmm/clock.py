@@ -159,9 +159,8 @@ class VirtualClock(Clock):
             return self._queue.next_deadline_ns()
 
     def step(self, ns: int) -> None:
-        """Move on by ``ns`` nanoseconds. Timers due on the way run in order, each at its own deadline's time,
-        on this thread, and may arm further ones. What a callback raises comes out here,
-        the clock at that time.
+        """Move on by ``ns`` nanoseconds. Timers due on the way run in order, each at its own deadline's time, on this
+        thread, and may arm further ones. What a callback raises comes out here, with the clock at that callback's time.
         """
         if ns < 0:
             raise ValueError("time does not go back")

@@ -1,11 +1,11 @@
 """The main loop of one machine: readiness of descriptors, timers in guest time, calls from other threads.
 
-One daemon thread runs all callbacks, one after the other, with no lock held. It is started by the first
-descriptor, timer or call: a machine whose devices need none of them has no thread and no descriptor here.
+One daemon thread runs all callbacks, one after the other, with no lock held. It is started by the first descriptor,
+timer or call: a machine whose devices need none of them has no thread and no descriptor here.
 
-Each turn goes: sleep in epoll_wait until something is ready or the next timer is due, run the callbacks of
-ready descriptors, then the calls, then the due timers. Other threads end the sleep through an eventfd, and
-only if the loop sleeps too long for what they bring.
+Each turn goes: sleep in epoll_wait until something is ready or the next timer is due, run the callbacks of ready
+descriptors, then the calls, then the due timers. Other threads end the sleep through an eventfd, and only if the loop
+sleeps too long for what they bring.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ class LoopClock(Clock):
         return self._stopped_at_ns is None
 
     def stop(self) -> None:
-        """Stop guest time. No timer callback runs after the return, until ``resume``; armed timers stay
-        armed.
+        """Stop guest time. No timer callback runs after the return, until ``resume``; armed timers stay armed.
 
-        It waits for a timer callback that is under way (unless called from the loop's own thread), so the
-        caller must not hold a device's lock.
+        It waits for a timer callback that is under way (unless called from the loop's own thread), so the caller must
+        not hold a device's lock.
         """
         loop = self._loop
         with loop._lock:
@@ -106,8 +105,8 @@ class Forked(BaseException):
 class EventLoop:
     """Runs callbacks for one machine on one thread. Every method may be called from any thread.
 
-    ``on_error(exc)`` is called on the loop's thread with whatever a callback raised; the callback of a
-    descriptor that raised is not called again (it would be ready, and raise, for ever).
+    ``on_error(exc)`` is called on the loop's thread with whatever a callback raised. A descriptor whose callback raised
+    is no longer watched: it would be ready, and its callback raise, for ever.
     """
 
     def __init__(self, on_error: Callable[[BaseException], None]) -> None:
@@ -135,12 +134,10 @@ class EventLoop:
     # -- registration ---------------------------------------------------------------------------------------
 
     def add_reader(self, fd: int, callback: Callable[[], None], *, edge: bool = False) -> None:
-        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former
-        one.
+        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former one.
 
-        ``edge``: only when readiness changes (EPOLLET), and once after each call of ``add_reader``. A
-        callback may find nothing to read: the readiness it was called for may be gone. OSError where the
-        descriptor is no good.
+        ``edge``: only when readiness changes (EPOLLET), and once after each call of ``add_reader``. A callback may find
+        nothing to read: the readiness it was called for may be gone. OSError where the descriptor is no good.
         """
         with self._lock:
             self._start_locked()
@@ -310,7 +307,9 @@ class EventLoop:
     # -- the thread -----------------------------------------------------------------------------------------
 
     def _turn(self, epoll: select.epoll) -> int | None:
-        """Do what the last sleep has brought. How long to sleep now, in nanoseconds; None: until woken; or CLOSED."""
+        """Run the callbacks for what the last sleep has brought. How long to sleep next, in nanoseconds; None: until
+        woken; or CLOSED.
+        """
         Thread.follow_threading()
         events, self._events = self._events, []
         with self._lock:
@@ -364,8 +363,7 @@ class EventLoop:
             if self._closed:
                 return
             if fd in self._gone:
-                # The event may be of the descriptor that had this number before. Ask again for the present
-                # one.
+                # The event may be of the descriptor that had this number before. Ask again for the present one.
                 if fd in self._watched:
                     epoll.modify(fd, self._watched[fd])
                 return

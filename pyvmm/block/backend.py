@@ -1,8 +1,8 @@
 """BlockBackend: a drive as a device sees it.
 
-A request is checked against the image's size, counted, and then is a coroutine, ``co_do_rw``: it waits for requests
-before it that it overlaps, for the throttle, for the driver; a failure meets the drive's policy; at its end comes
-``cb(ret)``, 0 or a negative errno.
+A request is checked against the image's size and counted. From then on it is a coroutine, ``_co_do_rw``. It waits for
+earlier requests that it overlaps, for the throttle, and for the driver. Where it fails, the drive's policy says what
+follows. At its end the device's callback is called with 0 or a negative errno.
 
 Threads: any may submit. The callback runs on the submitting thread, before ``aio_*`` returns, where nothing had to be
 waited for; else on the worker that did it, the event loop's thread, or one that drains or resumes, with no lock of ours
@@ -83,7 +83,7 @@ class Request:
     def cancel(self) -> None:
         """Ask for an early end. The callback still comes, once: with -ECANCELED, or with the result.
 
-        Never from within ``cancel``.
+        It is never called from within ``cancel``.
         """
         self.backend._cancel(self)
 
@@ -108,7 +108,8 @@ class BlockBackend:
         self.read_only = options.read_only
         self.size_bytes = 0 if driver is None else driver.size_bytes
         self.sectors = -(-self.size_bytes // SECTOR_BYTES)
-        """Size in sectors of 512 bytes. What is missing of the last one, where it is only read, reads as zeros."""
+        """Size in sectors of 512 bytes. A read-only image may end inside the last one: what is missing reads as zeros.
+        """
         self.write_cache = options.cache not in ("writethrough", "directsync")
         """False: each write is on stable storage before it is complete. The guest may change it."""
         self.stats = BlockStats() if stats is None else stats
@@ -148,7 +149,7 @@ class BlockBackend:
         return self._submit(Request(self, FLUSH, 0, 0, (), cb))
 
     def aio_discard(self, sector: int, count: int, cb: Callback) -> Request:
-        """The guest has no more use for these sectors; what they read as from now on is open."""
+        """The guest has no more use for these sectors: from now on they may read as anything."""
         return self._submit(Request(self, DISCARD, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb))
 
     def aio_write_zeroes(self, sector: int, count: int, cb: Callback) -> Request:
@@ -248,7 +249,7 @@ class BlockBackend:
         return request
 
     def _refuse(self, request: Request, ret: int) -> Request:
-        """The guest's own mistake: no policy asked."""
+        """Fail a request that the guest got wrong. The drive's policies are for failures of the host, and not asked."""
         with self._lock:
             self._counters[request.kind].failed += 1
         request.iov = ()
@@ -267,8 +268,8 @@ class BlockBackend:
             return
         request.begin = begin = request.offset + self._skew
         end = begin + request.length
-        # What O_DIRECT makes of a write that is not whole blocks touches all of them. With the end rounded up, any
-        # two that share a block overlap.
+        # With O_DIRECT a write that is not whole blocks also writes the rest of its first and last block. With the end
+        # rounded up here, two requests that share a block overlap, and so wait for each other.
         request.end = end = end + -end % self._alignment
         if self._tracked:
             for other in self._tracked:
@@ -380,7 +381,7 @@ class BlockBackend:
         return policy
 
     def _untrack_locked(self, request: Request) -> Sequence[Turn]:
-        """Whose turn it is now."""
+        """It is no longer in flight: the turns of those that waited for it alone."""
         self._tracked.pop(request, None)
         if request.dependents is None:
             return NOBODY
@@ -395,7 +396,7 @@ class BlockBackend:
         return freed
 
     def _give_turns(self, turns: Sequence[Turn]) -> None:
-        # By the event loop: from here a chain of them would nest as deep as it is long.
+        # By the event loop: continued from here, a chain of requests that wait for each other would recurse.
         for turn in turns:
             self._context.complete(turn, 0)
 
@@ -408,7 +409,7 @@ class BlockBackend:
         return not self.stats.in_flight
 
     def _put_aside(self, request: Request) -> bool:
-        """It is its turn; but where something before it was put aside, it has to stay behind that."""
+        """Its turn has come. Whether it is put aside all the same: an earlier request was, and the order must hold."""
         with self._lock:
             if not self._stalled or request.cancelled:
                 return False

@@ -63,14 +63,17 @@ class Waiter:
         return self.result
 
     def sleep(self, coroutine: Coroutine[Waiter, None, None], owner: Owner) -> bool:
-        """The coroutine has yielded this. False where the result is there: go on at once."""
+        """The coroutine has yielded this waiter. False where the result is there already: the caller goes on with it.
+        """
         self._coroutine = coroutine
         self._owner = owner
         owner.waiter = self
         return self._turn.acquire(False)
 
     def set(self) -> None:
-        """``result`` or ``error`` is there: go on with the coroutine, unless it is about to look by itself."""
+        """``result`` or ``error`` is there: go on with the coroutine here. Where it is still on its way to sleep, it
+        finds them by itself.
+        """
         if not self._turn.acquire(False):
             coroutine, owner = self._coroutine, self._owner
             assert coroutine is not None
@@ -79,7 +82,9 @@ class Waiter:
             start(coroutine, owner)
 
     def cancel(self) -> None:
-        """Bring -ECANCELED where what it waits for has not begun. Any thread; the result comes the usual way."""
+        """Ask that the wait end with -ECANCELED. What has begun already ends with a result of its own. Any thread may
+        call it; the result comes in the usual way.
+        """
 
 
 def start(coroutine: Coroutine[Waiter, None, None], owner: Owner) -> None:
@@ -111,7 +116,8 @@ class AioContext:
         self._sources: list[tuple[int, Callable[[], None]]] = []
 
     def add_source(self, fd: int, collect: Callable[[], None]) -> None:
-        """Completions that do not come by ``complete``: who drains waits for ``fd`` too and calls ``collect``."""
+        """For completions that do not come by ``complete``: ``run_until`` waits for ``fd`` too, and calls ``collect``.
+        """
         self._sources.append((fd, collect))
 
     def remove_source(self, fd: int) -> None:
@@ -161,7 +167,8 @@ class AioContext:
         self.run_due()
 
     def run_due(self) -> None:
-        """Go on with every coroutine whose result is there. One that raises leaves the others to the loop."""
+        """Go on with every coroutine whose result is there. Where one raises, the event loop goes on with the others.
+        """
         while True:
             with self.lock:
                 if not self._due:

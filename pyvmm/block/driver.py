@@ -25,7 +25,7 @@ class ProtocolDriver:
     size_bytes = 0
     read_only = False
     alignment = 1
-    """A write that does not begin and end at multiples of this reads and writes the rest of such a piece too."""
+    """In bytes. A write that does not begin and end at a multiple of it also reads and writes the rest of the block."""
 
     async def co_preadv(self, offset: int, iov: Iov, length: int) -> int:
         """Fill the first bytes of ``iov`` (``length`` bytes in all): how many, 0 at the end of the file."""
@@ -40,7 +40,7 @@ class ProtocolDriver:
         raise NotImplementedError
 
     async def co_pdiscard(self, offset: int, length: int) -> int:
-        """The bytes are no longer needed: an advice. -ENOTSUP where the host has no use for it."""
+        """A hint that the bytes are no longer needed. -ENOTSUP where the host can't use it."""
         return -ENOTSUP
 
     async def co_pwrite_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
@@ -52,8 +52,9 @@ class ProtocolDriver:
         return False
 
     def peek(self, offset: int, length: int) -> bytes:
-        """What is there now, for a look before the guest runs: on this thread, no request, nothing injected. Fewer
-        bytes at the end of the file, none where they can't be read."""
+        """What is there now, for a look before the guest runs: read on this thread, outside of any request and of
+        blkdebug's rules. Fewer bytes at the end of the file, none where they can't be read.
+        """
         return b""
 
     def close(self) -> None:
@@ -64,13 +65,14 @@ class ProtocolDriver:
 
 
 class FormatDriver:
-    """The guest's disk, whole requests: 0 or a negative errno."""
+    """The guest's disk. Each call carries out the whole request: 0, or a negative errno."""
 
     size_bytes = 0
     read_only = False
     alignment = 1
     skew = 0
-    """``alignment`` holds for offset + skew."""
+    """A request is aligned where offset + ``skew`` is a multiple of ``alignment``: the disk may begin inside a block.
+    """
 
     async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
         raise NotImplementedError

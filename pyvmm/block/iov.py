@@ -1,4 +1,5 @@
-"""Lists of memoryviews: parts of them, zeros into them. Views made here are released here."""
+"""Lists of memoryviews: parts of them, filling them with zeros, looking for zeros. Views made here are released here.
+"""
 
 from __future__ import annotations
 

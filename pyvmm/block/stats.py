@@ -4,9 +4,12 @@ from __future__ import annotations
 
 
 class OperationStats:
-    """operations and bytes that succeeded; merged: how many of them went along in the system call of another one;
-    failed: how many did not, those a policy ignores or retries too; time_ns: from submission to completion, all of
-    them added up.
+    """Of one kind of operation.
+
+    operations, bytes  that succeeded.
+    merged             how many of them were done by the system call of another one.
+    failed             how many failed on the host, also where a policy hides that from the guest or tries again.
+    time_ns            from submission to completion, added up over all of them.
     """
 
     __slots__ = ("bytes", "failed", "merged", "operations", "time_ns")

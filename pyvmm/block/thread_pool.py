@@ -97,7 +97,8 @@ class ThreadPool:
             return None
 
     def _turn(self, worker: Worker) -> bool:
-        """What there is to do, on a worker's thread. False: there will be no more, and the thread ends."""
+        """Do the jobs that there are, on a worker's thread. False where the pool is closed and the thread has to end.
+        """
         while True:
             job = worker.job
             worker.job = None
@@ -116,7 +117,7 @@ class ThreadPool:
                 return True
 
     def _retire(self, worker: Worker) -> bool:
-        """It has been idle for long. False: a job came in this very moment."""
+        """Let a worker go that was idle for long. False where it has just been given a job."""
         with self._lock:
             if worker not in self._idle:
                 return False
@@ -152,7 +153,8 @@ def main(me: ref[ThreadPool], worker: Worker, idle_s: float) -> None:
             pool = me()
             if pool is not None and pool._retire(worker):
                 return
-            # Once more where it is gone, or about to be; else for the job that came in this very moment.
+            # Either it has just been given a job, which is waited for; or the pool is gone, or about to be, and may
+            # have left a last one.
             is_gone, pool = pool is None, None
             if not worker.wake.acquire(timeout=idle_s if is_gone else -1):
                 return

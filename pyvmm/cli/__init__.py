@@ -35,7 +35,7 @@ STATUS_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status. Errors are one sentence on standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
-    # Nothing that is made on the way to the guest becomes garbage; looking for it would take a tenth of that way.
+    # Nothing that is made on the way to the guest becomes garbage; to look for it would take a tenth of that time.
     gc.disable()
     open_standard_files()
     try:

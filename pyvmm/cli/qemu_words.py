@@ -11,9 +11,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-# What is so here anyway.
+# They ask for what is so here anyway, and are dropped.
 NOTHING = {"nographic", "enable-kvm", "nodefaults", "no-user-config", "no-hpet"}
-# What there is none of, so that "none" says nothing new; other values want something that is not there.
+# Things that are not there: "none" asks for nothing, and any other value is refused.
 ABSENT = {
     "display": "a display",
     "vnc": "a display",

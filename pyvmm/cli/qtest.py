@@ -71,7 +71,7 @@ def qtest(args: list[str]) -> int:
 
 
 class RetryAtSigcont:
-    """Says when a drive's policy has put a request aside, and has it tried again at SIGCONT: QMP's STOP and cont."""
+    """Says when a drive's policy has put a request aside, and has it tried again at SIGCONT, as QMP's ``cont`` does."""
 
     def __init__(self, machine: Machine) -> None:
         import os

@@ -181,7 +181,7 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
 
 
 def watch_text_memory(machine: Machine) -> list[TextWatch]:
-    """Have it told that the guest writes to text memory that nobody sees. The watch is there once the guest runs."""
+    """Have the user told where the guest writes to text memory that nobody sees. The list is empty until it runs."""
     watches: list[TextWatch] = []
 
     def begin(_event: object) -> None:

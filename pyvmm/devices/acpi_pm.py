@@ -112,8 +112,7 @@ class AcpiPm(Device):
         return block >> 8 * offset & ((1 << 8 * size) - 1)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        # The block as one number: any size at any offset touches the registers it covers, and only their
-        # bytes.
+        # The block as one number: any size at any offset touches the registers it covers, and only their bytes.
         mask = ((1 << 8 * size) - 1) << 8 * offset
         value = value << 8 * offset & mask
         self._update()

@@ -67,8 +67,7 @@ DMA_REGISTER_READS = b"QEMU CFG"
 
 FILE_NAME_BYTES = 56  # with the zero at the end
 
-# Zeros are handed out from one such block, so that a long read past an item's end needs no memory of its
-# length.
+# Zeros are handed out from one such block, so that a long read past an item's end needs no memory of its length.
 ZEROS = bytes(1 << 20)
 
 
@@ -300,8 +299,7 @@ class FwCfg(Device):
         return True
 
     def _copy_out(self, target: int, length: int, start: int) -> None:
-        # One view of all of it before anything is written: a range that is not all RAM costs nothing, however
-        # long.
+        # One view of all of it before anything is written: a range that is not all RAM costs nothing, however long.
         view = self._memory.view(target, length)
         have = self._position - start
         view[:have] = memoryview(self._data)[start : start + have]

@@ -128,9 +128,8 @@ class Chip:
     def set_input(self, n: int, level: int) -> None:
         """The pin IRn moves to ``level``.
 
-        An edge is kept in the IRR although the line falls again before the acknowledge, where the data sheet
-        makes it a spurious IR7: a pulse takes no time here, so the request could never be served. KVM and
-        QEMU do the same.
+        An edge is kept in the IRR although the line falls again before the acknowledge, where the data sheet makes it a
+        spurious IR7: a pulse takes no time here, so the request could never be served. KVM and QEMU do the same.
         """
         bit = 1 << n
         if level:
@@ -318,9 +317,8 @@ class ElcrPorts(Device):
 class I8259Pair(Device):
     """Master and slave as the CPU sees them: sixteen lines in, one INTR out, a vector for each acknowledge.
 
-    ``on_intr(level)`` is called on a change of INTR, with ``lock`` held. The pair has no ports of its own:
-    map ``master`` (2 bytes), ``slave`` (2 bytes) and ``elcr`` (2 bytes). State is saved, loaded and reset
-    here.
+    ``on_intr(level)`` is called on a change of INTR, with ``lock`` held. The pair has no ports of its own: map
+    ``master`` (2 bytes), ``slave`` (2 bytes) and ``elcr`` (2 bytes). State is saved, loaded and reset here.
 
     ``on_end(n)`` is told when the interrupt of an input ends that ``watch_end`` has named, with no lock of the pair's
     held: it may drive lines.

@@ -16,8 +16,7 @@ HISTORY = 256
 
 
 class Port80(Device):
-    """Map 1 byte. ``last`` is the last code, ``history`` the latest ones, oldest first (``count`` of them
-    all).
+    """Map 1 byte. ``last`` is the last code, ``history`` the latest ones, oldest first (``count`` of them all).
     """
 
     impl_sizes = (1, 1)

@@ -18,8 +18,7 @@ A20 = 0x02
 
 
 class Port92(Device):
-    """Map 1 byte. ``on_reset()`` is called on the vCPU's thread, ``on_a20(enabled)`` on each change of the
-    gate.
+    """Map 1 byte. ``on_reset()`` is called on the vCPU's thread, ``on_a20(enabled)`` on each change of the gate.
     """
 
     impl_sizes = (1, 1)

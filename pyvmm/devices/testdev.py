@@ -1,8 +1,7 @@
 """A device for testing a VMM: the registers of QEMU's pc-testdev, which kvm-unit-tests drives.
 
-As QEMU's hw/misc/pc-testdev.c behaves: one 32-bit latch seen through two windows, a register that makes the
-hypervisor drop its mapping of a page, interrupt lines under the guest's own control, and a page range that is
-emulated memory.
+As QEMU's hw/misc/pc-testdev.c behaves: one 32-bit latch seen through two windows, a register that makes the hypervisor
+drop its mapping of a page, interrupt lines under the guest's own control, and a page range that is emulated memory.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 They say what there is and nothing more: a PC with the fixed ACPI hardware at layout.PORT_PM (not
 hardware-reduced), a reset register, ISA devices, processors, and where irqchip is on LAPICs and an IOAPIC.
 
-ACPI 6.5: 5.2.5 (RSDP), 5.2.7 and 5.2.8 (RSDT, XSDT), 5.2.9 (FADT), 5.2.10 (FACS), 5.2.12 (MADT), 7.4 (sleep
-objects).
+ACPI 6.5: 5.2.5 (RSDP), 5.2.7 and 5.2.8 (RSDT, XSDT), 5.2.9 (FADT), 5.2.10 (FACS), 5.2.12 (MADT), 7.4 (sleep objects).
 """
 
 from __future__ import annotations
@@ -107,10 +106,9 @@ def build(
 ) -> AcpiTables:
     """The tables for that many processors with APIC ids 0, 1, ...
 
-    ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are
-    aml.device terms for \\_SB beside the ISA devices. ``s3`` False leaves suspend to RAM out; ``vga``: there is a
-    VGA. The tables follow one another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit
-    below ``end``.
+    ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are aml.device
+    terms for \\_SB beside the ISA devices. ``s3`` False leaves suspend to RAM out; ``vga``: there is a VGA. The tables
+    follow one another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit below ``end``.
     """
     others = [("APIC", madt(cpus))] if irqchip else []
     terms = dsdt(cpus, devices, s3=s3)
@@ -131,9 +129,8 @@ def arrange(
     base: int,
     end: int,
 ) -> AcpiTables:
-    """Tables in a row from ``base``, with pointers to one another: FACS, DSDT, the FADT that
-    ``make_fadt(facs, dsdt)`` gives for their addresses, ``others`` by signature, RSDT and XSDT. ConfigError when
-    they do not fit below ``end``.
+    """Tables in a row from ``base``, with pointers to one another: FACS, DSDT, the FADT that ``make_fadt(facs, dsdt)``
+    gives for their addresses, ``others`` by signature, RSDT and XSDT. ConfigError when they do not fit below ``end``.
     """
     tables: dict[str, tuple[int, bytes]] = {}
     at = base

@@ -1,8 +1,7 @@
 """A small encoder of AML, the byte code of the DSDT. Each function returns the bytes of one term.
 
-ACPI 6.5, chapter 20 (AML grammar) and 6.4 (resource descriptors). Names, packages, buffers, scopes, devices,
-resource templates, and of methods what a few lines that read and write a register take. A further device is one
-call:
+ACPI 6.5, chapter 20 (AML grammar) and 6.4 (resource descriptors). Names, packages, buffers, scopes, devices, resource
+templates, and of methods what a few lines that read and write a register take. A further device is one call:
 
     device("VM00", name("_HID", "LNRO0005"), name("_UID", 0), name("_CRS", resources(memory32(base, 512),
     interrupt(5))))
@@ -46,8 +45,7 @@ ELSE_OP = 0xA1
 PCI_CONFIG = 2  # address space of an operation region
 BYTE_ACCESS = 1  # of a field: byte by byte, no lock, bits beside it preserved
 
-# Resource descriptors: small ones carry their length in the low three bits, large ones in a word behind the
-# tag.
+# Resource descriptors: small ones carry their length in the low three bits, large ones in a word behind the tag.
 IRQ_TAG = 0x22  # without the flags byte: edge, active high, exclusive
 IO_TAG = 0x47
 END_TAG = 0x79
@@ -90,8 +88,7 @@ def value(what: Value) -> bytes:
 
 
 def name_string(path: str) -> bytes:
-    """A name or path such as COM1, \\_SB.PCI0 or ^_CRS; segments shorter than four characters are padded with
-    '_'.
+    """A name or path such as COM1, \\_SB.PCI0 or ^_CRS; segments shorter than four characters are padded with '_'.
     """
     bare = path.lstrip("\\^")
     prefix = path[: len(path) - len(bare)].encode("ascii")
@@ -108,8 +105,7 @@ def name_string(path: str) -> bytes:
 
 
 def package_length(content_bytes: int) -> bytes:
-    """PkgLength of a body: it counts itself. One byte holds 6 bits of it, or its low 4 with up to three more
-    bytes.
+    """PkgLength of a body: it counts itself. One byte holds 6 bits of it, or its low 4 with up to three more bytes.
     """
     if content_bytes + 1 < 1 << 6:
         return bytes((content_bytes + 1,))
@@ -161,8 +157,7 @@ def returns(what: Value) -> bytes:
 
 
 def eisa_id(text: str) -> bytes:
-    """EisaId ("PNP0501"): three letters of five bits and four hex digits, big-endian in a 32-bit constant
-    (6.1.5).
+    """EisaId ("PNP0501"): three letters of five bits and four hex digits, big-endian in a 32-bit constant (6.1.5).
     """
     letters = 0
     for letter in text[:3]:

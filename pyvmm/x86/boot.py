@@ -73,15 +73,13 @@ def load(
 ) -> BootState:
     """Put ``kernel`` (bytes, or an mmap of the file: it is copied once) into guest memory.
 
-    The kind is told by the image: a bzImage, an ELF with a PVH note, a multiboot v1 kernel; ``flat_address``
-    says that it is a flat binary to be started there in ``flat_mode`` (real16, protected32, long64). ``name``
-    is for messages and is a multiboot kernel's first word. ``initrd`` is one image, or a list of (image,
-    command line) where the protocol has modules; ``module_names`` are the first words of multiboot modules' command
-    lines. ``acpi_rsdp`` is the root pointer's address, 0 for none.
-    ``clean`` says that the memory is known to be zero.
+    The kind is told by the image: a bzImage, an ELF with a PVH note, a multiboot v1 kernel; ``flat_address`` says that
+    it is a flat binary to be started there in ``flat_mode`` (real16, protected32, long64). ``name`` is for messages and
+    is a multiboot kernel's first word. ``initrd`` is one image, or a list of (image, command line) where the protocol
+    has modules; ``module_names`` are the first words of multiboot modules' command lines. ``acpi_rsdp`` is the root
+    pointer's address, 0 for none. ``clean`` says that the memory is known to be zero.
 
-    ConfigError, in one sentence with the remedy, for everything that can be wrong with the images or the
-    memory.
+    ConfigError, in one sentence with the remedy, for everything that can be wrong with the images or the memory.
     """
     modules = _modules(initrd)
     view = image.as_bytes_view(kernel)
@@ -90,8 +88,7 @@ def load(
             memory, view, name, modules, module_names, append, acpi_rsdp, flat_address, flat_mode, clean
         )
     except ConfigError as error:
-        # A traceback keeps its frames, they keep views of the images, and the caller could close no mapped
-        # file.
+        # A traceback keeps its frames, they keep views of the images, and the caller could close no mapped file.
         raise error.with_traceback(None) from None
     finally:
         view.release()

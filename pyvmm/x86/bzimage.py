@@ -103,8 +103,7 @@ class BzImage:
         self.name = name
         if not is_bzimage(view):
             raise ConfigError(f"{name} is no bzImage: give arch/x86/boot/bzImage of a kernel build")
-        # A field past the end of an old, short header reads as zero, which is what boot.rst has unset ones
-        # mean.
+        # A field past the end of an old, short header reads as zero, which is what boot.rst has unset ones mean.
         self.fields = dict.fromkeys(FIELDS, 0)
         for field, (offset, form) in FIELDS.items():
             if offset + calcsize("<" + form) <= self.header_end:
@@ -255,8 +254,7 @@ def build_zero_page(
 ) -> bytearray:
     """struct boot_params: the kernel's own header with what a loader must set, and the memory map.
 
-    Everything else is zero, the sentinel byte 0x1ef among it, by which Linux tells a loader that copied too
-    much.
+    Everything else is zero, the sentinel byte 0x1ef among it, by which Linux tells a loader that copied too much.
     """
     page = bytearray(layout.PAGE_BYTES)
     page[HEADER_START : kernel.header_end] = kernel.image[HEADER_START : kernel.header_end]
@@ -281,8 +279,7 @@ def put(page: bytearray, field: str, value: int) -> None:
     pack_into("<" + form, page, offset, value)
 
 
-# The kernel packed inside: what arch/x86/boot/compressed/Makefile may have made, told apart by its first
-# bytes.
+# The kernel packed inside: what arch/x86/boot/compressed/Makefile may have made, told apart by its first bytes.
 
 # Nothing unpacks to more than this; a size word beyond it is damage or an attack.
 MAX_VMLINUX_BYTES = layout.GIB
@@ -369,8 +366,7 @@ def _lzma(payload: memoryview, size: int) -> bytes:
 
 
 def _lz4(payload: memoryview, size: int) -> bytes:
-    """The legacy frame: the magic, then blocks, each behind its packed size, each 8 MiB unpacked but the
-    last.
+    """The legacy frame: the magic, then blocks, each behind its packed size, each 8 MiB unpacked but the last.
     """
     import lz4.block  # type: ignore[import-untyped]
 

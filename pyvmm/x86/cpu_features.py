@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 EAX, EBX, ECX, EDX = range(4)
 
-# For each register the names of its bits from 0 up, eight a line; a dot where a bit has no name or is no
-# feature.
+# For each register the names of its bits from 0 up, eight a line; a dot where a bit has no name or is no feature.
 WORDS = (
     (
         (0x1, 0, EDX),

@@ -32,8 +32,7 @@ CR4_PAE = 1 << 5
 EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
 
-# Segment types (SDM vol. 3, tables 3-1 and 3-2), with the accessed or busy bit as loading the register sets
-# it.
+# Segment types (SDM vol. 3, tables 3-1 and 3-2), with the accessed or busy bit as loading the register sets it.
 DATA_RW = 0x3
 CODE_READ = 0xB
 LDT = 0x2
@@ -144,8 +143,7 @@ def reset(regs: State, sregs: State, signature: int = 0x600) -> None:
 def real_mode(
     regs: State, sregs: State, cs: int, ip: int, *, data: int = 0, ss: int = 0, sp: int = 0
 ) -> None:
-    """Real mode at cs:ip with interrupts off; ``data`` goes into DS, ES, FS and GS. Caches on, as a BIOS
-    leaves them.
+    """Real mode at cs:ip with interrupts off; ``data`` goes into DS, ES, FS and GS. Caches on, as a BIOS leaves them.
     """
     _general(regs, ip, sp)
     _system(sregs, cr0=CR0_ET)
@@ -174,8 +172,7 @@ def long_mode(
     gdt_gpa: int = layout.BOOT_GDT,
     cr3: int = layout.PAGE_TABLES,
 ) -> None:
-    """64-bit mode, interrupts off. gdt(True) and page tables that map ``rip`` are to stand at ``gdt_gpa`` and
-    ``cr3``.
+    """64-bit mode, interrupts off. gdt(True) and page tables that map ``rip`` are to stand at ``gdt_gpa`` and ``cr3``.
     """
     _general(regs, rip, rsp)
     _system(sregs, cr0=CR0_PE | CR0_ET | CR0_PG)
@@ -210,6 +207,5 @@ def _flat(sregs: State, long_mode: bool, gdt_gpa: int) -> None:
         sregs[name] = dict(data)
     sregs["tr"] = tss
     sregs["gdt"] = {"base": gdt_gpa, "limit": len(gdt(long_mode)) - 1, "padding": [0, 0, 0]}
-    # No interrupt table: an exception before the guest loads its own is a triple fault, not a jump into the
-    # blue.
+    # No interrupt table: an exception before the guest loads its own is a triple fault, not a jump into the blue.
     sregs["idt"] = {"base": 0, "limit": 0, "padding": [0, 0, 0]}

@@ -1,8 +1,7 @@
 """What CPUID tells each virtual processor: KVM's set less what the user hides, and the machine's topology.
 
-Entries are tuples (function, index, flags, eax, ebx, ecx, edx) as KVM_GET_SUPPORTED_CPUID gives and
-KVM_SET_CPUID2 takes. Intel SDM vol. 2A, CPUID and vol. 3, 9.9 (topology); AMD APM vol. 3, appendix E; Linux
-virt/kvm/x86/cpuid.rst.
+Entries are tuples (function, index, flags, eax, ebx, ecx, edx) as KVM_GET_SUPPORTED_CPUID gives and KVM_SET_CPUID2
+takes. Intel SDM vol. 2A, CPUID and vol. 3, 9.9 (topology); AMD APM vol. 3, appendix E; Linux virt/kvm/x86/cpuid.rst.
 """
 
 from __future__ import annotations
@@ -77,12 +76,11 @@ def build(
 ) -> list[Entry]:
     """The entries for the processor with that APIC id of ``cpus``, all cores of one package.
 
-    ``spec`` is ``host`` and features to hide or to insist on: ``host,-xsave,-cx16,+x2apic``; ``kvm=off``
-    hides KVM's own leaves. Hiding a feature hides what can't be without it. ``irqchip`` False: the local APIC
-    is in user space, and what only KVM's has is hidden. ``tsc_deadline`` says that KVM_CAP_TSC_DEADLINE_TIMER
-    is there: KVM leaves that bit to us. ``tsc_khz`` is told in leaf 0x40000010. ``brand`` is the
-    registers of the host's own BRAND_STRING leaves, for a KVM whose set has none. ConfigError for a feature nobody
-    knows, or one insisted on that this KVM has not.
+    ``spec`` is ``host`` and features to hide or to insist on: ``host,-xsave,-cx16,+x2apic``; ``kvm=off`` hides KVM's
+    own leaves. Hiding a feature hides what can't be without it. ``irqchip`` False: the local APIC is in user space, and
+    what only KVM's has is hidden. ``tsc_deadline`` says that KVM_CAP_TSC_DEADLINE_TIMER is there: KVM leaves that bit
+    to us. ``tsc_khz`` is told in leaf 0x40000010. ``brand`` is the registers of the host's own BRAND_STRING leaves, for
+    a KVM whose set has none. ConfigError for a feature nobody knows, or one insisted on that this KVM has not.
     """
     leaves: Leaves = {}
     flags: dict[tuple[int, int], int] = {}
@@ -116,8 +114,7 @@ def build(
 
 
 def parse(spec: str) -> tuple[set[str], list[str], bool]:
-    """``host,-a,+b,c=off,d`` -> (what to hide with its dependents, what must be there, whether KVM shows
-    itself).
+    """``host,-a,+b,c=off,d`` -> (what to hide with its dependents, what must be there, whether KVM shows itself).
     """
     model, *words = [word.strip() for word in spec.split(",")]
     if model not in ("host", "max"):

@@ -21,8 +21,7 @@ ACPI = 3  # tables: RAM again once they have been read
 NVS = 4
 UNUSABLE = 5
 
-# Not RAM to a guest that a loader starts: the BIOS area (its tables must survive) and KVM's own pages in the
-# hole.
+# Not RAM to a guest that a loader starts: the BIOS area (its tables must survive) and KVM's own pages in the hole.
 HOLES = (
     (layout.EBDA, layout.BIOS_AREA_END - layout.EBDA, RESERVED),
     (layout.KVM_PAGES, layout.KVM_PAGES_BYTES, RESERVED),

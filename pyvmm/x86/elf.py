@@ -1,8 +1,7 @@
 """A reader of what a loader needs from an ELF file: the header, the program headers, the notes.
 
-The image is hostile: every offset and count is checked, and what is wrong is a ConfigError. (pyelftools does
-all this and more, but costs 60 ms of import on the way to the first guest instruction; the tests hold this
-reader against it.)
+The image is hostile: every offset and count is checked, and what is wrong is a ConfigError. (pyelftools does all this
+and more, but costs 60 ms of import on the way to the first guest instruction; the tests hold this reader against it.)
 
 System V ABI (gABI) 4.1, chapters 4 and 5; Xen public/elfnote.h for the PVH note.
 """
@@ -56,8 +55,7 @@ class Segment:
 
 
 class Elf:
-    """The headers of a little-endian x86 ELF file. ``bits`` is 32 or 64, ``entry`` as the file says (often
-    virtual).
+    """The headers of a little-endian x86 ELF file. ``bits`` is 32 or 64, ``entry`` as the file says (often virtual).
     """
 
     __slots__ = ("bits", "entry", "image", "machine", "name", "segments")

@@ -1,5 +1,4 @@
-"""Putting images into guest memory: bounds with a remedy, one copy, and a place as high as allowed for what
-follows.
+"""Putting images into guest memory: bounds with a remedy, one copy, and a place as high as allowed for what follows.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def clear(memory: GuestMemory, gpa: int, size: int, what: str) -> None:
 def load_segments(memory: GuestMemory, elf: Elf, *, clean: bool) -> None:
     """Copy an ELF file's segments to their physical addresses and zero the rest of each.
 
-    ``clean`` says that the memory is known to be zero, as that of a machine that never ran is: nothing is
-    cleared then.
+    ``clean`` says that the memory is known to be zero, as that of a machine that never ran is: nothing is cleared then.
     """
     for segment in elf.load_segments:
         require_ram(memory, segment.paddr, segment.memsz, elf.name)
@@ -78,8 +76,7 @@ def hull(spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def refuse_overlap(what: str, spans: Sequence[tuple[int, int]], *kept: tuple[int, int, str]) -> None:
-    """ConfigError when one of the image's (start, end) spans touches a (start, end, name) the loader needs
-    itself.
+    """ConfigError when one of the image's (start, end) spans touches a (start, end, name) the loader needs itself.
     """
     for start, end in spans:
         for low, high, name in kept:

@@ -18,9 +18,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 PAGE_BYTES = 4096
 
-# Real mode: 256 interrupt vectors, then the BIOS data area. Nothing of ours lies here, so that a guest that
-# starts in real mode or returns to it owns both; zeros in the BDA mean "no EBDA, no COM ports" to whoever
-# looks.
+# Real mode: 256 interrupt vectors, then the BIOS data area. Nothing of ours lies here, so that a guest that starts in
+# real mode or returns to it owns both; zeros in the BDA mean "no EBDA, no COM ports" to whoever looks.
 IVT = 0x0000
 BDA = 0x0400
 BDA_END = 0x0500
@@ -30,12 +29,10 @@ BDA_END = 0x0500
 MULTIBOOT_INFO = 0x7000
 MULTIBOOT_KEEP_CLEAR = (0x8000, 0xE000)
 
-# Where a real-mode image starts by the BIOS's own habit; also the first stack of a flat guest grows down from
-# here.
+# Where a real-mode image starts by the BIOS's own habit; also the first stack of a flat guest grows down from here.
 BOOT_SECTOR = 0x7C00
 
-# What a loader leaves for a kernel to read once. High in conventional memory, so that flat images linked low
-# miss it.
+# What a loader leaves for a kernel to read once. High in conventional memory, so that flat images linked low miss it.
 BOOT_AREA = 0x9_0000
 BOOT_STACK_TOP = BOOT_AREA  # grows down into free conventional memory
 ZERO_PAGE = 0x9_0000  # struct boot_params; the Linux boot protocol's classic place for its real-mode part
@@ -45,8 +42,7 @@ PVH_START_INFO = 0x9_7000  # start info, then module list, then memory map: one 
 BOOT_GDT = 0x9_8000
 CMDLINE = 0x9_9000  # command lines, of the kernel and of the modules
 CMDLINE_BYTES = 0x4000
-# 0x9d000-0x9f000 stays free: Linux's decompressor puts its mode-switch trampoline in the two pages below
-# 0x9f000.
+# 0x9d000-0x9f000 stays free: Linux's decompressor puts its mode-switch trampoline in the two pages below 0x9f000.
 BOOT_AREA_END = CMDLINE + CMDLINE_BYTES
 
 # The last KiB of conventional memory is where an EBDA would start, and from here to 1 MiB is not RAM on a PC
@@ -70,8 +66,7 @@ SMBIOS_END = 0x10_0000
 VGA_TEXT = 0xB_8000
 VGA_TEXT_BYTES = 0x8000
 
-# Protected-mode kernels go to 1 MiB: the first address that is RAM on any PC and all that boot loaders
-# promise.
+# Protected-mode kernels go to 1 MiB: the first address that is RAM on any PC and all that boot loaders promise.
 KERNEL = 0x10_0000
 
 # RAM stops here and goes on at 4 GiB: PCI windows, IOAPIC, LAPIC and firmware ROM lie between (as in QEMU).
@@ -147,8 +142,7 @@ SLP_TYP_S5 = 0  # written with SLP_EN to PM1a control it powers off, so outw(0x6
 SLP_TYP_S3 = 1  # suspend to RAM, as on QEMU: kvm-unit-tests write 0x2400 without a look at the DSDT
 RESET_VALUE = 6  # written to PORT_RESET: full reset of the processors
 
-# Interrupt lines. GSI n is pin n of the IOAPIC, and ISA interrupt n, but for the timer: its wire goes to pin
-# 2.
+# Interrupt lines. GSI n is pin n of the IOAPIC, and ISA interrupt n, but for the timer: its wire goes to pin 2.
 GSI_TIMER = 2
 IRQ_TIMER = 0
 IRQ_KEYBOARD = 1

@@ -87,8 +87,7 @@ def write(memory: GuestMemory, cpus: int, *, signature: int = 0x600, features: i
 
 
 def _isa_interrupts() -> list[bytes]:
-    """ISA interrupt n on IOAPIC pin n; the timer on pin 2, whose own number is the PIC's cascade; the SCI
-    level.
+    """ISA interrupt n on IOAPIC pin n; the timer on pin 2, whose own number is the PIC's cascade; the SCI level.
     """
     entries = []
     for irq in range(layout.ISA_IRQS):

@@ -58,8 +58,7 @@ def load(vcpu: Vcpu, state: dict[str, Any]) -> None:
 
 
 def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
-    """All at once; where KVM refuses one (it lists some that it does not take back), one by one without that
-    one.
+    """All at once; where KVM refuses one (it lists some that it does not take back), one by one without that one.
     """
     try:
         vcpu.set_msrs(values)

@@ -1,12 +1,12 @@
 """The raw format: the image's bytes are the disk's, or a window of them is.
 
 The rule for short transfers lives here, above every protocol. A read that comes back short goes on; one that brings
-nothing is past the end of the file, and the rest is zeros. A write that comes back short goes on; one that
-makes no progress is -ENOSPC.
+nothing is past the end of the file, and the rest is zeros. A write that comes back short goes on; one that makes no
+progress is -ENOSPC.
 
-A disk that may be written is whole sectors (``window_size`` sees to it). Where the file ends inside the
-last one, the bytes that are not there read as zeros, and a write to that sector makes the file longer, up to the
-sector's end. A read-only one may end inside a sector: the rest of that reads as zeros.
+A disk that may be written is whole sectors (``window_size`` sees to it). Where the file ends inside the last one, the
+bytes that are not there read as zeros, and a write to that sector makes the file longer, up to the sector's end. A
+read-only disk may end inside a sector, the rest of which reads as zeros.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RawDriver(FormatDriver):
         self.read_only = file.read_only
         self.alignment = file.alignment
         self.skew = offset % file.alignment
-        self._incomplete = offset + size_bytes > file.size_bytes  # the last sector, as far as the file goes
+        self._incomplete = offset + size_bytes > file.size_bytes  # the file ends inside the last sector
 
     async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
         if offset + length <= self.size_bytes:
@@ -94,7 +94,7 @@ class RawDriver(FormatDriver):
         if length <= 0:
             return 0
         if self._incomplete and offset + length == self.size_bytes:
-            # fallocate would leave the file as short as it is.
+            # The last sector is written as data: fallocate would not make the file longer.
             length -= SECTOR_BYTES
             with memoryview(ZEROS)[:SECTOR_BYTES] as zeros:
                 ret = await self.co_writev(offset + length, [zeros], SECTOR_BYTES, fua)

@@ -5,7 +5,8 @@ of the two has it; where a write fills a cluster of top only in part, the rest o
 size goes by the disk's and not by what the guest does, and where a byte is in top needs no looking up. Nothing in top
 outlives its process, so flushes are done at once (QEMU's -snapshot ignores them too).
 
-The backend keeps requests that share a cluster apart (``alignment``): nobody fills one that another one writes.
+The backend keeps requests that share a cluster apart (``alignment``), so none fills a cluster while another writes to
+it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def cluster_size(size_bytes: int) -> int:
 
 
 class SnapshotDriver(FormatDriver):
-    """``base`` is never written. Both belong to it, and it is their size."""
+    """``base`` is never written. Both drivers belong to this one, and have its size."""
 
     def __init__(self, base: FormatDriver, top: FormatDriver) -> None:
         self._base = base
@@ -78,7 +79,7 @@ class SnapshotDriver(FormatDriver):
         self._map[first:last] = TOP * (last - first)
 
     def _lacks(self, offset: int, end: int) -> tuple[int, int]:
-        """The range with what has to come from base before it, and behind it, for top to have whole clusters."""
+        """(begin, end) of the range, with the parts of its first and last cluster that have to come from base first."""
         begin, past = offset, end
         if offset % self._cluster and not self._in_top(offset):
             begin -= offset % self._cluster
@@ -120,8 +121,9 @@ class SnapshotDriver(FormatDriver):
         return 0
 
     async def co_discard(self, offset: int, length: int) -> int:
-        """What top has of it can be given back, as long as that is a hole in a cluster of top: base's bytes do not come
-        back, which may be what the guest has written over for a reason."""
+        """The space of what top has of it is given back, but it stays top's, as a hole: bytes of base that the guest
+        has overwritten must not show again.
+        """
         for in_top, begin, upto in self._runs(offset, offset + length):
             if in_top:
                 ret = await self._top.co_discard(begin, upto - begin)
@@ -148,7 +150,7 @@ class SnapshotDriver(FormatDriver):
         return ret
 
     async def _write_zeros(self, offset: int, length: int) -> int:
-        """Less than a cluster of them, as data."""
+        """Write less than a cluster of zeros, as data."""
         iov = [memoryview(ZEROS)[: min(len(ZEROS), length - at)] for at in range(0, length, len(ZEROS))]
         try:
             return await self.co_writev(offset, iov, length, False)

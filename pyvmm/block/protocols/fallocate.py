@@ -17,7 +17,8 @@ libc_fallocate: Callable[[int, int, int, int], int] | None = None
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """OSError where the kernel refuses; EINTR is seen as everywhere in Python: not at all (PEP 475)."""
+    """OSError where the kernel refuses. Nobody sees EINTR: the call is made again, as Python does by itself (PEP 475).
+    """
     import ctypes
     from errno import EINTR
 

@@ -8,7 +8,7 @@ that live in memory. All else is an Aiocb for the engine: ``paio_submit`` to a w
 One rule each:
 
 - EINTR: never seen. Python makes such a call again by itself (PEP 475).
-- short transfers: the count goes up; raw.py goes on with the rest.
+- short transfers: the caller gets the number of bytes; raw.py goes on with the rest.
 - ENOSPC, EIO and every other errno of a transfer: that request fails with it, and only that one. The backend's policy
   says what follows.
 - a failed flush: fails from then on, with the same errno. The kernel may have dropped the pages it could not write and
@@ -178,7 +178,7 @@ class FilePosix(ProtocolDriver):
         self._do(job)
 
     def _do(self, aiocb: Aiocb) -> None:
-        """The call, and on with the request. Nothing of ``aiocb`` is touched after that."""
+        """Make the call, and go on with the request on this thread. ``aiocb`` is not touched after that."""
         try:
             if aiocb.kind <= WRITE:
                 result = self._handle_aiocb_rw(aiocb)
@@ -258,7 +258,7 @@ class FilePosix(ProtocolDriver):
         try:
             zeros[:] = bytes(len(zeros))
             while length:
-                # Short of a block's end first, so that the rest is whole blocks.
+                # The first piece goes to a block's end, so that the others are whole blocks.
                 count = min(length, len(zeros) - offset % self.alignment)
                 with zeros[:count] as part:
                     done = self._transfer(WRITE, offset, [part], count, 0)
@@ -355,7 +355,7 @@ class FilePosix(ProtocolDriver):
         try:
             done = self._transfer(WRITE, first.offset, iov, sum(aiocb.length for aiocb in batch), first.flags)
         except BaseException:
-            pass  # whose fault it was shows when each is done by itself
+            pass  # each is done again by itself, and fails with its own error
         del iov
         whole = 0
         for aiocb in batch:

@@ -1,6 +1,6 @@
 """Opening an image on the host: what it is, how large, who else has it, how O_DIRECT wants it, whether it may grow.
 
-TemporaryImage is one without a name, for what is to be forgotten.
+TemporaryImage is a file without a name, for what is not to be kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Image:
         self.direct = direct
         self.alignment = 1
         self.tail_fd = -1
-        self.fd = open_or_say(path, (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0))
+        self.fd = open_image_file(path, (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0))
         try:
             if locking and not lock_image(self.fd, writes=not read_only):
                 raise ConfigError(locked(path, self.fd))
@@ -41,7 +41,7 @@ class Image:
             if direct:
                 self.alignment = probe_alignment(path, self.fd)
                 if not read_only and self.size_bytes % self.alignment:
-                    self.tail_fd = open_or_say(path, os.O_RDWR)
+                    self.tail_fd = open_image_file(path, os.O_RDWR)
         except BaseException:
             self.close()
             raise
@@ -114,7 +114,7 @@ def open_unnamed(directory: str) -> int:
         ) from exc
 
 
-def open_or_say(path: str, flags: int) -> int:
+def open_image_file(path: str, flags: int) -> int:
     """A descriptor, or ConfigError. What is neither file nor block device is not opened: a FIFO would wait for ever."""
     try:
         refuse_kind(path, os.stat(path).st_mode)
@@ -123,7 +123,7 @@ def open_or_say(path: str, flags: int) -> int:
         raise ConfigError(why_not_opened(path, flags, exc)) from exc
     try:
         refuse_kind(path, os.fstat(fd).st_mode)  # it may be another one by now
-        os.set_blocking(fd, True)  # io_uring would take it at its word
+        os.set_blocking(fd, True)  # with O_NONBLOCK io_uring would answer EAGAIN
     except BaseException:
         os.close(fd)
         raise

@@ -5,9 +5,9 @@ system call returns does not suspend its coroutine. The others ring an eventfd, 
 kernel straight to the thread that goes on with the request. What requests that go on there submit in their turn goes
 to the kernel in one batch.
 
-Single requests that are nothing for a ring go to the thread pool: discards, zeroes, more than it holds, O_DIRECT that
-does not fit, what the kernel can't take now. But a drive never gets another engine than its options ask for: where the
-host refuses io_uring, that is a ConfigError.
+Single requests that a ring can't take go to the thread pool: discards, zeroes, more than the ring holds, what O_DIRECT
+wants aligned and is not, what the kernel has no room for now. But a drive never gets another engine than its options
+ask for: where the host refuses io_uring, that is a ConfigError.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class FileUring(FilePosix):
         return ret in GIVEN_UP or (ret == -EINVAL and self.alignment > 1)
 
     def _luring_submit(self, aiocb: Aiocb) -> bool:
-        """Into the ring. False: it is none for the ring. Where the completion is there at once, the result is set."""
+        """Queue it in the ring and submit that. False where the ring can't take it. Where the completion is there at
+        once, the result is set.
+        """
         if aiocb.kind != FLUSH and (
             len(aiocb.iov) > IOV_MAX or (self.alignment > 1 and (aiocb.offset | aiocb.length) % self.alignment)
         ):
@@ -202,7 +204,8 @@ class FileUring(FilePosix):
                 return
             self._ring.acknowledge()
             done, refused = self._submit_locked()
-            # In a callback below us somebody may drain: that comes here again after each completion, and submits first.
+            # A callback that is called below may drain, and so come here again: the outermost call submits what all of
+            # them have gathered.
             mine = not self._gathering
             if mine:
                 self._gathering = get_ident()

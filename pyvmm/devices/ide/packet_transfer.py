@@ -65,8 +65,7 @@ def block_size(left: int, limit: int) -> int:
 class PacketIn(PacketActivity):
     """``data`` first, then ``count`` blocks from ``lba`` on, through the channel's buffer.
 
-    The buffer holds what has been fetched from ``_start`` to ``_end``; the window is the first ``_size`` bytes of
-    that.
+    The buffer holds what has been fetched from ``_start`` to ``_end``; the window is the first ``_size`` bytes of that.
     """
 
     __slots__ = (
