@@ -34,7 +34,7 @@ EFER_LMA = 1 << 10
 
 
 class Cpu:
-    """``on_stop(cpu, reason, error)`` is called on the vCPU's thread for every stop but a kick, before it parks."""
+    """One vCPU. ``on_stop(cpu, reason, error)`` is called on its thread for every stop but a kick, before it parks."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Cpu:
         self._thread: Thread | None = None
         self._breakpoints: frozenset[int] = frozenset()
         self._stepping = False
-        self._stood_at: int | None = None  # linear address of the last debug stop: seen, and not to stop at again
+        self._stood_at: int | None = None  # linear address of the last debug stop: the next run gets past it
         self._pid = getpid()
 
     # -- state, while parked -------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ class Cpu:
         return self._control.outcome()
 
     def was_reset(self) -> None:
-        """It stands at its first instruction, and has not stopped there."""
+        """It was reset: it stands at its first instruction, where no breakpoint has stopped it yet."""
         self.exec.halted = False
         self._stood_at = None
 
     def _watch(self) -> None:
-        """Stop at the breakpoints."""
+        """Have KVM stop at the breakpoints."""
         addresses = sorted(self._breakpoints)
         dr7 = DR7_FIXED | sum(1 << 2 * n for n in range(len(addresses)))
         registers = [*addresses, *[0] * (7 - len(addresses)), dr7]
@@ -179,7 +179,9 @@ class Cpu:
         else:
             reason = StopReason.DEBUG
             if self._stood_at is not None and self._linear_rip() == self._stood_at:
-                # Past this one, with no breakpoint set: RF would do it (SDM 17.3.1.1), but not in KVM's emulator.
+                # Step over the instruction it stopped at, with no breakpoint set. RF in RFLAGS is meant for that (SDM
+                # vol. 3,
+            # 17.3.1.1), but KVM's emulator does not heed it.
                 reason = self._single_step()
             if reason is StopReason.DEBUG:
                 self._stood_at = None
@@ -191,7 +193,7 @@ class Cpu:
     def _single_step(self) -> StopReason:
         step = GUESTDBG_ENABLE | GUESTDBG_SINGLESTEP
         try:
-            # Not into the handler of an interrupt that comes just now.
+            # Interrupts are held back: else the step could end in the handler of one that arrives just now.
             self.vcpu.set_guest_debug(step | GUESTDBG_BLOCKIRQ)
         except KvmError:
             self.vcpu.set_guest_debug(step)  # a kernel before 5.12
@@ -254,11 +256,11 @@ class Cpu:
             self._on_stop(self, reason, error)
         except BaseException as raised:
             if error is not None:
-                raise  # telling failed too: the dump met an error of its own, say
+                raise  # the callback failed too: making the dump, say
             self._on_stop(self, StopReason.DEVICE_RAISED, raised)
 
     def _thread_failed(self, error: BaseException) -> None:
-        # Nobody is above to hear it. start() makes another thread.
+        # Nobody above could catch it. start() makes another thread.
         self._thread = None
         self._control.fail(error)
 

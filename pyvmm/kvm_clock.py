@@ -1,4 +1,4 @@
-"""KvmClock: what KVM keeps of guest time, the paravirtual clock, TSCs and deadline timers, stands with the machine.
+"""KvmClock: what KVM keeps of guest time (the paravirtual clock, TSCs, deadline timers) stops with the machine.
 
 Linux Documentation/virt/kvm/api.rst, KVM_GET_CLOCK, KVM_SET_CLOCK, KVM_KVMCLOCK_CTRL; devices/vcpu.rst,
 KVM_VCPU_TSC_CTRL; Intel SDM vol. 3, 18.17 (time-stamp counter), 11.5.4.1 (TSC-deadline mode).

@@ -1,7 +1,7 @@
 """The few things of ``threading`` and ``collections`` that pyvmm needs on its way to the first guest instruction.
 
-Importing those two (and functools, which they bring) takes a third of the time from the shell to that instruction, so
-what is here stands directly on ``_thread`` and means the same as its namesakes in the standard library.
+Importing those two (and functools, which they bring) takes a third of the time from the shell to that instruction. What
+is here is built directly on ``_thread``, and behaves as what has the same name in the standard library.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class Thread:
     def start(self) -> None:
         """Start it, once. ThreadError where the host has no room for one more."""
         if not self._started:
-            # A signal's exception between these two lines leaves open whether there is a thread. The next call then
-            # starts another, and of two threads one finds the target taken and ends.
+            # Where a signal raises between these two lines, it is open whether there is a thread. The next call then
+            # starts another, and of the two one finds the target claimed and ends.
             try:
                 _thread.start_new_thread(self._run, ())
             except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,7 @@
 """The process's terminal, or whatever its standard input and output are: one owner, whatever shows on it.
 
 Consoles (the serial port, the debug console) share it. All of them write to it, one of them has what is typed, and
-Ctrl-A is an escape as in QEMU: so it is looked for here, before anybody asks whether a guest has room for a character.
+Ctrl-A is an escape as in QEMU. It is looked for here, before anybody asks whether a guest has room for a character.
 A ``Screen`` takes the whole of it while it is shown.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.event_loop import EventLoop
 
 CTRL_A = 0x01
-# What was typed, or pasted, and no guest has read: more is lost. Reading goes on, or the escape would not be seen.
+# Of what was typed or pasted and no guest has read; more is lost. Reading goes on, so that the escape is seen.
 TYPED_LIMIT_BYTES = 1 << 20
 HELD_LIMIT_BYTES = 65536  # what consoles wrote behind a screen
 

@@ -104,7 +104,7 @@ class AcpiPm(Device):
 
     def read(self, offset: int, size: int) -> int:
         if offset == PM_TMR:
-            # The hot one: kernels poll it, and nothing else depends on its being read.
+            # First, because kernels poll it, and nothing else depends on its being read.
             return self._ticks() & self._timer_mask & ((1 << 8 * size) - 1)
         self._update()
         block = self._status | self._enable << 8 * PM1_EN | (self._control | self._sci_en) << 8 * PM1_CNT
@@ -181,7 +181,7 @@ class AcpiPm(Device):
             self._update()
 
     def woken(self, events: int) -> None:
-        """After the reset that a wake-up is: tell the guest so, and what it was."""
+        """After the reset that a wake-up brings: tell the guest that it was woken, and by what."""
         with self.lock:
             self._status |= WAK | events
             self._update()

@@ -191,8 +191,7 @@ class Chip:
             if self.rotate_aeoi:
                 self.highest = (n + 1) & 7
         self.irr &= ~bit | self.level_mask
-        # INT falls with every acknowledge. Where another request waits it rises again: the edge a master
-        # needs to see it.
+        # INT falls with every acknowledge, and rises again where another request waits: a master needs the edge.
         self._drive(0)
         self.update()
 

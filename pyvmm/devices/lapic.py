@@ -289,7 +289,7 @@ class Lapic(Device):
         new = bit & ~self._errors
         self._errors |= bit
         entry = self.lvt[LVT_ERROR]
-        # An error entry that is itself illegal tells nobody, rather than itself for ever.
+        # An error entry that is itself illegal reports nothing: it would report itself for ever.
         if new and not entry & MASKED and entry & VECTOR >= LOWEST_VECTOR:
             self.accept(FIXED, entry & VECTOR, False)
 
@@ -391,10 +391,10 @@ class Lapic(Device):
             return 0
         return self._initial - -left % self._initial
 
-    # Time goes on while these run, and a count may be shorter than they take: each access looks at the clock once.
+    # Each access looks at the clock once: time goes on while these functions run, and a count may be shorter than that.
 
     def _expire(self, now: int) -> None:
-        """Interrupt, where the time has come: a write may be here before the timer's own call is."""
+        """Interrupt where the time has come: a write of the guest's may be earlier than the timer's own callback."""
         if 0 <= self._due <= now:
             self._due = -1
             self.accept(FIXED, self.lvt[LVT_TIMER] & VECTOR, False)
@@ -553,7 +553,7 @@ class Lapic(Device):
             self._start = now - state["fraction"]
             self._quiet_until_ns = 0
             self._arm(now)
-            # Told whatever it was before: the processor's end starts anew with a load.
+            # Said whatever the level was before: the processor's side begins anew with a load.
             self.output = int(self._wants_pic() or (self._enabled and self._pending() >= 0))
             if self._on_output is not None:
                 self._on_output(self.output)

@@ -192,7 +192,7 @@ class Rtc(Device):
             self.cmos[index] = value
 
     def _read_c(self) -> int:
-        """Reading tells the flags and takes them down, and the interrupt with them."""
+        """Reading gives the flags and clears them, and lowers the interrupt."""
         self._look()
         flags = self.cmos[REG_C]
         self.cmos[REG_C] = 0
@@ -277,7 +277,7 @@ class Rtc(Device):
     # -- flags and interrupts -------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Put into register C what the chain's edges since the last look have brought."""
+        """Set in register C the flags of those edges of the chain that have passed since the last look."""
         if self._chain_held():
             return
         before_ns, now_ns = self._looked_ns, self._chain_ns()

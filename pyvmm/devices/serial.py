@@ -265,14 +265,14 @@ class Serial(Device):
         return msr
 
     def _clear_errors(self) -> None:
-        """LSR was read: the errors of the character on top are told, those deeper in the FIFO still to come.
-        """
+        """LSR was read: it has shown the errors of the character on top, not yet those of characters behind it."""
         self._lsr &= ~LSR_ERRORS
         self._show_fifo_error()
         self._update_irq()
 
     def _write_thr(self, value: int) -> None:
-        """The long way: a THRE interrupt to drop and raise, loopback, short words, or a host that does not keep up."""
+        """A byte that needs more than to be sent on: there is a THRE interrupt, loopback, a short word or a slow host.
+        """
         if not self._fcr & FCR_ENABLE:
             self._tx.clear()
         elif len(self._tx) == FIFO_BYTES:
@@ -352,7 +352,9 @@ class Serial(Device):
     # -- gathered output ------------------------------------------------------------------------------------
 
     def _put_gathered(self, value: int) -> None:
-        """A byte that was not kept: it goes out, behind those that were. One soon after another begins to keep."""
+        """Send a byte that the region has not kept, behind those it has. Where it comes soon after another one, the
+        region keeps bytes from now on.
+        """
         region = self.region
         self._put_all(region.take() + BYTES[value])
         if not region.gathering:
@@ -538,7 +540,8 @@ class Serial(Device):
 
     def _on_timeout(self) -> None:
         with self.lock:
-            # Armed again, or emptied, between its expiry and the lock: then nothing has timed out.
+            # The timer was armed again, or the FIFO emptied, between its expiry and the lock: nothing has timed out
+            # then.
             if self._rx and not self._timeout.armed:
                 self._timeout_pending = True
                 self._update_irq()

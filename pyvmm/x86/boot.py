@@ -88,7 +88,7 @@ def load(
             memory, view, name, modules, module_names, append, acpi_rsdp, flat_address, flat_mode, clean
         )
     except ConfigError as error:
-        # A traceback keeps its frames, they keep views of the images, and the caller could close no mapped file.
+        # Without the traceback: it would keep its frames, and with them views of mapped files that the caller closes.
         raise error.with_traceback(None) from None
     finally:
         view.release()

@@ -207,5 +207,5 @@ def _flat(sregs: State, long_mode: bool, gdt_gpa: int) -> None:
         sregs[name] = dict(data)
     sregs["tr"] = tss
     sregs["gdt"] = {"base": gdt_gpa, "limit": len(gdt(long_mode)) - 1, "padding": [0, 0, 0]}
-    # No interrupt table: an exception before the guest loads its own is a triple fault, not a jump into the blue.
+    # No interrupt table: an exception before the guest loads its own is a triple fault, not a jump anywhere.
     sregs["idt"] = {"base": 0, "limit": 0, "padding": [0, 0, 0]}

@@ -61,8 +61,8 @@ def pack_zero_page(entries: Iterable[Entry]) -> bytes:
 
 
 def pack_fw_cfg(regions: Iterable[tuple[int, int]]) -> bytes:
-    """The file etc/e820: the same 20 bytes, but whole RAM regions; what is its own the firmware carves out itself.
-    KVM's pages it can't know of.
+    """The file etc/e820: the same 20 bytes, but whole regions of RAM: firmware reserves by itself what it uses. KVM's
+    pages are in it as reserved, because firmware can't know of them.
     """
     return pack_zero_page(memory_map(regions, HOLES[1:]))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Activity:
-    """``pending`` is what the backend was asked for and has not brought yet. All methods run under the channel's lock.
+    """``pending`` is the request that the backend has not completed yet. All methods run under the channel's lock.
 
     Where a reset drops it in the middle of that, the drive stays busy until the backend has called back: a transfer
     that cannot be stopped on the host may still be writing into the guest's memory.

@@ -7,10 +7,10 @@ command says which way the data goes; a table that is too short for the command 
 How a transfer ended shows in the status register: (INTERRUPT, ACTIVE) is (1, 0) where the table had exactly the
 command's length, (1, 1) where it was longer, (0, 0) where it was too short, or, with ERROR, not all in RAM.
 
-A function that may not be bus master moves nothing, and a command waits until it may (PCI 3.0, 6.2.2). One thing is as
-in QEMU, whose ide-test waits for it without end: a start bit that is set for a read ends that against nobody. The table
-reads as zeros, which are entries of 64 KiB without a last one, and the data is lost. A write waits in any case: from
-nobody the disk would get zeros.
+A function that may not be bus master moves nothing, and a command waits until it may (PCI 3.0, 6.2.2). One exception is
+as in QEMU, whose ide-test would else wait for ever: where the guest sets the start bit for a read, the read ends. The
+PRD table then reads as zeros, which are entries of 64 KiB without a last one, and the data is lost. A write waits all
+the same: the disk would get zeros.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Several requests to a backend, one after the other, seen as one: the next begins when the last has ended.
 
-Callbacks come before ``aio_*`` returns, or later on another thread; in the first case a loop goes on, no recursion,
-however many requests there are.
+A callback comes before ``aio_*`` returns, or later on another thread. In the first case a loop submits the next
+request, so that nothing recurses, however many there are.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Chain:
 
 
 class Flush(Chain):
-    """Just the one."""
+    """A single flush."""
 
     __slots__ = ("_backend",)
 
@@ -147,7 +147,7 @@ class Mover(Chain):
         self._end = count
         self._index = self._offset = 0  # in the iov: where the next request begins
         self._next = (0, 0)  # and where it ends
-        self._bad_end = count if bad else 0  # a sector before this one is bad, but for transient failures
+        self._bad_end = count if bad else 0  # before this sector there is a bad one, unless the failure was transient
         self._asked = 0
         self.moved = 0
 

@@ -1,9 +1,9 @@
 """IdeChannel: one ATA channel, with a drive, two or none: the ports, selection, the interrupt, resets.
 
 ATA/ATAPI-6, chapters 7 and 9. Where the standard calls a result indeterminate QEMU's behaviour decides: while the
-selected drive is busy or has data to move, commands and writes to the command block (which drive is selected among
-them) are lost; an absent drive's status is zero. All its registers are: so a BIOS sees at the first look that nobody
-is there.
+selected drive is busy or has data to move, commands and writes to the command block (and with them the selection of a
+drive) are lost; an absent drive's status is zero. So are all its other registers: a BIOS sees at its first look that
+nobody is there.
 
 A transfer's data goes through ``data``, the compiled window at the first port (see pio.py), and through the guest's
 memory by ``bus_master`` (see dma.py). A guest that polls a busy drive reads its status without Python from the second

@@ -136,7 +136,7 @@ class Drive:
         self.activity = None
         self.channel.data.close()
         self.channel.bus_master.detach(activity)
-        # First, because the callback may come from within drop.
+        # Set first, because the callback may come while drop runs.
         self.lingering = activity
         activity.drop()
         if activity.pending is None:

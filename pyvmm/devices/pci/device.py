@@ -76,8 +76,8 @@ SUBSYSTEM = (0x1AF4, 0x1100)
 class Window:
     """Regions of an address space that go together to a base the guest chooses: a BAR, or a chipset's own block.
 
-    Where something else answers already, none of them is mapped and the window is ``blocked``: no guest has a use for
-    two answers to one address, and what was there first stays.
+    Where something else answers already, none of them is mapped and the window is ``blocked``: of two answers to one
+    address the first one stays.
 
     ``parts`` are pairs of an offset in the window and a function that makes the region there. A region is mapped once:
     another vCPU may still be reading its address from a view it took before a move, and must not find the new one.

@@ -148,7 +148,7 @@ class I440fx(PciDevice):
             super().reset()
 
     def wake(self) -> None:
-        """Nothing: who has kept memory alive knows what shows where, and firmware goes on in its shadow RAM."""
+        """Nothing is reset: memory was kept, and with it what shows where; firmware goes on in its shadow RAM."""
 
     def load(self, state: dict[str, Any]) -> None:
         with self._config_lock:
