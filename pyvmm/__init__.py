@@ -27,22 +27,8 @@ The vocabulary:
     errors          ConfigError what was asked wrongly, StateError not now, KvmError what the host refuses,
                     GuestError and DeviceError with a dump: what ends a run
 
-General layout, lowest layer first; a module imports only from those above it in this list:
-
-    errors          every exception
-    kvm/            the ioctls: /dev/kvm, VM, vCPU
-    light           locks and threads;  clock  guest time;  device  the contract of a device model;  irq  its interrupts
-    guest_memory    RAM;  address_space  ports and MMIO
-    cpu_exec        the run loop;  exit_stats  its profiler;  run_control, cpu  the vCPU threads;  dump  post-mortems
-    x86/            guest addresses, initial state, CPUID, boot protocols, ACPI and MP tables
-    event_loop      descriptors and timers;  chardev, terminal  host sides of consoles
-    devices/        one chip a file
-    irqchip         interrupt controllers, in KVM or ours: lines, MSIs, irqfds
-    config          what is asked for;  boards/  what a kind of machine is made of;  platform  who runs its guest
-    builder         the recipe;  machine  the embedder's handle
-    cli/            the command
-
-One reading order: builder -> cpu_exec -> address_space -> devices/serial.
+docs/design.md has the layers, and tells the lives of an exit, of a block request and of a character on the console.
+To read the code, begin with an exit: cpu_exec, address_space, devices/serial; then how it came to that: builder.
 """
 
 TYPE_CHECKING = False

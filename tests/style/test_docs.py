@@ -9,6 +9,7 @@ import pytest
 from tree import PACKAGE, ROOT, code
 
 DESIGN = (ROOT / "docs" / "design.md").read_text()
+HOUSE_RULES = (ROOT / "docs" / "house-rules.md").read_text()
 FILE = re.compile(r"`((?:[\w]+/)*\w+\.(?:pyx|pxd|py))`")
 NAME = re.compile(r"`(\w+)\.(\w+)`")
 
@@ -17,7 +18,7 @@ def walk() -> str:
     return DESIGN.split("## The life of one block request\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize("name", sorted(set(FILE.findall(DESIGN))))
+@pytest.mark.parametrize("name", sorted(set(FILE.findall(DESIGN + HOUSE_RULES))))
 def test_files_that_are_named_exist(name: str) -> None:
     assert (PACKAGE / name).exists() or (ROOT / name).exists()
 

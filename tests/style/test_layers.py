@@ -11,32 +11,23 @@ from pathlib import Path
 import pytest
 from tree import PACKAGE, ROOT, code, module_name, sources
 
-# Lowest first (docs/design.md). An entry stands for a module, or for a package and all that is in it.
-LAYERS = [
-    ["pyvmm.errors", "pyvmm.options"],
-    ["pyvmm.kvm"],
-    [
-        *("pyvmm.atomic", "pyvmm.bus", "pyvmm.guest_memory", "pyvmm.address_space", "pyvmm.device"),
-        *("pyvmm.clock", "pyvmm.light", "pyvmm.memory_map", "pyvmm.irq", "pyvmm.gsi_routes"),
-    ],
-    [
-        *("pyvmm.exit_stats", "pyvmm.cpu_exec", "pyvmm.cpu", "pyvmm.kvm_clock", "pyvmm.run_control"),
-        "pyvmm.run_state", "pyvmm.reset_count",
-        *("pyvmm.dump", "pyvmm.x86", "pyvmm.guests"),
-    ],
-    ["pyvmm.event_loop", "pyvmm.chardev", "pyvmm.screen", "pyvmm.terminal", "pyvmm.terminal_screen", "pyvmm.block"],
-    ["pyvmm.devices"],
-    ["pyvmm.config", "pyvmm.boards.ide_places"],
-    ["pyvmm.spec"],
-    ["pyvmm.closers", "pyvmm.events"],
-    ["pyvmm.images", "pyvmm.consoles", "pyvmm.drives", "pyvmm.power", "pyvmm.outcomes", "pyvmm.irqchip"],
-    ["pyvmm.chassis", "pyvmm.platform"],
-    ["pyvmm.boards"],
-    ["pyvmm.restart", "pyvmm.builder"],
-    ["pyvmm.machine"],
-    ["pyvmm"],
-    ["pyvmm.cli", "pyvmm.control", "pyvmm.__main__"],
-]
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+
+
+def module_of(name: str) -> str:
+    """A name of the table: x86/ is pyvmm.x86."""
+    return "pyvmm" if name == "pyvmm" else "pyvmm." + name.strip("/").replace("/", ".")
+
+
+def layers_of_the_design() -> list[list[str]]:
+    """Lowest first. An entry stands for a module, or for a package and all that is in it."""
+    table = DESIGN.split("## Layers\n")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    return [[module_of(name) for name in re.findall(r"`([\w/]+)`", row[2])] for row in rows[2:]]
+
+
+LAYERS = layers_of_the_design()
+
 # A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
 DEVICES_MAY = [
     *("errors", "light", "device", "irq", "clock", "address_space", "guest_memory", "chardev", "screen", "block"),
@@ -57,7 +48,7 @@ def layer(module: str) -> int:
             if name in names:
                 return n
         name = name.rpartition(".")[0]
-    raise AssertionError(f"{module} has no layer: give it one in LAYERS")
+    raise AssertionError(f"{module} has no layer: give it one in docs/design.md")
 
 
 def names_it(module: str, name: str) -> str:
@@ -134,6 +125,14 @@ def test_the_parser_sees_imports() -> None:
     assert "pyvmm.device" in imports(PACKAGE / "bus.pxd")
     assert "pyvmm.spec" not in imports(PACKAGE / "builder.py")  # for annotations only
     assert "pyvmm.spec" in python_imports(PACKAGE / "builder.py", typing_too=True)
+
+
+def test_the_table_of_layers_is_read() -> None:
+    assert LAYERS[0] == ["pyvmm.errors", "pyvmm.options"]
+    assert layer("pyvmm.errors") < layer("pyvmm.kvm.vm") < layer("pyvmm.devices.ide.disk") < layer("pyvmm.boards.pc")
+    assert layer("pyvmm.boards.ide_places") < layer("pyvmm.spec") < layer("pyvmm") < layer("pyvmm.cli.run")
+    names = [name for names in LAYERS for name in names]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))

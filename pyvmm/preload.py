@@ -1,0 +1,127 @@
+"""What is imported late, in one place: a start is not to pay for what it may never need, so these imports stand in
+functions.
+
+``load()`` imports everything that a running machine may still want. Whoever shuts the process into a jail, where it
+finds no files any more, calls it before that, when the machine has been made.
+"""
+
+from __future__ import annotations
+
+# While a machine is made: what its options ask for. Nothing of it is new once Machine() has returned.
+BUILDING = (
+    "grp",
+    "msgspec",
+    "pwd",
+    "pyvmm.address_space",
+    "pyvmm.block",
+    "pyvmm.block.backend",
+    "pyvmm.block.formats.raw",
+    "pyvmm.block.formats.snapshot",
+    "pyvmm.block.open",
+    "pyvmm.block.options",
+    "pyvmm.block.probe",
+    "pyvmm.block.protocols.blkdebug",
+    "pyvmm.block.protocols.file_posix",
+    "pyvmm.block.protocols.image",
+    "pyvmm.block.protocols.io_uring",
+    "pyvmm.block.throttle",
+    "pyvmm.boards.gathered_writes",
+    "pyvmm.boards.geometry",
+    "pyvmm.boards.ide_places",
+    "pyvmm.boards.microvm",
+    "pyvmm.boards.pc",
+    "pyvmm.boards.pc_firmware",
+    "pyvmm.chardev",
+    "pyvmm.clock",
+    "pyvmm.devices.acpi_pm",
+    "pyvmm.devices.debug_exit",
+    "pyvmm.devices.debugcon",
+    "pyvmm.devices.fw_cfg",
+    "pyvmm.devices.i8042",
+    "pyvmm.devices.i8254",
+    "pyvmm.devices.ide.atapi",
+    "pyvmm.devices.ide.channel",
+    "pyvmm.devices.ide.disk",
+    "pyvmm.devices.ide.packet_drive",
+    "pyvmm.devices.pci.host",
+    "pyvmm.devices.pci.i440fx",
+    "pyvmm.devices.pci.piix3",
+    "pyvmm.devices.pci.piix4_pm",
+    "pyvmm.devices.port80",
+    "pyvmm.devices.port92",
+    "pyvmm.devices.reset_control",
+    "pyvmm.devices.rtc",
+    "pyvmm.devices.serial",
+    "pyvmm.devices.testdev",
+    "pyvmm.devices.user_irqchip",
+    "pyvmm.devices.vga_text",
+    "pyvmm.guests",
+    "pyvmm.kvm.access",
+    "pyvmm.kvm.exits",
+    "pyvmm.terminal",
+    "pyvmm.terminal_screen",
+    "pyvmm.x86.acpi",
+    "pyvmm.x86.acpi_pc",
+    "pyvmm.x86.boot_options",
+    "pyvmm.x86.cpuid",
+    "pyvmm.x86.linuxboot",
+    "pyvmm.x86.mptable",
+    "tempfile",
+    "time",
+    "tty",
+    "typing",
+)
+# While it runs.
+RUNNING = (
+    "ast",  # tracebacks, as tokenize and linecache
+    "atexit",  # a terminal that is made raw
+    "ctypes",  # discards, and writes of zeros
+    "difflib",  # the embedder's mistakes
+    "encodings.ascii",  # what devices and dumps say
+    "encodings.cp437",  # text screens
+    "errno",
+    "linecache",
+    "mmap",
+    "pyvmm.dump",
+    "pyvmm.exit_stats",
+    "pyvmm.run_state",
+    "pyvmm.x86.boot",  # the guest is loaded again at a reset
+    "pyvmm.x86.smbios",  # files that firmware asks for, made at the first look
+    "pyvmm.x86.table_loader",
+    "pyvmm.x86.vcpu_state",  # resets
+    "pyvmm.x86.wake",
+    "resource",  # why a thread can't be had
+    "shlex",  # remedies that can be pasted
+    "stat",
+    "termios",
+    "threading",  # what an error handler itself raises
+    "tokenize",
+    "traceback",
+    "warnings",
+)
+# While it runs, for guests of their kind: those that came with the first load are there already.
+GUESTS = (
+    "bz2",
+    "lz4.block",
+    "lzma",
+    "pyvmm.x86.bzimage",
+    "pyvmm.x86.elf",
+    "pyvmm.x86.flat",
+    "pyvmm.x86.multiboot",
+    "pyvmm.x86.pvh",
+    "zlib",
+    "zstandard",
+)
+# While it runs, where they are installed.
+EXTRAS = ("iced_x86",)
+
+
+def load() -> None:
+    """Import all that a running machine may import later."""
+    for name in RUNNING:
+        __import__(name)
+    for name in EXTRAS:
+        try:
+            __import__(name)
+        except ImportError:
+            pass
