@@ -122,15 +122,32 @@ class Irqchip:
         lowers it and signals ``resample_fd``, and whoever still wants the interrupt writes again. ConfigError where the
         GSI is taken.
         """
-        if isinstance(target, Msi) and resample:
-            raise ConfigError("an irqfd of an MSI with resample: a message has no level, leave resample out")
+        if isinstance(target, Msi):
+            if resample:
+                raise ConfigError("an irqfd of an MSI with resample: a message has no level, leave resample out")
+        else:
+            self._claim(target, resample, name)
         made = IrqFd(self, target, resample, name)
-        made.open()
+        try:
+            made.open_descriptors()
+            self._connect(made)
+        except BaseException:
+            self._release(made)
+            raise
         self._fds.append(made)
         return made
 
-    def claim(self, gsi: int, resample: bool, name: str) -> None:
-        """An irqfd's: its GSI is shared where it is a level, else there is nobody beside it."""
+    def close_irqfd(self, irqfd: IrqFd) -> None:
+        """What IrqFd.close does."""
+        try:
+            self._fds.remove(irqfd)
+        except ValueError:
+            return  # closed already
+        self._disconnect(irqfd)
+        self._release(irqfd)
+
+    def _claim(self, gsi: int, resample: bool, name: str) -> None:
+        """An irqfd's GSI is shared where it is a level; else nobody has it beside the irqfd."""
         others = self._users.get(gsi)
         if others and not resample:
             raise ConfigError(
@@ -141,26 +158,24 @@ class Irqchip:
             del self._users[gsi]
             self._edges[gsi] = name
 
-    def unclaim(self, gsi: int, resample: bool, name: str) -> None:
-        if resample:
-            self._users[gsi].remove(name)
+    def _release(self, irqfd: IrqFd) -> None:
+        irqfd.close_descriptors()
+        if isinstance(irqfd.target, Msi):
+            return
+        if irqfd.resample:
+            self._users[irqfd.target].remove(irqfd.name)
         else:
-            del self._edges[gsi]
+            del self._edges[irqfd.target]
 
-    def connect(self, irqfd: IrqFd) -> None:
-        """Have the controllers listen to it. Its descriptors are open."""
+    def _connect(self, irqfd: IrqFd) -> None:
+        """Have the controllers listen to it; all of it or nothing."""
         raise NotImplementedError
 
-    def disconnect(self, irqfd: IrqFd) -> None:
+    def _disconnect(self, irqfd: IrqFd) -> None:
         raise NotImplementedError
 
     def msi_changed(self, msi: Msi) -> None:
-        """It is another message from now on."""
-
-    def forget(self, irqfd: IrqFd) -> None:
-        """It has closed itself."""
-        if irqfd in self._fds:
-            self._fds.remove(irqfd)
+        """What Msi.change does beside: an irqfd of it sends the new message."""
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -172,7 +187,7 @@ class Irqchip:
     def abandon(self) -> None:
         """In a child of fork: close its copies of their descriptors."""
         for irqfd in self._fds:
-            irqfd.close_descriptors()
+            irqfd.abandon()
         self._fds.clear()
 
 
@@ -214,18 +229,10 @@ class IrqFd:
         self.resample_fd = -1
         self.line: IrqLine | None = None  # where the controllers are ours: what it drives
 
-    def open(self) -> None:
-        """Take the GSI, make the descriptors, connect them; or nothing of it."""
-        if not isinstance(self.target, Msi):
-            self._irqchip.claim(self.target, self.resample, self.name)
-        try:
-            self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            if self.resample:
-                self.resample_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._irqchip.connect(self)
-        except BaseException:
-            self._give_back()
-            raise
+    def open_descriptors(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if self.resample:
+            self.resample_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def signal(self) -> None:
         """What writing 1 to ``fd`` does."""
@@ -240,20 +247,16 @@ class IrqFd:
                 return False
 
     def close(self) -> None:
-        """The GSI is free again. A second call does nothing."""
-        if self.fd >= 0:
-            self._irqchip.forget(self)
-            self._irqchip.disconnect(self)
-            self._give_back()
-
-    def _give_back(self) -> None:
-        self.close_descriptors()
-        if not isinstance(self.target, Msi):
-            self._irqchip.unclaim(self.target, self.resample, self.name)
+        """It interrupts no more, and its GSI is free. A second call does nothing."""
+        self._irqchip.close_irqfd(self)
 
     def close_descriptors(self) -> None:
         with self._closing:  # the event loop may be about to look
-            fds, self.fd, self.resample_fd = (self.fd, self.resample_fd), -1, -1
+            self.abandon()
+
+    def abandon(self) -> None:
+        """In a child of fork, where a lock may be held by a thread that is not there."""
+        fds, self.fd, self.resample_fd = (self.fd, self.resample_fd), -1, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -333,7 +336,7 @@ class KvmIrqchip(Irqchip):
     def _sink(self, gsi: int) -> Vm:
         return self._vm
 
-    def connect(self, irqfd: IrqFd) -> None:
+    def _connect(self, irqfd: IrqFd) -> None:
         target = irqfd.target
         if not isinstance(target, Msi):
             self._vm.irqfd(irqfd.fd, target, resample_fd=irqfd.resample_fd)
@@ -347,7 +350,7 @@ class KvmIrqchip(Irqchip):
             self._unroute(target)
             raise
 
-    def disconnect(self, irqfd: IrqFd) -> None:
+    def _disconnect(self, irqfd: IrqFd) -> None:
         target = irqfd.target
         self._vm.irqfd(irqfd.fd, target.gsi if isinstance(target, Msi) else target, deassign=True)
         if isinstance(target, Msi):
@@ -414,7 +417,7 @@ class PythonIrqchip(Irqchip):
     def _sink(self, gsi: int) -> Callable[[int], object]:
         return lambda level: self._chips.set(gsi, level)
 
-    def connect(self, irqfd: IrqFd) -> None:
+    def _connect(self, irqfd: IrqFd) -> None:
         target = irqfd.target
         if isinstance(target, Msi):
             interrupt: Callable[[], object] = target.fire
@@ -439,7 +442,7 @@ class PythonIrqchip(Irqchip):
                 irqfd.line.lower()
                 os.eventfd_write(irqfd.resample_fd, 1)
 
-    def disconnect(self, irqfd: IrqFd) -> None:
+    def _disconnect(self, irqfd: IrqFd) -> None:
         self._event_loop.remove_reader(irqfd.fd)
         if irqfd.line is not None and not isinstance(irqfd.target, Msi):
             gsi = irqfd.target

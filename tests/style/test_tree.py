@@ -72,7 +72,7 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 def test_what_is_built_is_not_kept() -> None:
     kept = subprocess.run(
-        ["git", "ls-files", "--", "*.so", "*.bin", "*.o", "*.pyc", "pyvmm/*.c", "pyvmm/**/*.c"],
+        ["git", "ls-files", "--", ".cache", "*.so", "*.bin", "*.o", "*.pyc", "pyvmm/*.c", "pyvmm/**/*.c"],
         cwd=ROOT,
         capture_output=True,
         text=True,
