@@ -20,6 +20,8 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names. What was made before an
     error is closed again.
     """
+    kind = kind or board_kind(config)
+    kind.check(config)
     closers = Closers()
     try:
         memory = make_memory(config, closers)
@@ -27,7 +29,7 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
         runs_guests = config.accel == "kvm"
         make_clock = (KvmPlatform if runs_guests else NoCpuPlatform).clock
         chassis = Chassis(config, memory, closers, make_clock, owner)
-        board = (kind or board_kind(config))(config, chassis, images, runs_guests=runs_guests)
+        board = kind(config, chassis, images, runs_guests=runs_guests)
         memory_map = board.lay_out_memory()
         platform = KvmPlatform(config, memory_map, chassis) if runs_guests else NoCpuPlatform(chassis)
         closers.add(chassis.loop)

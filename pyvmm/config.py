@@ -58,9 +58,8 @@ if TYPE_CHECKING:
 
 # The ACPI names of processors have three hexadecimal digits.
 MAX_CPUS = 0x1000
-# isa-debug-exit's port as kvm-unit-tests expect it, and how many it has.
+# isa-debug-exit's port as kvm-unit-tests expect it.
 DEBUG_EXIT_PORT = 0xF4
-DEBUG_EXIT_PORTS = 4
 GIVEN = "given"  # in a Spec that was written down: what only the process had that wrote it
 
 

@@ -62,6 +62,10 @@ class Board:
         self.parts: list[tuple[str, Device]] = []
         chassis.closers.call(self._clear, self.parts.clear)
 
+    @classmethod
+    def check(cls, config: Spec) -> None:
+        """ConfigError for what such a board can't be asked. Nothing has been opened yet."""
+
     # -- memory ------------------------------------------------------------------------------------------------
 
     def lay_out_memory(self) -> MemoryMap:

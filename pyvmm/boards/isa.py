@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.debug_exit import DebugExit
     from pyvmm.devices.debugcon import DebugCon
     from pyvmm.devices.testdev import TestDev
+    from pyvmm.spec import Spec
     from pyvmm.x86.boot import BootState
 
 
@@ -21,6 +22,13 @@ class IsaBoard(Board):
     debugcon: DebugCon | None = None
     debug_exit: DebugExit | None = None
     testdev: TestDev | None = None
+
+    @classmethod
+    def check(cls, config: Spec) -> None:
+        if config.debug_exit not in (None, layout.PORT_DEBUG_EXIT):
+            from pyvmm.boards.isa_ports import check_debug_exit
+
+            check_debug_exit(config)
 
     def make_isa_devices(self) -> None:
         """COM1, ACPI's PM block, the reset register, fw_cfg, RTC, i8042, port 0x92, POST codes; and what is asked for.

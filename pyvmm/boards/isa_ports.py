@@ -1,0 +1,75 @@
+"""The ports at which the devices of both boards are, by what is asked for: known before any of them is made.
+
+An option that gives a port (isa-debug-exit's) is compared with them before anything is opened. That the boards put
+their devices there and nowhere else is tested.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyvmm.spec import Spec
+
+    Ports = tuple[int, int, str]  # the first, how many, whose
+
+DEBUG_EXIT_PORTS = 4
+
+LEGACY: tuple[Ports, ...] = (
+    (layout.PORT_PIC_MASTER, 2, "the PIC"),
+    (layout.PORT_PIT, 4, "the PIT"),
+    (layout.PORT_I8042_DATA, 1, "the keyboard controller"),
+    (layout.PORT_SPEAKER, 1, "the PIT"),
+    (layout.PORT_I8042_COMMAND, 1, "the keyboard controller"),
+    (layout.PORT_RTC, 2, "the RTC"),
+    (layout.PORT_POST, 1, "POST codes"),
+    (layout.PORT_FAST_A20, 1, "port 0x92"),
+    (layout.PORT_PIC_SLAVE, 2, "the PIC"),
+    (layout.PORT_COM1, 8, "COM1"),
+    (layout.PORT_PIC_ELCR, 2, "the PIC"),
+    (layout.PORT_FW_CFG, 2, "fw_cfg"),
+    (layout.PORT_FW_CFG_DMA, 8, "fw_cfg"),
+)
+MICROVM: tuple[Ports, ...] = (
+    (layout.PORT_PM, layout.PM_BYTES, "ACPI's PM block"),
+    (layout.PORT_RESET, 1, "the reset register"),
+)
+PC: tuple[Ports, ...] = (
+    (layout.PORT_PCI, 8, "PCI's configuration"),
+    (layout.PORT_APM, 2, "the chipset's APM"),
+    (layout.PORT_GPE0, 4, "the chipset's GPE block"),
+    *((command, 8, "an IDE channel") for command, _control, _irq in layout.IDE_CHANNELS),
+    *((control, 1, "an IDE channel") for _command, control, _irq in layout.IDE_CHANNELS),
+)
+VGA: tuple[Ports, ...] = ((layout.PORT_VGA_MONO, 12, "VGA"), (layout.PORT_VGA, 32, "VGA"))
+TESTDEV: tuple[Ports, ...] = ((layout.PORT_TESTDEV, 12, "pc-testdev"), (layout.PORT_TESTDEV_IRQ, 24, "pc-testdev"))
+DEBUG_CONSOLE: tuple[Ports, ...] = ((layout.PORT_DEBUG_CONSOLE, 1, "the debug console"),)
+
+
+def ports_in_use(spec: Spec) -> Iterator[Ports]:
+    """Those of the board's own devices, but for isa-debug-exit's."""
+    yield from LEGACY
+    yield from PC if spec.machine == "pc" else MICROVM
+    if spec.machine == "microvm" or spec.debugcon is not None:
+        yield from DEBUG_CONSOLE
+    if spec.vga == "text":
+        yield from VGA
+    if spec.testdev:
+        yield from TESTDEV
+
+
+def check_debug_exit(spec: Spec) -> None:
+    """ConfigError where isa-debug-exit is to be where another device is."""
+    port = spec.debug_exit
+    if port is None or port == layout.PORT_DEBUG_EXIT:
+        return
+    for first, count, name in ports_in_use(spec):
+        if first < port + DEBUG_EXIT_PORTS and port < first + count:
+            raise ConfigError(
+                f"debug_exit={port:#x}: of its {DEBUG_EXIT_PORTS} ports {name} has {max(first, port):#x}: give another"
+                " port, or None"
+            )
