@@ -28,20 +28,13 @@ The vocabulary:
                     GuestError and DeviceError with a dump: what ends a run
 
 docs/design.md has the layers, and tells the lives of an exit, of a block request and of a character on the console.
-To read the code, begin with an exit: cpu_exec, address_space, devices/serial; then how it came to that: builder.
+To read the code, begin with an exit: cpu_exec, address_space, region, devices/serial;
+then how it came to that: builder.
 """
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.address_space import (
-        AddressSpace,
-        BufferRegion,
-        EventRegion,
-        FifoRegion,
-        LatchRegion,
-        MemoryRegion,
-        SinkRegion,
-    )
+    from pyvmm.address_space import AddressSpace
     from pyvmm.block.options import DriveOptions
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock, Timer
@@ -54,6 +47,7 @@ if TYPE_CHECKING:
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.irq import IrqLine
     from pyvmm.machine import Machine
+    from pyvmm.region import BufferRegion, EventRegion, FifoRegion, LatchRegion, MemoryRegion, SinkRegion
     from pyvmm.run_control import ExitStatus
     from pyvmm.run_state import RunState
 
@@ -62,15 +56,7 @@ __version__ = "0.1.0"
 # Where each public name stands. They are imported when they are asked for, so that `pyvmm run` decides what is loaded
 # on its way to the first guest instruction, and `import pyvmm` in a tool costs nothing until it makes a machine.
 _MODULES = {
-    "address_space": (
-        "AddressSpace",
-        "BufferRegion",
-        "EventRegion",
-        "FifoRegion",
-        "LatchRegion",
-        "MemoryRegion",
-        "SinkRegion",
-    ),
+    "address_space": ("AddressSpace",),
     "block.options": ("DriveOptions",),
     "chardev": ("Chardev",),
     "clock": ("Clock", "Timer"),
@@ -83,6 +69,7 @@ _MODULES = {
     "guest_memory": ("GuestMemory",),
     "irq": ("IrqLine",),
     "machine": ("Machine",),
+    "region": ("BufferRegion", "EventRegion", "FifoRegion", "LatchRegion", "MemoryRegion", "SinkRegion"),
     "run_control": ("ExitStatus",),
     "run_state": ("RunState",),
 }

@@ -1,20 +1,7 @@
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 
-from pyvmm.bus cimport PyThreadState, flat_view_t, region_t
-
-
-cdef class MemoryRegion:
-    cdef region_t c
-    cdef readonly object device
-    cdef readonly str name
-    cdef readonly uint64_t size
-    cdef readonly AddressSpace space
-    cdef object _lock
-    cdef object _read
-    cdef object _write
-    cdef object _end
-    cdef object _buffer
-    cdef object _source
+from pyvmm.bus cimport BUS_OK, access_t, flat_view_t, goes_direct, region_t
+from pyvmm.region cimport MemoryRegion, region_access
 
 
 cdef class FlatView:
@@ -35,17 +22,22 @@ cdef class AddressSpace:
     cdef MemoryRegion _add(self, base, MemoryRegion region)
     cdef object _change
     cdef FlatView current(self)
+    cdef object _access(self, uint64_t addr, int size, uint64_t value, bint is_write)
     cdef int attach(self, ViewUser user) except -1
     cdef int detach(self, ViewUser user) except -1
 
 
-# Any access, GIL-free: splits it as the regions ask, all ones where nobody answers. BUS_OK or BUS_RAISED.
-cdef int bus_read(flat_view_t *view, uint64_t addr, int size, uint64_t *value, PyThreadState *ts) noexcept nogil
-cdef int bus_write(flat_view_t *view, uint64_t addr, int size, uint64_t value, PyThreadState *ts) noexcept nogil
+# An access that no region takes as it is: split as the regions ask, all ones where nobody answers.
+cdef int bus_access(flat_view_t *view, uint64_t addr, access_t *access) noexcept nogil
 
-# A handler raised: its exception gets a note that names it and the access.
-cdef void handler_raised(region_t *region, uint64_t offset, int size, bint is_write) noexcept with gil
 
-# String I/O at a FIFO window: the device's lock taken once, the data copied in one go.
-cdef int fifo_string(region_t *region, uint8_t *data, uint32_t count, int size, bint is_write,
-                     PyThreadState *ts) noexcept nogil
+cdef inline int space_access(flat_view_t *view, region_t *region, uint64_t addr, access_t *access) noexcept nogil:
+    """Any access of a space, by whoever finds it: ``region`` is what ``view`` has at ``addr``. BUS_OK or BUS_RAISED."""
+    if region != NULL:
+        access.offset = addr - region.base
+        if goes_direct(region, access.offset, access.size):
+            return region_access(region, access)
+    elif access.size == 1:
+        access.value = 0xff
+        return BUS_OK
+    return bus_access(view, addr, access)

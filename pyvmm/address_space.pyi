@@ -1,91 +1,9 @@
 from collections.abc import Callable
 
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import disjoint_base
 
 from pyvmm.device import Device
-
-@disjoint_base
-class MemoryRegion:
-    @property
-    def device(self) -> Device | None: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def space(self) -> AddressSpace | None: ...
-    def __init__(
-        self,
-        size: int,
-        device: Device | None = None,
-        *,
-        name: str | None = None,
-        read: Callable[[int, int], int] | None = None,
-        write: Callable[[int, int, int], object] | None = None,
-        valid_sizes: tuple[int, int] | None = None,
-        impl_sizes: tuple[int, int] | None = None,
-        unaligned: bool | None = None,
-    ) -> None: ...
-    def _handler(self, offset: int, size: int, is_write: bool) -> str: ...
-    @property
-    def base(self) -> int | None: ...
-    @property
-    def count(self) -> int: ...
-
-class RegisterRegion(MemoryRegion):
-    def __init__(
-        self,
-        size: int,
-        device: Device,
-        *,
-        name: str | None = None,
-        read: Callable[[int, int], int] | None = None,
-        write: Callable[[int, int, int], object] | None = None,
-        capacity: int = 1024,
-    ) -> None: ...
-    def latch(self, offset: int, value: int) -> None: ...
-    def unlatch(self, offset: int) -> None: ...
-    def gather(self, offset: int) -> None: ...
-    def release(self) -> None: ...
-    def take(self) -> bytes: ...
-    @property
-    def gathering(self) -> bool: ...
-
-class LatchRegion(MemoryRegion):
-    def __init__(self, size: int, value: int = 0, *, writable: bool = True, name: str = "latch") -> None: ...
-    @property
-    def value(self) -> int: ...
-
-class SinkRegion(MemoryRegion):
-    def __init__(
-        self,
-        size: int,
-        callback: Callable[[bytes], object],
-        *,
-        read_value: int = 0xFFFFFFFF,
-        capacity: int = 4096,
-        name: str = "sink",
-    ) -> None: ...
-    def flush(self) -> None: ...
-
-class BufferRegion(MemoryRegion):
-    def __init__(self, buffer: Buffer, *, name: str = "buffer") -> None: ...
-
-class EventRegion(MemoryRegion):
-    def __init__(self, size: int, fd: int, *, name: str = "event") -> None: ...
-
-@disjoint_base
-class FifoRegion(MemoryRegion):
-    def __init__(
-        self, size: int, device: Device, on_end: Callable[[], object], *, wide: bool = False, name: str = "fifo"
-    ) -> None: ...
-    def open_read(self, buffer: Buffer, start: int = 0, size: int | None = None) -> None: ...
-    def open_write(self, buffer: Buffer, start: int = 0, size: int | None = None) -> None: ...
-    def close(self) -> None: ...
-    @property
-    def position(self) -> int: ...
-    @property
-    def writing(self) -> bool: ...
+from pyvmm.region import MemoryRegion
 
 @disjoint_base
 class FlatView:

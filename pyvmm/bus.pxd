@@ -1,6 +1,6 @@
-# The hot half of an address space: C structures and inline functions shared by address_space.pyx (host-side accesses)
-# and cpu_exec.pyx (vCPU exits). Inline, because after an exit caches and TLB are cold: a call into another shared
-# object costs more in misses than the lookup itself.
+# The hot half of an address space: C structures and inline functions shared by region.pyx, address_space.pyx (host-side
+# accesses) and cpu_exec.pyx (vCPU exits). Inline, because after an exit caches and TLB are cold: a call into another
+# shared object costs more in misses than the lookup itself.
 #
 # Everything here is C and runs without the GIL; where a Python device must be called, the thread state handed in
 # is restored around that one call (or, where it is NULL, the caller holds the GIL already).
@@ -52,7 +52,6 @@ cdef enum shortcut_kind:
 cdef enum bus_result:
     BUS_OK = 0
     BUS_RAISED = -1     # a handler raised: the Python error indicator of this thread is set
-    BUS_UNMAPPED = -2   # the region went away between lookup and call: look again
 
 
 cdef struct region_t:
@@ -86,6 +85,14 @@ cdef struct region_t:
     uint8_t gathered_at
 
 
+cdef struct access_t:
+    uint64_t offset         # in the region that answers
+    uint64_t value          # what is written, or the answer
+    int size
+    bint is_write
+    PyThreadState *ts       # of a vCPU's thread, which is outside the GIL; NULL where the caller holds the GIL
+
+
 cdef struct flat_view_t:
     int count
     uint64_t *bases         # ascending
@@ -114,6 +121,31 @@ cdef inline uint64_t ones(int size) noexcept nogil:
     return <uint64_t>-1 if size >= 8 else (<uint64_t>1 << (8 * size)) - 1
 
 
+cdef inline uint64_t load(const uint8_t *data, int size) noexcept nogil:
+    """``size`` bytes, little endian. The sizes that guests use are an instruction each, and no call."""
+    cdef uint64_t value = 0
+    if size == 4:
+        memcpy(&value, data, 4)
+    elif size == 1:
+        value = data[0]
+    elif size == 2:
+        memcpy(&value, data, 2)
+    else:
+        memcpy(&value, data, size)
+    return value
+
+
+cdef inline void store(uint8_t *data, int size, uint64_t value) noexcept nogil:
+    if size == 4:
+        memcpy(data, &value, 4)
+    elif size == 1:
+        data[0] = <uint8_t>value
+    elif size == 2:
+        memcpy(data, &value, 2)
+    else:
+        memcpy(data, &value, size)
+
+
 cdef inline bint goes_direct(region_t *region, uint64_t offset, int size) noexcept nogil:
     """True where the handler takes this very access: no splitting, no widening, wholly inside."""
     return (region.direct_sizes >> size) & 1 and (region.unaligned or not offset & (size - 1)) \
@@ -131,101 +163,22 @@ cdef inline void take_lock(region_t *region, PyThreadState *ts) noexcept nogil:
         PyEval_RestoreThread(own)
 
 
-cdef inline bint shortcut(region_t *region, uint64_t offset, int size, uint64_t *value, bint is_write,
-                         PyThreadState *ts) noexcept nogil:
+cdef inline bint shortcut(region_t *region, access_t *access) noexcept nogil:
     """Whether a Python device's region has answered by itself. A line's end, and what no longer fits, it leaves to Python."""
     cdef bint served = False
-    if size != 1:
+    if access.size != 1:
         return False
-    take_lock(region, ts)
+    take_lock(region, access.ts)
     if region.mapped:
-        if not is_write:
-            if offset < 8 and (region.latched >> offset) & 1:
-                value[0] = (region.value >> (8 * offset)) & 0xff
+        if not access.is_write:
+            if access.offset < 8 and (region.latched >> access.offset) & 1:
+                access.value = (region.value >> (8 * access.offset)) & 0xff
                 served = True
-        elif region.shortcuts & SHORTCUT_GATHER and offset == region.gathered_at and <uint8_t>value[0] != 10 \
-                and region.position < region.memory_size:
-            region.memory[region.position] = <uint8_t>value[0]
+        elif region.shortcuts & SHORTCUT_GATHER and access.offset == region.gathered_at \
+                and <uint8_t>access.value != 10 and region.position < region.memory_size:
+            region.memory[region.position] = <uint8_t>access.value
             region.position += 1
             served = True
     region.count += served
     pthread_mutex_unlock(region.lock)
     return served
-
-
-cdef inline int python_read(region_t *region, uint64_t offset, int size, uint64_t *value,
-                            PyThreadState *ts) noexcept nogil:
-    """region.read_func([device,] offset, size) under the device's lock and, ts not NULL, with the GIL taken for it."""
-    cdef PyObject *args[4]
-    cdef PyObject *result
-    cdef int rc = BUS_OK
-    prefetch(region.device)
-    prefetch(region.read_func)
-    take_lock(region, ts)
-    # The offset is of the view this vCPU has: the region may have gone since, or gone elsewhere.
-    if not region.mapped or offset > region.last - region.base:
-        pthread_mutex_unlock(region.lock)
-        return BUS_UNMAPPED
-    if ts != NULL:
-        PyEval_RestoreThread(ts)
-    args[0] = NULL
-    args[1] = region.device
-    args[2] = PyLong_FromUnsignedLongLong(offset)
-    args[3] = PyLong_FromUnsignedLongLong(size)
-    if region.device != NULL:
-        result = PyObject_Vectorcall(region.read_func, &args[1], 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-    else:
-        result = PyObject_Vectorcall(region.read_func, &args[2], 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-    Py_DECREF(args[2])
-    Py_DECREF(args[3])
-    if result != NULL:
-        value[0] = PyLong_AsUnsignedLongLongMask(result)
-        # The mask conversion reports an error (a read that returned a string, say) as all ones and the indicator.
-        if value[0] == <uint64_t>-1 and PyErr_Occurred() != NULL:
-            rc = BUS_RAISED
-            if result == Py_None:
-                PyErr_SetString(PyExc_TypeError, "it returned None and not a number: is a return missing?")
-        Py_DECREF(result)
-    else:
-        rc = BUS_RAISED
-    if ts != NULL:
-        PyEval_SaveThread()
-    pthread_mutex_unlock(region.lock)
-    return rc
-
-
-cdef inline int python_write(region_t *region, uint64_t offset, int size, uint64_t value,
-                             PyThreadState *ts) noexcept nogil:
-    """region.write_func([device,] offset, size, value), as python_read."""
-    cdef PyObject *args[5]
-    cdef PyObject *result
-    cdef int rc = BUS_OK
-    prefetch(region.device)
-    prefetch(region.write_func)
-    take_lock(region, ts)
-    # The offset is of the view this vCPU has: the region may have gone since, or gone elsewhere.
-    if not region.mapped or offset > region.last - region.base:
-        pthread_mutex_unlock(region.lock)
-        return BUS_UNMAPPED
-    if ts != NULL:
-        PyEval_RestoreThread(ts)
-    args[0] = NULL
-    args[1] = region.device
-    args[2] = PyLong_FromUnsignedLongLong(offset)
-    args[3] = PyLong_FromUnsignedLongLong(size)
-    args[4] = PyLong_FromUnsignedLongLong(value)
-    if region.device != NULL:
-        result = PyObject_Vectorcall(region.write_func, &args[1], 4 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-    else:
-        result = PyObject_Vectorcall(region.write_func, &args[2], 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
-    Py_DECREF(args[2])
-    Py_DECREF(args[3])
-    Py_DECREF(args[4])
-    if result != NULL:
-        Py_DECREF(result)
-    else:
-        rc = BUS_RAISED
-    if ts != NULL:
-        PyEval_SaveThread()
-    pthread_mutex_unlock(region.lock)
-    return rc

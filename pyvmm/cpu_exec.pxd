@@ -1,13 +1,26 @@
+cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser
-from pyvmm.bus cimport PyThreadState, flat_view_t, region_t
+from pyvmm.bus cimport PyThreadState, access_t, flat_view_t, region_t
 from pyvmm.device cimport DeviceLock
 from pyvmm.exit_stats cimport ExitStats, exit_stat_t
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.vcpu cimport Vcpu
 
 
+# Why the loop came back to Python. Three things, three names: KVM's exit reason stands in kvm_run.exit_reason and is
+# looked at there; how a run ended is a StopReason.
+cdef enum loop_code:
+    LOOP_GO_ON          # nothing to do: back into the guest
+    LOOP_EXIT           # an exit that is answered with the GIL, or ends the run
+    LOOP_INJECT         # the guest can take the interrupt that waits (irqchip off)
+    LOOP_KICKED
+    LOOP_DEVICE_RAISED  # the error indicator is set
+    LOOP_RUN_FAILED     # KVM_RUN's errno is in error_number
+
+
+@cython.final
 cdef class CpuExec(ViewUser):
     # What every exit touches comes first and together.
     cdef uapi.kvm_run *kvm_run
@@ -43,20 +56,23 @@ cdef class CpuExec(ViewUser):
     cdef int tid
 
     cpdef _poke(self)
-    cdef int _loop(self) noexcept nogil
-    cdef int _dispatch(self) noexcept nogil
-    cdef int _exit_io(self) noexcept nogil
-    cdef int _exit_mmio(self) noexcept nogil
-    cdef int _drain_ring(self) noexcept nogil
-    cdef int _port_access(self, uint32_t port, int size, uint64_t *value, bint is_write) noexcept nogil
-    cdef int _run_error(self, int number) noexcept nogil
+    cdef loop_code _loop(self) noexcept nogil
+    cdef loop_code _dispatch(self) noexcept nogil
+    cdef loop_code _exit_io(self) noexcept nogil
+    cdef loop_code _exit_mmio(self) noexcept nogil
+    cdef loop_code _drain_ring(self) noexcept nogil
+    cdef int _port_access(self, uint32_t port, access_t *access) noexcept nogil
+    cdef int _memory_access(self, uint64_t addr, access_t *access) noexcept nogil
+    cdef loop_code _run_error(self, int number) noexcept nogil
     cdef int _take_views(self) except -1
     cdef void _account(self) noexcept nogil
-    cdef int _handle(self, int code) except -2
-    cdef int _exit_hlt(self) except -2
-    cdef int _exit_inject(self) except -2
-    cdef int _exit_hypercall(self) except -2
-    cdef int _exit_rdmsr(self) except -2
-    cdef int _exit_wrmsr(self) except -2
-    cdef int _exit_ioapic_eoi(self) except -2
-    cdef int _stopped(self, int code) except -2
+    cdef object _handle(self, loop_code code)
+    cdef object _exit(self, uint32_t reason)
+    cdef object _inject(self)
+    cdef object _sleep(self)
+    cdef object _exit_hlt(self)
+    cdef object _exit_hypercall(self)
+    cdef object _exit_rdmsr(self)
+    cdef object _exit_wrmsr(self)
+    cdef object _exit_ioapic_eoi(self)
+    cdef dict _detail(self, uint32_t reason)

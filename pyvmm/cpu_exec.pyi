@@ -1,15 +1,16 @@
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import Buffer
 
 from pyvmm.address_space import AddressSpace, ViewUser
 from pyvmm.device import DeviceLock
 from pyvmm.exit_stats import ExitStats
 from pyvmm.kvm.vcpu import Vcpu
 
-class StopReason(int):
+class StopReason:
     name: str
+    def __init__(self, name: str) -> None: ...
     KICKED: ClassVar[StopReason]
     SHUTDOWN: ClassVar[StopReason]
     SYSTEM_EVENT: ClassVar[StopReason]
@@ -23,9 +24,7 @@ class StopReason(int):
     RUN_FAILED: ClassVar[StopReason]
     DEVICE_RAISED: ClassVar[StopReason]
 
-STOP_REASONS: list[StopReason]
-
-@disjoint_base
+@final
 class CpuExec(ViewUser):
     @property
     def stats(self) -> ExitStats: ...

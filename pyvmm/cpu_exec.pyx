@@ -10,23 +10,23 @@ nothing. KVM completes a pending PIO or MMIO access at the start of the next KVM
 immediate_exit; the loop leaves at EINTR only, so an access is always complete when it does.
 """
 
+cimport cython
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EFAULT, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 from posix.unistd cimport close, getpid, read
 
-from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, bus_read, bus_write, fifo_string, handler_raised
+from pyvmm.address_space cimport AddressSpace, FlatView, ViewUser, space_access
 from pyvmm.atomic cimport (ATOMIC_ACQUIRE, ATOMIC_RELEASE, ATOMIC_SEQ_CST, atomic_exchange, atomic_fence, atomic_load,
                            atomic_load_u32, atomic_store, atomic_store_u32, atomic_store_u8)
-from pyvmm.bus cimport (BUS_OK, BUS_RAISED, BUS_UNMAPPED, REGION_FIFO, REGION_PYTHON, PyEval_RestoreThread,
-                        PyEval_SaveThread, flat_view_find, flat_view_t, goes_direct, ones, python_read, python_write,
-                        region_t, shortcut, write)
+from pyvmm.bus cimport (BUS_OK, REGION_FIFO, PyEval_RestoreThread, PyEval_SaveThread, access_t, flat_view_find,
+                        flat_view_t, goes_direct, load, ones, region_t, store, write)
 from pyvmm.device cimport DeviceLock, pthread_mutex_lock, pthread_mutex_unlock
 from pyvmm.exit_stats cimport (DIRECTION_IN, DIRECTION_NONE, DIRECTION_OUT, ExitStats, exit_key, exit_stat_add, rdtsc)
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport ioctl
 from pyvmm.kvm.vcpu cimport Vcpu
+from pyvmm.region cimport fifo_string
 
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.kvm.exits import SUBERRORS, SYSTEM_EVENTS, exit_name
@@ -109,18 +109,9 @@ cdef int kick_signal = 0
 cdef enum:
     PAGE_BYTES = 4096
 
-# What _loop returns: a KVM exit reason that _handle answers with the GIL, or one of these.
-cdef enum loop_code:
-    LOOP_KICKED = 1000
-    LOOP_DEVICE_RAISED
-    LOOP_RUN_FAILED
-    LOOP_INJECT
-    LOOP_STRANGE        # an exit reason so high that it could pass for one of these
-    LOOP_GO_ON = -1
 
-
-class StopReason(int):
-    """Why ``CpuExec.run`` came back; ``detail`` has the rest. One object each: compare with ``is`` or by number.
+class StopReason:
+    """Why ``CpuExec.run`` came back; ``detail`` has the rest. One object each: compare with ``is``.
 
     KICKED          somebody asked: kick()
     SHUTDOWN        KVM_EXIT_SHUTDOWN: triple fault
@@ -136,19 +127,35 @@ class StopReason(int):
     DEVICE_RAISED   a device's handler raised; run() raises that exception instead of returning
     """
 
+    __slots__ = ("name",)
+
+    def __init__(self, name):
+        self.name = name
+
     def __repr__(self):
         return f"<StopReason {self.name}>"
 
 
 # Not an enum: importing that takes a tenth of the time from the shell to the first guest instruction.
-STOP_REASONS = [StopReason(n) for n in range(12)]
-for _reason, _name in zip(STOP_REASONS, ("KICKED", "SHUTDOWN", "SYSTEM_EVENT", "DEBUG", "INTERNAL_ERROR", "FAIL_ENTRY",
-                                         "UNKNOWN", "EXCEPTION", "MEMORY_FAULT", "UNHANDLED", "RUN_FAILED",
-                                         "DEVICE_RAISED"), strict=True):
-    _reason.name = _name
-    setattr(StopReason, _name, _reason)
+for _name in ("KICKED", "SHUTDOWN", "SYSTEM_EVENT", "DEBUG", "INTERNAL_ERROR", "FAIL_ENTRY", "UNKNOWN", "EXCEPTION",
+              "MEMORY_FAULT", "UNHANDLED", "RUN_FAILED", "DEVICE_RAISED"):
+    setattr(StopReason, _name, StopReason(_name))
+
+# The exits that end a run, by KVM's reason; any other that has no answer is UNHANDLED.
+cdef dict STOPS = {
+    uapi.KVM_EXIT_SHUTDOWN: StopReason.SHUTDOWN,
+    uapi.KVM_EXIT_SYSTEM_EVENT: StopReason.SYSTEM_EVENT,
+    uapi.KVM_EXIT_DEBUG: StopReason.DEBUG,
+    uapi.KVM_EXIT_INTERNAL_ERROR: StopReason.INTERNAL_ERROR,
+    uapi.KVM_EXIT_FAIL_ENTRY: StopReason.FAIL_ENTRY,
+    uapi.KVM_EXIT_UNKNOWN: StopReason.UNKNOWN,
+    uapi.KVM_EXIT_EXCEPTION: StopReason.EXCEPTION,
+    uapi.KVM_EXIT_MEMORY_FAULT: StopReason.MEMORY_FAULT,
+}
 
 
+# Final: so its methods call each other directly, and the compiler may put them together.
+@cython.final
 cdef class CpuExec(ViewUser):
     """The loop of one vCPU: CpuExec(vcpu, pio, mmio), then ``run()`` on the thread that is to be the vCPU.
 
@@ -269,7 +276,7 @@ cdef class CpuExec(ViewUser):
 
     def run(self):
         """Run the guest until something stops it: the StopReason. What a device raised is raised here."""
-        cdef int code
+        cdef loop_code code
         if self.fd < 0:
             raise StateError("there is no vCPU behind this loop")
         install_kick()
@@ -278,21 +285,21 @@ cdef class CpuExec(ViewUser):
         try:
             while True:
                 if self.halted:
-                    code = self._exit_hlt()
+                    stopped = self._sleep()
                 else:
                     self.ts = PyEval_SaveThread()
                     code = self._loop()
                     PyEval_RestoreThread(self.ts)
-                    code = self._handle(code)
-                if code != LOOP_GO_ON:
-                    return STOP_REASONS[code]
+                    stopped = self._handle(code)
+                if stopped is not None:
+                    return stopped
         finally:
             self._account()
             atomic_store(&self.tid, 0, ATOMIC_SEQ_CST)
 
     def handle_exit(self):
         """Answer the one exit that stands in kvm_run: the StopReason, or None where the guest would go on."""
-        cdef int code
+        cdef loop_code code
         self.ts = PyEval_SaveThread()
         self.left_kvm = rdtsc()
         self.stat = NULL
@@ -305,10 +312,9 @@ cdef class CpuExec(ViewUser):
             code = self._dispatch()
         PyEval_RestoreThread(self.ts)
         try:
-            code = self._handle(code)
+            return self._handle(code)
         finally:
             self._account()
-        return None if code == LOOP_GO_ON else STOP_REASONS[code]
 
     def complete(self):
         """Finish an access the guest has under way, run nothing more: after this the registers are whole.
@@ -326,8 +332,9 @@ cdef class CpuExec(ViewUser):
 
     # -- the loop, without the GIL -----------------------------------------------------------------------------------
 
-    cdef int _loop(self) noexcept nogil:
-        cdef int rc, code, number
+    cdef loop_code _loop(self) noexcept nogil:
+        cdef loop_code code
+        cdef int rc, number
         while True:
             if self.user_irqchip:
                 if atomic_load(&self.intr, ATOMIC_ACQUIRE):
@@ -354,9 +361,9 @@ cdef class CpuExec(ViewUser):
             if code != LOOP_GO_ON:
                 return code
 
-    cdef int _run_error(self, int number) noexcept nogil:
+    cdef loop_code _run_error(self, int number) noexcept nogil:
         """KVM_RUN returned -1: a kick or another signal, an AP that is not running yet, or a real error."""
-        cdef int code = LOOP_GO_ON
+        cdef loop_code code = LOOP_GO_ON
         self.stat = NULL
         if number == EINTR or number == EAGAIN:
             self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_INTR, DIRECTION_NONE, 0))
@@ -369,11 +376,11 @@ cdef class CpuExec(ViewUser):
             return LOOP_KICKED if atomic_load(&self.exit_request, ATOMIC_SEQ_CST) else LOOP_GO_ON
         self.error_number = number
         if (number == EFAULT or number == EHWPOISON) and self.kvm_run.exit_reason == uapi.KVM_EXIT_MEMORY_FAULT:
-            return uapi.KVM_EXIT_MEMORY_FAULT
+            return LOOP_EXIT
         return LOOP_RUN_FAILED
 
-    cdef int _dispatch(self) noexcept nogil:
-        """The exit that stands in kvm_run: answered here (LOOP_GO_ON), or the code that _handle takes."""
+    cdef loop_code _dispatch(self) noexcept nogil:
+        """The exit that stands in kvm_run: answered here, or left to _handle."""
         cdef uint32_t reason = self.kvm_run.exit_reason
         if reason == uapi.KVM_EXIT_IO:
             return self._exit_io()
@@ -385,35 +392,21 @@ cdef class CpuExec(ViewUser):
             return LOOP_GO_ON
         if reason == uapi.KVM_EXIT_SET_TPR or reason == uapi.KVM_EXIT_TPR_ACCESS:
             # The new priority is in kvm_run.cr8, and KVM keeps it; accesses are reported for patching, which we don't do.
-            return LOOP_GO_ON if self.on_tpr is None else uapi.KVM_EXIT_SET_TPR
-        return <int>reason if reason < LOOP_KICKED else LOOP_STRANGE
+            return LOOP_GO_ON if self.on_tpr is None else LOOP_EXIT
+        return LOOP_EXIT
 
-    cdef int _port_access(self, uint32_t port, int size, uint64_t *value, bint is_write) noexcept nogil:
-        """One unit of a PIO exit."""
+    cdef int _port_access(self, uint32_t port, access_t *access) noexcept nogil:
         cdef region_t *region = self.recent_port
-        cdef int rc
         if region == NULL or port - region.base > region.last - region.base:
             region = flat_view_find(self.pio_regions, port)
             if region != NULL:
                 self.recent_port = region
-        if region != NULL and region.kind == REGION_PYTHON and goes_direct(region, port - region.base, size):
-            if region.shortcuts and shortcut(region, port - region.base, size, value, is_write, self.ts):
-                return BUS_OK
-            if is_write:
-                rc = python_write(region, port - region.base, size, value[0], self.ts)
-            else:
-                rc = python_read(region, port - region.base, size, value, self.ts)
-            if rc == BUS_RAISED:
-                handler_raised(region, port - region.base, size, is_write)
-            if rc != BUS_UNMAPPED:
-                return rc
-            value[0] = ones(size)
-            return BUS_OK
-        if is_write:
-            return bus_write(self.pio_regions, port, size, value[0], self.ts)
-        return bus_read(self.pio_regions, port, size, value, self.ts)
+        return space_access(self.pio_regions, region, port, access)
 
-    cdef int _exit_io(self) noexcept nogil:
+    cdef int _memory_access(self, uint64_t addr, access_t *access) noexcept nogil:
+        return space_access(self.mmio_regions, flat_view_find(self.mmio_regions, addr), addr, access)
+
+    cdef loop_code _exit_io(self) noexcept nogil:
         """KVM_EXIT_IO: ``count`` units of ``size`` bytes at one port; for string I/O the data moves, the port stays."""
         cdef uapi.kvm_run *run = self.kvm_run
         cdef uint8_t *data = <uint8_t *>run + run.io.data_offset
@@ -421,61 +414,62 @@ cdef class CpuExec(ViewUser):
         cdef int size = run.io.size
         cdef bint is_write = run.io.direction == uapi.KVM_EXIT_IO_OUT
         cdef region_t *region
-        cdef uint64_t value
+        cdef access_t access
+        access.size = size
+        access.is_write = is_write
+        access.ts = self.ts
         self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_IO, DIRECTION_OUT if is_write else DIRECTION_IN, port))
         if left > 1:
             region = flat_view_find(self.pio_regions, port)
             if region != NULL and region.kind == REGION_FIFO and goes_direct(region, port - region.base, size):
-                return LOOP_GO_ON if fifo_string(region, data, left, size, is_write, self.ts) == BUS_OK \
-                    else LOOP_DEVICE_RAISED
+                access.offset = port - region.base
+                return LOOP_GO_ON if fifo_string(region, data, left, &access) == BUS_OK else LOOP_DEVICE_RAISED
         while left:
-            if is_write:
-                value = 0
-                memcpy(&value, data, size)
-            else:
-                value = ones(size)
-            if self._port_access(port, size, &value, is_write) != BUS_OK:
+            access.value = load(data, size) if is_write else ones(size)
+            if self._port_access(port, &access) != BUS_OK:
                 return LOOP_DEVICE_RAISED
             if not is_write:
-                memcpy(data, &value, size)
+                store(data, size, access.value)
             data += size
             left -= 1
         return LOOP_GO_ON
 
-    cdef int _exit_mmio(self) noexcept nogil:
+    cdef loop_code _exit_mmio(self) noexcept nogil:
         """KVM_EXIT_MMIO: up to 8 bytes at a guest-physical address that is no RAM."""
         cdef uapi.kvm_run *run = self.kvm_run
-        cdef uint64_t addr = run.mmio.phys_addr, value = <uint64_t>-1
-        cdef int size = <int>run.mmio.len, rc
-        cdef bint is_write = run.mmio.is_write
-        self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_MMIO, DIRECTION_OUT if is_write else DIRECTION_IN, addr >> 12))
-        if is_write:
-            value = 0
-            memcpy(&value, run.mmio.data, size)
-            rc = bus_write(self.mmio_regions, addr, size, value, self.ts)
-        else:
-            rc = bus_read(self.mmio_regions, addr, size, &value, self.ts)
-            memcpy(run.mmio.data, &value, size)
+        cdef uint64_t addr = run.mmio.phys_addr
+        cdef access_t access
+        cdef int rc
+        access.size = <int>run.mmio.len
+        access.is_write = run.mmio.is_write
+        access.ts = self.ts
+        self.stat = self.stats.slot(exit_key(uapi.KVM_EXIT_MMIO, DIRECTION_OUT if access.is_write else DIRECTION_IN,
+                                             addr >> 12))
+        access.value = load(run.mmio.data, access.size) if access.is_write else <uint64_t>-1
+        rc = self._memory_access(addr, &access)
+        if not access.is_write:
+            store(run.mmio.data, access.size, access.value)
         return LOOP_GO_ON if rc == BUS_OK else LOOP_DEVICE_RAISED
 
-    cdef int _drain_ring(self) noexcept nogil:
+    cdef loop_code _drain_ring(self) noexcept nogil:
         """Writes that KVM gathered are older than this exit: they go first. One vCPU drains at a time."""
         cdef uapi.kvm_coalesced_mmio *entry
-        cdef uint64_t value
-        cdef uint32_t first, size
+        cdef access_t access
+        cdef uint32_t first
         cdef int rc = BUS_OK
+        access.is_write = True
+        access.ts = self.ts
         pthread_mutex_lock(&self._ring_lock.mutex)
         # Pairs with the kernel's barrier before it moves ``last``.
         while rc == BUS_OK and self.ring.first != atomic_load_u32(&self.ring.last, ATOMIC_ACQUIRE):
             first = self.ring.first
             entry = <uapi.kvm_coalesced_mmio *>(<char *>self.ring + sizeof(uapi.kvm_coalesced_mmio_ring)) + first
-            size = entry.len
-            value = 0
-            memcpy(&value, entry.data, size if size < 8 else 8)
+            access.size = entry.len
+            access.value = load(entry.data, access.size if access.size < 8 else 8)
             if entry.pio:
-                rc = self._port_access(<uint32_t>entry.phys_addr, size, &value, True)
+                rc = self._port_access(<uint32_t>entry.phys_addr, &access)
             else:
-                rc = bus_write(self.mmio_regions, entry.phys_addr, size, value, self.ts)
+                rc = self._memory_access(entry.phys_addr, &access)
             atomic_store_u32(&self.ring.first, first + 1 if first + 1 < uapi.COALESCED_ENTRIES else 0, ATOMIC_RELEASE)
         pthread_mutex_unlock(&self._ring_lock.mutex)
         return LOOP_GO_ON if rc == BUS_OK else LOOP_DEVICE_RAISED
@@ -498,47 +492,58 @@ cdef class CpuExec(ViewUser):
             exit_stat_add(self.stat, rdtsc() - self.left_kvm)
             self.stat = NULL
 
-    cdef int _handle(self, int code) except -2:
-        """What _loop left: LOOP_GO_ON to go back into it, or the StopReason."""
+    cdef object _handle(self, loop_code code):
+        """What _loop left: None to go back into it, or the StopReason."""
         if code == LOOP_GO_ON:
-            return LOOP_GO_ON
-        if code == LOOP_KICKED:
-            atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
-            return StopReason.KICKED
-        if code == LOOP_DEVICE_RAISED:
-            return raise_pending()
+            return None
+        if code == LOOP_EXIT:
+            return self._exit(self.kvm_run.exit_reason)
         if code == LOOP_INJECT:
-            return self._exit_inject()
-        if code == uapi.KVM_EXIT_SET_TPR:
-            self.on_tpr()
-            return LOOP_GO_ON
-        if code == uapi.KVM_EXIT_HLT:
-            if self.on_tpr is not None:
-                # A priority that was raised came without an exit: what it holds back must not end the sleep.
-                self.on_tpr()
-            self.halted = self.user_irqchip
-            return LOOP_GO_ON
-        if code == uapi.KVM_EXIT_HYPERCALL:
-            return self._exit_hypercall()
-        if code == uapi.KVM_EXIT_X86_RDMSR:
-            return self._exit_rdmsr()
-        if code == uapi.KVM_EXIT_X86_WRMSR:
-            return self._exit_wrmsr()
-        if code == uapi.KVM_EXIT_IOAPIC_EOI:
-            return self._exit_ioapic_eoi()
-        return self._stopped(code)
+            return self._inject()
+        if code == LOOP_DEVICE_RAISED:
+            raise_pending()
+        if code == LOOP_RUN_FAILED:
+            self.detail = {"exit": "KVM_RUN failed", "errno": self.error_number}
+            return StopReason.RUN_FAILED
+        atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
+        return StopReason.KICKED
 
-    cdef int _exit_inject(self) except -2:
+    cdef object _exit(self, uint32_t reason):
+        """The exit that stands in kvm_run: None where the guest goes on, or the StopReason."""
+        if reason == uapi.KVM_EXIT_SET_TPR or reason == uapi.KVM_EXIT_TPR_ACCESS:
+            self.on_tpr()
+        elif reason == uapi.KVM_EXIT_HLT:
+            self._exit_hlt()
+        elif reason == uapi.KVM_EXIT_HYPERCALL:
+            self._exit_hypercall()
+        elif reason == uapi.KVM_EXIT_X86_RDMSR:
+            self._exit_rdmsr()
+        elif reason == uapi.KVM_EXIT_X86_WRMSR:
+            self._exit_wrmsr()
+        elif reason == uapi.KVM_EXIT_IOAPIC_EOI:
+            self._exit_ioapic_eoi()
+        else:
+            self.detail = self._detail(reason)
+            return STOPS.get(reason, StopReason.UNHANDLED)
+        return None
+
+    cdef object _inject(self):
         """The user-space PIC has an interrupt and the guest can take one: acknowledge it and hand the vector to KVM."""
         vector = self.acknowledge()
         if vector is not None and vector >= 0:
             self.vcpu.interrupt(vector)
             # KVM holds one: a second before the next entry would take its place. For that the window is asked for.
             self.kvm_run.ready_for_interrupt_injection = 0
-        return LOOP_GO_ON
 
-    cdef int _exit_hlt(self) except -2:
-        """KVM_EXIT_HLT (irqchip off): sleep until the PIC has an interrupt this vCPU takes, or until a kick."""
+    cdef object _exit_hlt(self):
+        """KVM_EXIT_HLT (irqchip off): ``run`` sleeps before it enters the guest again."""
+        if self.on_tpr is not None:
+            # A priority that was raised came without an exit: an interrupt that it holds back must not end the sleep.
+            self.on_tpr()
+        self.halted = self.user_irqchip
+
+    cdef object _sleep(self):
+        """Until the PIC has an interrupt that this vCPU takes: None; or until a kick: KICKED."""
         cdef pollfd waiter
         cdef uint64_t count
         waiter.fd = self.wake_fd
@@ -553,87 +558,68 @@ cdef class CpuExec(ViewUser):
                 return StopReason.KICKED
             if atomic_load(&self.intr, ATOMIC_SEQ_CST) and self.kvm_run.if_flag:
                 self.halted = False
-                return LOOP_GO_ON
+                return None
             with nogil:
                 wait_on(&waiter, 1, -1)
 
-    cdef int _exit_hypercall(self) except -2:
+    cdef object _exit_hypercall(self):
         """KVM_EXIT_HYPERCALL: ``on_hypercall(nr, args)`` answers; with none it is -ENOSYS, as KVM's own default."""
         args = [self.kvm_run.hypercall.args[i] for i in range(6)]
         result = -1000 if self.on_hypercall is None else self.on_hypercall(self.kvm_run.hypercall.nr, args)
         self.kvm_run.hypercall.ret = result & 0xFFFF_FFFF_FFFF_FFFF
-        return LOOP_GO_ON
 
-    cdef int _exit_rdmsr(self) except -2:
+    cdef object _exit_rdmsr(self):
         """KVM_EXIT_X86_RDMSR: ``msr_handler.read(index)`` gives the value, or None for a #GP in the guest."""
         value = None if self.msr_handler is None else self.msr_handler.read(self.kvm_run.msr.index)
         self.kvm_run.msr.error = value is None
         self.kvm_run.msr.data = 0 if value is None else value & 0xFFFF_FFFF_FFFF_FFFF
-        return LOOP_GO_ON
 
-    cdef int _exit_wrmsr(self) except -2:
+    cdef object _exit_wrmsr(self):
         """KVM_EXIT_X86_WRMSR: ``msr_handler.write(index, value)`` takes it, or returns False for a #GP in the guest."""
         taken = self.msr_handler is not None and self.msr_handler.write(self.kvm_run.msr.index, self.kvm_run.msr.data)
         self.kvm_run.msr.error = not taken
-        return LOOP_GO_ON
 
-    cdef int _exit_ioapic_eoi(self) except -2:
+    cdef object _exit_ioapic_eoi(self):
         """KVM_EXIT_IOAPIC_EOI (split irqchip): tell the user-space IOAPIC, where there is one."""
         if self.on_eoi is not None:
             self.on_eoi(self.kvm_run.eoi.vector)
-        return LOOP_GO_ON
 
-    cdef int _stopped(self, int code) except -2:
-        """An exit that ends the run: its fields into ``detail``, its StopReason."""
+    cdef dict _detail(self, uint32_t reason):
+        """What kvm_run says of an exit that ends the run."""
         cdef uapi.kvm_run *run = self.kvm_run
         cdef uapi.pyvmm_memory_fault *fault
-        reason = StopReason.UNHANDLED
-        number = run.exit_reason if code == LOOP_STRANGE else code
-        detail = {"exit": exit_name(number), "exit_reason": number}
-        if code == uapi.KVM_EXIT_SHUTDOWN:
-            reason = StopReason.SHUTDOWN
-        elif code == uapi.KVM_EXIT_SYSTEM_EVENT:
-            reason = StopReason.SYSTEM_EVENT
+        detail = {"exit": exit_name(reason), "exit_reason": reason}
+        if reason == uapi.KVM_EXIT_SYSTEM_EVENT:
             detail["type"] = run.system_event.type
             detail["event"] = SYSTEM_EVENTS.get(run.system_event.type, f"type {run.system_event.type}")
             detail["data"] = [run.system_event.data[i] for i in range(min(run.system_event.ndata, 16))]
-        elif code == uapi.KVM_EXIT_DEBUG:
-            reason = StopReason.DEBUG
+        elif reason == uapi.KVM_EXIT_DEBUG:
             detail.update(exception=run.debug.arch.exception, pc=run.debug.arch.pc, dr6=run.debug.arch.dr6,
                           dr7=run.debug.arch.dr7)
-        elif code == uapi.KVM_EXIT_INTERNAL_ERROR:
-            reason = StopReason.INTERNAL_ERROR
+        elif reason == uapi.KVM_EXIT_INTERNAL_ERROR:
             detail["suberror"] = run.internal.suberror
             detail["suberror_name"] = SUBERRORS.get(run.internal.suberror, f"suberror {run.internal.suberror}")
             detail["data"] = [run.internal.data[i] for i in range(min(run.internal.ndata, 16))]
-        elif code == uapi.KVM_EXIT_FAIL_ENTRY:
-            reason = StopReason.FAIL_ENTRY
+        elif reason == uapi.KVM_EXIT_FAIL_ENTRY:
             detail["hardware_entry_failure_reason"] = run.fail_entry.hardware_entry_failure_reason
             detail["cpu"] = run.fail_entry.cpu
-        elif code == uapi.KVM_EXIT_UNKNOWN:
-            reason = StopReason.UNKNOWN
+        elif reason == uapi.KVM_EXIT_UNKNOWN:
             detail["hardware_exit_reason"] = run.hw.hardware_exit_reason
-        elif code == uapi.KVM_EXIT_EXCEPTION:
-            reason = StopReason.EXCEPTION
+        elif reason == uapi.KVM_EXIT_EXCEPTION:
             detail.update(exception=run.ex.exception, error_code=run.ex.error_code)
-        elif code == uapi.KVM_EXIT_MEMORY_FAULT:
-            reason = StopReason.MEMORY_FAULT
+        elif reason == uapi.KVM_EXIT_MEMORY_FAULT:
             fault = <uapi.pyvmm_memory_fault *>&run.hw
             detail.update(flags=fault.flags, gpa=fault.gpa, size=fault.size)
-        elif code == LOOP_RUN_FAILED:
-            reason = StopReason.RUN_FAILED
-            detail.update(exit="KVM_RUN failed", errno=self.error_number)
-        self.detail = detail
-        return reason
+        return detail
 
 
 cdef void take_views(CpuExec cpu) noexcept with gil:
     cpu._take_views()
 
 
-cdef int raise_pending() except -2:
+cdef int raise_pending() except -1:
     # A handler left the error indicator of this thread set; returning the error value makes Cython raise it.
-    return -2
+    return -1
 
 
 cdef uint8_t *page_start(view) except NULL:

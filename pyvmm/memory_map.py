@@ -10,15 +10,16 @@ machine with an irqchip: so pieces are as large as one PAM register's, never mer
 
 from __future__ import annotations
 
-from pyvmm.address_space import BufferRegion
 from pyvmm.errors import BusError
+from pyvmm.region import BufferRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from pyvmm.address_space import AddressSpace, MemoryRegion
+    from pyvmm.address_space import AddressSpace
     from pyvmm.guest_memory import GuestMemory, RamRegion
+    from pyvmm.region import MemoryRegion
 
     # slot, gpa, size_bytes (0 deletes), host_address, readonly
     SetSlot = Callable[[int, int, int, int, bool], None]

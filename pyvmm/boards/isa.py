@@ -111,8 +111,8 @@ class IsaBoard(Board):
         return True
 
     def _make_testdev(self) -> None:
-        from pyvmm.address_space import BufferRegion
         from pyvmm.devices.testdev import TestDev
+        from pyvmm.region import BufferRegion
 
         lines = [self.irq_line(gsi, "testdev") for gsi in range(layout.IOAPIC_PINS)]
         testdev = self.testdev = self.add("testdev", TestDev(self.memory.drop_mapping, lines))

@@ -13,9 +13,9 @@ where ``gather_ns`` is given, keeps the second: a byte after a silence goes out 
 
 from __future__ import annotations
 
-from pyvmm.address_space import RegisterRegion
 from pyvmm.device import Device
 from pyvmm.light import deque
+from pyvmm.region import RegisterRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,18 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.address_space import (
-    AddressSpace,
-    BufferRegion,
-    EventRegion,
-    FifoRegion,
-    LatchRegion,
-    MemoryRegion,
-    RegisterRegion,
-    SinkRegion,
-)
+from pyvmm.address_space import AddressSpace
 from pyvmm.device import Device
 from pyvmm.errors import ConfigError, StateError
+from pyvmm.region import BufferRegion, EventRegion, FifoRegion, LatchRegion, MemoryRegion, RegisterRegion, SinkRegion
 
 DEADLINE_S = 10
 ONES = {size: (1 << (8 * size)) - 1 for size in (1, 2, 4, 8)}

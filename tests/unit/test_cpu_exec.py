@@ -15,21 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvm_page import Guest, Recorder
 
-from pyvmm.address_space import (
-    AddressSpace,
-    BufferRegion,
-    FifoRegion,
-    LatchRegion,
-    MemoryRegion,
-    RegisterRegion,
-    SinkRegion,
-)
+from pyvmm.address_space import AddressSpace
 from pyvmm.cpu_exec import CpuExec, StopReason
 from pyvmm.device import Device, DeviceLock
 from pyvmm.dump import reason_text
 from pyvmm.errors import ConfigError, KvmError, StateError
 from pyvmm.kvm.exits import EXIT_REASONS
 from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.region import BufferRegion, FifoRegion, LatchRegion, MemoryRegion, RegisterRegion, SinkRegion
 
 DEADLINE_S = 10
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"

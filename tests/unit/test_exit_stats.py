@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvm_page import Guest, Recorder
 
-from pyvmm.address_space import LatchRegion
 from pyvmm.exit_stats import DIRECTIONS, ExitStat, ExitStats, format_table, merge
+from pyvmm.region import LatchRegion
 
 TSC_KHZ = 1e6  # a tick is a nanosecond: bounds are powers of two
 ENTRIES = 512  # one of them for what finds no room

@@ -12,7 +12,6 @@ time on: the regions have it latched until it changes.
 
 from __future__ import annotations
 
-from pyvmm.address_space import FifoRegion, RegisterRegion
 from pyvmm.device import Device
 from pyvmm.devices.ide.bus_master import BusMaster
 from pyvmm.devices.ide.disk import IdeDisk
@@ -33,6 +32,7 @@ from pyvmm.devices.ide.registers import (
     STATUS,
     TAKEN,
 )
+from pyvmm.region import FifoRegion, RegisterRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from pyvmm.address_space import MemoryRegion
     from pyvmm.device import DeviceLock
     from pyvmm.devices.pci.host import PciHost
+    from pyvmm.region import MemoryRegion
 
     Part = tuple[int, Callable[[], MemoryRegion]]
 

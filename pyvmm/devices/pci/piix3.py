@@ -9,7 +9,6 @@ there.
 
 from __future__ import annotations
 
-from pyvmm.address_space import MemoryRegion
 from pyvmm.devices.pci.device import (
     BAR0,
     COMMAND,
@@ -23,6 +22,7 @@ from pyvmm.devices.pci.device import (
     PciDevice,
 )
 from pyvmm.irq import IrqWire
+from pyvmm.region import MemoryRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

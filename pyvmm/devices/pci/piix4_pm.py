@@ -7,7 +7,6 @@ The general-purpose event block is ACPI 6.5, 4.8.4.1; it lies where QEMU's pc ha
 
 from __future__ import annotations
 
-from pyvmm.address_space import MemoryRegion
 from pyvmm.device import Device
 from pyvmm.devices.acpi_pm import BLOCK_BYTES
 from pyvmm.devices.pci.device import (
@@ -18,6 +17,7 @@ from pyvmm.devices.pci.device import (
     STATUS_FAST_BACK_TO_BACK,
     PciDevice,
 )
+from pyvmm.region import MemoryRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

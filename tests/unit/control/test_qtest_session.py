@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.address_space import AddressSpace, LatchRegion
+from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
 from pyvmm.control.qtest import COMMANDS, MAX_BYTES, Session
 from pyvmm.device import Device
@@ -19,6 +19,7 @@ from pyvmm.errors import StateError
 from pyvmm.event_loop import EventLoop
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.memory_map import MemoryMap
+from pyvmm.region import LatchRegion
 
 RAM_BYTES = 1 << 20
 LATCH_PORT, BROKEN_PORT, WIDE_PORT = 0x70, 0x80, 0x1000

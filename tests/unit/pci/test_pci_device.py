@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from pci_bench import COMMAND, IO, MASTER, MEMORY, STATUS, Bus, Registers
 
-from pyvmm.address_space import AddressSpace, MemoryRegion
+from pyvmm.address_space import AddressSpace
 from pyvmm.devices.pci.device import PciDevice
 from pyvmm.devices.pci.host import PciHost
 from pyvmm.errors import ConfigError
 from pyvmm.irq import IrqLine
+from pyvmm.region import MemoryRegion
 
 BAR0, BAR1 = 0x10, 0x14
 INTX_DISABLE, INTX_STATUS = 0x400, 0x08
