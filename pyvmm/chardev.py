@@ -22,6 +22,7 @@ from pyvmm.light import Lock
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from typing_extensions import Buffer
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 QUEUE_LIMIT_BYTES = 65536
 FLUSH_LIMIT_S = 1.0  # how long close() waits for a reader
 READ_BYTES = 4096
+LONGEST_INPUT_BYTES = 1 << 30  # of a saved state
 
 BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at the other end (any more, or yet)
 
@@ -95,6 +97,37 @@ class Chardev:
     def fed_bytes(self) -> int:
         """How much of what was fed the device has not taken yet."""
         return 0 if self._fed is None else len(self._fed.data)
+
+    # Input that the guest has not taken is state; output is the host's as soon as it is written.
+    STATE = {"_waiting": ("bytes", 0, LONGEST_INPUT_BYTES)}
+    STATE_VERSION = 1
+
+    @property
+    def _waiting(self) -> bytes:
+        return b"" if self._fed is None else bytes(self._fed.data)
+
+    @_waiting.setter
+    def _waiting(self, data: bytes) -> None:
+        with _feed_lock:
+            if self._fed is None:
+                self._fed = Feed(self)
+        self._fed.data[:] = data
+
+    def save(self) -> dict[str, Any]:
+        """What was fed and not taken (state.py has the contract)."""
+        from pyvmm.state import save_fields
+
+        return save_fields(self, self.STATE)
+
+    def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state)
+
+    def after_load(self) -> None:
+        """The device may have room for it."""
+        if self._fed is not None:
+            self._fed.deliver()
 
     def send_break(self) -> None:
         """A break condition on the line (Linux: the next character is a SysRq command)."""

@@ -31,6 +31,27 @@ class Clock:
         """The host's wall clock, in nanoseconds since the UNIX epoch (UTC)."""
         return time.time_ns()
 
+    def set_time(self, now_ns: int) -> None:
+        """Guest time, which stands, is ``now_ns`` from now on: for a machine that goes on from a saved state.
+
+        Armed timers keep the time they had left.
+        """
+        raise NotImplementedError
+
+    STATE_VERSION = 1
+
+    def save(self) -> dict[str, int]:
+        """Guest time, and what the wall clock said then (state.py has the contract)."""
+        return {"now_ns": self.now_ns(), "wall_ns": self.wall_ns()}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Guest time goes on from there: all other times of a state count from it. The wall clock is the host's."""
+        now_ns, _wall_ns = checked_times(state)
+        self.set_time(now_ns)
+
+    def after_load(self) -> None:
+        """Nothing is left to do."""
+
     def timer(self, callback: Callable[[], None]) -> Timer:
         """A disarmed timer. Each time it expires ``callback`` is called: no arguments, no lock held."""
         raise NotImplementedError
@@ -43,7 +64,7 @@ class Timer:
     whether there is still something to do.
     """
 
-    __slots__ = ("_callback", "_entry", "_queue", "deadline_ns")
+    __slots__ = ("_callback", "_entry", "_noted_ns", "_queue", "deadline_ns")
 
     def __init__(self, queue: TimerQueue, callback: Callable[[], None]) -> None:
         if not callable(callback):
@@ -51,6 +72,7 @@ class Timer:
         self._queue = queue
         self._callback = callback
         self._entry = 0  # number of its valid entry in the queue's heap, 0 while disarmed
+        self._noted_ns: int | None = None
         self.deadline_ns = 0
         """Guest time it was last armed for; it keeps the value after the timer expired."""
 
@@ -67,6 +89,17 @@ class Timer:
 
     def disarm(self) -> None:
         self._queue.disarm(self)
+
+    def note(self, deadline_ns: int | None) -> None:
+        """What a saved state says of it, None for disarmed; ``go_on`` makes it so."""
+        self._noted_ns = deadline_ns
+
+    def go_on(self) -> None:
+        """Be armed or disarmed as noted."""
+        if self._noted_ns is None:
+            self._queue.disarm(self)
+        else:
+            self._queue.arm(self, self._noted_ns)
 
     def __repr__(self) -> str:
         return f"<Timer {f'due at {self.deadline_ns} ns' if self._entry else 'disarmed'}>"
@@ -114,6 +147,14 @@ class TimerQueue:
                 timer._entry = 0
                 self._count -= 1
 
+    def shift(self, ns: int) -> None:
+        """Every armed timer is due ``ns`` later. The caller holds ``lock``."""
+        for _deadline_ns, number, timer in self._heap:
+            if timer._entry == number:
+                timer.deadline_ns += ns
+        # All by the same: the heap's order stays.
+        self._heap = [(deadline_ns + ns, number, timer) for deadline_ns, number, timer in self._heap]
+
     def next_deadline_ns(self) -> int | None:
         """The earliest deadline, None without an armed timer. The caller holds ``lock``."""
         heap = self._heap
@@ -149,6 +190,14 @@ class VirtualClock(Clock):
     def wall_ns(self) -> int:
         return self._wall_at_zero_ns + self._now_ns
 
+    def set_time(self, now_ns: int, wall_ns: int | None = None) -> None:
+        """``wall_ns``: what the wall clock says then; it stays as it is without."""
+        wall_ns = self.wall_ns() if wall_ns is None else wall_ns
+        with self._queue.lock:
+            self._queue.shift(now_ns - self._now_ns)
+            self._now_ns = now_ns
+            self._wall_at_zero_ns = wall_ns - now_ns
+
     def timer(self, callback: Callable[[], None]) -> Timer:
         return Timer(self._queue, callback)
 
@@ -174,3 +223,18 @@ class VirtualClock(Clock):
                 self._now_ns = max(self._now_ns, deadline_ns)
             callback()
         self._now_ns = target_ns
+
+    def load(self, state: dict[str, int]) -> None:
+        """The wall clock goes on from there too: it moves with this clock only."""
+        now_ns, wall_ns = checked_times(state)
+        self.set_time(now_ns, wall_ns)
+
+
+def checked_times(state: dict[str, int]) -> tuple[int, int]:
+    """Guest time and wall clock of a saved state. StateError where it is none."""
+    from pyvmm.state import TIMES_NS, check_names, checked_number
+
+    check_names(state, ("now_ns", "wall_ns"))
+    # Guest time begins at 0, and has to leave room for timers.
+    now_ns = checked_number(state["now_ns"], range(TIMES_NS.stop), "now_ns")
+    return now_ns, checked_number(state["wall_ns"], TIMES_NS, "wall_ns")

@@ -79,9 +79,23 @@ class Device:
         """The machine comes out of suspend to RAM, where most chips had no power: as a reset. The vCPUs are parked."""
         self.reset()
 
+    # What ``save`` and ``load`` go by: attributes and what they may be, and the version of that (state.py).
+    STATE = {}
+    STATE_VERSION = 1
+
     def save(self):
-        """The state as plain data (ints, bytes, strings, lists, dicts): enough to go on exactly."""
-        return {}
+        """The state as plain data: enough to go on exactly. It reads only: state.py has the contract."""
+        from pyvmm.state import save_fields
+
+        with self.lock:
+            return save_fields(self, self.STATE)
 
     def load(self, state):
-        """Take over what ``save`` gave."""
+        """Take over what ``save`` gave, into fields of this device only. StateError names what can't be taken."""
+        from pyvmm.state import load_fields
+
+        with self.lock:
+            load_fields(self, self.STATE, state)
+
+    def after_load(self):
+        """All of the machine is loaded: drive lines, arm timers, map windows, go on with I/O."""

@@ -71,6 +71,15 @@ class LoopClock(Clock):
         """Whether the caller is the callback of a timer."""
         return self._loop._in_timer and self._loop.on_loop_thread()
 
+    def set_time(self, now_ns: int) -> None:
+        """StateError while guest time runs."""
+        loop = self._loop
+        with loop._lock:
+            if self._stopped_at_ns is None:
+                raise StateError("guest time runs: pause() the machine first")
+            loop._timers.shift(now_ns - self._stopped_at_ns)
+            self._stopped_at_ns = now_ns
+
     def resume(self) -> None:
         """Let guest time go on from where it stopped: armed timers keep the time they had left."""
         loop = self._loop

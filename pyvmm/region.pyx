@@ -358,6 +358,18 @@ cdef class RegisterRegion(MemoryRegion):
         return kept
 
     @property
+    def kept(self):
+        """What ``take`` would give: bytes. Assign what a saved state has; ValueError where there is no room for it."""
+        return self.c.memory[:self.c.position]
+
+    @kept.setter
+    def kept(self, bytes data):
+        if <uint64_t>len(data) > self.c.memory_size:
+            raise ValueError(f"{self.name}: {len(data)} bytes were kept, there is room for {self.c.memory_size}")
+        memcpy(self.c.memory, <const char *>data, len(data))
+        self.c.position = len(data)
+
+    @property
     def gathering(self):
         """Whether writes are being kept."""
         return bool(self.c.shortcuts & SHORTCUT_GATHER)

@@ -20,10 +20,12 @@ from pyvmm.block.coroutine import AioContext, Waiter, start
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import BlockStats
+from pyvmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from pyvmm.block.coroutine import Loop
     from pyvmm.block.driver import FormatDriver, Iov
@@ -127,6 +129,7 @@ class BlockBackend:
         self._submitted = 0
         self._tracked: dict[Request, None] = {}  # in flight, with a range; oldest first
         self._stalled: list[Request] = []  # put aside by a policy, and what came after
+        self._held = False  # what is submitted is put aside: a saved state is being loaded
         self._written = self._flushed = 0  # counts of writes that are complete, and that were so at the last flush
 
     # -- what a device asks -----------------------------------------------------------------------------------
@@ -204,6 +207,44 @@ class BlockBackend:
             request.iov = ()
             request.callback = None
 
+    # -- state (state.py has the contract): nothing is in flight ----------------------------------------------
+
+    STATE = {"write_cache": "flag", "_unflushed": "flag"}
+    STATE_VERSION = 1
+
+    @property
+    def _unflushed(self) -> bool:
+        """Whether there are writes that a flush of the guest's has to bring to stable storage."""
+        return self._written > self._flushed
+
+    @_unflushed.setter
+    def _unflushed(self, unflushed: bool) -> None:
+        self._written, self._flushed = int(unflushed), 0
+
+    def save(self) -> dict[str, Any]:
+        """What was put aside is asked again by its device. StateError where the guest's writes would be lost."""
+        from pyvmm.state import save_fields
+
+        if self._driver is not None and self._driver.ends_with_process():
+            raise StateError(
+                f"drive {self.name} has snapshot=on, and what the guest has written there ends with this process:"
+                " give it an image of its own, without snapshot=on"
+            )
+        return save_fields(self, self.STATE)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Until ``after_load`` requests are put aside: devices ask again for what they waited for."""
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state)
+        self._held = True
+
+    def after_load(self) -> None:
+        """What was asked for again waits for ``resume``, as what had failed where the state was saved."""
+        self._held = False
+        if self._throttle is not None:
+            self._throttle.restart()
+
     def close(self) -> None:
         """Drain, flush, and give the image back; what was put aside is dropped. Idempotent."""
         self._on_error = None  # nobody is left to stop
@@ -241,7 +282,7 @@ class BlockBackend:
         with self._lock:
             self._submitted += 1
             request.number = self._submitted
-            if self._stalled:
+            if self._stalled or self._held:
                 self._stalled.append(request)
                 return request
             self._enter_locked(request)

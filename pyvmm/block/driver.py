@@ -89,6 +89,10 @@ class FormatDriver:
     async def co_write_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
         raise NotImplementedError
 
+    def ends_with_process(self) -> bool:
+        """Whether the guest has written something that no other process will find."""
+        return False
+
     def peek(self, offset: int, length: int) -> bytes:
         """As ProtocolDriver.peek, of the guest's disk."""
         return b""

@@ -151,6 +151,11 @@ class Throttle:
         for waiter in waiting:
             self._context.complete(waiter, 0)
 
+    def restart(self) -> None:
+        """Guest time has been set: what leaks, leaks from now on."""
+        with self._lock:
+            self._last_ns = self._clock.now_ns()
+
     def shut(self) -> None:
         with self._lock:
             self._open -= 1

@@ -13,7 +13,6 @@ from pyvmm.device import Device
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from pyvmm.clock import Clock
     from pyvmm.irq import IrqLine
@@ -191,27 +190,27 @@ class AcpiPm(Device):
             self._power_on()
             self._update()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            self._update()
-            return {
-                "status": self._status,
-                "enable": self._enable,
-                "control": self._control,
-                "sci_en": self._sci_en,
-                "asleep": self._asleep,
-                "ticks": self._ticks(),
-                "toggle": self._toggle,
-            }
+    STATE = {
+        "_status": 16,
+        "_enable": 16,
+        "_control": 16,
+        "_sci_en": 1,
+        "_asleep": "flag",
+        "_now_ticks": range(-(1 << 62), 1 << 62),
+        "_toggle": range(-(1 << 62), 1 << 62),
+        "_timer": "timer",
+    }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from ``save``: the PM timer too, whatever time the clock shows now."""
+    @property
+    def _now_ticks(self) -> int:
+        """The PM timer as a field of the state: loaded, it goes on from there, whatever time the clock shows."""
+        return self._ticks()
+
+    @_now_ticks.setter
+    def _now_ticks(self, ticks: int) -> None:
+        self._ticks_offset += ticks - self._ticks()
+
+    def after_load(self) -> None:
         with self.lock:
-            self._status = state["status"]
-            self._enable = state["enable"]
-            self._control = state["control"]
-            self._sci_en = state["sci_en"]
-            self._asleep = state["asleep"]
-            self._ticks_offset += state["ticks"] - self._ticks()
-            self._toggle = state["toggle"]
-            self._update()
+            self._sci.set(int(self._sci_en and self._status & self._enable != 0))
+            self._timer.go_on()

@@ -9,8 +9,6 @@ from pyvmm.device import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.chardev import Chardev
 
 READBACK = 0xE9
@@ -52,10 +50,4 @@ class DebugCon(Device):
     def reset(self) -> None:
         self.flush()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {"line": bytes(self._line)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        with self.lock:
-            self._line[:] = state["line"]
+    STATE = {"_line": ("bytes", 0, LINE_BYTES - 1)}

@@ -7,7 +7,7 @@ data overlap in two ports, the DMA address register has eight of its own.
 from __future__ import annotations
 
 from pyvmm.device import Device
-from pyvmm.errors import BusError, ConfigError
+from pyvmm.errors import BusError, ConfigError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ DMA_ACCESS_BYTES = 16  # control 4, length 4, address 8, all big endian
 DMA_REGISTER_READS = b"QEMU CFG"
 
 FILE_NAME_BYTES = 56  # with the zero at the end
+LONGEST_ITEM_BYTES = 1 << 32  # the directory says a size in 32 bits
 
 # Zeros are handed out from one such block, so that a long read past an item's end needs no memory of its length.
 ZEROS = bytes(1 << 20)
@@ -333,7 +334,7 @@ class FwCfg(Device):
         """Items that never change are not in it: load into a device that was given the same ones."""
         with self.lock:
             contents = {
-                key: bytes(item.content)
+                str(key): bytes(item.content)
                 for key, item in self._items.items()
                 if item.volatile and item.content is not None
             }
@@ -345,11 +346,42 @@ class FwCfg(Device):
             }
 
     def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import check_names, value_of
+
+        check_names(state, ("key", "position", "dma_high", "contents"))
+        key = value_of(range(KEY_MASK + 1), state["key"], "key")
+        position = value_of(32, state["position"], "position")
+        high = value_of(64, state["dma_high"], "dma_high")
         with self.lock:
-            for key, item in self._items.items():
+            contents = self._checked_contents(state["contents"])
+            self._key, self._position, self.dma.high = key & KEY_MASK, position, high
+            for number, item in self._items.items():
                 if item.volatile:
-                    saved = state["contents"].get(key)
+                    saved = contents.get(str(number))
                     item.content = bytearray(saved) if saved is not None and item.writable else saved
-            self._select(state["key"])
-            self._position = state["position"]
-            self.dma.high = state["dma_high"]
+
+    def _checked_contents(self, saved: object) -> dict[str, bytes]:
+        """StateError where that is not the content of items that this device has."""
+        from pyvmm.state import shown, value_of
+
+        if not isinstance(saved, dict):
+            raise StateError(f"contents is {shown(saved)}, no dict")
+        volatile = {str(key): item for key, item in self._items.items() if item.volatile}
+        contents = {}
+        for name, data in saved.items():
+            if name not in volatile:
+                raise StateError(f"contents has an item {shown(name)} that this machine does not have, or can't change")
+            item = volatile[name]
+            size = item.size_bytes
+            if item.writable and size is None:
+                size = len(item.source() if callable(item.source) else item.source)
+            limits = (0, LONGEST_ITEM_BYTES) if size is None else (size,)
+            contents[name] = value_of(("bytes", *limits), data, f"contents[{name}]")
+        return contents
+
+    def after_load(self) -> None:
+        """The item that was being read is looked up again, or made again."""
+        with self.lock:
+            position = self._position
+            self._select(self._key)
+            self._position = min(position, self._length)

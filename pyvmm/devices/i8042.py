@@ -90,6 +90,7 @@ TRANSLATED = {0x83: 0x41, 0x01: 0x43, 0x02: 0x41, 0x03: 0x3F}  # set 2 to set 1,
 
 DEFAULT_RATE = 0x2B  # 10.9 a second, after 500 ms
 KBD_QUEUE_BYTES = 16
+RAM_BYTES = 32  # the controller's
 
 
 class Keyboard:
@@ -159,25 +160,25 @@ class Keyboard:
             return
         self._reply(ACK)
 
+    STATE = {
+        "queue": ("list", 8, 0, KBD_QUEUE_BYTES),
+        "_command": 8,
+        "_last": 8,
+        "scanning": "flag",
+        "scancode_set": range(1, 4),
+        "rate": 7,
+        "leds": 3,
+    }
+
     def save(self) -> dict[str, Any]:
-        return {
-            "queue": list(self.queue),
-            "command": self._command,
-            "last": self._last,
-            "scanning": self.scanning,
-            "scancode_set": self.scancode_set,
-            "rate": self.rate,
-            "leds": self.leds,
-        }
+        from pyvmm.state import save_fields
+
+        return save_fields(self, self.STATE)
 
     def load(self, state: dict[str, Any]) -> None:
-        self.queue = deque(state["queue"][:KBD_QUEUE_BYTES])
-        self._command = state["command"]
-        self._last = state["last"]
-        self.scanning = state["scanning"]
-        self.scancode_set = state["scancode_set"]
-        self.rate = state["rate"]
-        self.leds = state["leds"]
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state)
 
 
 class CommandPort(Device):
@@ -242,7 +243,7 @@ class I8042(Device):
 
     def _power_on(self) -> None:
         self.keyboard = Keyboard()
-        self._ram = bytearray(32)
+        self._ram = bytearray(RAM_BYTES)
         self._ram[0] = CTR_KBD_INT | CTR_AUX_INT
         self._outport = OUT_RESET_N | OUT_A20 | OUT_ONES
         self._status = STATUS_UNLOCKED | STATUS_CMD  # without the bits that tell of the output buffer
@@ -272,7 +273,7 @@ class I8042(Device):
         if not command:
             self._ram[0] &= ~CTR_KBD_DISABLE  # to send to the keyboard the controller lets go of its clock
             self.keyboard.write(value)
-        elif WRITE_RAM <= command < WRITE_RAM + 32:
+        elif WRITE_RAM <= command < WRITE_RAM + RAM_BYTES:
             self._ram[command - WRITE_RAM] = value
         elif command == WRITE_OUTPUT_PORT:
             self._set_outport(value)
@@ -295,9 +296,9 @@ class I8042(Device):
     def write_command(self, value: int) -> None:
         self._status |= STATUS_CMD
         self._expects = 0
-        if READ_RAM <= value < READ_RAM + 32:
+        if READ_RAM <= value < READ_RAM + RAM_BYTES:
             self._reply(self._ram[value - READ_RAM])
-        elif WRITE_RAM <= value < WRITE_RAM + 32 or value in (
+        elif WRITE_RAM <= value < WRITE_RAM + RAM_BYTES or value in (
             WRITE_OUTPUT_PORT,
             WRITE_KBD_BUFFER,
             WRITE_AUX_BUFFER,
@@ -333,7 +334,7 @@ class I8042(Device):
         self._reply_waits = (value, status)
 
     def _fill(self) -> None:
-        """Put the next byte into the output buffer, if it is free, and show what is there on the lines.
+        """Put the next byte into the output buffer, if it is free, and show what is there.
 
         A disabled keyboard can't send: its clock is held low, and it keeps what it has.
         """
@@ -344,6 +345,11 @@ class I8042(Device):
             elif self.keyboard.queue and not ctr & CTR_KBD_DISABLE:
                 value = self.keyboard.queue.popleft()
                 self._out = (TRANSLATED.get(value, value) if ctr & CTR_TRANSLATE else value, 0)
+        self._show()
+
+    def _show(self) -> None:
+        """What is in the output buffer, on the lines."""
+        ctr = self._ram[0]
         full = self._out is not None
         aux = self._out is not None and self._out[1] & STATUS_AUX_OBF
         self._kbd_irq.set(1 if full and not aux and ctr & CTR_KBD_INT else 0)
@@ -371,28 +377,17 @@ class I8042(Device):
         with self.lock:
             self._power_on()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {
-                "keyboard": self.keyboard.save(),
-                "ram": bytes(self._ram),
-                "outport": self._outport,
-                "status": self._status,
-                "expects": self._expects,
-                "reply_waits": None if self._reply_waits is None else list(self._reply_waits),
-                "out": None if self._out is None else list(self._out),
-                "last_read": self._last_read,
-            }
+    STATE = {
+        "keyboard": "part",
+        "_ram": ("bytes", RAM_BYTES),
+        "_outport": 8,
+        "_status": 8,
+        "_expects": 8,
+        "_out": ("or none", ("list", 8, 2)),
+        "_reply_waits": ("or none", ("list", 8, 2)),
+        "_last_read": 8,
+    }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def after_load(self) -> None:
         with self.lock:
-            self.keyboard.load(state["keyboard"])
-            self._ram[:] = state["ram"]
-            self._outport = state["outport"]
-            self._status = state["status"]
-            self._expects = state["expects"]
-            waits, out = state["reply_waits"], state["out"]
-            self._reply_waits = None if waits is None else (waits[0], waits[1])
-            self._out = None if out is None else (out[0], out[1])
-            self._last_read = state["last_read"]
-            self._fill()
+            self._show()

@@ -11,6 +11,7 @@ virtual clock: what a guest measures here (Linux and SeaBIOS calibrate their TSC
 from __future__ import annotations
 
 from pyvmm.device import Device
+from pyvmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,6 +94,30 @@ class Counter:
         "status",
         "strobing",
     )
+
+    # All but the pulse, which is relative in a saved state. Counts of 10000 in BCD, 10000h in binary are in both.
+    STATE = {
+        "bcd": 1,
+        "control": 6,
+        "count": range(0x10001),
+        "done": 1,
+        "first_byte": range(-1, 256),
+        "gate": 1,
+        "latch": 16,
+        "latch_bytes": 2,
+        "loading": 1,
+        "mode": range(6),
+        "null": 1,
+        "odd": 1,
+        "out": 1,
+        "paused": 1,
+        "read_msb": 1,
+        "reload": range(0x10001),
+        "running": 1,
+        "rw": range(1, 4),
+        "status": range(-1, 256),
+        "strobing": 1,
+    }
 
     def __init__(self, gate: int, pulse: int = 0) -> None:
         """Power-on, which the data sheet leaves undefined: OUT low, nothing counts until programmed."""
@@ -304,8 +329,7 @@ class Counter:
         if self.strobing:
             return self.pulse + 1
         if self.loading:
-            loaded = Counter(self.gate)
-            loaded.restore(self.state())
+            loaded = self.copy()
             loaded.advance(self.pulse + 1)
             return loaded.next_change()
         if self._halted():
@@ -318,12 +342,26 @@ class Counter:
             return -1
         return self.pulse + self.count + int(self.mode in (SOFT_STROBE, HARD_STROBE))
 
-    def state(self) -> list[int]:
-        return [int(getattr(self, name)) for name in self.__slots__]
+    def copy(self) -> Counter:
+        """Another one in the same state."""
+        made = Counter(self.gate)
+        for name in self.__slots__:
+            setattr(made, name, getattr(self, name))
+        return made
 
-    def restore(self, state: list[int]) -> None:
-        for name, value in zip(self.__slots__, state, strict=True):
-            setattr(self, name, value)
+    def save(self, pulse: int) -> dict[str, Any]:
+        """As plain data, at clock pulse ``pulse``."""
+        from pyvmm.state import save_fields
+
+        return {**save_fields(self, self.STATE), "behind": pulse - self.pulse}
+
+    def load(self, state: dict[str, Any], pulse: int) -> None:
+        from pyvmm.state import checked_number, load_fields
+
+        load_fields(self, self.STATE, state, ("behind",))
+        self.pulse = pulse - checked_number(state["behind"], range(1 << 62), "behind")
+        if (self.running or self.loading) and not self.reload:
+            raise StateError("reload is 0 of a counter that counts")
 
 
 class SpeakerPort(Device):
@@ -452,19 +490,30 @@ class I8254(Device):
             self._power_on()
             self._settle()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            for counter in self.counters:
-                self._advance(counter)
-            return {"counters": [counter.state() for counter in self.counters], "port_b": self.port_b}
+    STATE = {"port_b": 4, "_quiet_until_ns": "moment", "_timer": "timer"}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from ``save``, at whatever time the clock shows now."""
+    def save(self) -> dict[str, Any]:
+        from pyvmm.state import save_fields
+
         with self.lock:
             pulse = self.pulse()
-            for counter, saved in zip(self.counters, state["counters"], strict=True):
-                counter.restore(saved)
-                counter.pulse = pulse
-            self.port_b = state["port_b"]
-            self._quiet_until_ns = 0
-            self._settle()
+            return {**save_fields(self, self.STATE), "counters": [counter.save(pulse) for counter in self.counters]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """To go on from ``save``, at whatever time the clock shows now."""
+        from pyvmm.state import load_fields, value_of
+
+        with self.lock:
+            load_fields(self, self.STATE, state, ("counters",))
+            saved = value_of(("list", "part", len(self.counters)), state["counters"], "counters")
+            pulse = self.pulse()
+            for n, counter in enumerate(self.counters):
+                try:
+                    counter.load(saved[n], pulse)
+                except StateError as error:
+                    raise StateError(f"counters[{n}].{error}") from None
+
+    def after_load(self) -> None:
+        with self.lock:
+            self._irq0.set(self.counters[0].out)
+            self._timer.go_on()

@@ -78,9 +78,26 @@ class Chip:
         "watched",
     )
 
-    STATE = tuple(
-        name for name in __slots__ if name not in ("_set_int", "cascade_mask", "elcr_mask", "ended", "watched")
-    )
+    STATE = {
+        "auto_eoi": 2,
+        "base": 8,
+        "elcr": 8,
+        "highest": 3,
+        "ic4": 1,
+        "icw": range(5),
+        "imr": 8,
+        "intr": 1,
+        "irr": 8,
+        "isr": 8,
+        "lines": 8,
+        "ltim": 4,
+        "poll": 1,
+        "read_isr": 1,
+        "rotate_aeoi": 1,
+        "sfnm": 5,
+        "single": 2,
+        "special_mask": 6,
+    }
 
     def __init__(
         self, elcr_mask: int, cascade_mask: int, set_int: Callable[[int], None] | None = None
@@ -264,12 +281,15 @@ class Chip:
         elif command in (OCW2_ROTATE_AEOI_CLEAR, OCW2_ROTATE_AEOI_SET):
             self.rotate_aeoi = int(command == OCW2_ROTATE_AEOI_SET)
 
-    def save(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in self.STATE}
+    def save(self) -> dict[str, Any]:
+        from pyvmm.state import save_fields
 
-    def load(self, state: dict[str, int]) -> None:
-        for name in self.STATE:
-            setattr(self, name, state[name])
+        return save_fields(self, self.STATE)
+
+    def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state)
 
 
 class ChipPorts(Device):
@@ -410,14 +430,17 @@ class I8259Pair(Device):
                 chip.update()
             self.settle()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {"master": self.chips[0].save(), "slave": self.chips[1].save(), "line2": self._line2}
+    STATE = {"_master": "part", "_slave": "part", "_line2": 1}
 
-    def load(self, state: dict[str, Any]) -> None:
+    @property
+    def _master(self) -> Chip:
+        return self.chips[0]
+
+    @property
+    def _slave(self) -> Chip:
+        return self.chips[1]
+
+    def after_load(self) -> None:
         with self.lock:
-            self.chips[0].load(state["master"])
-            self.chips[1].load(state["slave"])
-            self._line2 = state["line2"]
             self.intr = self.chips[0].intr
             self._on_intr(self.intr)

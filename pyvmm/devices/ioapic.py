@@ -166,13 +166,12 @@ class Ioapic(Device):
         with self._bus.lock:
             self._power_on()
 
+    STATE = {"id": 4, "_select": 8, "table": ("list", 64, PINS), "lines": PINS}
+
     def save(self) -> dict[str, Any]:
         with self._bus.lock:
-            return {"id": self.id, "select": self._select, "table": list(self.table), "lines": self.lines}
+            return super().save()
 
     def load(self, state: dict[str, Any]) -> None:
         with self._bus.lock:
-            self.id = state["id"]
-            self._select = state["select"]
-            self.table = list(state["table"])
-            self.lines = state["lines"]
+            super().load(state)

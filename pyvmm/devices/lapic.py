@@ -108,9 +108,30 @@ class Lapic(Device):
     valid_sizes = (1, 8)
     impl_sizes = (4, 4)
 
-    # What a saved state has beside the LVT, the pins and the count.
-    STATE = ("id", "tpr", "ldr", "dfr", "svr", "isr", "irr", "tmr", "esr", "icr")
-    INNER_STATE = ("_errors", "_external", "_enabled", "_divide", "_initial")
+    STATE = {
+        "id": 8,
+        "tpr": 8,
+        "ldr": 32,
+        "dfr": 32,
+        "svr": 10,
+        "isr": 256,
+        "irr": 256,
+        "tmr": 256,
+        "esr": 8,
+        "icr": 64,
+        "lvt": ("each", dict.fromkeys(LVT_WRITABLE, 18)),
+        "_pins": ("list", 1, 2),
+        "_enabled": "flag",
+        "_errors": 8,
+        "_external": "flag",
+        "_divide": 4,
+        "_initial": 32,
+        "_count": 32,
+        "_start": "moment",  # a tick of the timer is a nanosecond
+        "_due": ("or none", "moment"),
+        "_quiet_until_ns": "moment",
+        "_timer": "timer",
+    }
 
     def __init__(
         self,
@@ -162,7 +183,7 @@ class Lapic(Device):
         # The count was _count at tick _start; now it is _count_at(now). Ticks are those before the divider.
         self._count = 0
         self._start = 0
-        self._due = -1  # the tick at which the timer interrupts next, -1 for never
+        self._due: int | None = None  # the tick at which the timer interrupts next, None for never
         self._quiet_until_ns = 0
         self._timer.disarm()
 
@@ -395,8 +416,8 @@ class Lapic(Device):
 
     def _expire(self, now: int) -> None:
         """Interrupt where the time has come: a write of the guest's may be earlier than the timer's own callback."""
-        if 0 <= self._due <= now:
-            self._due = -1
+        if self._due is not None and self._due <= now:
+            self._due = None
             self.accept(FIXED, self.lvt[LVT_TIMER] & VECTOR, False)
 
     def _rebase(self, now: int) -> None:
@@ -410,7 +431,7 @@ class Lapic(Device):
         entry = self.lvt[LVT_TIMER]
         count = self._count_at(now)
         if entry & MASKED or not count:
-            self._due = -1
+            self._due = None
             self._timer.disarm()
             return
         elapsed = now - self._start >> self._shift
@@ -532,27 +553,15 @@ class Lapic(Device):
 
     def save(self) -> dict[str, Any]:
         with self._bus.lock:
-            now = self._now()
-            self._rebase(now)
-            state: dict[str, Any] = {name: getattr(self, name) for name in self.STATE}
-            state.update({name[1:]: getattr(self, name) for name in self.INNER_STATE})
-            state.update(lvt=[self.lvt[entry] for entry in LVT_WRITABLE], pins=list(self._pins))
-            state.update(count=self._count, fraction=now - self._start)
-            return state
+            return super().save()
 
     def load(self, state: dict[str, Any]) -> None:
         with self._bus.lock:
-            for name in self.STATE:
-                setattr(self, name, state[name])
-            for name in self.INNER_STATE:
-                setattr(self, name, state[name[1:]])
-            self.lvt = dict(zip(LVT_WRITABLE, state["lvt"], strict=True))
-            self._pins = list(state["pins"])
-            self._count = state["count"]
-            now = self._now()
-            self._start = now - state["fraction"]
-            self._quiet_until_ns = 0
-            self._arm(now)
+            super().load(state)
+
+    def after_load(self) -> None:
+        with self._bus.lock:
+            self._timer.go_on()
             # Said whatever the level was before: the processor's side begins anew with a load.
             self.output = int(self._wants_pic() or (self._enabled and self._pending() >= 0))
             if self._on_output is not None:

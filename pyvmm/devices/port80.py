@@ -8,10 +8,6 @@ from __future__ import annotations
 from pyvmm.device import Device
 from pyvmm.light import deque
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 HISTORY = 256
 
 
@@ -42,13 +38,4 @@ class Port80(Device):
         with self.lock:
             self.last = 0
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {"last": self.last, "count": self.count, "history": bytes(self.history)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        with self.lock:
-            self.last = state["last"]
-            self.count = state["count"]
-            self.history.clear()
-            self.history.extend(state["history"])
+    STATE = {"last": 8, "count": 64, "history": ("list", 8, 0, HISTORY)}

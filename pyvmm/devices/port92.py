@@ -11,7 +11,6 @@ from pyvmm.device import Device
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
 FAST_RESET = 0x01  # its rising edge resets
 A20 = 0x02
@@ -46,10 +45,4 @@ class Port92(Device):
         with self.lock:
             self._value &= ~FAST_RESET
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {"value": self._value}
-
-    def load(self, state: dict[str, Any]) -> None:
-        with self.lock:
-            self._value = state["value"]
+    STATE = {"_value": 8}

@@ -38,8 +38,4 @@ class ResetControl(Device):
     def reset(self) -> None:
         self._value = 0
 
-    def save(self) -> dict[str, int]:
-        return {"value": self._value}
-
-    def load(self, state: dict[str, int]) -> None:
-        self._value = state["value"]
+    STATE = {"_value": 4}

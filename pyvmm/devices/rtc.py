@@ -16,7 +16,6 @@ from pyvmm.device import Device
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from pyvmm.clock import Clock
     from pyvmm.irq import IrqLine
@@ -80,6 +79,9 @@ S_PER_DAY = 86_400
 CRYSTAL_HZ = 32_768
 UIP_NS = 8 * NS_PER_S // CRYSTAL_HZ  # UIP is up 244 us before the registers change
 FIRST_UPDATE_NS = NS_PER_S // 2  # after the divider's reset is removed
+
+# What a guest can make of eight bytes of BCD or binary, and a long uptime: 34,800 years to both sides of 1970.
+DATES_S = range(-(1 << 40), 1 << 40)
 
 MIB = 1 << 20
 
@@ -383,30 +385,21 @@ class Rtc(Device):
             self._show_irq()
             self._plan()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            self._refresh_time()
-            self._look()
-            return {
-                "cmos": bytes(self.cmos),
-                "index": self._index,
-                "nmi_masked": self.nmi_masked,
-                "base_s": self._base_s,
-                "chain_ns": self._chain_ns(),
-                "looked_ns": self._looked_ns,
-            }
+    STATE = {
+        "_index": 7,
+        "nmi_masked": "flag",
+        "cmos": ("bytes", CMOS_BYTES),
+        "_base_s": DATES_S,
+        "_chain_start_ns": "moment",
+        "_looked_ns": range(-(1 << 62), 1 << 62),
+        "_timer": "timer",
+    }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def after_load(self) -> None:
         """The clock goes on from the time it showed when it was saved."""
         with self.lock:
-            self.cmos[:] = state["cmos"]
-            self._index = state["index"]
-            self.nmi_masked = state["nmi_masked"]
-            self._base_s = state["base_s"]
-            self._chain_start_ns = self._clock.now_ns() - state["chain_ns"]
-            self._looked_ns = state["looked_ns"]
-            self._show_irq()
-            self._plan()
+            self._irq.set(1 if self.cmos[REG_C] & C_IRQF else 0)
+            self._timer.go_on()
 
 
 def ticks(chain_ns: int) -> int:

@@ -19,8 +19,6 @@ from pyvmm.region import RegisterRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.chardev import Chardev
     from pyvmm.clock import Clock
     from pyvmm.irq import IrqLine
@@ -99,6 +97,7 @@ CONNECTED = MSR_DCD | MSR_DSR | MSR_CTS  # what the host's side shows: somebody 
 
 REGISTERS = 8
 FIFO_BYTES = 16
+GATHER_BYTES = 1024  # of output, at most
 DIVISOR_9600 = 12
 NS_PER_DIVIDED_BIT = 1_000_000_000 * 16 / 1_843_200  # the usual crystal; a bit takes 16 divided clocks
 TIMEOUT_CHARS = 4  # section 8.6, character timeout indication
@@ -147,7 +146,7 @@ class Serial(Device):
     )
 
     def __init__(self, irq: IrqLine, chardev: Chardev, clock: Clock, *, gather_ns: int = 0) -> None:
-        self.region = RegisterRegion(REGISTERS, self, name="serial")
+        self.region = RegisterRegion(REGISTERS, self, name="serial", capacity=GATHER_BYTES)
         self._gather_ns = gather_ns
         self._gather_timer = clock.timer(self._on_gather_timer)
         self._last_put_ns = -gather_ns
@@ -556,49 +555,53 @@ class Serial(Device):
             self._power_on()
             self._accept_input()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            self.flush()
-            return {
-                "rbr": self._rbr,
-                "ier": self._ier,
-                "fcr": self._fcr,
-                "lcr": self._lcr,
-                "word_mask": self._word_mask,
-                "mcr": self._mcr,
-                "lsr": self._lsr,
-                "msr": self._msr,
-                "scr": self._scr,
-                "divisor": self._divisor,
-                "rx": list(self._rx),
-                "tx": list(self._tx),
-                "thr_pending": self._thr_pending,
-                "timeout_pending": self._timeout_pending,
-                "timeout_in_ns": (
-                    self._timeout.deadline_ns - self._clock.now_ns() if self._timeout.armed else None
-                ),
-            }
+    STATE = {
+        "_rbr": 8,
+        "_ier": 4,
+        "_fcr": 8,
+        "_lcr": 8,
+        "_word_mask": 8,
+        "_mcr": 5,
+        "_lsr": 8,
+        "_msr": 8,
+        "_scr": 8,
+        "_divisor": 16,
+        "_rx": ("list", 16, 0, FIFO_BYTES),
+        "_tx": ("list", 8, 0, FIFO_BYTES),
+        "_thr_pending": "flag",
+        "_timeout_pending": "flag",
+        "_timeout": "timer",
+        "_gathering": "flag",
+        "_gathered": ("bytes", 0, GATHER_BYTES),
+        "_gather_timer": "timer",
+        "_last_put_ns": "moment",
+    }
 
-    def load(self, state: dict[str, Any]) -> None:
+    @property
+    def _gathered(self) -> bytes:
+        return self.region.kept
+
+    @_gathered.setter
+    def _gathered(self, data: bytes) -> None:
+        self.region.kept = data
+
+    @property
+    def _gathering(self) -> bool:
+        return self.region.gathering
+
+    @_gathering.setter
+    def _gathering(self, on: bool) -> None:
+        if on:
+            self.region.gather(THR)
+        else:
+            self.region.release()
+
+    def after_load(self) -> None:
         with self.lock:
-            self._rbr = state["rbr"]
-            self._ier = state["ier"]
-            self._fcr = state["fcr"]
-            self._lcr = state["lcr"]
-            self._word_mask = state["word_mask"]
-            self._mcr = state["mcr"]
-            self._lsr = state["lsr"]
-            self._msr = state["msr"]
-            self._scr = state["scr"]
-            self._divisor = state["divisor"]
-            self._rx = deque(state["rx"][:FIFO_BYTES])
-            self._tx = deque(state["tx"][:FIFO_BYTES])
-            self._thr_pending = state["thr_pending"]
-            self._timeout_pending = state["timeout_pending"]
             self._trigger = TRIGGER_LEVELS[self._fcr >> 6] if self._fcr & FCR_ENABLE else 1
-            self._timeout.disarm()
-            if state["timeout_in_ns"] is not None:
-                self._timeout.arm(self._clock.now_ns() + state["timeout_in_ns"])
+            self._timeout.go_on()
+            self._gather_timer.go_on()
             self._derive()
             self._transmit()  # this host may take what the other one did not
+            self._refused = True  # what waits at this chardev has not been looked at
             self._accept_input()

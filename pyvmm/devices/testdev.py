@@ -12,7 +12,6 @@ from pyvmm.errors import BusError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
 
     from pyvmm.irq import IrqLine
 
@@ -75,12 +74,20 @@ class IrqPorts(Device):
             for line in self._lines:
                 line.lower()
 
-    def save(self) -> dict[str, int]:
-        return {"levels": sum(line.level << n for n, line in enumerate(self._lines))}
+    STATE = {"_levels": IRQ_LINES}
 
-    def load(self, state: dict[str, int]) -> None:
-        for n, line in enumerate(self._lines):
-            line.set(state["levels"] >> n & 1)
+    @property
+    def _levels(self) -> int:
+        return sum(line.level << n for n, line in enumerate(self._lines))
+
+    @_levels.setter
+    def _levels(self, levels: int) -> None:
+        self._loaded_levels = levels
+
+    def after_load(self) -> None:
+        with self.lock:
+            for n, line in enumerate(self._lines):
+                line.set(self._loaded_levels >> n & 1)
 
 
 class TestDev(Device):
@@ -117,12 +124,7 @@ class TestDev(Device):
             self.memory[:] = bytes(MEMORY_BYTES)
         self.irqs.reset()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {"latch": self._latch, "memory": bytes(self.memory), "irqs": self.irqs.save()}
+    STATE = {"_latch": 32, "memory": ("bytes", MEMORY_BYTES), "irqs": "part"}
 
-    def load(self, state: dict[str, Any]) -> None:
-        with self.lock:
-            self._latch = state["latch"]
-            self.memory[:] = state["memory"]
-        self.irqs.load(state["irqs"])
+    def after_load(self) -> None:
+        self.irqs.after_load()

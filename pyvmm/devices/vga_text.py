@@ -14,7 +14,6 @@ from pyvmm.screen import BLANK, COLUMNS, FRAME_BYTES, ROW_BYTES, ROWS, Frame
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from pyvmm.clock import Clock
 
@@ -69,8 +68,16 @@ MODE_3_SEQUENCER = bytes.fromhex("0300030002")
 MODE_3_CRTC = bytes.fromhex("5f4f50825581bf1f004f0d0e00000000 9c8e8f281f96b9a3ff")
 MODE_3_GRAPHICS = bytes.fromhex("0000000000100e00ff")
 MODE_3_ATTRIBUTE = bytes.fromhex("00010203040514073839 3a3b3c3d3e3f0c000f0800")
+MODE_3 = {
+    CRTC: MODE_3_CRTC,
+    SEQUENCER: MODE_3_SEQUENCER,
+    GRAPHICS: MODE_3_GRAPHICS,
+    ATTRIBUTE: MODE_3_ATTRIBUTE,
+}
 DAC_BYTES = 768
+BANK_BYTES = {CRTC: 32, SEQUENCER: 8, GRAPHICS: 16, ATTRIBUTE: 32}
 INDEX_MASKS = {CRTC: 0x1F, SEQUENCER: 0x07, GRAPHICS: 0x0F, ATTRIBUTE: 0x1F}
+INDEX_BITS = {CRTC: 5, SEQUENCER: 3, GRAPHICS: 4, ATTRIBUTE: 6}  # one more there: the screen is on
 
 # 449 lines of 900 pixels at 28.322 MHz: 70 frames a second. Of the time between two frames retrace is the shorter part;
 # all of it shows as retrace, for a guest whose look at the port takes as long as a line would miss the other.
@@ -96,12 +103,7 @@ class VgaText(Device):
     def _power_on(self) -> None:
         self.misc = MODE_3_MISC
         # By the port of the index: the registers, and the index itself.
-        self._banks = {
-            CRTC: bytearray(MODE_3_CRTC.ljust(32, b"\0")),
-            SEQUENCER: bytearray(MODE_3_SEQUENCER.ljust(8, b"\0")),
-            GRAPHICS: bytearray(MODE_3_GRAPHICS.ljust(16, b"\0")),
-            ATTRIBUTE: bytearray(MODE_3_ATTRIBUTE.ljust(32, b"\0")),
-        }
+        self._banks = {port: bytearray(MODE_3[port].ljust(size, b"\0")) for port, size in BANK_BYTES.items()}
         self._index = {CRTC: 0, SEQUENCER: 0, GRAPHICS: 0, ATTRIBUTE: 0x20}
         self._attribute_data = False  # what is written to ATTRIBUTE next is data
         self._feature = 0
@@ -260,29 +262,14 @@ class VgaText(Device):
         with self.lock:
             self._power_on()
 
-    def save(self) -> dict[str, Any]:
-        with self.lock:
-            return {
-                "misc": self.misc,
-                "banks": {str(port): bytes(registers) for port, registers in self._banks.items()},
-                "index": {str(port): index for port, index in self._index.items()},
-                "attribute_data": self._attribute_data,
-                "feature": self._feature,
-                "dac": bytes(self._dac),
-                "dac_at": self._dac_at,
-                "dac_reads": self._dac_reads,
-                "dac_mask": self._dac_mask,
-            }
-
-    def load(self, state: dict[str, Any]) -> None:
-        with self.lock:
-            self.misc = state["misc"]
-            for port, registers in self._banks.items():
-                registers[:] = state["banks"][str(port)][: len(registers)]
-                self._index[port] = state["index"][str(port)]
-            self._attribute_data = state["attribute_data"]
-            self._feature = state["feature"]
-            self._dac[:] = state["dac"]
-            self._dac_at = state["dac_at"]
-            self._dac_reads = state["dac_reads"]
-            self._dac_mask = state["dac_mask"]
+    STATE = {
+        "misc": 8,
+        "_banks": ("each", {port: ("bytes", size) for port, size in BANK_BYTES.items()}),
+        "_index": ("each", INDEX_BITS),
+        "_attribute_data": "flag",
+        "_feature": 8,
+        "_dac": ("bytes", DAC_BYTES),
+        "_dac_at": range(DAC_BYTES),
+        "_dac_reads": "flag",
+        "_dac_mask": 8,
+    }

@@ -490,3 +490,5 @@ class Guest:
         saved = {name: device.save() for name, device in devices.items()}
         for name, device in devices.items():
             device.load(saved[name])
+        for device in devices.values():
+            device.after_load()

@@ -383,6 +383,7 @@ def test_save_and_load_go_on_at_the_same_byte(bench: Bench, memory: GuestMemory)
 
     second = build()
     second.fw.load(first.fw.save())
+    second.fw.after_load()
     assert second.data(8) == b"23456789"
     assert second.fetch(0x20, 3) == b"ab2"
     assert second.fetch(0x21, 2) == b"v1", "what the guest has seen stays"

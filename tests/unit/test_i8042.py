@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyvmm.devices.i8042 import I8042
+from pyvmm.errors import StateError
 from pyvmm.irq import IrqLine
 
 OBF, SYS, CMD, AUX, TIMEOUT = 0x01, 0x04, 0x08, 0x20, 0x40
@@ -267,9 +268,12 @@ def test_a_saved_state_brings_no_more_than_the_chip_holds(bench: Bench) -> None:
         bench.command(0xAB)
     state = bench.kbc.save()
     assert len(state["keyboard"]["queue"]) == 16
-    state["keyboard"]["queue"] = [0xEE] * 1000
     bench.kbc.load(state)
+    bench.kbc.after_load()
     assert len(bench.drain()) == 2 + 16
+    state["keyboard"]["queue"] = [0xEE] * 1000
+    with pytest.raises(StateError, match=r"keyboard\.queue: .* 1000"):
+        bench.kbc.load(state)
 
 
 def test_output_port(bench: Bench) -> None:
@@ -362,6 +366,7 @@ def test_saved_state_goes_on_exactly(bench: Bench) -> None:
     bench.command(0x7E)
     other = Bench()
     other.kbc.load(bench.kbc.save())
+    other.kbc.after_load()
     assert other.kbd_irq.level == 1
     for one in (bench, other):
         one.data(0x99)

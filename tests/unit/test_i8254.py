@@ -524,6 +524,7 @@ def test_save_and_load_go_on_exactly(bench: Bench) -> None:
     other = Bench()
     other.clock.step(777 * SECOND)  # it need not be the same time there
     other.pit.load(bench.pit.save())
+    other.pit.after_load()
     assert other.irq0.level == bench.irq0.level
     for b in (bench, other):
         b.levels.clear()

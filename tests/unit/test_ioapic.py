@@ -306,6 +306,7 @@ def test_a_saved_state_goes_on() -> None:
     old.ioapic.set(9, 1)
     new = Bench()
     new.ioapic.load(old.ioapic.save())
+    new.ioapic.after_load()
     assert new.ioapic.save() == old.ioapic.save()
     assert not new.cpus[0].output  # sent before the state was saved
     new.ioapic.end_of_interrupt(0x39)

@@ -615,6 +615,7 @@ def test_a_saved_state_goes_on() -> None:
     new = Bench(enable=False)
     new.clock.step(77)
     new.apic.load(old.apic.save())
+    new.apic.after_load()
     assert new.apic.save() == old.apic.save()
     assert [new.read(r) for r in (LVT_TIMER, CURRENT, PPR)] == [old.read(r) for r in (LVT_TIMER, CURRENT, PPR)]
     for bench in (old, new):
@@ -682,4 +683,5 @@ def test_whatever_the_guest_does(trace: list[tuple[object, ...]]) -> None:
         assert apic.output == (levels[-1] if levels else 0)
     copy = Lapic(bus, clock, 2)
     copy.load(apic.save())
+    copy.after_load()
     assert copy.save() == apic.save()

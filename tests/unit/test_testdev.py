@@ -109,6 +109,8 @@ def test_save_and_load(bench: Bench) -> None:
     other.dev.load(bench.dev.save())
     assert other.pio.read(0xE8, 4) == 0x89ABCDEF
     assert other.dev.memory == bench.dev.memory
+    assert other.gsis == [], "load touches no line"
+    other.dev.after_load()
     assert other.gsis == [(3, 1)]
     other.dev.reset()
     assert other.gsis == [(3, 1), (3, 0)]

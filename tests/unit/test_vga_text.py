@@ -211,6 +211,7 @@ def test_saved_state(bench: Bench) -> None:
     bench.outb(0x3C9, 33)
     other = Bench()
     other.vga.load(bench.vga.save())
+    other.vga.after_load()
     assert other.vga.save() == bench.vga.save()
     assert other.vga.cursor == (0, 42)
 

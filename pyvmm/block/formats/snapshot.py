@@ -162,6 +162,9 @@ class SnapshotDriver(FormatDriver):
         """Before the guest runs all of it is base's."""
         return self._base.peek(offset, length)
 
+    def ends_with_process(self) -> bool:
+        return self._map.find(TOP) >= 0
+
     def close(self) -> None:
         self._base.close()
         self._top.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pyvmm.errors import StateError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.ide.chain import Chain
     from pyvmm.devices.ide.channel import IdeChannel
     from pyvmm.devices.ide.drive import Drive
+    from pyvmm.state import Fields
 
 
 class Activity:
@@ -56,6 +59,30 @@ class Activity:
         if self.pending is not None:
             self.pending.cancel()
 
+    # -- state: what the backend has not brought is asked for again ------------------------------------------------
+
+    KIND = ""
+    """Its name in a saved state."""
+    STATE: Fields = {}
+
     def save(self) -> dict[str, Any]:
-        """Enough for the drive's ``resume`` to go on from here; what the backend has not brought is asked for again."""
+        from pyvmm.state import save_fields
+
+        return {"kind": self.KIND, **save_fields(self, self.STATE)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Of an activity that has just been made, and not started."""
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state, ("kind",))
+        wrong = self.wrong()
+        if wrong:
+            raise StateError(f"{self.KIND}: {wrong}")
+
+    def wrong(self) -> str:
+        """Which of the loaded numbers do not fit together; empty where all do."""
+        return ""
+
+    def go_on(self) -> None:
+        """After a load: open the window again, ask the backend again."""
         raise NotImplementedError

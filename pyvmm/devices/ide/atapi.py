@@ -439,30 +439,29 @@ class AtapiDrive:
         self._select_long = False
         self._pages.reset()
 
+    # All but the disc: whoever loads this has put the same one in.
+    STATE = {
+        "tray_open": "flag",
+        "locked": "flag",
+        "sense_key": 4,
+        "_asc": 16,
+        "_information": ("or none", 64),
+        "_change": range(UNCHANGED, REPLACED + 1),
+        "_new_media": "flag",
+        "_eject_request": "flag",
+        "_select_long": "flag",
+        "_pages": "part",
+    }
+
     def save(self) -> dict[str, Any]:
-        """All but the disc: whoever loads this has put the same one in."""
-        return {
-            "tray_open": self.tray_open,
-            "locked": self.locked,
-            "sense_key": self.sense_key,
-            "asc": self._asc,
-            "information": self._information,
-            "change": self._change,
-            "new_media": self._new_media,
-            "eject_request": self._eject_request,
-            "select_long": self._select_long,
-            "pages": self._pages.save(),
-        }
+        from pyvmm.state import save_fields
+
+        return save_fields(self, self.STATE)
 
     def load(self, state: dict[str, Any]) -> None:
-        self.tray_open = state["tray_open"]
-        self.locked = state["locked"]
-        self._set_sense(state["sense_key"], state["asc"], state["information"])
-        self._change = state["change"]
-        self._new_media = state["new_media"]
-        self._eject_request = state["eject_request"]
-        self._select_long = state["select_long"]
-        self._pages.load(state["pages"])
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state)
 
 
 # Operation codes: what carries each out, and the rules that hold before.

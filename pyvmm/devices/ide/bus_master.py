@@ -33,8 +33,6 @@ from pyvmm.errors import BusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.device import DeviceLock
     from pyvmm.devices.ide.activity import Activity
     from pyvmm.guest_memory import GuestMemory
@@ -205,10 +203,13 @@ class BusMaster(Device):
         self.status = 0
         self.prd_table = 0
 
-    def save(self) -> dict[str, Any]:
-        return {"command": self.command, "status": self.status, "prd_table": self.prd_table}
+    # Whether it is enabled the PCI function says too: the same.
+    STATE = {"command": 8, "status": 7, "prd_table": 32, "_enabled": "flag", "_running": "flag"}
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.command = state["command"]
-        self.status = state["status"]
-        self.prd_table = state["prd_table"]
+    def go_on(self, transfer: Activity) -> None:
+        """After a load: ``transfer`` is the one that was attached, and had begun or not."""
+        self.transfer = transfer
+        if self._running:
+            transfer.begin()
+        else:
+            self._begin()

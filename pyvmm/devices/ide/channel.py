@@ -32,6 +32,7 @@ from pyvmm.devices.ide.registers import (
     STATUS,
     TAKEN,
 )
+from pyvmm.errors import StateError
 from pyvmm.region import FifoRegion, RegisterRegion
 
 TYPE_CHECKING = False
@@ -278,31 +279,40 @@ class IdeChannel(Device):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    STATE = {"_control": 8, "_hob": "flag", "_selected_unit": 1, "bus_master": "part"}
+
+    @property
+    def _selected_unit(self) -> int:
+        return self.selected.unit
+
+    @_selected_unit.setter
+    def _selected_unit(self, unit: int) -> None:
+        self.selected = self.drives[unit]
+
     def save(self) -> dict[str, Any]:
         with self.lock:
-            return {
-                "control": self._control,
-                "hob": self._hob,
-                "selected": self.selected.unit,
-                "bus_master": self.bus_master.save(),
-                "drives": [drive.save() for drive in self.drives],
-            }
+            return {**super().save(), "drives": [drive.save() if drive.present else None for drive in self.drives]}
 
     def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import load_fields, part, value_of
+
+        with self.lock:
+            load_fields(self, self.STATE, state, ("drives",))
+            self._buffer = None
+            self.bus_master.transfer = None
+            drives = value_of(("list", ("or none", "part"), len(self.drives)), state["drives"], "drives")
+            for unit, (drive, saved) in enumerate(zip(self.drives, drives, strict=True)):
+                if drive.present != (saved is not None):
+                    raise StateError(f"drives[{unit}] is a drive in one of the two machines only")
+                if drive.present:
+                    part(f"drives[{unit}]", drive, saved)
+
+    def after_load(self) -> None:
         with self.lock:
             self.data.close()
-            self._buffer = None
-            self._control = state["control"]
-            self._hob = state["hob"]
-            self.selected = self.drives[state["selected"]]
-            self.bus_master.load(state["bus_master"])
-            for drive, saved in zip(self.drives, state["drives"], strict=True):
-                if drive.present:
-                    drive.load(saved)
             self._irq.set(int(self.selected.intrq and not self._control & NIEN))
-            for drive, saved in zip(self.drives, state["drives"], strict=True):
-                if drive.present and saved["activity"] is not None:
-                    drive.resume(saved["activity"])
+            for drive in self._present:
+                drive.after_load()
             self.unlatch()
 
 

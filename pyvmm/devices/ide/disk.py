@@ -13,7 +13,7 @@ from __future__ import annotations
 from pyvmm.devices.ide import registers as c
 from pyvmm.devices.ide.dma import DmaTransfer, Trim
 from pyvmm.devices.ide.drive import Drive
-from pyvmm.devices.ide.identify import LBA28_SECTORS, MAX_MULTIPLE, MAX_TRIM_BLOCKS, geometry, identify
+from pyvmm.devices.ide.identify import LBA28_SECTORS, geometry, identify
 from pyvmm.devices.ide.pio import PioBlock, PioReader, PioWriter
 from pyvmm.devices.ide.registers import (
     ABRT,
@@ -30,6 +30,8 @@ from pyvmm.devices.ide.registers import (
     LBA_MID,
     LOOK_AHEAD_OFF,
     LOOK_AHEAD_ON,
+    MAX_MULTIPLE,
+    MAX_TRIM_BLOCKS,
     PIO_DEFAULT,
     REVERT_SETTINGS,
     TRANSFER_MODE,
@@ -44,15 +46,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.block import BlockBackend
+    from pyvmm.clock import Clock
+    from pyvmm.devices.ide.activity import Activity
 
-# What CHECK POWER MODE answers (8.7), and Sleep, in which nobody can ask
-STANDBY = 0x00
-IDLE = 0x80
-ACTIVE = 0xFF
-SLEEPING = -1
-
+STANDBY, IDLE, ACTIVE, SLEEPING = c.STANDBY_POWER, c.IDLE_POWER, c.ACTIVE_POWER, c.SLEEPING
 NS_PER_SECOND = 1_000_000_000
-SETTINGS = ("cylinders", "heads", "track", "multiple", "transfer_mode", "write_cache", "look_ahead", "reverts", "power")
 
 
 class IdeDisk(Drive):
@@ -328,7 +326,7 @@ class IdeDisk(Drive):
     # -- settings ------------------------------------------------------------------------------------------------------
 
     def identify_device(self) -> None:
-        PioBlock(self).start(identify(self))
+        PioBlock(self, identify(self)).start()
         self.channel.interrupt(self)
 
     def initialize_device_parameters(self) -> None:
@@ -414,38 +412,37 @@ class IdeDisk(Drive):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
-        state = super().save()
-        state.update({name: getattr(self, name) for name in SETTINGS})
-        state["standby"] = [self._standby_after_ns, self._used_at_ns]
-        return state
+    STATE = {
+        **Drive.STATE,
+        "cylinders": 16,
+        "heads": range(1, 256),
+        "track": range(1, 256),
+        "multiple": ("one of", 0, 1, 2, 4, 8, MAX_MULTIPLE),
+        "write_cache": "flag",
+        "look_ahead": "flag",
+        "reverts": "flag",
+        "power": c.POWERS,
+        "_standby_after_ns": 46,  # 20 hours
+        "_used_at_ns": "moment",
+    }
+
+    @property
+    def _clock(self) -> Clock:
+        return self.channel.clock
 
     def load(self, state: dict[str, Any]) -> None:
-        super().load(state)
         self._reader = self._writer = None
-        for name in SETTINGS:
-            setattr(self, name, state[name])
-        self._standby_after_ns, self._used_at_ns = state["standby"]
+        super().load(state)
 
-    def resume(self, activity: dict[str, Any]) -> None:
-        kind = activity["kind"]
-        if kind == "pio-in":
+    def made(self, kind: str) -> Activity | None:
+        if kind == PioReader.KIND:
             self._reader = PioReader(self)
-            self._reader.resume(activity)
-        elif kind == "pio-out":
+            return self._reader
+        if kind == PioWriter.KIND:
             self._writer = PioWriter(self)
-            self._writer.resume(activity)
-        elif kind == "block":
-            PioBlock(self).start(activity["block"], activity["moved"])
-        elif kind == "dma":
-            fields = {name: activity[name] for name in ("read", "lba", "count", "flush")}
-            DmaTransfer(self, **fields).start()
-        elif kind == "trim":
-            Trim(self, activity["blocks"]).start()
-        elif kind == "verify":
-            VerifyTask(self, activity["lba"], activity["count"]).start()
-        elif kind == "flush":
-            FlushTask(self, power=activity["power"]).start()
+            return self._writer
+        made = ACTIVITIES.get(kind)
+        return None if made is None else made(self)
 
 
 def standby_seconds(count: int) -> int:
@@ -456,6 +453,14 @@ def standby_seconds(count: int) -> int:
         return 1800 * (count - 240)
     return {252: 1260, 253: 28800, 255: 1275}.get(count, 0)
 
+
+ACTIVITIES: dict[str, Callable[[IdeDisk], Activity]] = {
+    PioBlock.KIND: PioBlock,
+    DmaTransfer.KIND: DmaTransfer,
+    Trim.KIND: Trim,
+    VerifyTask.KIND: VerifyTask,
+    FlushTask.KIND: FlushTask,
+}
 
 COMMANDS: dict[int, Callable[[IdeDisk], None]] = {
     c.NOP: IdeDisk.nop,

@@ -12,12 +12,10 @@ from struct import Struct
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import IOV_MAX, REQUEST_SECTORS, Discards, Flush, Mover
-from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, UNC
+from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, MAX_TRIM_BLOCKS, UNC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.devices.ide.chain import Aio
     from pyvmm.devices.ide.disk import IdeDisk
 
@@ -29,7 +27,7 @@ class DmaTransfer(Activity):
 
     __slots__ = ("_count", "_disk", "_flush", "_iov", "_lba", "_more", "_read", "_waiting")
 
-    def __init__(self, disk: IdeDisk, read: bool, lba: int, count: int, flush: bool) -> None:
+    def __init__(self, disk: IdeDisk, read: bool = False, lba: int = 0, count: int = 0, flush: bool = False) -> None:
         """``read``: to the guest's memory. ``flush``: the command ends when the data is on the medium."""
         super().__init__(disk)
         self._disk = disk
@@ -131,9 +129,15 @@ class DmaTransfer(Activity):
         self.channel.bus_master.end(self, self._more)
         disk.finish()
 
-    def save(self) -> dict[str, Any]:
+    KIND = "dma"
+    STATE = {"_read": "flag", "_lba": 48, "_count": range(1, 0x10001), "_flush": "flag"}
+
+    def wrong(self) -> str:
+        return "" if self._lba + self._count <= self._disk.sectors else "lba and count reach past the end of the disk"
+
+    def go_on(self) -> None:
         """From its beginning: moving the same sectors once more does no harm."""
-        return {"kind": "dma", "read": self._read, "lba": self._lba, "count": self._count, "flush": self._flush}
+        self.channel.bus_master.go_on(self)
 
 
 class Trim(Activity):
@@ -145,7 +149,7 @@ class Trim(Activity):
 
     __slots__ = ("_blocks", "_disk", "_more")
 
-    def __init__(self, disk: IdeDisk, blocks: int) -> None:
+    def __init__(self, disk: IdeDisk, blocks: int = 0) -> None:
         super().__init__(disk)
         self._disk = disk
         self._blocks = blocks
@@ -190,5 +194,8 @@ class Trim(Activity):
         else:
             self._disk.finish()
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "trim", "blocks": self._blocks}
+    KIND = "trim"
+    STATE = {"_blocks": range(1, MAX_TRIM_BLOCKS + 1)}
+
+    def go_on(self) -> None:
+        self.channel.bus_master.go_on(self)

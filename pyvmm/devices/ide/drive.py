@@ -29,6 +29,7 @@ from pyvmm.devices.ide.registers import (
     READY,
     ULTRA_DMA,
 )
+from pyvmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.ide.activity import Activity
     from pyvmm.devices.ide.channel import IdeChannel
+    from pyvmm.state import Fields
 
 TRANSFER_MODES = (
     (PIO_DEFAULT, 1),
@@ -214,29 +216,48 @@ class Drive:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    STATE: Fields = {
+        "regs": ("list", 8, FILE_SIZE),
+        "status": 8,
+        "error": 8,
+        "intrq": "flag",
+        "lba48": "flag",
+        "resetting": "flag",
+        "transfer_mode": 8,
+    }
+
     def save(self) -> dict[str, Any]:
-        return {
-            "regs": list(self.regs),
-            "status": self.status,
-            "error": self.error,
-            "intrq": self.intrq,
-            "lba48": self.lba48,
-            "resetting": self.resetting,
-            "activity": None if self.activity is None else self.activity.save(),
-        }
+        from pyvmm.state import save_fields
+
+        activity = None if self.activity is None else self.activity.save()
+        return {**save_fields(self, self.STATE), "activity": activity}
 
     def load(self, state: dict[str, Any]) -> None:
-        """All but the activity: ``resume`` goes on with that, when the whole channel has been loaded."""
-        self.drop()
-        self.lingering = None
-        self.regs[:] = state["regs"]
-        self.status = state["status"]
-        self.error = state["error"]
-        self.intrq = state["intrq"]
-        self.lba48 = state["lba48"]
-        self.resetting = state["resetting"]
+        """The channel has been loaded but for its drives."""
+        from pyvmm.state import load_fields, part, shown, value_of
+
+        load_fields(self, self.STATE, state, ("activity",))
+        self.forget()
+        saved = value_of(("or none", "part"), state["activity"], "activity")
+        if saved is not None:
+            activity = self.made(str(saved.get("kind")))
+            if activity is None:
+                raise StateError(f"activity.kind is {shown(saved.get('kind'))}, which this drive does not do")
+            part("activity", activity, saved)
+            self.activity = activity
+
+    def forget(self) -> None:
+        """What was being done before a load is nobody's any more; whoever loads has drained the backend."""
+        if self.activity is not None:
+            self.activity.dropped = True
+        self.activity = self.lingering = None
+
+    def made(self, kind: str) -> Activity | None:
+        """A new activity of that KIND, not started; None where there is none."""
+        return None
+
+    def after_load(self) -> None:
         if self.resetting and not self.channel.in_reset:
             self.end_reset()  # what it was waiting for is not here
-
-    def resume(self, activity: dict[str, Any]) -> None:
-        """Go on with an activity that was saved."""
+        elif self.activity is not None:
+            self.activity.go_on()

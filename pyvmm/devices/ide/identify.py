@@ -7,6 +7,8 @@ from pyvmm.devices.ide.atapi import ata_string, selected
 from pyvmm.devices.ide.registers import (
     HIGHEST_MULTIWORD,
     HIGHEST_ULTRA,
+    MAX_MULTIPLE,
+    MAX_TRIM_BLOCKS,
     MULTIWORD_DMA,
     ULTRA_DMA,
 )
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from pyvmm.devices.ide.disk import IdeDisk
 
 IDENTIFY_BYTES = 512
-MAX_MULTIPLE = 16  # sectors a DRQ block; a power of two
-MAX_TRIM_BLOCKS = 8
 LBA28_SECTORS = 0x0FFF_FFFF  # the most that words 60 and 61 say
 
 HEADS = 16

@@ -9,6 +9,10 @@ from __future__ import annotations
 from pyvmm.devices.ide import mmc
 from pyvmm.devices.ide.mmc import be16
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 ERROR_RECOVERY = 0x01
 CD_PARAMETERS = 0x0D
 AUDIO_CONTROL = 0x0E
@@ -134,8 +138,14 @@ class ModePages:
         self._current = wanted
         return ""
 
-    def save(self) -> dict[int, bytes]:
-        return dict(self._current)
+    STATE = {"_current": ("each", {number: ("bytes", len(page)) for number, page in DEFAULTS.items()})}
 
-    def load(self, state: dict[int, bytes]) -> None:
-        self._current = {number: bytes(page) for number, page in state.items()}
+    def save(self) -> dict[str, Any]:
+        from pyvmm.state import save_fields
+
+        return save_fields(self, self.STATE)
+
+    def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import load_fields
+
+        load_fields(self, self.STATE, state)

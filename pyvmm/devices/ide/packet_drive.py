@@ -30,8 +30,8 @@ from pyvmm.devices.ide.registers import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
+    from pyvmm.devices.ide.activity import Activity
     from pyvmm.devices.ide.atapi import AtapiDrive, PacketResult
 
 SIGNATURE_MID, SIGNATURE_HIGH = 0x14, 0xEB
@@ -87,7 +87,7 @@ class PacketDrive(Drive):
         self.fail(ABRT)
 
     def identify_packet_device(self) -> None:
-        PioBlock(self).start(self.device.identify_packet(self.transfer_mode))
+        PioBlock(self, self.device.identify_packet(self.transfer_mode)).start()
         self.channel.interrupt(self)
 
     def check_power_mode(self) -> None:
@@ -146,58 +146,58 @@ class PacketDrive(Drive):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def save(self) -> dict[str, Any]:
-        return {**super().save(), "device": self.device.save()}
+    STATE = {**Drive.STATE, "device": "part"}
 
-    def load(self, state: dict[str, Any]) -> None:
-        super().load(state)
-        self.device.load(state["device"])
-
-    def resume(self, activity: dict[str, Any]) -> None:
-        kind = activity["kind"]
-        if kind == "block":
-            PioBlock(self).start(activity["block"], activity["moved"])
-        elif kind == "packet":
-            PacketCommand(self, activity["dma"]).start(activity["packet"])
-        elif kind == "packet-in":
-            PacketIn(self).resume(activity)
-        elif kind == "packet-out":
-            PacketOut(self, activity["length"]).resume(activity)
-        elif kind == "packet-dma-in":
-            PacketDmaIn(self, activity["data"], activity["lba"], activity["count"]).start()
-        elif kind == "packet-dma-out":
-            PacketDmaOut(self, activity["length"]).start()
+    def made(self, kind: str) -> Activity | None:
+        made: Callable[[PacketDrive], Activity] | None = ACTIVITIES.get(kind)
+        return None if made is None else made(self)
 
 
 class PacketCommand(PacketActivity):
     """The packet itself comes through the data port, with no interrupt to ask for it."""
 
-    __slots__ = ("_dma", "_moved", "_packet")
+    __slots__ = ("_dma", "_packet", "_skipped")
 
-    def __init__(self, drive: PacketDrive, dma: bool) -> None:
+    KIND = "packet"
+    STATE = {"_dma": "flag", "_packet": ("bytes", PACKET_BYTES), "_moved": range(PACKET_BYTES)}
+
+    def __init__(self, drive: PacketDrive, dma: bool = False) -> None:
         super().__init__(drive)
         self._packet = bytearray(PACKET_BYTES)
         self._dma = dma
-        self._moved = 0
+        self._skipped = 0  # bytes that had come before its state was saved and loaded
 
-    def start(self, packet: bytes = b"") -> None:
-        """``packet``: what has come of it already."""
+    def start(self) -> None:
         drive = self.packet_drive
-        self._packet[: len(packet)] = packet
-        self._moved = len(packet)
         drive.activity = self
         drive.set_reason(REASON_COD)
         drive.status = DATA
-        self.channel.open_write(self._packet, self._moved)
+        self.go_on()
+
+    def go_on(self) -> None:
+        self.channel.open_write(self._packet, self._skipped)
 
     def on_end(self) -> None:
         self.drive.activity = None
         self.packet_drive.carry_out(bytes(self._packet), self._dma)
 
-    def save(self) -> dict[str, Any]:
-        moved = self._moved + self.channel.data.position
-        return {"kind": "packet", "dma": self._dma, "packet": bytes(self._packet[:moved])}
+    @property
+    def _moved(self) -> int:
+        return self._skipped + self.channel.data.position
 
+    @_moved.setter
+    def _moved(self, moved: int) -> None:
+        self._skipped = moved
+
+
+ACTIVITIES: dict[str, Callable[[PacketDrive], Activity]] = {
+    PioBlock.KIND: PioBlock,
+    PacketCommand.KIND: PacketCommand,
+    PacketIn.KIND: PacketIn,
+    PacketOut.KIND: PacketOut,
+    PacketDmaIn.KIND: PacketDmaIn,
+    PacketDmaOut.KIND: PacketDmaOut,
+}
 
 COMMANDS: dict[int, Callable[[PacketDrive], None]] = {
     c.NOP: PacketDrive.abort,

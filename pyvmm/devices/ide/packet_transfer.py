@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 2048
 SECTORS_PER_BLOCK = 4
 LONGEST_BYTES = 0xFFFE  # FFFFh means this too
+LONGEST_LIST_BYTES = 0xFFFF  # of data to the drive, or of its own: lengths have 16 bits
 
 
 class PacketActivity(Activity):
@@ -161,35 +162,46 @@ class PacketIn(PacketActivity):
             self._failure = mover.ret
         self._go_on()
 
-    def save(self) -> dict[str, Any]:
-        moved = 0 if self._waiting else self._skipped + self.channel.data.position
-        return {
-            "kind": "packet-in",
-            "data": bytes(self._memory[self._start : self._end]),
-            "lba": self._lba,
-            "left": self._left,
-            "failure": self._failure,
-            "limit": self._limit,
-            "waiting": self._waiting,
-            "size": self._size,
-            "moved": moved,
-        }
+    KIND = "packet-in"
+    STATE = {
+        "_content": ("bytes", 0, BUFFER_BYTES),
+        "_lba": 32,
+        "_left": 32,
+        "_failure": range(-4095, 1),
+        "_limit": range(LONGEST_BYTES + 1),
+        "_size": range(LONGEST_BYTES + 1),
+        "_waiting": "flag",
+        "_moved": range(LONGEST_BYTES + 1),
+    }
 
-    def resume(self, state: dict[str, Any]) -> None:
-        data = state["data"]
-        self._memory[: len(data)] = data
-        self._end = len(data)
-        self._lba = state["lba"]
-        self._left = state["left"]
-        self._failure = state["failure"]
-        self._limit = state["limit"]
-        self._size = state["size"]
-        self._skipped = moved = state["moved"]
-        self.drive.activity = self
-        if state["waiting"]:
+    @property
+    def _content(self) -> bytes:
+        return bytes(self._memory[self._start : self._end])
+
+    @_content.setter
+    def _content(self, content: bytes) -> None:
+        self._memory[: len(content)] = content
+        self._start, self._end = 0, len(content)
+
+    @property
+    def _moved(self) -> int:
+        return 0 if self._waiting else self._skipped + self.channel.data.position
+
+    @_moved.setter
+    def _moved(self, moved: int) -> None:
+        self._skipped = moved
+
+    def wrong(self) -> str:
+        if self._waiting:
+            enough = self._left and self._end < LONGEST_BYTES
+            return "" if enough else "there is nothing to wait for, or no room for it"
+        return "" if self._skipped < self._size <= self._end else "moved, size and content do not fit together"
+
+    def go_on(self) -> None:
+        if self._waiting:
             self._fetch()
         else:
-            self.channel.data.open_read(self._memory, moved, self._size - moved)
+            self.channel.data.open_read(self._memory, self._skipped, self._size - self._skipped)
 
 
 class PacketOut(PacketActivity):
@@ -197,7 +209,7 @@ class PacketOut(PacketActivity):
 
     __slots__ = ("_data", "_limit", "_size", "_skipped", "_start")
 
-    def __init__(self, drive: PacketDrive, length: int) -> None:
+    def __init__(self, drive: PacketDrive, length: int = 0) -> None:
         super().__init__(drive)
         self._data = bytearray(length)
         self._start = 0
@@ -226,26 +238,29 @@ class PacketOut(PacketActivity):
         self._skipped = 0
         self._go_on()
 
-    def save(self) -> dict[str, Any]:
-        moved = self._skipped + self.channel.data.position
-        return {
-            "kind": "packet-out",
-            "length": len(self._data),
-            "data": bytes(self._data[: self._start + moved]),
-            "moved": moved,
-            "size": self._size,
-            "limit": self._limit,
-        }
+    KIND = "packet-out"
+    STATE = {
+        "_data": ("bytes", 1, LONGEST_LIST_BYTES),
+        "_start": range(LONGEST_LIST_BYTES),
+        "_size": range(LONGEST_BYTES + 1),
+        "_limit": range(LONGEST_BYTES + 1),
+        "_moved": range(LONGEST_BYTES + 1),
+    }
 
-    def resume(self, state: dict[str, Any]) -> None:
-        data = state["data"]
-        self._data[: len(data)] = data
-        self._skipped = moved = state["moved"]
-        self._start = len(data) - moved
-        self._size = state["size"]
-        self._limit = state["limit"]
-        self.drive.activity = self
-        self.channel.open_write(self._data, len(data), self._size - moved)
+    @property
+    def _moved(self) -> int:
+        return self._skipped + self.channel.data.position
+
+    @_moved.setter
+    def _moved(self, moved: int) -> None:
+        self._skipped = moved
+
+    def wrong(self) -> str:
+        fits = self._skipped < self._size and self._start + self._size <= len(self._data)
+        return "" if fits else "moved, size and start do not fit together"
+
+    def go_on(self) -> None:
+        self.channel.open_write(self._data, self._start + self._skipped, self._size - self._skipped)
 
 
 class PacketDma(PacketActivity):
@@ -281,6 +296,9 @@ class PacketDma(PacketActivity):
     def end(self, more: bool) -> None:
         self.channel.bus_master.end(self, more)
 
+    def go_on(self) -> None:
+        self.channel.bus_master.go_on(self)
+
 
 class PacketDmaIn(PacketDma):
     """``data``, or ``count`` blocks from ``lba`` on."""
@@ -289,7 +307,7 @@ class PacketDmaIn(PacketDma):
 
     to_memory = True
 
-    def __init__(self, drive: PacketDrive, data: bytes, lba: int, count: int) -> None:
+    def __init__(self, drive: PacketDrive, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
         super().__init__(drive, len(data) or count * BLOCK_BYTES, True)
         self._data = data
         self._lba = lba
@@ -324,19 +342,26 @@ class PacketDmaIn(PacketDma):
             self.end(self._more)
             self.packet_drive.packet_done()
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "packet-dma-in", "data": self._data, "lba": self._lba, "count": self._count}
+    KIND = "packet-dma-in"
+    STATE = {"_data": ("bytes", 0, LONGEST_LIST_BYTES), "_lba": 32, "_count": 32}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._length = len(self._data) or self._count * BLOCK_BYTES
+
+    def wrong(self) -> str:
+        return "" if self._data or self._count else "there is neither data nor count"
 
 
 class PacketDmaOut(PacketDma):
     __slots__ = ()
 
-    def __init__(self, drive: PacketDrive, length: int) -> None:
+    def __init__(self, drive: PacketDrive, length: int = 0) -> None:
         super().__init__(drive, length, False)
 
     def move(self, iov: list[memoryview]) -> None:
         self.end(self._more)
         self.packet_drive.data_came(b"".join(iov))
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "packet-dma-out", "length": self._length}
+    KIND = "packet-dma-out"
+    STATE = {"_length": range(1, LONGEST_LIST_BYTES + 1)}

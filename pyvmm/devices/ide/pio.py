@@ -12,13 +12,15 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import Flush, Mover
-from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, IDNF, READY, UNC
+from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, IDNF, MAX_MULTIPLE, READY, UNC
+from pyvmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.devices.ide.disk import IdeDisk
+    from pyvmm.devices.ide.drive import Drive
 
 CHUNK_SECTORS = 256  # a multiple of every DRQ block
 BUFFER_BYTES = CHUNK_SECTORS * SECTOR_BYTES
@@ -75,6 +77,7 @@ class PioTransfer(Activity):
         self._data = disk.channel.data
         self._waiting = False
         self._begin = self._next = self._chunk = 0
+        self._error = self._error_lba = self._error_left = 0
         self._skipped = 0  # bytes of the open window that were moved before its state was saved and loaded
 
     def _set_up(self, lba: int, count: int, block: int) -> bool:
@@ -83,8 +86,7 @@ class PioTransfer(Activity):
         Sectors in front of the first bad one are moved, as many as make whole blocks.
         """
         disk = self._disk
-        self._buffer = self.channel.buffer
-        self._memory = self._buffer.memory
+        self._take_buffer()
         self._lba = lba
         self._left = count
         self._block = block
@@ -100,6 +102,10 @@ class PioTransfer(Activity):
         disk.activity = self
         return True
 
+    def _take_buffer(self) -> None:
+        self._buffer = self.channel.buffer
+        self._memory = self._buffer.memory
+
     def _fail_later(self, error: int, lba: int, left: int) -> None:
         self._error = error
         self._error_lba = lba
@@ -111,28 +117,58 @@ class PioTransfer(Activity):
         disk.set_count(self._error_left)
         disk.fail(self._error)
 
-    def save(self) -> dict[str, Any]:
-        state = {
-            name: getattr(self, f"_{name}")
-            for name in ("lba", "left", "block", "chunk", "begin", "next", "waiting", "error")
-        }
-        if self._error:
-            state.update(error_lba=self._error_lba, error_left=self._error_left)
-        if self._chunk:
-            state["moved"] = self._skipped + self._data.position
-            state["buffer"] = bytes(self._memory[: self._chunk * SECTOR_BYTES])
-        return state
+    STATE = {
+        "_lba": 48,
+        "_left": range(0x10001),
+        "_block": range(1, MAX_MULTIPLE + 1),
+        "_chunk": range(CHUNK_SECTORS + 1),
+        "_begin": range(CHUNK_SECTORS + 1),
+        "_next": range(CHUNK_SECTORS + 1),
+        "_waiting": "flag",
+        "_error": 8,
+        "_error_lba": 48,
+        "_error_left": range(0x10001),
+        "_moved": range(BUFFER_BYTES + 1),
+        "_content": ("bytes", 0, BUFFER_BYTES),
+    }
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self._buffer = self.channel.buffer
-        self._memory = self._buffer.memory
-        for name in ("lba", "left", "block", "chunk", "begin", "next", "error"):
-            setattr(self, f"_{name}", state[name])
-        if self._error:
-            self._fail_later(self._error, state["error_lba"], state["error_left"])
-        if self._chunk:
-            self._memory[: len(state["buffer"])] = state["buffer"]
-        self._disk.activity = self
+    @property
+    def _moved(self) -> int:
+        """Bytes of the open window that are through."""
+        return 0 if self._waiting else self._skipped + self._data.position
+
+    @_moved.setter
+    def _moved(self, moved: int) -> None:
+        self._skipped = moved
+
+    @property
+    def _content(self) -> bytes:
+        """What is in the buffer."""
+        return bytes(self._memory[: self._chunk * SECTOR_BYTES])
+
+    @_content.setter
+    def _content(self, content: bytes) -> None:
+        self._memory[: len(content)] = content
+
+    def _window(self) -> tuple[int, int]:
+        """Where in the buffer the rest of the open window begins, and its length, in bytes."""
+        moved = self._skipped
+        return self._begin * SECTOR_BYTES + moved, (self._next - self._begin) * SECTOR_BYTES - moved
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._take_buffer()
+        super().load(state)
+        if len(state["content"]) != len(self._content):
+            raise StateError(f"{self.KIND}: content is {len(state['content'])} bytes, of {self._chunk} sectors")
+
+    def wrong(self) -> str:
+        if self._lba + self._left > self._disk.sectors:
+            return "lba and left reach past the end of the disk"
+        if self._waiting:
+            return ""
+        if not self._begin <= self._next <= self._chunk:
+            return "begin, next and chunk are not in this order"
+        return "" if self._window()[1] > 0 else "moved is not less than the open window"
 
 
 class PioReader(PioTransfer):
@@ -221,21 +257,24 @@ class PioReader(PioTransfer):
             disk.set_lba(self._lba)
             disk.set_count(0)
 
-    def save(self) -> dict[str, Any]:
-        state = {"kind": "pio-in", **super().save()}
-        if self._waiting:
-            state["chunk"] = 0
-            del state["buffer"]
-        return state
+    KIND = "pio-in"
 
-    def resume(self, state: dict[str, Any]) -> None:
-        self._load(state)
-        if state["waiting"]:
+    @property
+    def _content(self) -> bytes:
+        return b"" if self._waiting else bytes(self._memory[: self._chunk * SECTOR_BYTES])
+
+    @_content.setter
+    def _content(self, content: bytes) -> None:
+        self._memory[: len(content)] = content
+
+    def wrong(self) -> str:
+        return "left is 0, and there is no more to wait for" if self._waiting and not self._left else super().wrong()
+
+    def go_on(self) -> None:
+        if self._waiting:
             self._fetch()
         else:
-            self._skipped = moved = state["moved"]
-            size = (self._next - self._begin) * SECTOR_BYTES
-            self._data.open_read(self._memory, self._begin * SECTOR_BYTES + moved, size - moved)
+            self._data.open_read(self._memory, *self._window())
 
 
 class PioWriter(PioTransfer):
@@ -345,16 +384,15 @@ class PioWriter(PioTransfer):
         disk.set_count(0)
         disk.finish()
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "pio-out", "flush": self._flush, **super().save()}
+    KIND = "pio-out"
+    STATE = {**PioTransfer.STATE, "_flush": "flag"}
 
-    def resume(self, state: dict[str, Any]) -> None:
-        self._load(state)
-        self._flush = state["flush"]
-        if not state["waiting"]:
-            self._skipped = moved = state["moved"]
-            size = (self._next - self._begin) * SECTOR_BYTES
-            self.channel.open_write(self._memory, self._begin * SECTOR_BYTES + moved, size - moved)
+    def wrong(self) -> str:
+        return "chunk is more than left" if self._chunk > self._left else super().wrong()
+
+    def go_on(self) -> None:
+        if not self._waiting:
+            self.channel.open_write(self._memory, *self._window())
         elif self._chunk:
             self._put()
         else:
@@ -364,19 +402,35 @@ class PioWriter(PioTransfer):
 class PioBlock(Activity):
     """One block of data that is at hand, to the host: IDENTIFY DEVICE and its like."""
 
-    __slots__ = ("_block", "_moved")
+    __slots__ = ("_block", "_skipped")
 
-    def start(self, block: bytes, moved: int = 0) -> None:
-        """``moved`` bytes of it are gone already."""
+    KIND = "block"
+    STATE = {"_block": ("bytes", 1, SECTOR_BYTES), "_moved": range(SECTOR_BYTES)}
+
+    def __init__(self, drive: Drive, block: bytes = b"") -> None:
+        super().__init__(drive)
         self._block = block
-        self._moved = moved
+        self._skipped = 0
+
+    def start(self) -> None:
         self.drive.activity = self
         self.drive.status = DATA
-        self.channel.data.open_read(block, moved)
+        self.go_on()
+
+    def go_on(self) -> None:
+        self.channel.data.open_read(self._block, self._skipped)
 
     def on_end(self) -> None:
         self.drive.activity = None
         self.drive.status = READY
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "block", "block": self._block, "moved": self._moved + self.channel.data.position}
+    @property
+    def _moved(self) -> int:
+        return self._skipped + self.channel.data.position
+
+    @_moved.setter
+    def _moved(self, moved: int) -> None:
+        self._skipped = moved
+
+    def wrong(self) -> str:
+        return "" if self._skipped < len(self._block) else "moved is not less than the block"

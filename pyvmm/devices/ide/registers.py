@@ -105,6 +105,13 @@ WRITE_CACHE_OFF = 0x82
 LOOK_AHEAD_ON = 0xAA
 REVERT_SETTINGS = 0xCC
 
+# What CHECK POWER MODE answers (8.7), and Sleep, in which nobody can ask
+STANDBY_POWER = 0x00
+IDLE_POWER = 0x80
+ACTIVE_POWER = 0xFF
+SLEEPING = -1
+POWERS = ("one of", STANDBY_POWER, IDLE_POWER, ACTIVE_POWER, SLEEPING)
+
 # Kinds of transfer modes, in the upper bits of SET FEATURES's count (table 44)
 PIO_DEFAULT = 0x00  # 01h: with IORDY off
 PIO_MODE = 0x08
@@ -113,6 +120,9 @@ ULTRA_DMA = 0x40
 HIGHEST_PIO = 4
 HIGHEST_MULTIWORD = 2
 HIGHEST_ULTRA = 5
+
+MAX_MULTIPLE = 16  # SET MULTIPLE: sectors a DRQ block; a power of two
+MAX_TRIM_BLOCKS = 8  # of ranges, in one DATA SET MANAGEMENT
 
 # Bus master, its registers' offsets and bits
 BM_COMMAND = 0

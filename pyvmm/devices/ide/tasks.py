@@ -5,12 +5,10 @@ from __future__ import annotations
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import Flush, Mover
 from pyvmm.devices.ide.pio import CHUNK_SECTORS
-from pyvmm.devices.ide.registers import ABRT, BUSY, UNC
+from pyvmm.devices.ide.registers import ABRT, BUSY, POWERS, UNC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.devices.ide.disk import IdeDisk
 
 
@@ -42,8 +40,11 @@ class FlushTask(Activity):
             self._disk.power = self._power
         self._disk.finish()
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "flush", "power": self._power}
+    KIND = "flush"
+    STATE = {"_power": ("or none", POWERS)}
+
+    def go_on(self) -> None:
+        self.start()
 
 
 class VerifyTask(Activity):
@@ -51,7 +52,7 @@ class VerifyTask(Activity):
 
     __slots__ = ("_count", "_disk", "_lba")
 
-    def __init__(self, disk: IdeDisk, lba: int, count: int) -> None:
+    def __init__(self, disk: IdeDisk, lba: int = 0, count: int = 0) -> None:
         super().__init__(disk)
         self._disk = disk
         self._lba = lba
@@ -78,5 +79,11 @@ class VerifyTask(Activity):
         else:
             disk.finish()
 
-    def save(self) -> dict[str, Any]:
-        return {"kind": "verify", "lba": self._lba, "count": self._count}
+    KIND = "verify"
+    STATE = {"_lba": 48, "_count": range(1, 0x10001)}
+
+    def wrong(self) -> str:
+        return "" if self._lba + self._count <= self._disk.sectors else "lba and count reach past the end of the disk"
+
+    def go_on(self) -> None:
+        self.start()

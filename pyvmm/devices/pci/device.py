@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError, KindError
+from pyvmm.errors import ConfigError, KindError, StateError
 from pyvmm.irq import IrqLine
 
 TYPE_CHECKING = False
@@ -49,6 +49,9 @@ SUBSYSTEM_VENDOR_ID = 0x2C
 SUBSYSTEM_ID = 0x2E
 INTERRUPT_LINE = 0x3C
 INTERRUPT_PIN = 0x3D
+
+# What says which function this is, and is fixed: (register, bytes).
+IDENTITY = ((VENDOR_ID, 4), (REVISION_ID, 4), (HEADER_TYPE, 1), (SUBSYSTEM_VENDOR_ID, 4))
 
 # Command
 COMMAND_IO = 0x0001
@@ -83,7 +86,7 @@ class Window:
     another vCPU may still be reading its address from a view it took before a move, and must not find the new one.
     """
 
-    __slots__ = ("_parts", "_regions", "_space", "base", "wanted")
+    __slots__ = ("_loaded", "_noted", "_parts", "_regions", "_space", "base", "wanted")
 
     def __init__(self, space: AddressSpace, parts: Sequence[Part]) -> None:
         self._space = space
@@ -93,10 +96,38 @@ class Window:
         """Where the guest has put it; None: it is not decoded."""
         self.base: int | None = None
         """Where it is."""
+        self._noted: int | None = None  # where a loaded state has it
+        self._loaded = False
 
     @property
     def blocked(self) -> bool:
         return self.base != self.wanted
+
+    def save(self) -> dict[str, Any]:
+        return {"wanted": self.wanted, "base": self.base}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """To be mapped by ``leave`` and ``go_on``."""
+        from pyvmm.state import check_names, value_of
+
+        check_names(state, ("wanted", "base"))
+        wanted, base = (value_of(("or none", 64), state[name], name) for name in ("wanted", "base"))
+        if base not in (None, wanted):
+            raise StateError(f"base is {base:#x}, which is not where it is wanted")
+        self.wanted = wanted
+        self._noted = base
+        self._loaded = True
+
+    def leave(self) -> None:
+        """After a load: leave where the state does not have it."""
+        if self._loaded and self.base != self._noted:
+            self._unmap()
+
+    def go_on(self) -> None:
+        """And be where it does. What was blocked stays so, whoever is mapped before whom."""
+        if self._loaded and self.base != self._noted and self._noted is not None:
+            self._map(self._noted)
+        self._loaded = False
 
     def place(self, base: int | None) -> bool:
         """Go to ``base``, or nowhere. True where that gave addresses up, which another window may be waiting for."""
@@ -250,7 +281,7 @@ class PciDevice(Device):
     def changed(self, first: int, last: int) -> None:
         """Bytes ``first`` to ``last`` were written and some of them are different now. The host's lock is held.
 
-        Also called for all 256 after a reset or a load.
+        Also called for all 256 after a reset.
         """
         if first < COMMAND + 2 and last >= COMMAND:
             self._update_bars()
@@ -308,6 +339,11 @@ class PciDevice(Device):
         """Others share its slot (6.2.1): whoever finds function 0 looks for them."""
         self.define(HEADER_TYPE, 1, MULTIFUNCTION)
 
+    @property
+    def windows(self) -> list[Window]:
+        """All that it may decode."""
+        return list(self._windows)
+
     def retry_blocked(self) -> None:
         for window in self._windows:
             window.retry()
@@ -364,14 +400,28 @@ class PciDevice(Device):
                 self._intx_level = 0
             self.changed(0, CONFIG_BYTES - 1)
 
+    STATE = {"config": ("bytes", CONFIG_BYTES), "_intx_level": 1}
+
     def save(self) -> dict[str, Any]:
-        with self._config_lock, self.lock:
-            return {"config": bytes(self.config), "intx": self._intx_level}
+        with self._config_lock:
+            return {**super().save(), "windows": [window.save() for window in self._windows]}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Whatever it decodes moves to where it was, and its interrupt line has the level it had."""
+        from pyvmm.state import load_fields, part, value_of
+
+        with self._config_lock, self.lock:
+            before = bytes(self.config)
+            load_fields(self, self.STATE, state, ("windows",))
+            windows = value_of(("list", "part", len(self._windows)), state["windows"], "windows")
+            for register, size in IDENTITY:
+                if self.config[register : register + size] != before[register : register + size]:
+                    self.config[:] = before
+                    raise StateError(f"config[{register:#x}] is that of another function")
+            for n, window in enumerate(self._windows):
+                part(f"windows[{n}]", window, windows[n])
+
+    def after_load(self) -> None:
+        """The host maps what it decodes: that of all functions together."""
         with self._config_lock:
-            with self.lock:
-                self.config[:] = state["config"]
-                self._intx_level = state["intx"]
-            self.changed(0, CONFIG_BYTES - 1)
+            self.bus_master_changed(self.bus_master)
+            self._show_intx()

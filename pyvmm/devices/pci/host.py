@@ -108,13 +108,16 @@ class PciHost(Device):
         with self.lock:
             self._address = 0
 
-    def save(self) -> dict[str, int]:
-        with self.lock:
-            return {"address": self._address}
+    STATE = {"_address": 32}
 
-    def load(self, state: dict[str, int]) -> None:
+    def after_load(self) -> None:
+        """Every window of every function goes where it was. First those leave that are elsewhere, maybe in the way."""
         with self.lock:
-            self._address = state["address"]
+            windows = [window for function in self._functions if function is not None for window in function.windows]
+            for window in windows:
+                window.leave()
+            for window in windows:
+                window.go_on()
 
 
 def no_router(slot: int, pin: int) -> IrqLine:

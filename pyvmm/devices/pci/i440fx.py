@@ -120,14 +120,15 @@ class I440fx(PciDevice):
     def config_write(self, register: int, size: int, value: int) -> None:
         super().config_write(register, size, value)
         if register <= SMRAM < register + size:
-            self._lock_smram()
-
-    def _lock_smram(self) -> None:
-        """What the lock takes away at once: D_OPEN, and the right to change the two."""
-        if self.config[SMRAM] & D_LCK:
-            self.config[SMRAM] &= ~D_OPEN
-            self._writable[SMRAM] = D_CLS | G_SMRAME
+            self._set_smram_lock()
             self._update()
+
+    def _set_smram_lock(self) -> None:
+        """What the lock takes away at once: D_OPEN, and the right to change the two."""
+        locked = self.config[SMRAM] & D_LCK
+        if locked:
+            self.config[SMRAM] &= ~D_OPEN
+        self._writable[SMRAM] = D_CLS | G_SMRAME | (0 if locked else D_OPEN | D_LCK)
 
     def _update(self) -> None:
         segments = self.segments()
@@ -152,6 +153,10 @@ class I440fx(PciDevice):
 
     def load(self, state: dict[str, Any]) -> None:
         with self._config_lock:
-            self._writable[SMRAM] = D_OPEN | D_CLS | D_LCK | G_SMRAME
             super().load(state)
-            self._lock_smram()
+            self._set_smram_lock()
+
+    def after_load(self) -> None:
+        with self._config_lock:
+            super().after_load()
+            self._update()

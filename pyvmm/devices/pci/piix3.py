@@ -26,7 +26,7 @@ from pyvmm.region import MemoryRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pyvmm.address_space import AddressSpace
     from pyvmm.devices.ide.channel import IdeChannel
@@ -106,16 +106,24 @@ class Piix3Isa(PciDevice):
 
     def changed(self, first: int, last: int) -> None:
         super().changed(first, last)
-        for pirq, wire in enumerate(self._pirqs):
-            if first <= PIRQRC + pirq <= last:
-                irq = self.route(pirq)
-                wire.connect(None if irq is None else self._wires.get(irq))
+        self._connect(pirq for pirq in range(PIRQ_COUNT) if first <= PIRQRC + pirq <= last)
+
+    def _connect(self, pirqs: Iterable[int]) -> None:
+        """Each of these goes to the interrupt that its register says."""
+        for pirq in pirqs:
+            irq = self.route(pirq)
+            self._pirqs[pirq].connect(None if irq is None else self._wires.get(irq))
 
     def post_firmware(self, irqs: Sequence[int] = (10, 10, 11, 11)) -> None:
         """PIRQA to PIRQD to these interrupts, which the board is to make level sensitive (ELCR)."""
         with self._config_lock:
             for n, irq in enumerate(irqs):
                 self.config_write(PIRQRC + n, 1, irq)
+
+    def after_load(self) -> None:
+        with self._config_lock:
+            super().after_load()
+            self._connect(range(PIRQ_COUNT))
 
 
 class Piix3Ide(PciDevice):

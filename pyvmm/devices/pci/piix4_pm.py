@@ -21,8 +21,6 @@ from pyvmm.region import MemoryRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from pyvmm.address_space import AddressSpace
     from pyvmm.devices.acpi_pm import AcpiPm
 
@@ -64,6 +62,7 @@ class Apm(Device):
     """
 
     impl_sizes = (1, 1)
+    STATE = {"registers": ("bytes", 2)}
 
     __slots__ = ("_acpi", "registers")
 
@@ -84,6 +83,7 @@ class GpeBlock(Device):
     """Sixteen general-purpose events: status (a one written clears) and enable, 2 bytes each."""
 
     impl_sizes = (1, 1)
+    STATE = {"registers": ("bytes", 4)}
 
     __slots__ = ("registers",)
 
@@ -104,6 +104,7 @@ class SmbusHost(Device):
     """
 
     impl_sizes = (1, 1)
+    STATE = {"registers": ("bytes", SMBUS_BYTES)}
 
     HOST_STATUS = 0
     SLAVE_STATUS = 1
@@ -201,15 +202,4 @@ class Piix4Pm(PciDevice):
                 with block.lock:
                     block.registers[:] = bytes(len(block.registers))
 
-    def save(self) -> dict[str, Any]:
-        with self._config_lock:
-            state = super().save()
-            state["blocks"] = [bytes(block.registers) for block in self._blocks]
-            return state
-
-    def load(self, state: dict[str, Any]) -> None:
-        with self._config_lock:
-            super().load(state)
-            for block, registers in zip(self._blocks, state["blocks"], strict=True):
-                with block.lock:
-                    block.registers[:] = registers
+    STATE = {**PciDevice.STATE, "apm": "part", "gpe": "part", "smbus": "part"}

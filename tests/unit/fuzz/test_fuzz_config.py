@@ -243,6 +243,7 @@ class FwCfgModel(OnBoard):
         state = self.fw_cfg.save()
         self.fw_cfg.reset()
         self.fw_cfg.load(state)
+        self.fw_cfg.after_load()
 
     @rule()
     def reset(self) -> None:

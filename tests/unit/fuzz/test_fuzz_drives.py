@@ -322,6 +322,7 @@ class DiskModel(OnBoard):
             state = device.save()
             device.reset()
             device.load(state)
+            device.after_load()
 
     @invariant()
     def the_two_statuses_agree(self) -> None:

@@ -142,6 +142,8 @@ class Board(Bus):
     def load(self, state: dict[str, Any]) -> None:
         for name, device in self.devices.items():
             device.load(state[name])
+        for device in self.devices.values():
+            device.after_load()
 
     def everything(self) -> tuple[Any, ...]:
         """All that a guest can see of the configuration, and what it moved."""

@@ -223,6 +223,8 @@ def test_save_and_load() -> None:
     bench.set((0, 0), COMMAND, IO | MASTER, 2)
     bench.card.set_interrupt(1)
     other.card.load(bench.card.save())
+    other.card.after_load()
+    other.host.after_load()
     assert other.config((0, 0)) == bench.config((0, 0))
     assert other.card.io.window.base == 0xC000
     assert other.card.mastering[-1] is True
@@ -237,6 +239,8 @@ def test_loading_in_any_order_ends_with_every_bar_in_its_place() -> None:
     other.place(1, 0xC000)
     for card, was in zip(other.cards, bench.cards, strict=True):
         card.load(was.save())
+    for device in (*other.cards, other.host):
+        device.after_load()
     assert [card.io.window.base for card in other.cards] == [0xC000, 0xD000]
 
 

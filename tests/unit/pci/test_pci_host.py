@@ -143,4 +143,5 @@ def test_reset_and_save() -> None:
     bench.host.reset()
     assert bench.pio.read(ADDRESS, 4) == 0
     bench.host.load(state)
+    bench.host.after_load()
     assert bench.pio.read(ADDRESS, 4) == 0x8000_1A40

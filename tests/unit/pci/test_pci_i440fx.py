@@ -118,6 +118,7 @@ def test_smram_lock(board: Board, how: int) -> None:
     board.set(HOST, SMRAM, D_OPEN, 1)
     assert board.layouts[-1][0][2] == "ram-rw"
     board.bridge.load(state)  # the lock comes with the state
+    board.bridge.after_load()
     assert board.layouts[-1] == INITIAL_LAYOUT
     board.set(HOST, SMRAM, D_OPEN, 1)
     assert board.layouts[-1] == INITIAL_LAYOUT

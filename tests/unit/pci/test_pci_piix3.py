@@ -93,6 +93,7 @@ def test_levels_against_a_model(steps: list[tuple[str, int, int, int]]) -> None:
             other.isa.load(board.isa.save())
         other.set_pin(slot, pin, 1)
     other.isa.load(board.isa.save())
+    other.isa.after_load()
     assert other.up() == board.up()
     for slot, pin in pins:
         other.set_pin(slot, pin, 0)

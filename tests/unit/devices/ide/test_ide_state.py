@@ -214,6 +214,7 @@ class World:
         other.bench.memory.write(0, self.bench.memory.read(0, self.bench.memory.size_bytes))
         other.bench.command(0x20, 1, 2)  # it has been up to something else
         other.bench.channel.load(state)
+        other.bench.channel.after_load()
         other.disk.waiting = [r for r in other.disk.waiting if (r.what, r.sector, r.count) != ("read", 1, 2)]
         return other
 
@@ -261,6 +262,7 @@ def test_a_disc_that_is_not_there_when_a_state_is_loaded() -> None:
         drive = AtapiDrive(None)
         other.bench = Bench(IdeDisk(other.disk), drive)  # type: ignore[arg-type]
         other.bench.channel.load(world.bench.channel.save())
+        other.bench.channel.after_load()
         other.bench.prd(*((0x20000 + n * 0x10000, 0) for n in range(3)))
         other.bench.out(BM, 9)
         while other.bench.alt() & DRQ:

@@ -188,6 +188,7 @@ class SenselessGuest(RuleBasedStateMachine):
         state = self.bench.channel.save()
         self.settle_elsewhere()
         self.bench.channel.load(state)
+        self.bench.channel.after_load()
 
     @rule()
     def recover(self) -> None:

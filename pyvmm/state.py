@@ -1,0 +1,287 @@
+"""State: what a device knows between two accesses, as plain data, so that another one can go on from there.
+
+A holder of state (every Device, a drive, the clock, a vCPU) has three methods. While they are called the vCPUs are
+parked, drives have nothing in flight and guest time stands.
+
+``save()``        gives the state and changes nothing: a second one gives the same.
+``load(state)``   takes it over into the holder's own fields. No line, no timer, no window, no file and no other holder
+                  is touched, so that the order of loading means nothing. StateError names what can't be taken.
+``after_load()``  comes when all have been loaded: lines are driven, timers armed, windows mapped, I/O goes on.
+
+Plain data are None, bools, whole numbers of at most 64 bits, bytes, strings, lists, and dicts with strings for keys.
+
+A holder's fields stand in one table, ``STATE``: the name of each attribute and what it may be. In the state they have
+the same names, without the underscore in front. A table is data that costs nothing until somebody saves or loads:
+
+    8                    a whole number of so many bits, from 0; of more than 64 it is bytes in the state, little endian
+    range(1, 4)          a whole number in it
+    "flag"               True or False
+    "moment"             guest time in nanoseconds; in the state, how long from now (negative: ago)
+    "timer"              a Timer; in the state, in how many nanoseconds it is due, None where it is not armed
+    "part"               an object of its own with ``save`` and ``load``
+    ("bytes", n)         so many bytes; ("bytes", n, m): from n to m of them
+    ("list", kind, n)    so many of that kind, likewise
+    ("each", {key: kind})  a dict of these keys
+    ("one of", ...)      one of these values
+    ("or none", kind)    that, or None
+
+Times are relative to guest time, which is state itself (Clock.set_time): a holder whose table has some keeps its clock
+as ``_clock``. ``STATE_VERSION`` goes up when the meaning of a table changes.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Protocol, TypeAlias
+
+    Fields: TypeAlias = Mapping[str, object]
+
+    class Holder(Protocol):
+        """What has state."""
+
+        @property
+        def STATE_VERSION(self) -> int: ...
+        def save(self) -> dict[str, Any]: ...
+        def load(self, state: dict[str, Any]) -> None: ...
+        def after_load(self) -> None: ...
+
+
+LONGEST_NUMBER_BITS = 64
+# So far from now a moment may be: 146 years. The sum of two such times is a whole number of 64 bits still.
+TIMES_NS = range(-(1 << 62), 1 << 62)
+OTHER = "this is the state of something else, or of another version"
+
+
+# -- one holder's fields -----------------------------------------------------------------------------------------------
+
+
+def save_fields(owner: object, fields: Fields) -> dict[str, Any]:
+    """The attributes of ``owner`` that the table names, as plain data."""
+    now_ns = now(owner, fields)
+    return {name.lstrip("_"): plain(kind, getattr(owner, name), now_ns) for name, kind in fields.items()}
+
+
+def load_fields(owner: object, fields: Fields, state: object, besides: Sequence[str] = ()) -> None:
+    """Set the attributes of ``owner`` from what ``save_fields`` gave; none of them where that is a StateError.
+
+    ``besides``: what else the state has, for the caller to take.
+    """
+    check_names(state, [*(name.lstrip("_") for name in fields), *besides])
+    assert isinstance(state, dict)
+    now_ns = now(owner, fields)
+    values = {name: value_of(kind, state[name.lstrip("_")], name.lstrip("_"), now_ns) for name, kind in fields.items()}
+    for name, value in values.items():
+        put(owner, name, fields[name], value)
+
+
+def now(owner: Any, fields: Fields) -> int:
+    """Guest time, for a table that has times."""
+    timed = any("moment" in flat(kind) or "timer" in flat(kind) for kind in fields.values())
+    return int(owner._clock.now_ns()) if timed else 0
+
+
+def flat(kind: object) -> tuple[object, ...]:
+    """A kind, and the kind in it."""
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
+def check_names(state: object, names: Sequence[str]) -> None:
+    """StateError where ``state`` is no dict with exactly these keys."""
+    if not isinstance(state, dict):
+        raise StateError(f"{shown(state)} is no state: give what save() gave")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise StateError(f"{missing[0]} is missing: {OTHER}")
+    strange = [name for name in state if name not in names]
+    if strange:
+        raise StateError(f"{shown(strange[0])} is unknown here: {OTHER}")
+
+
+def shown(value: object) -> str:
+    """A value in a message: hostile ones may be long."""
+    text = repr(value) if isinstance(value, (int, str, bytes, bool, type(None))) else f"a {type(value).__name__}"
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# -- one value ---------------------------------------------------------------------------------------------------------
+
+
+def plain(kind: object, value: Any, now_ns: int) -> object:
+    """A field's value as plain data."""
+    if kind == "moment":
+        return value - now_ns
+    if kind == "timer":
+        return value.deadline_ns - now_ns if value.armed else None
+    if kind == "part":
+        return value.save()
+    if isinstance(kind, int):
+        return int(value) if kind <= LONGEST_NUMBER_BITS else value.to_bytes((kind + 7) // 8, "little")
+    if not isinstance(kind, tuple):
+        return value
+    if kind[0] == "bytes":
+        return bytes(value)
+    if kind[0] == "list":
+        return [plain(kind[1], item, now_ns) for item in value]
+    if kind[0] == "each":
+        return {str(key): plain(inner, value[key], now_ns) for key, inner in kind[1].items()}
+    if kind[0] == "or none":
+        return None if value is None else plain(kind[1], value, now_ns)
+    return value
+
+
+def value_of(kind: object, saved: Any, name: str, now_ns: int = 0) -> Any:
+    """What ``plain`` was given; a Timer's deadline in its place. StateError where it can't be."""
+    if isinstance(kind, int) and kind > LONGEST_NUMBER_BITS:
+        size = (kind + 7) // 8
+        return int.from_bytes(value_of(("bytes", size), saved, name), "little")
+    if isinstance(kind, (int, range)):
+        return checked_number(saved, range(1 << kind) if isinstance(kind, int) else kind, name)
+    if kind == "flag":
+        if not isinstance(saved, bool):
+            raise StateError(f"{name} is {shown(saved)}, not True or False")
+        return saved
+    if kind == "moment":
+        return checked_number(saved, TIMES_NS, name) + now_ns
+    if kind == "timer":
+        return None if saved is None else checked_number(saved, TIMES_NS, name) + now_ns
+    if kind == "part":
+        if not isinstance(saved, dict):
+            raise StateError(f"{name} is {shown(saved)}, no state")
+        return saved
+    assert isinstance(kind, tuple), kind
+    return value_of_several(kind, saved, name, now_ns)
+
+
+def value_of_several(kind: tuple[Any, ...], saved: Any, name: str, now_ns: int) -> Any:
+    what, inner = kind[0], kind[1]
+    if what == "or none":
+        return None if saved is None else value_of(inner, saved, name, now_ns)
+    if what == "one of":
+        if not any(saved == value and type(saved) is type(value) for value in kind[1:]):
+            raise StateError(f"{name} is {shown(saved)}, none of {', '.join(map(repr, kind[1:]))}")
+        return saved
+    if what == "bytes":
+        if not isinstance(saved, (bytes, bytearray, memoryview)):
+            raise StateError(f"{name} is {shown(saved)}, no bytes")
+        check_length(len(saved), kind[1:], f"{name}: bytes")
+        return bytes(saved)
+    if what == "list":
+        if not isinstance(saved, (list, tuple)):
+            raise StateError(f"{name} is {shown(saved)}, no list")
+        check_length(len(saved), kind[2:], f"{name}: entries")
+        return [value_of(inner, item, f"{name}[{n}]", now_ns) for n, item in enumerate(saved)]
+    assert what == "each", kind
+    if not isinstance(saved, dict) or saved.keys() != {str(key) for key in inner}:
+        raise StateError(f"{name} is {shown(saved)}, no dict of {', '.join(str(key) for key in inner)}")
+    return {key: value_of(one, saved[str(key)], f"{name}[{key}]", now_ns) for key, one in inner.items()}
+
+
+def checked_number(saved: object, values: range, name: str) -> int:
+    if not isinstance(saved, int) or isinstance(saved, bool):
+        raise StateError(f"{name} is {shown(saved)}, no whole number")
+    if saved not in values:
+        raise StateError(f"{name} is {shown(saved)}, not from {values.start} to {values.stop - 1}")
+    return saved
+
+
+def check_length(size: int, limits: Sequence[int], what: str) -> None:
+    lowest, highest = limits[0], limits[-1]
+    if not lowest <= size <= highest:
+        wanted = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+        raise StateError(f"{what} of a number of {size}, where there are {wanted}")
+
+
+def put(owner: object, name: str, kind: object, value: Any) -> None:
+    """Set one attribute. What others may hold a reference to is changed in place."""
+    if kind == "timer":
+        getattr(owner, name).note(value)
+        return
+    if kind == "part":
+        part(name.lstrip("_"), getattr(owner, name), value)
+        return
+    if isinstance(value, (bytes, list, dict)) and not isinstance(getattr(type(owner), name, None), property):
+        before = getattr(owner, name)
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if isinstance(before[key], bytearray):
+                    before[key][:] = inner
+                else:
+                    before[key] = inner
+            return
+        if isinstance(before, (bytearray, list)):
+            before[:] = value
+            return
+        if hasattr(before, "extend"):  # a deque
+            before.clear()
+            before.extend(value)
+            return
+    setattr(owner, name, value)
+
+
+def part(name: str, holder: Any, state: object) -> None:
+    """Load a part of a holder; a StateError of it gets its name in front."""
+    try:
+        holder.load(state)
+    except StateError as error:
+        raise StateError(f"{name}.{error}") from None
+
+
+# -- all holders of a machine ------------------------------------------------------------------------------------------
+
+
+def save_all(holders: Sequence[tuple[str, Holder]]) -> dict[str, Any]:
+    """{name: {"version", "state"}} of each, in their order."""
+    return {name: {"version": holder.STATE_VERSION, "state": holder.save()} for name, holder in holders}
+
+
+def load_all(holders: Sequence[tuple[str, Holder]], saved: object) -> None:
+    """Load each, then ``after_load`` of each, both in the order of the holders.
+
+    StateError in one sentence where the names are not the same, a version is another one, or a holder can't take its
+    state. Some of them may have been loaded by then: what they belong to is to be reset, or thrown away.
+    """
+    check_holders(holders, saved)
+    assert isinstance(saved, dict)
+    for name, holder in holders:
+        told(name, holder.load, saved[name]["state"])
+    for name, holder in holders:
+        told(name, holder.after_load)
+
+
+def check_holders(holders: Sequence[tuple[str, Holder]], saved: object) -> None:
+    """StateError where ``saved`` is not of these holders, in these versions."""
+    if not isinstance(saved, dict):
+        raise StateError(f"{shown(saved)} is no state of a machine: give what save_state() gave")
+    names = [name for name, _ in holders]
+    for name in names:
+        if name not in saved:
+            raise StateError(f"the state has no {name}: it is of a machine with another configuration")
+    for name in saved:
+        if name not in names:
+            raise StateError(f"the state has a {shown(name)}, this machine has none: give it the same configuration")
+    for name, holder in holders:
+        entry = saved[name]
+        if not isinstance(entry, dict) or entry.keys() != {"version", "state"}:
+            raise StateError(f"the state of {name} is {shown(entry)}, no version and state")
+        if entry["version"] != holder.STATE_VERSION:
+            raise StateError(
+                f"the state of {name} is version {shown(entry['version'])}, this pyvmm has {holder.STATE_VERSION}: "
+                "load it with the pyvmm that saved it"
+            )
+
+
+def told(name: str, call: Any, *args: object) -> None:
+    """``call(*args)``; what it raises, whatever a hostile state made of it, becomes a StateError that names the holder.
+    """
+    try:
+        call(*args)
+    except StateError as error:
+        raise StateError(f"the state of {name}: {error}") from None
+    except Exception as error:
+        from pyvmm.errors import describe
+
+        raise StateError(f"the state of {name} can't be taken: {describe(error)}") from error
