@@ -125,9 +125,10 @@ class Chardev:
         load_fields(self, self.STATE, state)
 
     def after_load(self) -> None:
-        """The device may have room for it."""
-        if self._fed is not None:
-            self._fed.deliver()
+        """The device may have output that this host takes, and room for input."""
+        if self.can_write and self._on_writable is not None:
+            self._on_writable()
+        self.accept_input()
 
     def send_break(self) -> None:
         """A break condition on the line (Linux: the next character is a SysRq command)."""

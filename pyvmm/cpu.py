@@ -157,6 +157,16 @@ class Cpu:
         self.exec.halted = False
         self._stood_at = None
 
+    def loaded(self, *, halted: bool) -> None:
+        """Its registers are those of a saved state; ``halted``: it waits in HLT for the interrupt controller in Python.
+
+        What KVM writes to kvm_run for that controller (CR8, the APIC base, whether interrupts are on) is made to agree.
+        """
+        self.exec.halted = halted
+        self._stood_at = None
+        self.exec.cr8 = self.vcpu.sregs["cr8"]
+        self.exec.complete()
+
     def _watch(self) -> None:
         """Have KVM stop at the breakpoints."""
         addresses = sorted(self._breakpoints)

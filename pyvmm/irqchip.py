@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
 
 KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
-CHIPS = (PIC_MASTER, PIC_SLAVE, IOAPIC)
 
 
 class Irqchip:
@@ -72,12 +71,20 @@ class Irqchip:
     def attach(self, loop: CpuExec) -> None:
         """The run loop of a processor they interrupt."""
 
+    STATE_VERSION = 1
+
     def save(self) -> dict[str, Any]:
-        """What is not in ``devices``."""
+        """What is not in ``devices`` (state.py has the contract)."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what ``save`` gave."""
+
+    def after_load(self) -> None:
+        """Devices have driven their lines: of an edge that the controllers had delivered before nothing comes again."""
+
+    def power_on(self, state: dict[str, Any]) -> None:
+        """For a reset: what ``save`` gives of controllers that have just been made."""
 
     def send(self, address: int, data: int) -> bool:
         """Send an MSI once. Whether a local APIC took it."""
@@ -271,11 +278,6 @@ def make_controllers(vm: Vm) -> None:
     vm.create_pit()
 
 
-def controllers_state(vm: Vm) -> dict[str, Any]:
-    """Of all of these but the local APICs, which are the vCPUs'."""
-    return {"chips": [vm.get_irqchip(chip) for chip in CHIPS], "pit": vm.get_pit()}
-
-
 def pc_routes() -> list[Route]:
     """GSI n to pin n of the PIC pair and of the IOAPIC; but the timer's wire goes to IOAPIC pin 2, as on a PC."""
     routes: list[Route] = [
@@ -298,6 +300,7 @@ class KvmIrqchip(Irqchip):
     def __init__(self, kvm: Kvm, vm: Vm) -> None:
         super().__init__()
         self._vm = vm
+        self._loaded: dict[str, bytes] = {}
         make_controllers(vm)
         self.routes = GsiRoutes(vm.set_gsi_routing, lambda: kvm.check_extension("KVM_CAP_IRQ_ROUTING"))
         self.routes.set_pins(pc_routes(), "KVM's IOAPIC and PIC", layout.IOAPIC_PINS)
@@ -323,12 +326,23 @@ class KvmIrqchip(Irqchip):
         self._vm.set_pit_reinject(False)
 
     def save(self) -> dict[str, Any]:
-        return controllers_state(self._vm)
+        from pyvmm.x86 import irqchip_state
+
+        return irqchip_state.save(self._vm)
 
     def load(self, state: dict[str, Any]) -> None:
-        for chip in state["chips"]:
-            self._vm.set_irqchip(chip)
-        self._vm.set_pit(state["pit"])
+        from pyvmm.x86 import irqchip_state
+
+        self._loaded = irqchip_state.checked(state, self.save())
+
+    def after_load(self) -> None:
+        self.power_on(self._loaded)
+        self._loaded = {}
+
+    def power_on(self, state: dict[str, Any]) -> None:
+        from pyvmm.x86 import irqchip_state
+
+        irqchip_state.put(self._vm, state)
 
     def send(self, address: int, data: int) -> bool:
         return self._vm.signal_msi(address, data)

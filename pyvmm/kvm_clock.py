@@ -9,11 +9,12 @@ APIC, and lose an interrupt that comes in between. One that runs out meanwhile t
 
 from __future__ import annotations
 
-from pyvmm.errors import KvmError
+from pyvmm.errors import KvmError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from pyvmm.cpu import Cpu
     from pyvmm.kvm.vcpu import Vcpu
@@ -30,7 +31,7 @@ class KvmClock:
     Times are of all vCPUs together: their TSCs are moved by one difference, so that they stay in step.
     """
 
-    __slots__ = ("_clock_ns", "_cpus", "_deadlines", "_tsc", "_vm")
+    __slots__ = ("_clock_ns", "_cpus", "_deadlines", "_loaded_offsets", "_tsc", "_tsc_khz", "_vm")
 
     def __init__(self, vm: Vm, cpus: Sequence[Cpu]) -> None:
         self._vm = vm
@@ -38,6 +39,8 @@ class KvmClock:
         self._clock_ns: int | None = None  # None while time runs
         self._tsc = 0
         self._deadlines: list[int] = []
+        self._loaded_offsets: list[int] = []
+        self._tsc_khz = 0
 
     def stop(self) -> None:
         """Note the time. A second call changes nothing."""
@@ -57,12 +60,13 @@ class KvmClock:
         clock_ns, self._clock_ns = self._clock_ns, None
         if clock_ns is None:
             return
-        passed = tsc(self._cpus[0].vcpu) - self._tsc
+        # Of a machine that goes on from a saved state it may be less than it was.
+        passed = signed(tsc(self._cpus[0].vcpu) - self._tsc)
         for cpu in self._cpus:
             move_tsc(cpu.vcpu, -passed)
         # What could not be taken back (a KVM whose guests read the host's counter): the deadlines move with it.
-        left = tsc(self._cpus[0].vcpu) - self._tsc
-        late = left if left > passed // 2 else 0
+        left = signed(tsc(self._cpus[0].vcpu) - self._tsc)
+        late = left if abs(left) > abs(passed) // 2 else 0
         for cpu, due in zip(self._cpus, self._deadlines, strict=True):
             if due:
                 # Armed for a moment of the host's: written again, it is armed by the guest's TSC of now.
@@ -73,6 +77,68 @@ class KvmClock:
                 cpu.vcpu.kvmclock_ctrl()
             except KvmError:
                 continue  # no kvmclock on this one: nobody to tell
+
+    # -- state (state.py has the contract) -------------------------------------------------------------------------
+
+    STATE_VERSION = 1
+
+    def save(self) -> dict[str, Any]:
+        """As of the stop. Of the TSCs' offsets those to vCPU 0's: the rest follows from its count. [] where KVM tells
+        none.
+        """
+        first = self._cpus[0].vcpu
+        stopped = self._clock_ns is not None
+        offsets = self._offsets()
+        return {
+            "clock_ns": self._clock_ns if stopped else self._vm.get_clock()["clock"],
+            "tsc": self._tsc if stopped else tsc(first),
+            "tsc_khz": first.tsc_khz,
+            "tsc_offsets": [offset - offsets[0] & MASK_64 for offset in offsets],
+            "deadlines": list(self._deadlines) if stopped else [deadline(cpu.vcpu) for cpu in self._cpus],
+        }
+
+    def _offsets(self) -> list[int]:
+        try:
+            return [cpu.vcpu.tsc_offset for cpu in self._cpus]
+        except KvmError:
+            return []  # before Linux 5.16
+
+    def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import check_length, check_names, value_of
+
+        check_names(state, ("clock_ns", "tsc", "tsc_khz", "tsc_offsets", "deadlines"))
+        clock_ns = value_of(63, state["clock_ns"], "clock_ns")
+        count = value_of(64, state["tsc"], "tsc")
+        khz = value_of(31, state["tsc_khz"], "tsc_khz")
+        offsets = value_of(("list", 64, 0, len(self._cpus)), state["tsc_offsets"], "tsc_offsets")
+        deadlines = value_of(("list", 64, len(self._cpus)), state["deadlines"], "deadlines")
+        if offsets:
+            check_length(len(offsets), (len(self._cpus),), "tsc_offsets: entries")
+        self._clock_ns, self._tsc, self._tsc_khz = clock_ns, count, khz
+        self._loaded_offsets, self._deadlines = offsets, deadlines
+
+    def after_load(self) -> None:
+        """The counts go on at ``start``. StateError where this host's TSC counts faster or slower, and can't be scaled.
+        """
+        for cpu in self._cpus:
+            if cpu.vcpu.tsc_khz != self._tsc_khz:
+                try:
+                    cpu.vcpu.tsc_khz = self._tsc_khz
+                except KvmError:
+                    mine = cpu.vcpu.tsc_khz
+                    raise StateError(
+                        f"the guest's TSC counts {self._tsc_khz} kHz, this host's {mine}, and its KVM can't scale"
+                    ) from None
+        first = self._offsets()[:1]
+        for cpu, difference in zip(self._cpus, self._loaded_offsets if first else [], strict=False):
+            cpu.vcpu.tsc_offset = first[0] + difference & MASK_64
+        if self._clock_ns is not None:
+            self._vm.set_clock(self._clock_ns)
+
+
+def signed(difference: int) -> int:
+    """A difference of two counts of 64 bits."""
+    return (difference & MASK_64 ^ 1 << 63) - (1 << 63)
 
 
 def tsc(vcpu: Vcpu) -> int:

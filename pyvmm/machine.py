@@ -25,6 +25,7 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from typing_extensions import Unpack
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pyvmm.irqchip import Irqchip
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
+    from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
     from pyvmm.terminal import Terminal
 
@@ -287,6 +289,34 @@ class Machine:
         """As ``dump``, from anywhere: ``hear`` gets the text, on another thread, as soon as every vCPU stands."""
         self._usable("dump_later")
         self._chassis.outcomes.dump(hear)
+
+    def save_state(self, *, memory: bool = True) -> dict[str, Any]:
+        """Everything that the guest is in the middle of, as plain data (bytes, numbers, strings, lists, dicts).
+
+        ``load_state`` of another machine, made from the same configuration with the same images, goes on from there;
+        this one may be closed, or go on too. ``memory``: with the guest's RAM; without, the caller brings it there. A
+        device of your own is in it if it is the board's (``m.board.add(name, device)``); drives' contents are not.
+
+        The machine is paused: StateError while it runs and when it has ended, and for what can't be saved: guests of
+        the guest's own, and writes to a drive with snapshot=on.
+        """
+        return self._all_state("save_state").save(memory=memory)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``save_state`` gave: paused, ``resume`` or ``run`` next. For a machine that has not run yet.
+
+        Guest time goes on from where it stood, as after a pause. StateError, in one sentence, for a state of another
+        configuration or version and for a field that can't be; the state may come from anywhere. Where a part of it had
+        been loaded by then the machine has ended: reset() it, or make another one.
+        """
+        self._all_state("load_state").load(state)
+
+    def _all_state(self, call: str) -> MachineState:
+        from pyvmm.machine_state import MachineState
+
+        self._usable(call)
+        self._not_from_inside(call)
+        return MachineState(self._chassis, self.board, self._platform)
 
     def _same_process(self, call: str) -> None:
         if getpid() != self._pid:

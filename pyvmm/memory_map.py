@@ -110,6 +110,11 @@ class MemoryMap:
         """
         self._text = text
 
+    @property
+    def own_memory(self) -> list[RamRegion]:
+        """What it shows beside the regions of GuestMemory, and a guest can write."""
+        return [] if self._text is None else [self._text]
+
     def set_window(self, segments: Iterable[Segment]) -> None:
         """(gpa, size_bytes, kind) of what the window shows from now on; what is left out is on the bus."""
         kept = [s for s in self.sections if not WINDOW <= s.gpa < WINDOW_END]

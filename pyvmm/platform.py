@@ -10,7 +10,7 @@ from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.irqchip import KvmIrqchip, PythonIrqchip, controllers_state, make_controllers
+from pyvmm.irqchip import KvmIrqchip, PythonIrqchip, make_controllers
 from pyvmm.kvm.system import CAPABILITIES, Kvm
 from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.kvm_clock import KvmClock
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
     from pyvmm.memory_map import MemoryMap
     from pyvmm.spec import Spec
+    from pyvmm.state import Holder
     from pyvmm.x86.boot import BootState
+    from pyvmm.x86.vcpu_state import Facts
 
 XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
 X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
@@ -70,6 +72,10 @@ class Platform:
 
     def reset(self) -> None:
         """vCPUs, interrupt controllers and clocks back to power-on. Every vCPU is parked."""
+
+    def holders(self) -> list[tuple[str, Holder]]:
+        """What has state here, by name, in the order in which it goes back (state.py)."""
+        return []
 
     def cpu_identity(self) -> tuple[int, int, str] | None:
         """What a guest's inventory says of its processors. None without one."""
@@ -220,38 +226,49 @@ class KvmPlatform(Platform):
     def reset(self) -> None:
         from pyvmm.x86 import vcpu_state
 
-        state = self._power_on_state()
+        facts = vcpu_state.Facts(self._kvm, self._vm)
+        state = self._power_on_state(facts)
         if self.irqchip.in_kernel:
-            self.irqchip.load(state["irqchip"])
+            self.irqchip.power_on(state["irqchip"])
         for cpu, saved in zip(self.cpus, state["vcpus"], strict=True):
-            vcpu_state.load(cpu.vcpu, saved)
+            vcpu_state.power_on(cpu.vcpu, saved, facts)
             cpu.was_reset()
         self._clock.forget_timers()
 
-    def _power_on_state(self) -> dict[str, Any]:
+    def _power_on_state(self, facts: Facts) -> dict[str, Any]:
         """The kernel's side of a machine that has just been made: read from one that is made for it and thrown away.
 
         Costs a few milliseconds at a reset, and nothing at the start of the many machines that never see one.
         """
-        from pyvmm.x86 import vcpu_state
+        from pyvmm.x86 import irqchip_state, vcpu_state
 
-        indices = self._kvm.msr_indices()
         twin = self._kvm.create_vm()
         try:
             state: dict[str, Any] = {}
             self._use_ids(twin)
             if self.irqchip.in_kernel:
                 make_controllers(twin)
-                state["irqchip"] = controllers_state(twin)
+                state["irqchip"] = irqchip_state.save(twin)
             state["vcpus"] = []
             for cpu in self.cpus:
                 vcpu = twin.create_vcpu(cpu.index)
                 vcpu.cpuid = cpu.cpuid
-                state["vcpus"].append(vcpu_state.save(vcpu, indices, lapic=self.irqchip.in_kernel))
+                state["vcpus"].append(vcpu_state.save(vcpu, facts))
                 vcpu.close()
             return state
         finally:
             twin.close()
+
+    def holders(self) -> list[tuple[str, Holder]]:
+        """The interrupt controllers go first, behind the lines that devices drive; then the clock, to which paravirtual
+        MSRs refer; then the vCPUs.
+        """
+        from pyvmm.x86.vcpu_state import Facts, VcpuState
+
+        facts = Facts(self._kvm, self._vm)
+        chips: list[tuple[str, Holder]] = [("irqchip", self.irqchip)] if self.irqchip.in_kernel else []
+        cpus = [(f"vCPU {cpu.index}", VcpuState(cpu, facts)) for cpu in self.cpus]
+        return [*chips, ("KVM's clock", self._clock), *cpus]
 
     # -- gathered writes ---------------------------------------------------------------------------------------
 

@@ -394,6 +394,13 @@ class RunControl:
                 self._state = RunState.PAUSED
                 self.status, self.error = PAUSED, None
 
+    def loaded(self) -> None:
+        """The guest of a saved state stands here, paused."""
+        with self._lock:
+            if self._state is not RunState.CLOSED:
+                self._state = RunState.PAUSED
+                self.status, self.error = PAUSED, None
+
     def go_on_without_cpus(self) -> None:
         """What held up a machine that has no vCPU is over: it is driven from outside."""
         with self._lock:

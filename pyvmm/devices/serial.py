@@ -602,6 +602,3 @@ class Serial(Device):
             self._timeout.go_on()
             self._gather_timer.go_on()
             self._derive()
-            self._transmit()  # this host may take what the other one did not
-            self._refused = True  # what waits at this chardev has not been looked at
-            self._accept_input()

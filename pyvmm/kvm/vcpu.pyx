@@ -217,6 +217,10 @@ cdef class Vcpu:
         """KVM_GET_XSAVE2: as xsave, of the size KVM_CAP_XSAVE2 states for the VM (AMX needs more than 4 KiB)."""
         return self._get(uapi.KVM_GET_XSAVE2, size_bytes, "KVM_GET_XSAVE2")
 
+    def set_xsave2(self, bytes state, size_t size_bytes):
+        """KVM_SET_XSAVE with what get_xsave2 gave: KVM reads ``size_bytes``, the size KVM_CAP_XSAVE2 states."""
+        self._set(uapi.KVM_SET_XSAVE, size_bytes, state, "KVM_SET_XSAVE")
+
     @property
     def lapic(self):
         """KVM_GET_LAPIC: the local APIC's register page, its first 1 KiB, as bytes. Needs the in-kernel irqchip."""
@@ -261,9 +265,25 @@ cdef class Vcpu:
             too_wide("events", error)
         self._set(uapi.KVM_SET_VCPU_EVENTS, sizeof(uapi.kvm_vcpu_events), raw, "KVM_SET_VCPU_EVENTS")
 
+    def get_nested_state(self, uint32_t size_bytes):
+        """KVM_GET_NESTED_STATE: struct kvm_nested_state as bytes, at most the size that KVM_CAP_NESTED_STATE states."""
+        state = bytearray(max(size_bytes, 8))
+        struct.pack_into("=HHI", state, 0, 0, 0, size_bytes)
+        checked(ioctl(self._open(), uapi.KVM_GET_NESTED_STATE, <uint8_t *>state), "KVM_GET_NESTED_STATE")
+        return bytes(state[:struct.unpack_from("=HHI", state)[2]])
+
+    def set_nested_state(self, bytes state):
+        """KVM_SET_NESTED_STATE with what get_nested_state gave."""
+        if len(state) < 8 or len(state) < struct.unpack_from("=HHI", state)[2]:
+            raise ValueError(f"nested state of {len(state)} bytes: it is cut off")
+        checked(ioctl(self._open(), uapi.KVM_SET_NESTED_STATE, <const uint8_t *>state), "KVM_SET_NESTED_STATE")
+
     @property
     def mp_state(self):
-        """KVM_GET_MP_STATE: 0 runnable, 1 uninitialized (waits for INIT/SIPI), 2 init received, 3 halted, 4 SIPI."""
+        """KVM_GET_MP_STATE: 0 runnable, 1 uninitialized (waits for INIT/SIPI), 2 init received, 3 halted, 4 SIPI.
+
+        Reading it can carry out an INIT or SIPI that is pending, and so change every other register: read it first.
+        """
         cdef uapi.kvm_mp_state state
         checked(ioctl(self._open(), uapi.KVM_GET_MP_STATE, &state), "KVM_GET_MP_STATE")
         return state.mp_state

@@ -1,70 +1,219 @@
-"""All of a vCPU's state as one plain dict, and back: for a reset to power-on state, and for snapshots.
+"""All of a vCPU's state as one plain dict, and back: for a reset to power-on state, and for a machine that is saved.
 
-Order of setting follows what KVM ties together: sregs (the APIC base) before the local APIC, CPUID before
-everything (done when the vCPU is made), MSRs after the APIC, events last.
+The order is that of what KVM ties together (Linux Documentation/virt/kvm/api.rst; QEMU's kvm_arch_get_registers and
+kvm_arch_put_registers). Reading: the MP state comes first, for KVM_GET_MP_STATE carries out an INIT or SIPI that is
+pending, which changes everything else. Writing: CPUID before all of it (done when the vCPU is made), sregs (the APIC
+base) before the local APIC, MSRs after that, events last.
+
+Time is apart: the TSC and the deadline that is armed by it belong to all vCPUs together (kvm_clock.py).
 """
 
 from __future__ import annotations
 
-from pyvmm.errors import KvmError
+from pyvmm.errors import KvmError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from pyvmm.cpu import Cpu
+    from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.kvm.vm import Vm
 
+MSR_TSC, MSR_TSC_ADJUST, MSR_TSC_DEADLINE = 0x10, 0x3B, 0x6E0
+MSR_FEATURE_CONTROL = 0x3A  # locks others: before them
 # Time goes on over a reset, and a saved count put back would throw the vCPUs' TSCs out of step.
-TSC_MSRS = frozenset({0x10, 0x3B})
+KEPT_BY_RESET = frozenset({MSR_TSC, MSR_TSC_ADJUST})
+TIME_MSRS = frozenset({MSR_TSC, MSR_TSC_DEADLINE})
 MP_STATE_RUNNABLE = 0
 MP_STATE_UNINITIALIZED = 1
+XSAVE_BYTES = 4096  # where KVM_CAP_XSAVE2 does not say more
+
+# struct kvm_nested_state (linux/kvm.h): flags, and on Intel the address that VMXON was given, ~0 outside of VMX.
+NESTED_FLAGS = slice(0, 2)
+NESTED_FORMAT = slice(2, 4)
+NESTED_VMXON = slice(8, 16)
+NESTED_IN_GUEST = 0x0003  # KVM_STATE_NESTED_GUEST_MODE, KVM_STATE_NESTED_RUN_PENDING
+NESTED_VMX = 0
+NO_ADDRESS = b"\xff" * 8
 
 
-def save(vcpu: Vcpu, msr_indices: Sequence[int], *, lapic: bool) -> dict[str, Any]:
-    """``lapic``: the machine has the in-kernel irqchip, and so a local APIC and an MP state."""
-    state: dict[str, Any] = {
-        "regs": vcpu.regs,
-        "sregs": vcpu.sregs,
-        "xsave": vcpu.xsave,
-        "debugregs": vcpu.debugregs,
-        "events": vcpu.events,
-        "msrs": vcpu.get_msrs(msr_indices),
-    }
+class Facts:
+    """What has to be known of a KVM to read a vCPU: its MSRs, the size of its FPU state, and what it has at all."""
+
+    def __init__(self, kvm: Kvm, vm: Vm) -> None:
+        from pyvmm.kvm.system import CAPABILITIES
+
+        self.msr_indices: Sequence[int] = kvm.msr_indices()
+        self.lapic = vm.has_irqchip
+        self.xsave_bytes = max(XSAVE_BYTES, vm.check_extension(CAPABILITIES["KVM_CAP_XSAVE2"]))
+        self.xsave2 = self.xsave_bytes > XSAVE_BYTES
+        # The newer ones have PAE's page directory entries as the processor holds them.
+        self.sregs = "sregs2" if kvm.check_extension("KVM_CAP_SREGS2") else "sregs"
+        self.nested_bytes = kvm.check_extension("KVM_CAP_NESTED_STATE")
+
+
+def save(vcpu: Vcpu, facts: Facts) -> dict[str, Any]:
+    """Everything of it, as KVM has it. With the in-kernel irqchip a local APIC and an MP state as well."""
+    state: dict[str, Any] = {}
+    if facts.lapic:
+        state["mp_state"] = vcpu.mp_state
+    state["events"] = vcpu.events
+    state["regs"] = vcpu.regs
+    state["sregs"] = getattr(vcpu, facts.sregs)
+    state["xsave"] = vcpu.get_xsave2(facts.xsave_bytes) if facts.xsave2 else vcpu.xsave
     try:
         state["xcrs"] = vcpu.xcrs
     except KvmError:
-        pass  # no XSAVE on this host: there are no XCRs
-    if lapic:
+        state["xcrs"] = {}  # no XSAVE on this host: there are none
+    state["msrs"] = vcpu.get_msrs(facts.msr_indices)
+    if facts.lapic:
         state["lapic"] = vcpu.lapic
-        state["mp_state"] = vcpu.mp_state
+    state["debugregs"] = vcpu.debugregs
     return state
 
 
-def load(vcpu: Vcpu, state: dict[str, Any]) -> None:
-    """Bring back what ``save`` gave."""
-    vcpu.sregs = state["sregs"]
+def load(vcpu: Vcpu, state: dict[str, Any], facts: Facts) -> dict[int, int]:
+    """Bring back what ``save`` gave, but for the MSRs: those it returns."""
+    setattr(vcpu, facts.sregs, state["sregs"])
     vcpu.regs = state["regs"]
-    if "xcrs" in state:
+    if state["xcrs"]:
         vcpu.xcrs = state["xcrs"]
-    vcpu.xsave = state["xsave"]
+    if facts.xsave2:
+        vcpu.set_xsave2(state["xsave"], facts.xsave_bytes)
+    else:
+        vcpu.xsave = state["xsave"]
     vcpu.debugregs = state["debugregs"]
-    if "lapic" in state:
+    if facts.lapic:
         vcpu.lapic = state["lapic"]
-    _set_msrs(vcpu, {index: value for index, value in state["msrs"].items() if index not in TSC_MSRS})
+    return dict(sorted(state["msrs"].items(), key=lambda item: item[0] != MSR_FEATURE_CONTROL))
+
+
+def load_last(vcpu: Vcpu, state: dict[str, Any]) -> None:
+    """What comes after the MSRs."""
     if "mp_state" in state:
         vcpu.mp_state = state["mp_state"]
     vcpu.events = state["events"]
 
 
-def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
-    """All at once; where KVM refuses one (it lists some that it does not take back), one by one without that one.
-    """
+def power_on(vcpu: Vcpu, state: dict[str, Any], facts: Facts) -> None:
+    """The state of a vCPU that has just been made, for a reset."""
+    msrs = load(vcpu, state, facts)
+    # KVM lists some that it does not take back.
+    set_msrs(vcpu, {index: value for index, value in msrs.items() if index not in KEPT_BY_RESET})
+    load_last(vcpu, state)
+
+
+def set_msrs(vcpu: Vcpu, values: dict[int, int]) -> list[int]:
+    """All at once; where KVM refuses one, one by one: those that it has refused."""
     try:
         vcpu.set_msrs(values)
+        return []
     except KvmError:
-        for index, value in values.items():
-            try:
-                vcpu.set_msrs({index: value})
-            except KvmError:
-                continue
+        pass
+    refused = []
+    for index, value in values.items():
+        try:
+            vcpu.set_msrs({index: value})
+        except KvmError:
+            refused.append(index)
+    return refused
+
+
+class VcpuState:
+    """The state of one vCPU, by the contract of state.py."""
+
+    STATE_VERSION = 1
+
+    def __init__(self, cpu: Cpu, facts: Facts) -> None:
+        self._cpu = cpu
+        self._facts = facts
+        self._loaded: dict[str, Any] = {}
+
+    def save(self) -> dict[str, Any]:
+        """StateError where the guest runs guests of its own."""
+        vcpu = self._cpu.vcpu
+        state = save(vcpu, self._facts)
+        nested = self._nested()
+        state["nested"] = nested
+        state["halted"] = bool(self._cpu.exec.halted)
+        state["msrs"] = {f"{index:#x}": value for index, value in state["msrs"].items() if index not in TIME_MSRS}
+        state["xcrs"] = {str(index): value for index, value in state["xcrs"].items()}
+        return state
+
+    def _nested(self) -> bytes:
+        """StateError where the guest runs guests of its own: their state is not saved."""
+        if not self._facts.nested_bytes:
+            return b""
+        nested = self._cpu.vcpu.get_nested_state(self._facts.nested_bytes)
+        flags = int.from_bytes(nested[NESTED_FLAGS], "little")
+        in_vmx = int.from_bytes(nested[NESTED_FORMAT], "little") == NESTED_VMX and nested[NESTED_VMXON] != NO_ADDRESS
+        if flags & NESTED_IN_GUEST or in_vmx:
+            raise StateError(
+                f"vCPU {self._cpu.index} runs a hypervisor with guests of its own, whose state can't be saved: stop"
+                " those first, or make the machine with cpu='host,-vmx,-svm'"
+            )
+        return nested
+
+    def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import value_of
+
+        known = self.save()
+        check_like(state, known, "")
+        msrs = {number(name, "msrs"): value_of(64, value, f"msrs[{name}]") for name, value in state["msrs"].items()}
+        xcrs = {number(name, "xcrs"): value_of(64, value, f"xcrs[{name}]") for name, value in state["xcrs"].items()}
+        self._loaded = {**state, "msrs": msrs, "xcrs": xcrs}
+
+    def after_load(self) -> None:
+        """Into KVM. StateError where it takes an MSR that matters to the guest no more."""
+        state, self._loaded = self._loaded, {}
+        cpu, vcpu = self._cpu, self._cpu.vcpu
+        msrs = load(vcpu, state, self._facts)
+        if state["nested"] != self._nested():
+            vcpu.set_nested_state(state["nested"])
+        refused = set_msrs(vcpu, msrs)
+        now = vcpu.get_msrs(refused)
+        for index in refused:
+            if now.get(index) != msrs[index]:
+                raise StateError(f"MSR {index:#x} does not take {msrs[index]:#x}: this host's KVM is another one")
+        load_last(vcpu, state)
+        cpu.loaded(halted=state["halted"])
+
+
+def check_like(saved: object, known: object, name: str) -> None:
+    """StateError where ``saved`` is not of the kind that this vCPU has itself: the same names, numbers, lengths."""
+    from pyvmm.state import check_names, shown, value_of
+
+    if isinstance(known, dict):
+        if name in ("msrs", "xcrs"):
+            if not isinstance(saved, dict):
+                raise StateError(f"{name} is {shown(saved)}, no dict")
+            return
+        check_names(saved, list(known))
+        assert isinstance(saved, dict)
+        for key, inner in known.items():
+            check_like(saved[key], inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(known, list):
+        value_of(("list", 64, len(known)), saved, name)
+    elif isinstance(known, bool):
+        value_of("flag", saved, name)
+    elif isinstance(known, int):
+        value_of(64, saved, name)
+    else:
+        assert isinstance(known, bytes)
+        value_of(("bytes", len(known)), saved, name)
+
+
+def number(name: object, where: str) -> int:
+    """The register that ``name`` stands for."""
+    from pyvmm.state import shown
+
+    try:
+        index = int(name, 0) if isinstance(name, str) else -1
+    except ValueError:
+        index = -1
+    if not 0 <= index < 1 << 32:
+        raise StateError(f"{where} has a {shown(name)}, which is no register")
+    return index

@@ -495,3 +495,34 @@ def test_a_full_file_system(where: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["io-error", "io-error", "passed"]
+
+
+# ---- elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [(READ, 10, 4), (WRITE, 20, 2), (WRITE_MULTIPLE, 30, 40)], ids=lambda step: step[0])
+def test_what_was_put_aside_is_done_by_another_machine(
+    disk: Callable[..., Disk], boot: Callable[..., Guest], step: Step
+) -> None:
+    """The machine is saved while a request of it waits, and thrown away; where it goes on, the disk is well again."""
+    what, lba, count = step
+    rule = fails("read" if what == READ else "write", "EIO")
+    d = disk([step, (READ, 90, 1)], rule, rerror="stop", werror="stop")
+    assert d.run() == STATUS_IO_ERROR
+    state = d.machine.save_state()
+    d.machine.close()
+    d.rules.write_text("")
+    drive = DriveOptions(f"blkdebug:{d.rules}:{d.image}", rerror="stop", werror="stop")
+    d.guest = boot(steps_source(d.steps), "real16", machine="pc", drives=[drive])
+    d.machine = d.guest.machine
+    d.machine.load_state(state)
+    d.check_image()
+    # As saved once more before it goes on.
+    assert d.machine.save_state()["parts"]["ide0"] == state["parts"]["ide0"]
+    assert d.run() == PASSED
+    assert d.outcomes == [GOOD] * 2
+    if what == READ:
+        assert d.has_read(lba, count)
+        d.check_image()
+    else:
+        d.check_image((lba, count))

@@ -209,9 +209,10 @@ def test_all_of_it_moves_to_another_machine(boot: Callable[..., Guest]) -> None:
     first.machine.pio.map(PORT, 1, Pauser())
     first.run()
     assert first.regs()["rcx"] in (901, 900)
-    saved = vcpu_state.save(first.machine.cpus[0].vcpu, first.machine.kvm.msr_indices(), lapic=True)
+    facts = vcpu_state.Facts(first.machine.kvm, first.machine.vm)
+    saved = vcpu_state.save(first.machine.cpus[0].vcpu, facts)
     second.machine.memory.write(0, first.machine.memory.view(0, 4 << 20))
-    vcpu_state.load(second.machine.cpus[0].vcpu, saved)
+    vcpu_state.power_on(second.machine.cpus[0].vcpu, saved, facts)
     assert second.run() == PASSED
     assert second.regs() == whole.regs()
 

@@ -9,7 +9,7 @@ from typing import Any
 from pyvmm.address_space import AddressSpace
 from pyvmm.chardev import CallableChardev
 from pyvmm.clock import VirtualClock
-from pyvmm.device import Device, IrqLine
+from pyvmm.device import Device
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.devices.debugcon import DebugCon
 from pyvmm.devices.fw_cfg import FwCfg
@@ -24,6 +24,7 @@ from pyvmm.devices.testdev import TestDev
 from pyvmm.devices.user_irqchip import UserIrqchip
 from pyvmm.devices.vga_text import VgaText
 from pyvmm.guest_memory import GuestMemory
+from pyvmm.irq import IrqLine
 from pyvmm.state import load_all, save_all
 
 RAM_BYTES = 0x10000
@@ -222,7 +223,7 @@ class IrqchipBench(Bench):
         return ("take",) if what == 3 else ("drive", r.randrange(24), r.randrange(2))
 
     def drive(self, pin: int, level: int) -> None:
-        self.chip.set_irq(pin, level)
+        self.chip.set(pin, level)
 
     def take(self) -> int:
         return self.chip.acknowledge() if self.chip.output else -2
@@ -349,7 +350,7 @@ class SmallDevicesBench(Bench):
             self.pio.map(port, size, device)
             self.add(name, device)
         lines = [self.line(f"gsi {n}") for n in range(24)]
-        testdev = TestDev(lambda gpa: None, lambda n, level: lines[n].set(level))
+        testdev = TestDev(lambda gpa: None, lines)
         self.pio.map(0xE0, 4, testdev)
         self.pio.map(0xE8, 4, testdev.latch_bytes)
         self.pio.map(0x2000, 24, testdev.irqs)

@@ -671,6 +671,7 @@ def test_saved_state_is_plain_and_goes_on_exactly(fifo: Bench) -> None:
     other.clock.step(123_456_789)
     other.uart.load(state)
     other.uart.after_load()
+    other.line.after_load()
     assert other.line.sent == b"A"  # this host takes it
     assert other.irq.level == 0
     other.clock.step(CHAR_9600_NS - 10)
@@ -691,6 +692,8 @@ def test_load_lets_input_come_that_had_no_room(bench: Bench) -> None:
     assert bench.line.type_politely(b"ab") == b"b"
     bench.uart.load(empty)
     bench.uart.after_load()
+    assert bench.line.accepted == 0
+    bench.line.after_load()
     assert bench.line.accepted == 1
 
 

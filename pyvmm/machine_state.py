@@ -1,0 +1,175 @@
+"""MachineState: a whole machine as plain data, and a machine that goes on from that. A recipe, as builder.py is one.
+
+    {"format": 1, "machine": {...}, "parts": {name: {"version", "state"}}, "memory": {address: bytes} or None}
+
+``machine`` says what must be the same of the two; ``parts`` are all holders of state (state.py), in their order.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import StateError
+from pyvmm.run_control import RESUMABLE
+from pyvmm.run_state import RunState
+from pyvmm.state import check_holders, check_names, load_all, load_fields, save_all, save_fields, shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.boards.board import Board
+    from pyvmm.chassis import Chassis
+    from pyvmm.guest_memory import RamRegion
+    from pyvmm.platform import Platform
+    from pyvmm.run_control import RunControl
+    from pyvmm.state import Holder
+
+FORMAT = 1
+
+
+class Run:
+    """What the machine itself remembers of its guest."""
+
+    STATE = {"_first_boot": "flag", "_suspended": "flag"}
+    STATE_VERSION = 1
+
+    def __init__(self, board: Board, control: RunControl) -> None:
+        self._board = board
+        self._control = control
+        self._first_boot = board.first_boot
+        self._suspended = control.suspended
+
+    def save(self) -> dict[str, Any]:
+        return save_fields(self, self.STATE)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_fields(self, self.STATE, state)
+
+    def after_load(self) -> None:
+        self._board.first_boot = self._first_boot
+        self._control.suspended = self._suspended
+
+
+class MachineState:
+    """``save`` and ``load`` are for a machine whose vCPUs stand."""
+
+    def __init__(self, chassis: Chassis, board: Board, platform: Platform) -> None:
+        self._chassis = chassis
+        self._board = board
+        self._platform = platform
+
+    def holders(self) -> list[tuple[str, Holder]]:
+        """Guest time first, for all others count from it. Devices before the interrupt controllers, since they drive
+        their lines; consoles after those, since input may raise one anew.
+        """
+        chassis = self._chassis
+        return [
+            ("clock", chassis.clock),
+            ("run", Run(self._board, chassis.control)),
+            *self._board.parts,
+            *((f"drive {name}", backend) for name, backend in chassis.drives.backends.items()),
+            *self._platform.holders(),
+            *((f"console {name}", chardev) for name, chardev in chassis.consoles.by_name.items()),
+        ]
+
+    # -- save ----------------------------------------------------------------------------------------------------
+
+    def save(self, *, memory: bool) -> dict[str, Any]:
+        """StateError where the machine runs or has ended, and where a part can't be saved."""
+        outcome: list[Any] = []
+        control = self._chassis.control
+        control.request("save", lambda: self._save(memory, outcome), control.carry_on, wait=True)
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        state: dict[str, Any] = outcome[0]
+        return state
+
+    def _save(self, memory: bool, outcome: list[Any]) -> None:
+        """A request: every vCPU is parked, and the machine goes on afterwards, if it ran."""
+        control = self._chassis.control
+        try:
+            if control.state not in RESUMABLE:
+                raise StateError(f"save_state() of a machine in state {control.state}: pause() it first")
+            self._chassis.drives.drain()
+            outcome.append(
+                {
+                    "format": FORMAT,
+                    "machine": self._description(),
+                    "parts": save_all(self.holders()),
+                    "memory": {f"{r.gpa:#x}": bytes(r) for r in self._memory()} if memory else None,
+                }
+            )
+        except BaseException as error:
+            outcome.append(error)
+
+    def _memory(self) -> list[RamRegion]:
+        """All that the guest can write."""
+        return [*(r for r in self._board.memory.ram if not r.readonly), *self._board.memory_map.own_memory]
+
+    def _description(self) -> dict[str, Any]:
+        """What must be the same of two machines for the one to go on where the other stood."""
+        from zlib import crc32
+
+        config = self._board.config
+        return {
+            "board": type(self._board).__name__,
+            "cpus": len(self._platform.cpus),
+            "irqchip": "kernel" if self._platform.irqchip.in_kernel else "off",
+            "cpu": config.cpu,
+            "memory": [f"{r.size_bytes:#x} bytes at {r.gpa:#x}" for r in self._memory()],
+            "ROMs": [f"{crc32(r):#x} at {r.gpa:#x}" for r in self._board.memory.ram if r.readonly],
+        }
+
+    # -- load ----------------------------------------------------------------------------------------------------
+
+    def load(self, state: object) -> None:
+        """StateError in one sentence for what can't be taken. Where that was found before anything was changed, the
+        machine is as it was; else it has ended, and a reset brings it back to power-on.
+        """
+        control = self._chassis.control
+        if control.state is not RunState.PRELAUNCH:
+            raise StateError(
+                f"load_state() of a machine in state {control.state}: make another one, of the same configuration"
+            )
+        check_names(state, ("format", "machine", "parts", "memory"))
+        assert isinstance(state, dict)
+        if state["format"] != FORMAT:
+            raise StateError(f"the state has format {shown(state['format'])}, this pyvmm reads {FORMAT}")
+        self._check_description(state["machine"])
+        holders = self.holders()
+        check_holders(holders, state["parts"])
+        memory = self._checked_memory(state["memory"])
+        self._chassis.join_background()
+        then = control.loaded if self._platform.cpus else None
+        control.request("load", lambda: self._load(holders, state["parts"], memory), then, wait=True)
+        if control.state is RunState.INTERNAL_ERROR and control.error is not None:
+            raise control.error
+
+    def _load(self, holders: list[tuple[str, Holder]], parts: object, memory: list[tuple[RamRegion, Any]]) -> None:
+        """A request; what it raises ends the machine."""
+        for region, content in memory:
+            memoryview(region)[:] = content
+        load_all(holders, parts)
+
+    def _check_description(self, saved: object) -> None:
+        mine = self._description()
+        check_names(saved, list(mine))
+        assert isinstance(saved, dict)
+        for name, value in mine.items():
+            if saved[name] != value:
+                raise StateError(
+                    f"the state is of a machine with {name} {shown(saved[name])}, this one has {shown(value)}:"
+                    " give it the same configuration"
+                )
+
+    def _checked_memory(self, saved: object) -> list[tuple[RamRegion, Any]]:
+        """Which region gets which bytes; none where the state was saved without memory."""
+        if saved is None:
+            return []
+        regions = {f"{r.gpa:#x}": r for r in self._memory()}
+        check_names(saved, list(regions))
+        assert isinstance(saved, dict)
+        for name, region in regions.items():
+            content = saved[name]
+            if not isinstance(content, (bytes, bytearray, memoryview)) or len(content) != region.size_bytes:
+                raise StateError(f"memory at {name} is {shown(content)}, not {region.size_bytes} bytes")
+        return [(region, saved[name]) for name, region in regions.items()]

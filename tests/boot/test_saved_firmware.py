@@ -1,0 +1,62 @@
+"""Firmware and a boot loader, saved and thrown away at random moments, go on in another machine each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import disk_images
+from console import SerialLine
+from disk_images import GRUB_LEGACY_PROMPT, HELLO
+from lives import MOMENTS, Lives
+
+import pyvmm
+
+LIMIT_S = 240.0
+
+
+class Loader:
+    """GRUB legacy on an IDE disk, one life after the other; what is typed is typed while it stands."""
+
+    def __init__(self, disk: Path, firmware: Path, seed: int, longest_s: float) -> None:
+        self.line = SerialLine()
+        self.lives = Lives(
+            lambda: pyvmm.Machine(
+                machine="pc", drives=[str(disk)], firmware=firmware, memory_mib=16, serial=self.line.chardev
+            ),
+            seed,
+            longest_s,
+        )
+        self._seen = 0
+
+    def expect(self, text: str) -> str:
+        """Live on until it has said that: what stood before."""
+        output = self.line
+        self.lives.until(lambda: output.output.find(text, self._seen) >= 0, LIMIT_S)
+        at = output.output.find(text, self._seen)
+        before = output.output[self._seen : at]
+        self._seen = at + len(text)
+        return before
+
+    def typed(self, command: str) -> str:
+        self.line.send(command + "\r")
+        said = self.expect(GRUB_LEGACY_PROMPT).replace("\r", "")
+        return said.partition("\n")[2].strip()
+
+
+def test_seabios_and_grub_at_random_moments(tmp_path: Path, firmware: Path) -> None:
+    """From the reset vector to GRUB's prompt, and then files: each life at most as long as to have enough of them."""
+    disk = tmp_path / "grub.img"
+    disk_images.grub_legacy(disk)
+    lives = 0
+    for seed in range(MOMENTS):
+        loader = Loader(disk, firmware, seed, longest_s=5.0 / min(MOMENTS, 100))
+        with loader.lives:
+            loader.expect("GNU GRUB  version 0.97")
+            loader.expect(GRUB_LEGACY_PROMPT)
+            # What SeaBIOS held back of its own console comes with a later command (test_firmware_loaders.py).
+            assert HELLO.strip() in loader.typed("cat (hd0,0)/hello.txt")
+            assert "Differ" not in loader.typed("cmp (hd0,0)/one.bin (hd0,0)/same.bin")
+            assert "Differ at the offset 700001" in loader.typed("cmp (hd0,0)/one.bin (hd0,0)/other.bin")
+            lives += loader.lives.count
+        if lives >= MOMENTS:
+            return

@@ -1,0 +1,110 @@
+"""A machine that is saved and thrown away again and again, and goes on in another one each time."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import pyvmm
+from pyvmm import ExitStatus
+
+# At how many moments in all of a test: more of them, by this, where that is what is to be shown.
+MOMENTS = int(os.environ.get("PYVMM_MOMENTS", "20"))
+
+# MSR_KVM_SYSTEM_TIME and its newer number (Linux virt/kvm/x86/msr.rst): address of a pvclock_vcpu_time_info, bit 0 on.
+KVMCLOCK_MSRS = ("0x12", "0x4b564d01")
+KVMCLOCK_BYTES = 32
+
+
+class Lives:
+    """``make()`` gives the machine, each time the same. ``machine`` is the present one, paused; ``count`` have died."""
+
+    def __init__(self, make: Callable[[], pyvmm.Machine], seed: int, longest_s: float = 0.02) -> None:
+        self._make = make
+        self._random = random.Random(seed)
+        self._longest_s = longest_s
+        self.machine = make()
+        self.count = 0
+        self.ended: ExitStatus | None = None
+
+    def live(self) -> bool:
+        """One life more. False where the guest has come to its end in it."""
+        machine = self.machine
+        machine.resume()
+        machine.wait(self._random.uniform(0, self._longest_s))
+        machine.pause()
+        if machine.state in (pyvmm.RunState.SHUTDOWN, pyvmm.RunState.INTERNAL_ERROR):
+            if machine.error is not None:
+                raise machine.error
+            self.ended = machine.status
+            return False
+        state = machine.save_state()
+        now_ns = machine.clock.now_ns()
+        machine.close()
+        self.count += 1
+        self.machine = machine = self._make()
+        machine.load_state(state)
+        assert machine.clock.now_ns() == now_ns
+        different = differences(without_what_may_differ(machine.save_state()), without_what_may_differ(state))
+        assert not different, different
+        return True
+
+    def until(self, done: Callable[[], bool], limit_s: float) -> None:
+        """Live on until ``done()``. AssertionError where the guest ends before that."""
+        end = time.monotonic() + limit_s
+        while not done():
+            assert self.live(), f"the guest has ended: {self.ended!r}"
+            assert time.monotonic() < end, f"not done after {limit_s} s and {self.count} lives"
+
+    def to_the_end(self, limit_s: float) -> ExitStatus:
+        """Live on until the guest ends."""
+        end = time.monotonic() + limit_s
+        while self.live():
+            assert time.monotonic() < end, f"still alive after {limit_s} s and {self.count} lives"
+        assert self.ended is not None
+        return self.ended
+
+    def close(self) -> None:
+        self.machine.close()
+
+    def __enter__(self) -> Lives:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two states differ; not how, for that may be long."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, bytes) and isinstance(other, bytes) and len(one) == len(other):
+        places = [n for n in range(len(one)) if one[n] != other[n]] if one != other else []
+        return [f"{where} at {n:#x}: {one[n : n + 32].hex()}, {other[n : n + 32].hex()}" for n in places[:1]]
+    return [] if one == other else [f"{where}: {one!r:.200} and {other!r:.200}"]
+
+
+def without_what_may_differ(state: dict[str, Any]) -> dict[str, Any]:
+    """A state but for the host's wall clock, and for what KVM does by itself while the vCPUs stand: its timers, which
+    parts of the FPU are in use, and the guest's copy of its clock.
+    """
+    memory = {name: bytearray(content) for name, content in state["memory"].items()}
+    parts = {name: dict(entry["state"]) for name, entry in state["parts"].items()}
+    parts["clock"].pop("wall_ns")
+    parts.pop("irqchip", None)
+    for name, part in parts.items():
+        if name.startswith("vCPU"):
+            part.pop("xsave")
+            part.pop("lapic", None)
+            part.pop("events")
+            for msr in KVMCLOCK_MSRS:
+                address = part["msrs"].get(msr, 0)
+                if address & 1:
+                    memory["0x0"][address & ~1 : (address & ~1) + KVMCLOCK_BYTES] = bytes(KVMCLOCK_BYTES)
+    return {**state, "parts": parts, "memory": {name: bytes(content) for name, content in memory.items()}}
