@@ -85,8 +85,11 @@ RUNNING = (
     "mmap",
     "pyvmm.dump",
     "pyvmm.exit_stats",
+    "pyvmm.machine_state",
     "pyvmm.run_state",
+    "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
+    "pyvmm.x86.irqchip_state",  # resets
     "pyvmm.x86.smbios",  # files that firmware asks for, made at the first look
     "pyvmm.x86.table_loader",
     "pyvmm.x86.vcpu_state",  # resets
