@@ -109,17 +109,25 @@ class Events:
 
     def _tell_all(self) -> None:
         """On the event loop's thread."""
-        while True:
+        try:
+            while (event := self._next()) is not None:
+                for listener, names in self._listeners:
+                    if event.name in names:
+                        try:
+                            listener(event)
+                        except BaseException as error:
+                            self._on_error(error)
+        except BaseException:
+            # Not even the error could be told. Whoever waits in flush() is not to wait for ever.
             with self._lock:
-                if not self._waiting:
-                    self._telling = False
-                    self._told.notify_all()
-                    return
-                event = self._waiting.popleft()
-                listeners = self._listeners
-            for listener, names in listeners:
-                if event.name in names:
-                    try:
-                        listener(event)
-                    except BaseException as error:
-                        self._on_error(error)
+                self._telling = False
+                self._told.notify_all()
+            raise
+
+    def _next(self) -> Event | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._telling = False
+            self._told.notify_all()
+            return None

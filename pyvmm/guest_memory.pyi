@@ -4,8 +4,6 @@ from typing_extensions import Buffer, disjoint_base
 
 PAGE_BYTES: int
 GPA_END: int
-RAM_HOLE_BASE: int
-RAM_HIGH_BASE: int
 
 @disjoint_base
 class RamRegion:

@@ -13,6 +13,7 @@ from posix.unistd cimport close, ftruncate
 import os
 
 from pyvmm.errors import BusError, ConfigError, StateError, remedy
+from pyvmm.x86.layout import PAGE_BYTES, RAM_HIGH, RAM_HOLE
 
 cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *, unsigned int)
@@ -25,10 +26,6 @@ cdef extern from "<linux/memfd.h>" nogil:
 
 cdef char *BYTE_FORMAT = b"B"   # what memoryview calls an unsigned byte
 
-PAGE_BYTES = 4096
-# Where RAM stops below 4 GiB: PCI windows, IOAPIC, LAPIC and the firmware's ROM live above (as QEMU's microvm and pc).
-RAM_HOLE_BASE = 0xC000_0000
-RAM_HIGH_BASE = 0x1_0000_0000
 # x86-64 physical addresses have at most 52 bits (Intel SDM vol. 3, 4.1.4); below that no sum of ours can wrap.
 GPA_END = 1 << 52
 
@@ -148,14 +145,14 @@ cdef class GuestMemory:
     def __init__(self, size_bytes, *, bint shared=False, huge_pages=None):
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ConfigError(f"memory of {size_bytes} bytes: give a positive multiple of {PAGE_BYTES}")
-        if size_bytes > GPA_END - RAM_HIGH_BASE:
+        if size_bytes > GPA_END - RAM_HIGH:
             raise ConfigError(f"memory of {size_bytes >> 20} MiB is more than a guest can address: ask for less")
         self.ram = []
         self._views = []
-        low = min(size_bytes, RAM_HOLE_BASE)
+        low = min(size_bytes, RAM_HOLE)
         self.add(RamRegion(0, low, shared=shared, huge_pages=huge_pages, name="ram"))
         if size_bytes > low:
-            self.add(RamRegion(RAM_HIGH_BASE, size_bytes - low, shared=shared, huge_pages=huge_pages, name="ram-high"))
+            self.add(RamRegion(RAM_HIGH, size_bytes - low, shared=shared, huge_pages=huge_pages, name="ram-high"))
 
     def add(self, RamRegion region not None):
         """One more region (a ROM, say). ConfigError where it overlaps one that is there, naming both."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pyvmm.errors import BusError
 from pyvmm.region import BufferRegion
+from pyvmm.x86.layout import PAM_BYTES, PAM_LAST, WINDOW, WINDOW_END
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ RAM_READONLY = "ram-ro"  # RAM, writes are lost
 ROM = "rom"  # ROM, writes are lost
 ROM_OVER_RAM = "rom-wram"  # ROM, writes go to the RAM behind
 BUS = "mmio"  # the bus: a device's MMIO, or nobody
-
-WINDOW = 0xA_0000  # legacy video, then what PAM governs
-WINDOW_END = 0x10_0000
-PAM_BYTES = 0x8000  # what one PAM register governs, but for the last
-PAM_LAST = 0xF_0000  # PAM0's 64 KiB
 
 
 class Section:

@@ -4,7 +4,7 @@
         def make_devices(self):
             self.add_serial()
             self.sensor = self.add("sensor", Sensor(self.irq_line(5)))
-            self.pio.map(0x300, 4, self.sensor)
+            self.map_ports(0x300, 4, self.sensor, "sensor")
 
     Machine(board=Sensors, flat="guest.bin")
 
@@ -13,6 +13,7 @@ builder.py calls the steps in the order in which they stand here; restart.py tho
 
 from __future__ import annotations
 
+from pyvmm.boards.places import Places
 from pyvmm.errors import StateError
 from pyvmm.images import image_name
 from pyvmm.memory_map import MemoryMap
@@ -20,7 +21,8 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from collections.abc import Callable
+    from typing import Any, TypeVar
 
     from pyvmm.chassis import Chassis
     from pyvmm.device import Device
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from pyvmm.images import Images
     from pyvmm.irq import IrqLine
     from pyvmm.platform import Platform
+    from pyvmm.region import MemoryRegion
     from pyvmm.spec import Spec
     from pyvmm.x86.boot import BootState
 
@@ -42,7 +45,8 @@ CONSOLE_GATHER_NS = 10_000_000
 class Board:
     """RAM, a kernel or flat binary in it, and no device: subclasses add those.
 
-    ``parts`` are its devices with their names, in the order in which they were added: a reset goes by it.
+    ``parts`` are its devices with their names, in the order in which they were added: a reset goes by it. ``ports`` and
+    ``windows`` give out I/O ports and addresses of memory-mapped registers, each once.
     """
 
     window = range(0)
@@ -60,6 +64,10 @@ class Board:
         self.first_boot = True
         """No reset yet: what firmware is told for its first boot only still holds."""
         self.parts: list[tuple[str, Device]] = []
+        self.ports = Places("port", 0, self.pio.size)
+        self.windows = Places("address", 0, self.mmio.size)
+        self._aml: list[Callable[[], bytes]] = []
+        self._words: list[str] = []
         chassis.closers.call(self._clear, self.parts.clear)
 
     @classmethod
@@ -78,7 +86,24 @@ class Board:
         for section in self.memory_map.sections:
             if section.gpa not in self.window:
                 self.mmio.reserve(section.gpa, section.size, section.region.name)
+                self.windows.take(section.gpa, section.size, section.region.name)
+        self._take_fixed_places()
         return self.memory_map
+
+    def _take_fixed_places(self) -> None:
+        """Interrupt controllers and PIT are KVM's or ours, and at the same places."""
+        self.windows.take(layout.IOAPIC, layout.IOAPIC_BYTES, "IOAPIC")
+        self.windows.take(layout.LAPIC, layout.LAPIC_BYTES, "local APIC")
+        if self.runs_guests:
+            self.windows.take(layout.KVM_PAGES, layout.KVM_PAGES_BYTES, "pages of KVM's own")
+        for port, size, name in (
+            (layout.PORT_PIC_MASTER, 2, "PIC"),
+            (layout.PORT_PIC_SLAVE, 2, "PIC"),
+            (layout.PORT_PIC_ELCR, 2, "PIC"),
+            (layout.PORT_PIT, 4, "PIT"),
+            (layout.PORT_SPEAKER, 1, "PIT"),
+        ):
+            self.ports.take(port, size, name)
 
     def add_roms(self) -> None:
         """Add what is in memory besides RAM."""
@@ -105,6 +130,32 @@ class Board:
         self.parts.append((name, device))
         return device
 
+    def describe(self, aml: Callable[[], bytes] | None = None, words: str = "") -> None:
+        """What a device that is placed says of itself to the guest: ``aml()`` makes its term of the DSDT, when tables
+        are wanted, and ``words`` go to the end of a kernel's command line ("virtio_mmio.device=512@0xfeb00000:5").
+        """
+        if aml is not None:
+            self._aml.append(aml)
+        if words:
+            self._words.append(words)
+
+    def map_ports(self, port: int, size: int, device: Device, name: str, **handlers: Any) -> MemoryRegion:
+        """``size`` ports from ``port`` on are ``device``'s; ``handlers`` as AddressSpace.map has them."""
+        return self.pio.map(self.ports.take(port, size, name), size, device, name=name, **handlers)
+
+    def add_ports(self, port: int, region: MemoryRegion) -> MemoryRegion:
+        """The same for a region."""
+        return self.pio.add(self.ports.take(port, region.size, region.name), region)
+
+    def acpi_devices(self) -> list[bytes]:
+        """The DSDT's terms of all that is on the board."""
+        return [aml() for aml in self._aml]
+
+    @property
+    def command_line(self) -> str:
+        """The kernel's: what the embedder says, then the devices' words."""
+        return " ".join([self.config.append, *self._words] if self.config.append else self._words)
+
     def irq_line(self, gsi: int, name: str = "a device") -> IrqLine:
         """Another line to an interrupt, ISA's by its number, for the device ``name``; ORed with those there are."""
         return self.irqchip.line(gsi, name)
@@ -121,7 +172,8 @@ class Board:
             gather_ns=CONSOLE_GATHER_NS if self.runs_guests else 0,
         )
         consoles.add_flush(serial.flush)
-        self.pio.add(layout.PORT_COM1, serial.region)
+        self.add_ports(layout.PORT_COM1, serial.region)
+        self.describe(serial_aml)
         return self.add("serial", serial)
 
     def gathered(self) -> list[tuple[int, int]]:
@@ -167,7 +219,7 @@ class Board:
             name=image_name(config.kernel, "kernel"),
             initrd=modules or initrd,
             module_names=[image_name(image, "module") for image in named],
-            append=config.append,
+            append=self.command_line,
             acpi_rsdp=rsdp,
             clean=clean,
         )
@@ -215,3 +267,9 @@ class Board:
             for region in space.regions:
                 space.unmap(region)
         self.parts.clear()
+
+
+def serial_aml() -> bytes:
+    from pyvmm.x86 import acpi
+
+    return acpi.serial_port()

@@ -53,8 +53,8 @@ class IsaBoard(Board):
         self.reset_control = self.add("reset_control", ResetControl(lambda: power.reset(by=why)))
         self.fw_cfg = self.add("fw_cfg", FwCfg(self.memory))
         self.chassis.closers.call(self.fw_cfg.close)  # it may have views of the images
-        self.pio.map(layout.PORT_FW_CFG, 2, self.fw_cfg, name="fw_cfg")
-        self.pio.map(layout.PORT_FW_CFG_DMA, 8, self.fw_cfg.dma, name="fw_cfg.dma")
+        self.map_ports(layout.PORT_FW_CFG, 2, self.fw_cfg, "fw_cfg")
+        self.map_ports(layout.PORT_FW_CFG_DMA, 8, self.fw_cfg.dma, "fw_cfg.dma")
         self._make_old_chips()
         self._make_debug_devices()
         if self.config.vga == "text":
@@ -65,7 +65,7 @@ class IsaBoard(Board):
         from pyvmm.devices.port92 import Port92
         from pyvmm.devices.rtc import Rtc
 
-        pio, power = self.pio, self.chassis.power
+        power = self.chassis.power
         low = min(self.memory.size_bytes, layout.RAM_HOLE)
         rtc = Rtc(
             self.irq_line(layout.IRQ_RTC, "rtc"),
@@ -81,10 +81,12 @@ class IsaBoard(Board):
         )
         port92 = Port92(lambda: power.reset(by=f"port {layout.PORT_FAST_A20:#x}"))
         self.rtc, self.i8042, self.port92 = self.add("rtc", rtc), self.add("i8042", i8042), self.add("port92", port92)
-        pio.map(layout.PORT_RTC, 2, rtc, name="rtc")
-        pio.map(layout.PORT_I8042_DATA, 1, i8042, name="i8042.data")
-        pio.map(layout.PORT_I8042_COMMAND, 1, i8042.command, name="i8042.command")
-        pio.map(layout.PORT_FAST_A20, 1, port92, name="port92")
+        self.describe(rtc_aml)
+        self.describe(keyboard_aml)
+        self.map_ports(layout.PORT_RTC, 2, rtc, "rtc")
+        self.map_ports(layout.PORT_I8042_DATA, 1, i8042, "i8042.data")
+        self.map_ports(layout.PORT_I8042_COMMAND, 1, i8042.command, "i8042.command")
+        self.map_ports(layout.PORT_FAST_A20, 1, port92, "port92")
 
     def _make_debug_devices(self) -> None:
         """POST codes, the debug console, isa-debug-exit and, asked for, pc-testdev."""
@@ -92,16 +94,16 @@ class IsaBoard(Board):
         from pyvmm.devices.debugcon import DebugCon
         from pyvmm.devices.port80 import Port80
 
-        config, pio = self.config, self.pio
+        config = self.config
         self.port80 = self.add("port80", Port80())
-        pio.map(layout.PORT_POST, 1, self.port80, name="port80")
+        self.map_ports(layout.PORT_POST, 1, self.port80, "port80")
         if self.has_debugcon:
             self.debugcon = self.add("debugcon", DebugCon(self.chassis.consoles.open(config.debugcon, "debugcon")))
             self.chassis.closers.call(self.debugcon.flush)  # its last line may have no end
-            pio.map(layout.PORT_DEBUG_CONSOLE, 1, self.debugcon, name="debugcon")
+            self.map_ports(layout.PORT_DEBUG_CONSOLE, 1, self.debugcon, "debugcon")
         if config.debug_exit is not None:
             self.debug_exit = self.add("debug_exit", DebugExit(self.chassis.power.debug_exit))
-            pio.map(config.debug_exit, 4, self.debug_exit, name="isa-debug-exit")
+            self.map_ports(config.debug_exit, 4, self.debug_exit, "isa-debug-exit")
         if config.testdev:
             self._make_testdev()
 
@@ -116,10 +118,11 @@ class IsaBoard(Board):
 
         lines = [self.irq_line(gsi, "testdev") for gsi in range(layout.IOAPIC_PINS)]
         testdev = self.testdev = self.add("testdev", TestDev(self.memory.drop_mapping, lines))
-        self.pio.map(layout.PORT_TESTDEV, 4, testdev, name="testdev.latch")
-        self.pio.map(layout.PORT_TESTDEV + 4, 4, testdev.flush, name="testdev.flush")
-        self.pio.map(layout.PORT_TESTDEV + 8, 4, testdev.latch_bytes, name="testdev.bytes")
-        self.pio.map(layout.PORT_TESTDEV_IRQ, 24, testdev.irqs, name="testdev.irqs")
+        self.map_ports(layout.PORT_TESTDEV, 4, testdev, "testdev.latch")
+        self.map_ports(layout.PORT_TESTDEV + 4, 4, testdev.flush, "testdev.flush")
+        self.map_ports(layout.PORT_TESTDEV + 8, 4, testdev.latch_bytes, "testdev.bytes")
+        self.map_ports(layout.PORT_TESTDEV_IRQ, 24, testdev.irqs, "testdev.irqs")
+        self.windows.take(layout.TESTDEV_MEMORY, layout.TESTDEV_MEMORY_BYTES, "testdev.memory")
         self.mmio.add(layout.TESTDEV_MEMORY, BufferRegion(testdev.memory, name="testdev.memory"))
 
     def _make_vga(self) -> None:
@@ -130,9 +133,9 @@ class IsaBoard(Board):
         memory_map = self.memory_map
         vga = vga_text.VgaText(lambda: memory_map.read(layout.VGA_TEXT, layout.VGA_TEXT_BYTES), self.clock)
         self.vga = self.add("vga", vga)
-        self.pio.map(layout.PORT_VGA, vga_text.PORTS, vga, name="vga")
-        self.pio.map(
-            layout.PORT_VGA_MONO, vga_text.MONO_PORTS, vga, name="vga.mono", read=vga.read_mono, write=vga.write_mono
+        self.map_ports(layout.PORT_VGA, vga_text.PORTS, vga, "vga")
+        self.map_ports(
+            layout.PORT_VGA_MONO, vga_text.MONO_PORTS, vga, "vga.mono", read=vga.read_mono, write=vga.write_mono
         )
         self.chassis.consoles.add_screen(vga.frame)
 
@@ -159,3 +162,15 @@ class IsaBoard(Board):
 
     def press_power_button(self) -> None:
         self.pm.press()
+
+
+def rtc_aml() -> bytes:
+    from pyvmm.x86 import acpi
+
+    return acpi.rtc()
+
+
+def keyboard_aml() -> bytes:
+    from pyvmm.x86 import acpi
+
+    return acpi.keyboard()

@@ -10,8 +10,8 @@ from pyvmm.x86 import layout
 class Microvm(IsaBoard):
     def make_devices(self) -> None:
         self.make_isa_devices()
-        self.pio.map(layout.PORT_PM, layout.PM_BYTES, self.pm, name="acpi_pm")
-        self.pio.map(layout.PORT_RESET, 1, self.reset_control, name="reset")
+        self.map_ports(layout.PORT_PM, layout.PM_BYTES, self.pm, "acpi_pm")
+        self.map_ports(layout.PORT_RESET, 1, self.reset_control, "reset")
         self.describe_machine()
         if self.config.uuid is not None:
             from pyvmm.devices.fw_cfg import UUID
@@ -24,7 +24,9 @@ class Microvm(IsaBoard):
         from pyvmm.x86 import acpi, mptable
 
         config = self.config
-        tables = acpi.build(config.cpus, s3=not config.no_s3, vga=self.vga is not None)
+        tables = acpi.build(
+            config.cpus, devices=self.acpi_devices(), s3=not config.no_s3, vga=self.vga is not None
+        )
         tables.write(self.memory)
         mptable.write(self.memory, config.cpus)
         return tables.rsdp

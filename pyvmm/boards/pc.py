@@ -11,9 +11,10 @@ import os
 from pyvmm.boards.ide_places import PLACES
 from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.pc_drives import make_drive
+from pyvmm.boards.places import Places
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
-from pyvmm.memory_map import BUS, RAM, ROM, WINDOW, WINDOW_END
+from pyvmm.memory_map import BUS, RAM, ROM
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -25,18 +26,12 @@ if TYPE_CHECKING:
 
 # Where Debian's seabios package and QEMU's builds put it.
 FIRMWARE = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
-FIRMWARE_MAX_BYTES = 8 * layout.MIB  # the flash of a large OVMF; above it are the APICs
-ISA_BIOS_BYTES = 0x2_0000  # the last 128 KiB show below 1 MiB as well
-
-PAM = 0xC_0000
-SLOT_HOST, SLOT_PIIX = 0, 1
-FUNCTION_ISA, FUNCTION_IDE, FUNCTION_PM = 0, 1, 3
 
 
 class Pc(IsaBoard):
     """``units`` is what is at the four places of its drives."""
 
-    window = range(WINDOW, WINDOW_END)
+    window = range(layout.WINDOW, layout.WINDOW_END)
 
     # -- memory ------------------------------------------------------------------------------------------------
 
@@ -58,11 +53,11 @@ class Pc(IsaBoard):
         image = self.config.firmware if self.config.firmware is not None else find_firmware()
         data = self.images.get(image, "firmware")
         size = data.nbytes
-        if size % PAGE_BYTES or not PAGE_BYTES <= size <= FIRMWARE_MAX_BYTES:
+        if size % PAGE_BYTES or not PAGE_BYTES <= size <= layout.FIRMWARE_MAX_BYTES:
             raise ConfigError(
                 f"firmware of {size} bytes: give an image of whole pages, up to 8 MiB (SeaBIOS's bios.bin)"
             )
-        rom = RamRegion(layout.GIB * 4 - size, size, readonly=True, name="bios")
+        rom = RamRegion(layout.FIRMWARE_END - size, size, readonly=True, name="bios")
         memoryview(rom)[:] = data
         self.memory.add(rom)
 
@@ -72,15 +67,16 @@ class Pc(IsaBoard):
         isa_rom = None
         for region in self.memory.ram:
             if region.readonly:
-                size = min(region.size_bytes, ISA_BIOS_BYTES)
-                isa_rom = RamRegion(WINDOW_END - size, size, readonly=True, name="isa-bios")
+                size = min(region.size_bytes, layout.ISA_BIOS_BYTES)
+                isa_rom = RamRegion(layout.WINDOW_END - size, size, readonly=True, name="isa-bios")
                 memoryview(isa_rom)[:] = memoryview(region)[region.size_bytes - size :]
         self.memory_map.open_window(isa_rom)
         if self.config.vga == "text":
             text = RamRegion(layout.VGA_TEXT, layout.VGA_TEXT_BYTES, name="vga text")
             self.memory_map.show_text_memory(text)
         shown = RAM if self.boots_directly else ROM
-        self.memory_map.set_window([(WINDOW, PAM - WINDOW, BUS), (PAM, WINDOW_END - PAM, shown)])
+        bus = (layout.WINDOW, layout.PAM - layout.WINDOW, BUS)
+        self.memory_map.set_window([bus, (layout.PAM, layout.WINDOW_END - layout.PAM, shown)])
 
     # -- devices -----------------------------------------------------------------------------------------------
 
@@ -93,6 +89,7 @@ class Pc(IsaBoard):
         from pyvmm.boards.pc_firmware import describe_to_firmware
 
         self.make_isa_devices()
+        self.describe(fw_cfg_aml)
         self.describe_machine()
         self._make_chipset()
         describe_to_firmware(self)
@@ -112,21 +109,22 @@ class Pc(IsaBoard):
         self.channels = self._make_ide()
         ide = Piix3Ide(self.channels, self.pio)
         pm = Piix4Pm(self.pm, self.pio)
-        for device, slot, function in (
-            (bridge, SLOT_HOST, 0),
-            (isa, SLOT_PIIX, FUNCTION_ISA),
-            (ide, SLOT_PIIX, FUNCTION_IDE),
-            (pm, SLOT_PIIX, FUNCTION_PM),
-        ):
-            host.add(device, slot, function)
+        self.pci_slots = Places("PCI slot", 0, layout.PCI_SLOTS, numbered=True)
+        host.add(bridge, self.pci_slots.take(layout.SLOT_HOST, 1, "i440fx"))
+        piix = self.pci_slots.take(layout.SLOT_PIIX, 1, "PIIX")
+        host.add(isa, piix, layout.FUNCTION_ISA)
+        host.add(ide, piix, layout.FUNCTION_IDE)
+        host.add(pm, piix, layout.FUNCTION_PM)
         self.pci = self.add("pci", host)
         self.i440fx = self.add("i440fx", bridge)
         self.piix3 = self.add("piix3", isa)
         self.piix3_ide = self.add("piix3_ide", ide)
         self.piix4_pm = self.add("piix4_pm", pm)
-        self.pio.map(layout.PORT_PCI, 8, host, name="pci")
-        self.pio.map(layout.PORT_APM, 2, pm.apm, name="apm")
-        self.pio.map(layout.PORT_GPE0, 4, pm.gpe, name="gpe0")
+        # Where the chipset has it once somebody has programmed it: SeaBIOS, or leave_as_firmware_would.
+        self.ports.take(layout.PORT_PM, layout.PM_BYTES, "acpi_pm")
+        self.map_ports(layout.PORT_PCI, layout.PORT_PCI_BYTES, host, "pci")
+        self.map_ports(layout.PORT_APM, 2, pm.apm, "apm")
+        self.map_ports(layout.PORT_GPE0, layout.PORT_GPE0_BYTES, pm.gpe, "gpe0")
 
     def _make_ide(self) -> tuple[IdeChannel, IdeChannel]:
         """Both channels at the ports that ATA has on every PC, whatever is on them."""
@@ -141,9 +139,9 @@ class Pc(IsaBoard):
             line = self.irq_line(irq, f"ide{n}")
             channel = IdeChannel(line, self.clock, units, self.memory, name=f"ide{n}")
             self.add(f"ide{n}", channel)
-            self.pio.add(command, channel.data)
-            self.pio.add(command + 1, channel.region)
-            self.pio.add(control, channel.control)
+            self.add_ports(command, channel.data)
+            self.add_ports(command + 1, channel.region)
+            self.add_ports(control, channel.control)
             made.append(channel)
         return made[0], made[1]
 
@@ -173,9 +171,9 @@ class Pc(IsaBoard):
         """A kernel that is booted directly expects that somebody has given the chipset its addresses."""
         with self.memory_map.held:
             self.i440fx.post_firmware()
-            self.piix3.post_firmware()
-            self.piix3_ide.post_firmware()
-            self.piix4_pm.post_firmware()
+            self.piix3.post_firmware(layout.PIRQ_IRQS)
+            self.piix3_ide.post_firmware(layout.PORT_BUS_MASTER)
+            self.piix4_pm.post_firmware(layout.PORT_PM, layout.PORT_SMBUS, layout.IRQ_SCI)
 
     # -- the guest ---------------------------------------------------------------------------------------------
 
@@ -202,3 +200,9 @@ def find_firmware() -> str:
         if os.path.exists(path):
             return path
     raise ConfigError("no SeaBIOS on this host: install Debian's seabios package, or give firmware=FILE")
+
+
+def fw_cfg_aml() -> bytes:
+    from pyvmm.x86 import acpi_pc
+
+    return acpi_pc.firmware_configuration()

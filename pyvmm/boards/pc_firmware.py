@@ -27,6 +27,7 @@ def describe_to_firmware(pc: Pc) -> None:
         cpu_id=pc.platform.cpu_identity(),
         boot_menu_wait_ms=boot.splash_time_ms,
         boot_fail_wait_ms=boot.reboot_timeout_ms,
+        acpi_devices=pc.acpi_devices,
         s3=not config.no_s3,
     )
     kernel = next(iter(roms), None)
@@ -91,7 +92,7 @@ def hand_over_kernel(pc: Pc) -> dict[str, bytes]:
         images.get(config.kernel, "kernel"),
         name=image_name(config.kernel, "kernel"),
         initrd=None if config.initrd is None else images.get(config.initrd, "initrd"),
-        append=config.append,
+        append=pc.command_line,
     )
     for key, data in items.items():
         pc.fw_cfg.add(key, data)
@@ -104,7 +105,13 @@ def write_tables(pc: Pc) -> int:
 
     config, memory = pc.config, pc.memory
     low = min(memory.size_bytes, layout.RAM_HOLE)
-    tables = acpi_pc.build(config.cpus, ram_below_4g_bytes=low, s3=not config.no_s3, vga=pc.vga is not None)
+    tables = acpi_pc.build(
+        config.cpus,
+        ram_below_4g_bytes=low,
+        devices=pc.acpi_devices(),
+        s3=not config.no_s3,
+        vga=pc.vga is not None,
+    )
     tables.write(memory)
     mptable.write(memory, config.cpus)
     ranges = [(gpa, size) for gpa, size in memory.regions if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]

@@ -185,9 +185,11 @@ def watch_text_memory(machine: Machine) -> list[TextWatch]:
     watches: list[TextWatch] = []
 
     def begin(_event: object) -> None:
-        from pyvmm.cli.text_watch import TextWatch
-
         machine.events.forget(begin)
+        try:
+            from pyvmm.cli.text_watch import TextWatch
+        except (OSError, ImportError):
+            return  # no descriptor is left to read it by, and what the guest needs comes first
         watches.append(TextWatch(machine))
 
     if machine.vga is None:

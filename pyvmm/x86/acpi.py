@@ -106,9 +106,10 @@ def build(
 ) -> AcpiTables:
     """The tables for that many processors with APIC ids 0, 1, ...
 
-    ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are aml.device
-    terms for \\_SB beside the ISA devices. ``s3`` False leaves suspend to RAM out; ``vga``: there is a VGA. The tables
-    follow one another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit below ``end``.
+    ``irqchip`` False leaves the MADT out: one processor, interrupts through the PIC pair. ``devices`` are
+    the aml.device terms of what is on the board, for \\_SB. ``s3`` False leaves suspend to RAM out; ``vga``: there is a
+    VGA. The tables follow one another from ``base``, the RSDP is at ``rsdp``. ConfigError when they do not fit
+    below ``end``.
     """
     others = [("APIC", madt(cpus))] if irqchip else []
     terms = dsdt(cpus, devices, s3=s3)
@@ -263,7 +264,7 @@ def _override(isa_irq: int, gsi: int, flags: int) -> bytes:
 
 def dsdt(cpus: int, devices: Iterable[bytes] = (), *, s3: bool = True) -> bytes:
     """Differentiated System Description Table, revision 2: integers have 64 bits."""
-    return table(b"DSDT", 2, aml.scope("_SB", *processors(cpus), *isa_devices(), *devices) + sleep_states(s3))
+    return table(b"DSDT", 2, aml.scope("_SB", *processors(cpus), *devices) + sleep_states(s3))
 
 
 def sleep_states(s3: bool) -> bytes:
@@ -278,16 +279,20 @@ def processors(cpus: int) -> list[bytes]:
     return [aml.device(f"C{n:03X}", aml.name("_HID", "ACPI0007"), aml.name("_UID", n)) for n in range(cpus)]
 
 
-def isa_devices() -> list[bytes]:
-    """The ISA devices an operating system learns of, or is sure of, by ACPI only."""
-    keyboard = aml.resources(
-        aml.io(layout.PORT_I8042_DATA, 1), aml.io(layout.PORT_I8042_COMMAND, 1), aml.irq(layout.IRQ_KEYBOARD)
-    )
-    return [
-        _isa("RTC0", "PNP0B00", aml.resources(aml.io(layout.PORT_RTC, 2), aml.irq(layout.IRQ_RTC))),
-        _isa("KBD0", "PNP0303", keyboard),
-        _isa("COM1", "PNP0501", aml.resources(aml.io(layout.PORT_COM1, 8), aml.irq(layout.IRQ_COM1)), uid=1),
-    ]
+# The ISA devices an operating system learns of, or is sure of, by ACPI only.
+
+
+def rtc() -> bytes:
+    return _isa("RTC0", "PNP0B00", aml.resources(aml.io(layout.PORT_RTC, 2), aml.irq(layout.IRQ_RTC)))
+
+
+def keyboard() -> bytes:
+    ports = aml.io(layout.PORT_I8042_DATA, 1), aml.io(layout.PORT_I8042_COMMAND, 1)
+    return _isa("KBD0", "PNP0303", aml.resources(*ports, aml.irq(layout.IRQ_KEYBOARD)))
+
+
+def serial_port() -> bytes:
+    return _isa("COM1", "PNP0501", aml.resources(aml.io(layout.PORT_COM1, 8), aml.irq(layout.IRQ_COM1)), uid=1)
 
 
 def _isa(path: str, hid: str, crs: bytes, uid: int | None = None) -> bytes:

@@ -15,25 +15,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PORT_GPE0 = layout.PORT_GPE0
-GPE0_BYTES = 4
-PORT_SMI_COMMAND = layout.PORT_APM
 FW_CFG_BYTES = 12  # selector and data, then the DMA address
-
-# Configuration mechanism 1, which is the bridge's own; ports on both sides of it are handed on.
-PORT_PCI_CONFIG = 0xCF8
-PCI_CONFIG_BYTES = 8
-LAST_PORT = 0xFFFF
-# The video window, and what of the hole below 4 GiB PCI devices get.
-VGA_WINDOW = (0xA_0000, 0xB_FFFF)
-PCI_MEMORY_LOW = 0x8000_0000  # where SeaBIOS begins on machines with no RAM there
-PCI_MEMORY_END = layout.IOAPIC
+VGA_WINDOW = (layout.WINDOW, layout.PAM - 1)
 
 # PCI interrupts. Pin p of slot s is PIRQ (s + p - 1) mod 4; each PIRQ has a routing register in the ISA bridge.
-SLOTS = 32
 PINS = 4
-ISA_BRIDGE_SLOT = 1
-ISA_BRIDGE = ISA_BRIDGE_SLOT << 16  # _ADR: slot, function 0
+ISA_BRIDGE = layout.SLOT_PIIX << 16  # _ADR: slot, function 0
 PIRQ_ROUTING = 0x60  # PIRQRC[A:D], one byte each
 PIRQ_DISABLED = 0x80
 PIRQ_IRQ = 0x0F
@@ -62,7 +49,7 @@ def build(
 ) -> acpi.AcpiTables:
     """The pc board's tables, as acpi.build gives them.
 
-    ``devices`` are aml.device terms for the ISA bus beside those every PC has. ``gpe0`` False where nothing answers
+    ``devices`` are the aml.device terms of what is on the ISA bus. ``gpe0`` False where nothing answers
     at PORT_GPE0; ``smi_command`` True where port 0xb2 takes ACPI's enable and disable commands; ``s3`` False leaves
     suspend to RAM out; ``vga``: there is a VGA. ConfigError when the tables do not fit below ``end``.
     """
@@ -71,9 +58,9 @@ def build(
         return acpi.fadt(
             facs,
             dsdt,
-            gpe0=PORT_GPE0 if gpe0 else 0,
-            gpe0_bytes=GPE0_BYTES if gpe0 else 0,
-            smi_command=PORT_SMI_COMMAND if smi_command else 0,
+            gpe0=layout.PORT_GPE0 if gpe0 else 0,
+            gpe0_bytes=layout.PORT_GPE0_BYTES if gpe0 else 0,
+            smi_command=layout.PORT_APM if smi_command else 0,
             vga=vga,
         )
 
@@ -94,7 +81,7 @@ def dsdt(
         aml.name("_UID", 0),
         aml.name("_CRS", bridge_windows(ram_below_4g_bytes)),
         aml.name("_PRT", routing()),
-        isa_bridge(*acpi.isa_devices(), firmware_configuration(), *devices),
+        isa_bridge(*devices),
         *([gpe_resources()] if gpe0 else ()),
     )
     body = aml.scope("_SB", *acpi.processors(cpus), bus, *link_helpers(), *map(link, PIRQ_LINES), sci_link())
@@ -103,17 +90,18 @@ def dsdt(
 
 def pci_memory_window(ram_below_4g_bytes: int) -> tuple[int, int]:
     """(first, last) address of the hole for PCI devices: from where SeaBIOS begins to give out BARs."""
-    low = PCI_MEMORY_LOW if ram_below_4g_bytes <= PCI_MEMORY_LOW else layout.RAM_HOLE
-    return low, PCI_MEMORY_END - 1
+    low = layout.PCI_MEMORY_LOW if ram_below_4g_bytes <= layout.PCI_MEMORY_LOW else layout.RAM_HOLE
+    return low, layout.IOAPIC - 1
 
 
 def bridge_windows(ram_below_4g_bytes: int) -> bytes:
     """_CRS of the host bridge: one bus, all ports but its own, the video window and the hole."""
     return aml.resources(
         aml.bus_range(0, 0),
-        aml.io(PORT_PCI_CONFIG, PCI_CONFIG_BYTES),
-        aml.io_range(0, PORT_PCI_CONFIG - 1),
-        aml.io_range(PORT_PCI_CONFIG + PCI_CONFIG_BYTES, LAST_PORT),
+        # Configuration mechanism 1 is the bridge's own; ports on both sides of it are handed on.
+        aml.io(layout.PORT_PCI, layout.PORT_PCI_BYTES),
+        aml.io_range(0, layout.PORT_PCI - 1),
+        aml.io_range(layout.PORT_PCI + layout.PORT_PCI_BYTES, layout.LAST_PORT),
         aml.memory_range(*VGA_WINDOW, cacheable=True),
         aml.memory_range(*pci_memory_window(ram_below_4g_bytes)),
     )
@@ -147,7 +135,7 @@ def gpe_resources() -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0C02")),
         aml.name("_UID", "GPE0 resources"),
         aml.name("_STA", STA_ENABLED),
-        aml.name("_CRS", aml.resources(aml.io(PORT_GPE0, GPE0_BYTES))),
+        aml.name("_CRS", aml.resources(aml.io(layout.PORT_GPE0, layout.PORT_GPE0_BYTES))),
     )
 
 
@@ -160,11 +148,11 @@ def routing() -> bytes:
     """_PRT: (slot and any function, pin, link, 0) of every pin."""
     links = [aml.name_string(f"LNK{line}") for line in PIRQ_LINES]
     entries = []
-    for slot in range(SLOTS):
+    for slot in range(layout.PCI_SLOTS):
         address = pack("<BHH", aml.DWORD_PREFIX, ANY_FUNCTION, slot)
         for pin in range(PINS):
             wire = links[pirq(slot, pin)]
-            if (slot, pin) == (ISA_BRIDGE_SLOT, 0):
+            if (slot, pin) == (layout.SLOT_PIIX, 0):
                 wire = aml.name_string("LNKS")  # the power management function: its interrupt is the SCI
             entries.append(aml.package(address if slot else ANY_FUNCTION, pin, wire, 0))
     return aml.package(*entries)

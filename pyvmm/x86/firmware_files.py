@@ -72,7 +72,7 @@ def pc_firmware_files(
     option_roms: Mapping[str, bytes] | None = None,
     uuid: bytes = bytes(16),
     cpu_id: tuple[int, int, str] | None = None,
-    acpi_devices: Iterable[bytes] = (),
+    acpi_devices: Callable[[], Iterable[bytes]] = tuple,
     gpe0: bool = True,
     smi_command: bool = False,
     s3: bool = True,
@@ -90,7 +90,8 @@ def pc_firmware_files(
     boot_fail_wait_ms  try again after this time when nothing boots; None: never.
     option_roms   {name: image} of ROMs to run, made by option_rom().
     cpu_id        what cpuid.identity says, for SMBIOS.
-    acpi_devices, gpe0, smi_command, s3  as acpi_pc.build's.
+    acpi_devices  gives acpi_pc.build's devices, when the tables are wanted.
+    gpe0, smi_command, s3  as acpi_pc.build's.
     """
     ranges = [(gpa, size) for gpa, size in memory if not layout.RAM_HOLE <= gpa < layout.RAM_HIGH]
     fail_wait = NEVER_RETRY if boot_fail_wait_ms is None else boot_fail_wait_ms
@@ -106,8 +107,7 @@ def pc_firmware_files(
         files[GEOMETRY_FILE] = bios_geometry(geometries)
     for name, image in (option_roms or {}).items():
         files[f"genroms/{name}"] = image
-    devices = list(acpi_devices)
-    tables = AcpiFiles(cpus, low_ram(ranges), irqchip, devices, gpe0, smi_command, s3)
+    tables = AcpiFiles(cpus, low_ram(ranges), irqchip, acpi_devices, gpe0, smi_command, s3)
     files.update(tables.callables())
     files.update(SmbiosFiles(cpus, ranges, uuid, cpu_id).callables())
     return files
@@ -234,7 +234,7 @@ class AcpiFiles:
         cpus: int,
         ram_below_4g_bytes: int,
         irqchip: bool,
-        devices: list[bytes],
+        devices: Callable[[], Iterable[bytes]],
         gpe0: bool,
         smi_command: bool,
         s3: bool,
@@ -260,7 +260,7 @@ class AcpiFiles:
                 cpus,
                 ram_below_4g_bytes=low,
                 irqchip=irqchip,
-                devices=devices,
+                devices=devices(),
                 gpe0=gpe0,
                 smi_command=smi_command,
                 s3=s3,

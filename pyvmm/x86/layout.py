@@ -62,6 +62,14 @@ MP_TABLE_END = 0xF_8000
 SMBIOS = 0xF_8000
 SMBIOS_END = 0x10_0000
 
+# What an i440FX switches between RAM, ROM and the bus: 128 KiB of legacy video, then what the PAM registers govern, one
+# 16 KiB half a nibble, and PAM0 the last 64 KiB alone.
+WINDOW = 0xA_0000
+WINDOW_END = 0x10_0000
+PAM = 0xC_0000
+PAM_BYTES = 0x8000  # what one PAM register governs, but for the last
+PAM_LAST = 0xF_0000  # PAM0's 64 KiB
+
 # VGA's text memory, in colour modes.
 VGA_TEXT = 0xB_8000
 VGA_TEXT_BYTES = 0x8000
@@ -73,9 +81,14 @@ KERNEL = 0x10_0000
 RAM_HOLE = 0xC000_0000
 RAM_HIGH = 0x1_0000_0000
 
+# Where PCI devices get their memory: from the end of RAM, where that is low enough, or from the hole on; SeaBIOS begins
+# to give out BARs there.
+PCI_MEMORY_LOW = 0x8000_0000
+
 # virtio-mmio transports, one page-eighth each as QEMU's microvm has them: in the hole, below the IOAPIC.
 VIRTIO_MMIO = 0xFEB0_0000
 VIRTIO_MMIO_BYTES = 0x200
+VIRTIO_MMIO_END = 0xFEC0_0000
 
 IOAPIC = 0xFEC0_0000  # the PC's fixed place (82093AA); KVM's in-kernel one has no other
 IOAPIC_BYTES = 0x1000
@@ -94,6 +107,12 @@ KVM_PAGES_BYTES = 4 * PAGE_BYTES
 # pc-testdev's memory (QEMU hw/misc/pc-testdev.c): kvm-unit-tests read and write code there.
 TESTDEV_MEMORY = 0xFF00_0000
 TESTDEV_MEMORY_BYTES = 0x1_0000
+
+# Firmware's ROM ends at 4 GiB; above the APICs there is room for the flash of a large OVMF. The last 128 KiB of it show
+# below 1 MiB as well.
+FIRMWARE_END = 0x1_0000_0000
+FIRMWARE_MAX_BYTES = 8 * MIB
+ISA_BIOS_BYTES = 0x2_0000
 
 # After reset the first instruction is fetched 16 bytes below 4 GiB (SDM vol. 3, 10.1.4).
 RESET_VECTOR = 0xFFFF_FFF0
@@ -120,11 +139,16 @@ PORT_PIC_ELCR = 0x4D0  # edge/level control of both PICs
 PORT_FW_CFG = 0x510  # QEMU's firmware configuration: selector, data
 PORT_FW_CFG_DMA = 0x514
 PORT_PM = 0x600  # ACPI PM block, clear of everything PCI firmware assigns
+PORT_SMBUS = 0x700  # where a directly booted kernel finds the PIIX4's; SeaBIOS puts it there too
 PORT_PCI = 0xCF8  # configuration mechanism 1: address, then data at 0xcfc
+PORT_PCI_BYTES = 8
 PORT_RESET = 0xCF9  # the FADT's reset register; chipsets have had it here since the PIIX3
 PORT_TESTDEV_IRQ = 0x2000  # pc-testdev: 0x2000 + n drives interrupt line n
 
 PORT_GPE0 = 0xAFE0  # general purpose events, where QEMU's PIIX4 has them
+PORT_GPE0_BYTES = 4
+PORT_BUS_MASTER = 0xC000  # IDE's, where a directly booted kernel finds it: SeaBIOS gives out I/O BARs from here on
+LAST_PORT = 0xFFFF
 # ATA's two channels: first port of the command block (8 of them), the control port, the ISA interrupt (ATA/ATAPI host
 # adapters standard, "compatibility mode").
 IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
@@ -149,6 +173,12 @@ IRQ_KEYBOARD = 1
 IRQ_COM2 = 3
 IRQ_COM1 = 4
 IRQ_RTC = 8
+PIRQ_IRQS = (10, 10, 11, 11)  # PIRQA to PIRQD of a PIIX, as SeaBIOS routes them
 IRQ_SCI = 9  # ACPI events: level, active high, as on QEMU's pc
 ISA_IRQS = 16
 IOAPIC_PINS = 24
+
+# PCI's slots on bus 0, as on QEMU's pc: the host bridge, and the PIIX with its functions.
+PCI_SLOTS = 32
+SLOT_HOST, SLOT_PIIX = 0, 1
+FUNCTION_ISA, FUNCTION_IDE, FUNCTION_PM = 0, 1, 3

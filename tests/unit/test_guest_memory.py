@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import BusError, ConfigError, StateError
-from pyvmm.guest_memory import PAGE_BYTES, RAM_HIGH_BASE, RAM_HOLE_BASE, GuestMemory, RamRegion
+from pyvmm.guest_memory import PAGE_BYTES, GuestMemory, RamRegion
+from pyvmm.x86.layout import RAM_HIGH, RAM_HOLE
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -70,30 +71,30 @@ def test_read_gives_what_write_took(memory: GuestMemory) -> None:
 
 def test_the_hole_below_4_gib(big: GuestMemory) -> None:
     assert big.size_bytes == 5 * GIB
-    assert big.regions == [(0, RAM_HOLE_BASE), (RAM_HIGH_BASE, 2 * GIB)]
-    big.write(RAM_HOLE_BASE - 4, b"low!")
-    big.write(RAM_HIGH_BASE, b"high")
-    big.write(RAM_HIGH_BASE + 2 * GIB - 3, b"top")
-    assert big.read(RAM_HOLE_BASE - 4, 4) == b"low!"
-    assert big.read(RAM_HIGH_BASE, 4) == b"high"
+    assert big.regions == [(0, RAM_HOLE), (RAM_HIGH, 2 * GIB)]
+    big.write(RAM_HOLE - 4, b"low!")
+    big.write(RAM_HIGH, b"high")
+    big.write(RAM_HIGH + 2 * GIB - 3, b"top")
+    assert big.read(RAM_HOLE - 4, 4) == b"low!"
+    assert big.read(RAM_HIGH, 4) == b"high"
     for gpa, size in (
-        (RAM_HOLE_BASE, 1),
-        (RAM_HOLE_BASE - 1, 2),
-        (RAM_HIGH_BASE - 1, 1),
-        (RAM_HIGH_BASE - 1, 2),
-        (RAM_HOLE_BASE - 1, RAM_HIGH_BASE - RAM_HOLE_BASE + 2),
+        (RAM_HOLE, 1),
+        (RAM_HOLE - 1, 2),
+        (RAM_HIGH - 1, 1),
+        (RAM_HIGH - 1, 2),
+        (RAM_HOLE - 1, RAM_HIGH - RAM_HOLE + 2),
         (0, 5 * GIB),
-        (RAM_HIGH_BASE + 2 * GIB - 1, 2),
+        (RAM_HIGH + 2 * GIB - 1, 2),
     ):
         with pytest.raises(BusError, match="not inside RAM"):
             big.view(gpa, size)
 
 
 def test_memory_that_ends_at_the_hole() -> None:
-    assert GuestMemory(RAM_HOLE_BASE).regions == [(0, RAM_HOLE_BASE)]
-    assert GuestMemory(RAM_HOLE_BASE + PAGE_BYTES).regions == [
-        (0, RAM_HOLE_BASE),
-        (RAM_HIGH_BASE, PAGE_BYTES),
+    assert GuestMemory(RAM_HOLE).regions == [(0, RAM_HOLE)]
+    assert GuestMemory(RAM_HOLE + PAGE_BYTES).regions == [
+        (0, RAM_HOLE),
+        (RAM_HIGH, PAGE_BYTES),
     ]
 
 

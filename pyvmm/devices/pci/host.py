@@ -52,8 +52,10 @@ class PciHost(Device):
         if not 0 <= slot < SLOTS or not 0 <= function < FUNCTIONS:
             raise ConfigError(f"PCI {slot:02x}.{function}: a bus has slots 0 to 31 of functions 0 to 7")
         where = slot * FUNCTIONS + function
-        if self._functions[where] is not None:
-            raise ConfigError(f"PCI {slot:02x}.{function} is taken: give another slot")
+        there = self._functions[where]
+        if there is not None:
+            names = f"{type(there).__name__} is at PCI {slot:02x}.{function}", type(device).__name__
+            raise ConfigError(f"{names[0]} already: give {names[1]} another slot")
         with self.lock:
             self._functions[where] = device
             device.plug(self, slot)

@@ -114,7 +114,7 @@ class Piix3Isa(PciDevice):
             irq = self.route(pirq)
             self._pirqs[pirq].connect(None if irq is None else self._wires.get(irq))
 
-    def post_firmware(self, irqs: Sequence[int] = (10, 10, 11, 11)) -> None:
+    def post_firmware(self, irqs: Sequence[int]) -> None:
         """PIRQA to PIRQD to these interrupts, which the board is to make level sensitive (ELCR)."""
         with self._config_lock:
             for n, irq in enumerate(irqs):
@@ -156,7 +156,7 @@ class Piix3Ide(PciDevice):
         for bus_master in self._bus_masters:
             bus_master.enabled = enabled
 
-    def post_firmware(self, base: int = 0xC000) -> None:
+    def post_firmware(self, base: int) -> None:
         """The bus masters at ``base``, both channels' decoders on."""
         with self._config_lock:
             self.config_write(BAR0 + 4 * BUS_MASTER_BAR, 4, base)

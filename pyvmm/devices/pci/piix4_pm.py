@@ -186,7 +186,8 @@ class Piix4Pm(PciDevice):
         self.place(self._pm, self.pm_base)
         self.place(self._smb, self.smbus_base)
 
-    def post_firmware(self, pm_base: int = 0x600, smbus_base: int = 0x700, sci: int = 9) -> None:
+    def post_firmware(self, pm_base: int, smbus_base: int, sci: int) -> None:
+        """The ACPI block and the SMBus host at these ports, and the interrupt that they are wired to."""
         with self._config_lock:
             self.config_write(PMBASE, 4, pm_base)
             self.config_write(PMREGMISC, 1, PMIOSE)

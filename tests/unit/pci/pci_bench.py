@@ -129,8 +129,10 @@ class Board(Bus):
         return {r.name: r.base for r in self.pio.regions if r.name in MOVABLE and r.base is not None}
 
     def post_firmware(self) -> None:
-        for device in (self.bridge, self.isa, self.ide, self.pm):
-            device.post_firmware()
+        self.bridge.post_firmware()
+        self.isa.post_firmware((10, 10, 11, 11))
+        self.ide.post_firmware(0xC000)
+        self.pm.post_firmware(0x600, 0x700, 9)
 
     def reset(self) -> None:
         for device in self.devices.values():

@@ -128,7 +128,7 @@ def test_only_function_0_of_a_shared_slot_says_multifunction() -> None:
 def test_a_place_is_given_once() -> None:
     host = PciHost()
     host.add(Scratch(), 31, 7)
-    with pytest.raises(ConfigError, match=r"1f\.7 is taken"):
+    with pytest.raises(ConfigError, match=r"^Scratch is at PCI 1f\.7 already: give Scratch another slot$"):
         host.add(Scratch(), 31, 7)
     for slot, function in ((32, 0), (0, 8), (-1, 0)):
         with pytest.raises(ConfigError, match="slots 0 to 31"):

@@ -101,12 +101,12 @@ def test_levels_against_a_model(steps: list[tuple[str, int, int, int]]) -> None:
 
 
 def test_reset_unroutes_and_keeps_what_devices_drive(board: Board) -> None:
-    board.isa.post_firmware()
+    board.isa.post_firmware((10, 10, 11, 11))
     board.set_pin(1, 0, 1)
     assert board.up() == {10}
     board.isa.reset()
     assert board.up() == set()
-    board.isa.post_firmware()
+    board.isa.post_firmware((10, 10, 11, 11))
     assert board.up() == {10}
 
 
@@ -160,8 +160,8 @@ def test_timing_registers_are_kept(board: Board) -> None:
 
 
 def test_post_firmware(board: Board) -> None:
-    board.isa.post_firmware()
-    board.ide.post_firmware()
+    board.isa.post_firmware((10, 10, 11, 11))
+    board.ide.post_firmware(0xC000)
     assert board.get(ISA, PIRQRC) == 0x0B0B_0A0A
     assert board.get(IDE, BAR4) == 0xC001
     assert board.get(IDE, 0x40) == 0x8000_8000

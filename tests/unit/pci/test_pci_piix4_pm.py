@@ -48,7 +48,7 @@ def test_the_acpi_block_moves(board: Board) -> None:
 
 
 def test_acpi_mode_by_command(board: Board) -> None:
-    board.pm.post_firmware()
+    board.pm.post_firmware(0x600, 0x700, 9)
     pio = board.pio
     assert pio.read(0x604, 2) == 0
     pio.write(APMC, 1, 0xF1)
@@ -66,7 +66,7 @@ def test_acpi_mode_by_command(board: Board) -> None:
 
 
 def test_events_make_an_sci_in_acpi_mode_only(board: Board) -> None:
-    board.pm.post_firmware()
+    board.pm.post_firmware(0x600, 0x700, 9)
     board.pio.write(0x602, 2, 0x0100)
     board.acpi.press()
     assert board.sci.level == 0
@@ -97,7 +97,7 @@ def test_the_smbus_host_needs_all_three_switches(board: Board) -> None:
 @pytest.mark.parametrize("protocol", range(8))
 def test_a_transfer_on_the_empty_smbus_ends_at_once(board: Board, protocol: int) -> None:
     # As i2c-piix4 drives it: clear what is left, start, poll busy, look at the result.
-    board.pm.post_firmware()
+    board.pm.post_firmware(0x600, 0x700, 9)
     pio = board.pio
     for address in (0xA0, 0xA1, 0x10):
         assert pio.read(STATUS, 1) == 0
@@ -114,7 +114,7 @@ def test_a_transfer_on_the_empty_smbus_ends_at_once(board: Board, protocol: int)
 @given(st.lists(st.tuples(st.integers(0, 15), st.sampled_from([1, 2, 4]), st.integers(0, 0xFFFF_FFFF))))
 def test_the_smbus_host_is_never_busy(writes: list[tuple[int, int, int]]) -> None:
     board = Board()
-    board.pm.post_firmware()
+    board.pm.post_firmware(0x600, 0x700, 9)
     for offset, size, value in writes:
         board.pio.write(SMBUS + offset, size, value & (1 << 8 * size) - 1)
         assert not board.pio.read(STATUS, 1) & (BUSY | ~0x1F)
@@ -122,7 +122,7 @@ def test_the_smbus_host_is_never_busy(writes: list[tuple[int, int, int]]) -> Non
 
 
 def test_save_and_load(board: Board) -> None:
-    board.pm.post_firmware()
+    board.pm.post_firmware(0x600, 0x700, 9)
     board.pio.write(APMC, 2, 0x12F1)
     board.pio.write(GPE0 + 2, 2, 0x0002)
     board.pio.write(ADDRESS, 1, 0xA0)

@@ -157,13 +157,14 @@ def test_the_scis_link_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_devices_are_on_the_isa_bus(tmp_path: Path) -> None:
     extra = aml.device("TEST", aml.name("_HID", "PVMM0001"))
-    text = disassemble(tmp_path, "dsdt", body(pc(2, devices=[extra]), "DSDT"))
+    legacy = [acpi.rtc(), acpi.keyboard(), acpi.serial_port(), acpi_pc.firmware_configuration()]
+    text = disassemble(tmp_path, "dsdt", body(pc(2, devices=[*legacy, extra]), "DSDT"))
     assert re.findall(r"Device \((\w+)\)", text) == [
         *("C000", "C001", "PCI0", "ISA", "RTC0", "KBD0", "COM1", "FWCF", "TEST", "GPE0"),
         *("LNKA", "LNKB", "LNKC", "LNKD", "LNKS"),
     ]
     # Firmware looks for these by their _HID in the code, which therefore stands right behind the device's name.
-    data = body(pc(), "DSDT")
+    data = body(pc(devices=legacy), "DSDT")
     for name, hid in (("KBD0", "PNP0303"), ("COM1", "PNP0501"), ("RTC0", "PNP0B00")):
         assert name.encode() + b"\x08_HID" + aml.eisa_id(hid) in data
 
