@@ -17,11 +17,27 @@ from pyvmm.run_state import RunState
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
-
-    from pyvmm.cpu import Cpu
+    from typing import Any, Protocol
 
     Then = Callable[[], object]
+
+    class Loop(Protocol):
+        """CpuExec, as far as it concerns who may enter."""
+
+        def kick(self) -> None: ...
+        def cancel_kick(self) -> None: ...
+
+    class Cpu(Protocol):
+        """What is started and parked: a vCPU (cpu.py)."""
+
+        index: int
+        parked: bool
+
+        @property
+        def exec(self) -> Loop: ...
+        @property
+        def on_own_thread(self) -> bool: ...
+        def join(self) -> None: ...
 
 FROM_INSIDE = (
     "from a device's handler or a callback would wait for itself: call stop() or pause() there, "

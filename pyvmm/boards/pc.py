@@ -92,7 +92,7 @@ class Pc(IsaBoard):
         self.describe(fw_cfg_aml)
         self.describe_machine()
         self._make_chipset()
-        describe_to_firmware(self)
+        describe_to_firmware(self, self.units)
         if self.boots_directly:
             self.leave_as_firmware_would()
 

@@ -9,11 +9,15 @@ from pyvmm.x86.boot_options import BootOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boards.pc import Pc
+    from collections.abc import Sequence
+
+    from pyvmm.boards.isa import IsaBoard
 
 
-def describe_to_firmware(pc: Pc) -> None:
-    """fw_cfg's files and items for firmware, and the CMOS bytes that it looks at."""
+def describe_to_firmware(pc: IsaBoard, units: Sequence[object]) -> None:
+    """fw_cfg's files and items for firmware, and the CMOS bytes that it looks at. ``units``: what is at the places of
+    IDE.
+    """
     config, fw_cfg = pc.config, pc.fw_cfg
     boot = BootOptions(config.boot)
     roms = {}
@@ -39,7 +43,7 @@ def describe_to_firmware(pc: Pc) -> None:
         fw_cfg.add_file(name, data)
     for key, item in firmware_files.pc_firmware_items(uuid=system_uuid(pc), boot_menu=boot.menu).items():
         fw_cfg.add(key, item)
-    disks = [unit if isinstance(unit, IdeDisk) else None for unit in pc.units]
+    disks = [unit if isinstance(unit, IdeDisk) else None for unit in units]
     set_cmos(
         pc,
         firmware_files.pc_cmos(
@@ -50,37 +54,37 @@ def describe_to_firmware(pc: Pc) -> None:
     )
 
 
-def set_cmos(pc: Pc, values: list[tuple[int, int]]) -> None:
+def set_cmos(pc: IsaBoard, values: list[tuple[int, int]]) -> None:
     for index, value in values:
         pc.rtc.cmos[index] = value
 
 
-def boot_order(pc: Pc) -> str:
+def boot_order(pc: IsaBoard) -> str:
     """The letters that hold for this boot: ``once`` until the first reset."""
     boot = BootOptions(pc.config.boot)
     return boot.order if boot.once is None or not pc.first_boot else boot.once
 
 
-def boot_paths(pc: Pc, order: str, kernel: str | None) -> list[str]:
+def boot_paths(pc: IsaBoard, order: str, kernel: str | None) -> list[str]:
     """Device paths of the drives, and of the kernel's option ROM, in ``order``."""
     drives = [(drive.index, drive.media) for drive in pc.config.drives]
     return firmware_files.boot_paths(drives, order, kernel=kernel)
 
 
-def after_first_boot(pc: Pc) -> None:
+def after_first_boot(pc: IsaBoard) -> None:
     """Back to the usual order in CMOS, which is the guest's from then on. The file is made anew after every reset."""
     boot = BootOptions(pc.config.boot)
     if boot.once is not None:
         set_cmos(pc, firmware_files.cmos_boot_order(boot.order))
 
 
-def system_uuid(pc: Pc) -> bytes:
+def system_uuid(pc: IsaBoard) -> bytes:
     from pyvmm.x86 import smbios
 
     return bytes(16) if pc.config.uuid is None else smbios.parse_uuid(pc.config.uuid)
 
 
-def hand_over_kernel(pc: Pc) -> dict[str, bytes]:
+def hand_over_kernel(pc: IsaBoard) -> dict[str, bytes]:
     """The kernel and its initrd into fw_cfg; the option ROM that fetches and starts them, by its name."""
     from pyvmm import guests
     from pyvmm.x86 import linuxboot
@@ -99,7 +103,7 @@ def hand_over_kernel(pc: Pc) -> dict[str, bytes]:
     return {linuxboot.ROM_NAME: linuxboot.option_rom(guests.image("linuxboot"))}
 
 
-def write_tables(pc: Pc) -> int:
+def write_tables(pc: IsaBoard) -> int:
     """ACPI, MP and SMBIOS tables for a kernel booted directly; the ACPI root pointer's address."""
     from pyvmm.x86 import acpi_pc, mptable, smbios
 

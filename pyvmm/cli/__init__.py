@@ -6,12 +6,12 @@ import gc
 import os
 import sys
 
+from pyvmm.cli.say import STATUS_BROKEN_PIPE, STATUS_INTERRUPTED, STATUS_USAGE, give_up, say
 from pyvmm.errors import HOST_LIMITS, ConfigError, VmmError, remedy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import TextIO
 
 USAGE = """\
 usage: pyvmm VERB [OPTIONS]
@@ -24,12 +24,6 @@ usage: pyvmm VERB [OPTIONS]
 
   --help, --version
 """
-
-# Exit statuses beside the guest's own (README, "Exit status").
-STATUS_USAGE = 2
-STATUS_TIMEOUT = 124
-STATUS_INTERRUPTED = 130
-STATUS_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,25 +66,6 @@ def open_standard_files() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-
-
-def say(text: str) -> None:
-    """A line on standard error, if anybody takes it: what went wrong must not fail for want of a place to say it."""
-    if sys.stderr is None:
-        return  # print would take standard output
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        give_up(sys.stderr)
-
-
-def give_up(stream: TextIO | None) -> None:
-    """Drop what ``stream`` still holds: at its end the interpreter would try again, and complain."""
-    if stream is not None:
-        try:
-            stream.close()
-        except (OSError, ValueError):
-            pass
 
 
 def host_lacks(error: OSError | MemoryError | ImportError) -> str | None:

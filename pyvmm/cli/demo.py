@@ -105,7 +105,7 @@ def demo(args: list[str]) -> int:
 
 
 def run(machine: Machine, timeout_s: float) -> int:
-    from pyvmm.cli import STATUS_TIMEOUT, say
+    from pyvmm.cli.say import STATUS_TIMEOUT, say
 
     try:
         return int(machine.run(timeout_s))

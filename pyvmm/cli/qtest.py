@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 
-from pyvmm.cli import say
 from pyvmm.cli.options import Option, parse
 from pyvmm.cli.run import OPTIONS as RUN_OPTIONS
 from pyvmm.cli.run import announce, help_text, join_boot_words, join_drives, read_file
+from pyvmm.cli.say import say
 from pyvmm.config import MachineConfig
 from pyvmm.control.qtest import QtestServer
 from pyvmm.errors import ConfigError, StateError

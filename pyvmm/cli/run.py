@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
-from pyvmm.cli import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
 from pyvmm.cli.options import Option, from_rows, parse, usage
+from pyvmm.cli.say import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
 from pyvmm.cli.signals import Signals
 from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path

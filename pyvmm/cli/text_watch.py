@@ -32,7 +32,7 @@ class TextWatch:
         """Say so, where it is so and has not been said."""
         if not self._told and self._written():
             self._told = True
-            from pyvmm.cli import say
+            from pyvmm.cli.say import say
 
             say(MESSAGE)
 

@@ -13,9 +13,24 @@ from pyvmm.device import DeviceLock
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
-    from pyvmm.devices.ioapic import Ioapic
-    from pyvmm.devices.lapic import Lapic
+    class Ioapic(Protocol):
+        """What the bus needs of an I/O APIC."""
+
+        def end_of_interrupt(self, vector: int) -> None: ...
+        def service_all(self) -> None: ...
+        def told(self, pin: int) -> None: ...
+
+    class Lapic(Protocol):
+        """And of a local one."""
+
+        @property
+        def takes_interrupts(self) -> bool: ...
+        @property
+        def processor_priority(self) -> int: ...
+        def is_addressed(self, destination: int, logical: bool) -> bool: ...
+        def accept(self, mode: int, vector: int, level: bool) -> bool: ...
 
 # Delivery modes, as in bits 10..8 of an ICR, an LVT entry or a redirection entry.
 FIXED, LOWEST_PRIORITY, SMI, RESERVED, NMI, INIT, STARTUP, EXTINT = range(8)

@@ -11,6 +11,7 @@ from struct import Struct, calcsize, pack_into, unpack_from
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, e820, image, layout
+from pyvmm.x86.boot_state import BootState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.x86.boot import BootState
 
 # struct setup_header: offset in the image (and in the zero page) and struct format of each field.
 FIELDS = {
@@ -211,8 +211,6 @@ def load(
 
     It takes at most one module: the initrd.
     """
-    from pyvmm.x86.boot import BootState
-
     kernel = BzImage(view, name)
     kernel.require_direct_entry()
     start, end = kernel.runtime_span()

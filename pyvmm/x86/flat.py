@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, image, layout
+from pyvmm.x86.boot_state import BootState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.x86.boot import BootState
 
 MODES = ("real16", "protected32", "long64")
 
@@ -22,8 +22,6 @@ def load(
     The stack is at 0:0x7c00, or right below an image that covers that. protected32, long64: flat segments,
     stack below 0x90000, and in long64 the first 4 GiB mapped one-to-one.
     """
-    from pyvmm.x86.boot import BootState
-
     if mode not in MODES:
         raise ConfigError(f"{mode!r} is no mode a flat binary starts in: choose one of {', '.join(MODES)}")
     if not view.nbytes:

@@ -9,6 +9,7 @@ from struct import Struct, pack, pack_into
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, e820, image, layout
+from pyvmm.x86.boot_state import BootState
 from pyvmm.x86.elf import Elf
 
 TYPE_CHECKING = False
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.x86.boot import BootState
 
 HEADER_MAGIC = 0x1BAD_B002
 BOOTLOADER_MAGIC = 0x2BAD_B002  # in EAX
@@ -94,8 +94,6 @@ def load(
     Each command line, the kernel's and the modules', is a name and then the arguments: kernels take its first word for
     the name of what they were given, as boot loaders and QEMU have it. A module without a name is called "module".
     """
-    from pyvmm.x86.boot import BootState
-
     unknown = header.flags & REQUIREMENTS & ~UNDERSTOOD
     if unknown:
         raise ConfigError(

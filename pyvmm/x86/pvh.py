@@ -9,6 +9,7 @@ from struct import pack
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, e820, image, layout
+from pyvmm.x86.boot_state import BootState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.x86.boot import BootState
     from pyvmm.x86.elf import Elf
 
 START_INFO_MAGIC = 0x336E_C578
@@ -37,8 +37,6 @@ def load(
     clean: bool = False,
 ) -> BootState:
     """Load the segments and start where the note says. Modules stand as high as possible below 4 GiB."""
-    from pyvmm.x86.boot import BootState
-
     entry = elf.pvh_entry()
     if entry is None:
         raise ConfigError(

@@ -142,6 +142,52 @@ def test_imports_go_down(path: Path) -> None:
     assert above == []
 
 
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach one another: Tarjan's strongly connected components of more than one."""
+    found: list[list[str]] = []
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+
+    def visit(module: str) -> None:
+        number[module] = lowest[module] = len(number)
+        path.append(module)
+        for other in sorted(graph[module]):
+            if other not in number:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in path:
+                lowest[module] = min(lowest[module], number[other])
+        if lowest[module] == number[module]:
+            circle = path[path.index(module) :]
+            del path[path.index(module) :]
+            if len(circle) > 1:
+                found.append(sorted(circle))
+
+    for module in graph:
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_a_circle_would_be_found() -> None:
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": set(), "f": {"g"}, "g": {"f"}}
+    assert circles(graph) == [["a", "b", "c"], ["f", "g"]]
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Nor in a larger circle; in functions and for annotations neither. What two files need to know of each other is a
+    Protocol in the lower one (RunControl's Cpu, the IDE's DriveSide), or belongs into one file.
+    """
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        names = python_imports(path, typing_too=True) if path.suffix == ".py" else imports(path)
+        graph.setdefault(module_name(path), set()).update(ours(names) - {module_name(path)})
+    graph = {module: {name for name in names if name in graph} for module, names in graph.items()}
+    assert sum(map(len, graph.values())) > 500
+    assert circles(graph) == []
+
+
 DEVICES = sorted((PACKAGE / "devices").rglob("*.py"))
 
 

@@ -6,13 +6,67 @@ from pyvmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, Protocol
 
-    from pyvmm.block import Request
+    from pyvmm.block import BlockBackend, Request
+    from pyvmm.clock import Clock
+    from pyvmm.device import DeviceLock
+    from pyvmm.devices.ide.bus_master import BusMaster
     from pyvmm.devices.ide.chain import Chain
-    from pyvmm.devices.ide.channel import IdeChannel
-    from pyvmm.devices.ide.drive import Drive
+    from pyvmm.devices.ide.pio_buffer import PioBuffer
+    from pyvmm.region import FifoRegion
     from pyvmm.state import Fields
+
+    # A drive's activities, drives and channels know each other. What each needs of the next one up stands here, so that
+    # files import downwards only.
+
+    class ChannelSide(Protocol):
+        """IdeChannel, as its drives and their activities see it."""
+
+        clock: Clock
+        data: FifoRegion
+        bus_master: BusMaster
+        latched: bool
+        on_data_out: Callable[[], object] | None
+
+        @property
+        def lock(self) -> DeviceLock: ...
+        @property
+        def in_reset(self) -> bool: ...
+        @property
+        def buffer(self) -> PioBuffer: ...
+        def open_write(self, buffer: memoryview | bytearray, start: int, size: int | None = None) -> None: ...
+        def forget_buffer(self) -> None: ...
+        def unlatch(self) -> None: ...
+        def interrupt(self, drive: DriveSide) -> None: ...
+        def update_irq(self) -> None: ...
+        def diagnose(self) -> None: ...
+
+    class DriveSide(Protocol):
+        """Drive, as its activities see it."""
+
+        regs: list[int]
+        status: int
+        error: int
+        intrq: bool
+        activity: Activity | None
+
+        @property
+        def channel(self) -> ChannelSide: ...
+        def quiet(self, activity: Activity) -> None: ...
+        def finish(self) -> None: ...
+        def fail(self, error: int) -> None: ...
+        def halt(self) -> None: ...
+        def set_count(self, count: int) -> None: ...
+        def set_lba(self, lba: int) -> None: ...
+
+    class DiskSide(DriveSide, Protocol):
+        """And IdeDisk."""
+
+        backend: BlockBackend
+        sectors: int
+        power: int
 
 
 class Activity:
@@ -27,9 +81,9 @@ class Activity:
     to_memory = False
     """A DMA transfer that writes the guest's memory."""
 
-    def __init__(self, drive: Drive) -> None:
+    def __init__(self, drive: DriveSide) -> None:
         self.drive = drive
-        self.channel: IdeChannel = drive.channel
+        self.channel: ChannelSide = drive.channel
         self.pending: Request | Chain | None = None
         self.dropped = False
 

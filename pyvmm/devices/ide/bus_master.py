@@ -33,9 +33,18 @@ from pyvmm.errors import BusError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pyvmm.device import DeviceLock
-    from pyvmm.devices.ide.activity import Activity
     from pyvmm.guest_memory import GuestMemory
+
+    class Transfer(Protocol):
+        """A drive's activity that moves data by DMA."""
+
+        @property
+        def to_memory(self) -> bool: ...
+        def begin(self) -> None: ...
+        def stop(self) -> None: ...
 
 PRD = Struct("<II")  # physical address, bit 0 ignored; byte count, bit 0 ignored, 0 is 64 KiB; bit 31 ends the table
 PRD_BYTES_MASK = 0xFFFE
@@ -58,7 +67,7 @@ class BusMaster(Device):
         self.command = 0
         self.status = 0
         self.prd_table = 0
-        self.transfer: Activity | None = None
+        self.transfer: Transfer | None = None
         self._running = False  # the transfer has begun
 
     @property
@@ -115,7 +124,7 @@ class BusMaster(Device):
 
     # -- for the transfers ---------------------------------------------------------------------------------------------
 
-    def attach(self, transfer: Activity) -> None:
+    def attach(self, transfer: Transfer) -> None:
         """A command wants data moved. It begins at once where the guest has set the start bit already."""
         self.transfer = transfer
         self._running = False
@@ -129,11 +138,11 @@ class BusMaster(Device):
             self._running = True
             transfer.begin()
 
-    def detach(self, transfer: Activity) -> None:
+    def detach(self, transfer: Transfer) -> None:
         if self.transfer is transfer:
             self.transfer = None
 
-    def end(self, transfer: Activity, more: bool = False) -> None:
+    def end(self, transfer: Transfer, more: bool = False) -> None:
         """The command is over. ``more``: the table is not at its end, so the bus master stays active."""
         if self.transfer is transfer:
             self.transfer = None
@@ -206,7 +215,7 @@ class BusMaster(Device):
     # Whether it is enabled the PCI function says too: the same.
     STATE = {"command": 8, "status": 7, "prd_table": 32, "_enabled": "flag", "_running": "flag"}
 
-    def go_on(self, transfer: Activity) -> None:
+    def go_on(self, transfer: Transfer) -> None:
         """After a load: ``transfer`` is the one that was attached, and had begun or not."""
         self.transfer = transfer
         if self._running:

@@ -16,7 +16,7 @@ from pyvmm.device import Device
 from pyvmm.devices.ide.bus_master import BusMaster
 from pyvmm.devices.ide.disk import IdeDisk
 from pyvmm.devices.ide.drive import Drive
-from pyvmm.devices.ide.pio import PioBuffer
+from pyvmm.devices.ide.pio_buffer import PioBuffer
 from pyvmm.devices.ide.registers import (
     ALWAYS_ON,
     BM_INTERRUPT,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.clock import Clock
+    from pyvmm.devices.ide.activity import DriveSide
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.irq import IrqLine
@@ -202,7 +203,7 @@ class IdeChannel(Device):
 
     # -- the interrupt -------------------------------------------------------------------------------------------------
 
-    def interrupt(self, drive: Drive) -> None:
+    def interrupt(self, drive: DriveSide) -> None:
         """INTRQ of ``drive``: it reaches the line while the drive is selected and interrupts are on."""
         drive.intrq = True
         if drive is self.selected and not self._control & NIEN:

@@ -16,8 +16,8 @@ from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, MAX_TRIM_BLOCKS, UNC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.devices.ide.activity import DiskSide
     from pyvmm.devices.ide.chain import Aio
-    from pyvmm.devices.ide.disk import IdeDisk
 
 ENTRY = Struct("<Q")
 
@@ -27,7 +27,7 @@ class DmaTransfer(Activity):
 
     __slots__ = ("_count", "_disk", "_flush", "_iov", "_lba", "_more", "_read", "_waiting")
 
-    def __init__(self, disk: IdeDisk, read: bool = False, lba: int = 0, count: int = 0, flush: bool = False) -> None:
+    def __init__(self, disk: DiskSide, read: bool = False, lba: int = 0, count: int = 0, flush: bool = False) -> None:
         """``read``: to the guest's memory. ``flush``: the command ends when the data is on the medium."""
         super().__init__(disk)
         self._disk = disk
@@ -149,7 +149,7 @@ class Trim(Activity):
 
     __slots__ = ("_blocks", "_disk", "_more")
 
-    def __init__(self, disk: IdeDisk, blocks: int = 0) -> None:
+    def __init__(self, disk: DiskSide, blocks: int = 0) -> None:
         super().__init__(disk)
         self._disk = disk
         self._blocks = blocks

@@ -35,8 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyvmm.devices.ide.activity import Activity
-    from pyvmm.devices.ide.channel import IdeChannel
+    from pyvmm.devices.ide.activity import Activity, ChannelSide
     from pyvmm.state import Fields
 
 TRANSFER_MODES = (
@@ -81,9 +80,9 @@ class Drive:
         self.resetting = False
         self.transfer_mode = PIO_DEFAULT
         self.unit = 0
-        self.channel: IdeChannel
+        self.channel: ChannelSide
 
-    def attach(self, channel: IdeChannel, unit: int) -> None:
+    def attach(self, channel: ChannelSide, unit: int) -> None:
         self.channel = channel
         self.unit = unit
 

@@ -15,7 +15,26 @@ from pyvmm.devices.ide.registers import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.devices.ide.disk import IdeDisk
+    from typing import Protocol
+
+    class Identified(Protocol):
+        """What a disk tells of itself."""
+
+        sectors: int
+        serial: str
+        model: str
+        revision: str
+        cylinders: int
+        heads: int
+        track: int
+        multiple: int
+        transfer_mode: int
+        look_ahead: bool
+        write_cache: bool
+        unit: int
+
+        @property
+        def geometry(self) -> tuple[int, int, int]: ...
 
 IDENTIFY_BYTES = 512
 LBA28_SECTORS = 0x0FFF_FFFF  # the most that words 60 and 61 say
@@ -39,7 +58,7 @@ def geometry(sectors: int) -> tuple[int, int, int]:
     return min(MAX_CYLINDERS, sectors // (heads * track)), heads, track
 
 
-def identify(disk: IdeDisk) -> bytes:
+def identify(disk: Identified) -> bytes:
     """The 512 bytes."""
     words = [0] * 256
     cylinders, heads, track = disk.geometry

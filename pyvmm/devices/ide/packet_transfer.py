@@ -11,14 +11,26 @@ from errno import ECANCELED, ENOMEDIUM
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.atapi import ABORTED_COMMAND, NO_ADDITIONAL_SENSE
 from pyvmm.devices.ide.chain import Mover
-from pyvmm.devices.ide.pio import BUFFER_BYTES
+from pyvmm.devices.ide.pio_buffer import BUFFER_BYTES
 from pyvmm.devices.ide.registers import ABRT, BUSY, BYTES_HIGH, BYTES_LOW, DATA, REASON_IO
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
-    from pyvmm.devices.ide.packet_drive import PacketDrive
+    from pyvmm.devices.ide.activity import DriveSide
+    from pyvmm.devices.ide.atapi import AtapiDrive
+
+    class PacketSide(DriveSide, Protocol):
+        """PacketDrive, as far as its transfers look."""
+
+        @property
+        def device(self) -> AtapiDrive: ...
+        def set_reason(self, reason: int) -> None: ...
+        def carry_out(self, cdb: bytes, dma: bool) -> None: ...
+        def check_condition(self) -> None: ...
+        def packet_done(self) -> None: ...
+        def data_came(self, data: bytes) -> None: ...
 
 BLOCK_BYTES = 2048
 SECTORS_PER_BLOCK = 4
@@ -31,7 +43,7 @@ class PacketActivity(Activity):
 
     __slots__ = ("backend", "packet_drive")
 
-    def __init__(self, drive: PacketDrive) -> None:
+    def __init__(self, drive: PacketSide) -> None:
         super().__init__(drive)
         self.packet_drive = drive
         self.backend: Any = drive.device.backend
@@ -83,7 +95,7 @@ class PacketIn(PacketActivity):
         "_waiting",
     )
 
-    def __init__(self, drive: PacketDrive, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
+    def __init__(self, drive: PacketSide, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
         super().__init__(drive)
         self._memory = self.channel.buffer.memory
         self._memory[: len(data)] = data
@@ -209,7 +221,7 @@ class PacketOut(PacketActivity):
 
     __slots__ = ("_data", "_limit", "_size", "_skipped", "_start")
 
-    def __init__(self, drive: PacketDrive, length: int = 0) -> None:
+    def __init__(self, drive: PacketSide, length: int = 0) -> None:
         super().__init__(drive)
         self._data = bytearray(length)
         self._start = 0
@@ -268,7 +280,7 @@ class PacketDma(PacketActivity):
 
     __slots__ = ("_length", "_more", "_to_memory")
 
-    def __init__(self, drive: PacketDrive, length: int, to_memory: bool) -> None:
+    def __init__(self, drive: PacketSide, length: int, to_memory: bool) -> None:
         super().__init__(drive)
         self._length = length
         self._to_memory = to_memory
@@ -307,7 +319,7 @@ class PacketDmaIn(PacketDma):
 
     to_memory = True
 
-    def __init__(self, drive: PacketDrive, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
+    def __init__(self, drive: PacketSide, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
         super().__init__(drive, len(data) or count * BLOCK_BYTES, True)
         self._data = data
         self._lba = lba
@@ -356,7 +368,7 @@ class PacketDmaIn(PacketDma):
 class PacketDmaOut(PacketDma):
     __slots__ = ()
 
-    def __init__(self, drive: PacketDrive, length: int = 0) -> None:
+    def __init__(self, drive: PacketSide, length: int = 0) -> None:
         super().__init__(drive, length, False)
 
     def move(self, iov: list[memoryview]) -> None:

@@ -7,11 +7,10 @@ once, so that between most blocks there is nothing to do but to move the window 
 
 from __future__ import annotations
 
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
-
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import Flush, Mover
+from pyvmm.devices.ide.pio_buffer import BUFFER_BYTES, CHUNK_SECTORS
 from pyvmm.devices.ide.registers import ABRT, BUSY, DATA, IDNF, MAX_MULTIPLE, READY, UNC
 from pyvmm.errors import StateError
 
@@ -19,28 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyvmm.devices.ide.disk import IdeDisk
-    from pyvmm.devices.ide.drive import Drive
-
-CHUNK_SECTORS = 256  # a multiple of every DRQ block
-BUFFER_BYTES = CHUNK_SECTORS * SECTOR_BYTES
-
-
-class PioBuffer:
-    """The memory behind the data port: whole pages, so that O_DIRECT takes it as it is."""
-
-    __slots__ = ("_iovs", "memory")
-
-    def __init__(self) -> None:
-        self.memory = memoryview(mmap(-1, BUFFER_BYTES, MAP_PRIVATE | MAP_ANONYMOUS))
-        self._iovs: dict[int, list[memoryview]] = {}
-
-    def iov(self, sectors: int) -> list[memoryview]:
-        """Its first ``sectors`` sectors, for a request."""
-        iov = self._iovs.get(sectors)
-        if iov is None:
-            iov = self._iovs[sectors] = [self.memory[: sectors * SECTOR_BYTES]]
-        return iov
+    from pyvmm.devices.ide.activity import DiskSide, DriveSide
 
 
 class PioTransfer(Activity):
@@ -70,7 +48,7 @@ class PioTransfer(Activity):
         "_waiting",
     )
 
-    def __init__(self, disk: IdeDisk) -> None:
+    def __init__(self, disk: DiskSide) -> None:
         super().__init__(disk)
         self._disk = disk
         self._backend = disk.backend
@@ -407,7 +385,7 @@ class PioBlock(Activity):
     KIND = "block"
     STATE = {"_block": ("bytes", 1, SECTOR_BYTES), "_moved": range(SECTOR_BYTES)}
 
-    def __init__(self, drive: Drive, block: bytes = b"") -> None:
+    def __init__(self, drive: DriveSide, block: bytes = b"") -> None:
         super().__init__(drive)
         self._block = block
         self._skipped = 0

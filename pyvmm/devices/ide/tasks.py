@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pyvmm.devices.ide.activity import Activity
 from pyvmm.devices.ide.chain import Flush, Mover
-from pyvmm.devices.ide.pio import CHUNK_SECTORS
+from pyvmm.devices.ide.pio_buffer import CHUNK_SECTORS
 from pyvmm.devices.ide.registers import ABRT, BUSY, POWERS, UNC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.devices.ide.disk import IdeDisk
+    from pyvmm.devices.ide.activity import DiskSide
 
 
 class FlushTask(Activity):
@@ -17,7 +17,7 @@ class FlushTask(Activity):
 
     __slots__ = ("_disk", "_power")
 
-    def __init__(self, disk: IdeDisk, power: int | None = None) -> None:
+    def __init__(self, disk: DiskSide, power: int | None = None) -> None:
         super().__init__(disk)
         self._disk = disk
         self._power = power
@@ -52,7 +52,7 @@ class VerifyTask(Activity):
 
     __slots__ = ("_count", "_disk", "_lba")
 
-    def __init__(self, disk: IdeDisk, lba: int = 0, count: int = 0) -> None:
+    def __init__(self, disk: DiskSide, lba: int = 0, count: int = 0) -> None:
         super().__init__(disk)
         self._disk = disk
         self._lba = lba

@@ -23,13 +23,20 @@ from pyvmm.irq import IrqLine
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import Any, Protocol
 
     from pyvmm.device import DeviceLock
-    from pyvmm.devices.pci.host import PciHost
     from pyvmm.region import MemoryRegion
 
     Part = tuple[int, Callable[[], MemoryRegion]]
+
+    class Bus(Protocol):
+        """What a function needs of the host bridge that it is behind (host.py)."""
+
+        @property
+        def lock(self) -> DeviceLock: ...
+        def intx(self, slot: int, pin: int) -> IrqLine: ...
+        def retry_blocked(self) -> None: ...
 
 CONFIG_BYTES = 256
 
@@ -216,7 +223,7 @@ class PciDevice(Device):
         self._clear_on_one = bytearray(CONFIG_BYTES)
         self._bars: list[Bar] = []
         self._windows: list[Window] = []
-        self._host: PciHost | None = None
+        self._host: Bus | None = None
         self.slot = 0
         self._intx = IrqLine()  # to the interrupt router, once it is on a bus
         self._intx_level = 0  # what the function wants; the line has it where the command register lets it through
@@ -327,7 +334,7 @@ class PciDevice(Device):
             self.config[register:end] = new.to_bytes(size, "little")
         self.changed(register, end - 1)
 
-    def plug(self, host: PciHost, slot: int) -> None:
+    def plug(self, host: Bus, slot: int) -> None:
         """It is on ``host``'s bus now."""
         self._host = host
         self.slot = slot

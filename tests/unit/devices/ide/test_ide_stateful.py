@@ -34,7 +34,7 @@ from ide_bench import (
 
 from pyvmm.devices.ide.atapi import AtapiDrive
 from pyvmm.devices.ide.disk import IdeDisk
-from pyvmm.devices.ide.pio import PioBuffer
+from pyvmm.devices.ide.pio_buffer import PioBuffer
 
 SECTORS = 700
 BM_START = 1
