@@ -37,7 +37,7 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
         boot = board.load_guest()
         platform.make_cpus(chassis)
         platform.enter(boot)
-        platform.settle(chassis, board.gathered() if platform.gathers_ports else [])
+        platform.finish_in_background(chassis, board.gathered() if platform.gathers_ports else [])
         restart = Restart(chassis, board, platform)
         chassis.power.attach(restart.reset, restart.wake)
         if not runs_guests:

@@ -53,8 +53,10 @@ def whose(error: BaseException) -> str:
 
 def traceback_text(error: BaseException) -> str:
     """The traceback as text. Never raises, whatever the exception's own methods do."""
-    import traceback
-
+    try:
+        import traceback
+    except (OSError, ImportError, MemoryError):  # no descriptor is left, say
+        return describe(error)
     try:
         return "".join(traceback.format_exception(error)).rstrip()
     except BaseException:

@@ -419,8 +419,10 @@ class EventLoop:
             try:
                 self._on_error(exc)
             except BaseException as worse:
-                import threading
-
+                try:
+                    import threading
+                except (OSError, ImportError, MemoryError):  # no descriptor is left, say: the loop must go on
+                    return False
                 current = threading.current_thread()
                 threading.excepthook(threading.ExceptHookArgs((type(worse), worse, worse.__traceback__, current)))
             return False

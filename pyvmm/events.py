@@ -80,12 +80,12 @@ class Events:
             self._listeners = (*self._listeners, (listener, names or NAMES))
 
     def forget(self, listener: Listener) -> None:
-        """It is told of nothing that happens from now on; one call may be under way."""
+        """Tell ``listener`` of nothing that happens from now on; one call may still be under way."""
         with self._lock:
             self._listeners = tuple(pair for pair in self._listeners if pair[0] != listener)
 
     def tell(self, name: str, **data: Any) -> None:
-        """It has happened. From any thread, under any lock: it only puts the event into the queue."""
+        """Queue an event that has happened. From any thread, and under any lock: nothing is called here."""
         if not self._listeners:
             return
         with self._lock:

@@ -394,7 +394,8 @@ class Machine:
         with self._closing:
             if self._closed:
                 return
-            # Interrupted here, the threads may still run: nothing is taken from under them, and close() can go on.
+            # Where this is interrupted the threads may still run: nothing they use has been closed, and close() can be
+            # called again.
             self.control.close()
             try:
                 self._chassis.closers.close()

@@ -86,7 +86,7 @@ class Platform:
         """Whether writes to ports can be gathered (KVM's coalesced PIO)."""
         return False
 
-    def settle(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
+    def finish_in_background(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
         """What takes long and need not be done before the guest starts: writes to these (port, ports) are gathered from
         some milliseconds later on.
         """
@@ -276,14 +276,14 @@ class KvmPlatform(Platform):
     def gathers_ports(self) -> bool:
         return bool(self._kvm.check_extension("KVM_CAP_COALESCED_PIO"))
 
-    def settle(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
+    def finish_in_background(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
         if ranges:
             self._attach_ring(chassis.pio)
         if ranges or self.irqchip.in_kernel:
-            chassis.in_background(lambda: self._settle(ranges))
+            chassis.in_background(lambda: self._finish(ranges))
 
-    def _settle(self, ranges: list[tuple[int, int]]) -> None:
-        """These wait for grace periods in KVM, longer than all of the recipe takes."""
+    def _finish(self, ranges: list[tuple[int, int]]) -> None:
+        """What waits for grace periods in KVM, which take longer than all of the recipe."""
         if isinstance(self.irqchip, KvmIrqchip):
             self.irqchip.lose_missed_ticks()
         for port, size in ranges:

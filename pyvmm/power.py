@@ -1,4 +1,4 @@
-"""Power: what a guest, by its devices, does to the machine it is in: off, reset, suspend to RAM, awake again."""
+"""Power: what a guest asks of its machine by its devices: power-off, reset, suspend to RAM, and to be woken."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Power:
         self._control.request("suspend", then=self._control.suspend)
 
     def wake(self, events: int, *, wait: bool = False) -> None:
-        """An event that the guest has enabled ends that: bits of PM1's status."""
+        """An event that the guest has enabled ends its sleep; ``events``: bits of PM1's status."""
         control = self._control
         control.request("wakeup", lambda: self._wake(events), lambda: control.woken(events), wait=wait)
 

@@ -212,7 +212,7 @@ class RunControl:
             self._cond.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """On a vCPU's thread, out of every handler: end the run with an error that nobody above it can hear."""
+        """On a vCPU's thread, outside of every handler: end the run with an error that nobody above could catch."""
         with self._lock:
             self._requests.append(Request("fail", then=lambda: self._end(RunState.INTERNAL_ERROR, error=error)))
             self._stop_all()
@@ -231,7 +231,7 @@ class RunControl:
         self._acting = get_ident()
         try:
             while self._requests:
-                # The one before may have let vCPUs enter. None has, or this would not be carried out.
+                # The request before may have let vCPUs enter. As long as this loop runs none can be inside.
                 self._may_enter = False
                 request = self._requests.pop(0)
                 try:
@@ -245,7 +245,7 @@ class RunControl:
                     if request.then is not None:
                         request.then()
                 except BaseException as error:
-                    # What a request raises (a reset that KVM refuses, say) must not vanish.
+                    # What a request raises (a reset that KVM refuses, say) must not be lost.
                     self._failed(error)
                 finally:
                     request.done = True
@@ -280,8 +280,8 @@ class RunControl:
     ) -> None:
         """Have this done (see Request) as soon as may be; callable from handlers.
 
-        Returns at once, or with ``wait`` when it is done; on a vCPU's own thread always at once: it must park first,
-        and so in another request or a timer's callback, which must return first.
+        Returns at once, or with ``wait`` when it is done. On a vCPU's own thread it always returns at once, because
+        that vCPU has to park first; and in another request or a timer's callback, because they have to return first.
         """
         request = Request(name, action, then)
         with self._lock:
@@ -292,10 +292,11 @@ class RunControl:
             if not self._inside and not self._time_runs:
                 self._carry_out()
             elif not self._inside:
-                # Time is to be stopped, and the caller may hold a device's lock: one for a vCPU on its way in.
+                # Guest time has to stop first, for which no device's lock may be held, and the caller may hold one: the
+                # next vCPU that comes to admit() carries it out.
                 self._cond.notify_all()
             if wait and not self._would_wait_for_itself():
-                # For this very request: by the time a waiter wakes, somebody else may have asked for the next.
+                # It waits for this request, not for an empty queue: somebody else may ask for another one meanwhile.
                 self._cond.wait_for(lambda: self._closing or request.done)
 
     def end(
@@ -439,7 +440,7 @@ class RunControl:
             if self._state not in RESUMABLE:
                 raise StateError(f"the machine is in state {self._state}: reset() it first")
             self._only = only
-            # In the same breath: an end that comes after the look at the state must stay the last word.
+            # Under the same lock as the look at the state: an end that comes later must not be undone.
             if self.suspended:
                 self._tell("resume", state=self._state)
                 self._sleep()
@@ -520,7 +521,7 @@ class RunControl:
                 return self.status
             if self._state is RunState.CLOSED:
                 raise StateError("the machine was closed while it ran")
-            # Somebody has paused it, and somebody else has set it going again since.
+            # It was paused, and has been resumed since by somebody else.
             return PAUSED
 
     def not_from_inside(self, call: str) -> None:

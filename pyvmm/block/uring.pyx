@@ -162,7 +162,7 @@ cdef class Ring:
         if self.slots != NULL and self.in_flight and self.pid == getpid() and self.fd >= 0:
             # Its memory may not go while the kernel reads or writes there.
             with nogil:
-                self.settle()
+                self.wait_for_all()
         self.give_back()
 
     cdef int check_operations(self) except -1:
@@ -521,14 +521,14 @@ cdef class Ring:
         self.come_in()
         try:
             with nogil:
-                self.settle()
+                self.wait_for_all()
             found = self.results()
             self.give_back()
             return found
         finally:
             self.go_out()
 
-    cdef void settle(self) noexcept nogil:
+    cdef void wait_for_all(self) noexcept nogil:
         """Until no request is with the kernel. None of them can be waited for in vain: what may last is cancelled."""
         cdef uint32_t head = atomic_load_u32(self.sq_head, ATOMIC_ACQUIRE)
         cdef uint32_t n

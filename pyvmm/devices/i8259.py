@@ -304,14 +304,14 @@ class ChipPorts(Device):
     def read(self, offset: int, size: int) -> int:
         with self.pair.lock:
             value = self.chip.read(offset)
-            self.pair.settle()
+            self.pair.drive_intr()
         self.pair.tell_ended()
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         with self.pair.lock:
             self.chip.write(offset, value)
-            self.pair.settle()
+            self.pair.drive_intr()
         self.pair.tell_ended()
 
 
@@ -330,7 +330,7 @@ class ElcrPorts(Device):
     def write(self, offset: int, size: int, value: int) -> None:
         with self.pair.lock:
             self.pair.chips[offset].set_elcr(value)
-            self.pair.settle()
+            self.pair.drive_intr()
 
 
 class I8259Pair(Device):
@@ -347,7 +347,7 @@ class I8259Pair(Device):
         self._on_intr = on_intr
         self.on_end: Callable[[int], None] | None = None
         self._line2 = 0
-        # Each chip's INT: the master's goes to the CPU when an operation is over (settle), the slave's to the
+        # Each chip's INT: the master's goes to the CPU when an operation is over (drive_intr), the slave's to the
         # master at once.
         self.chips = (Chip(ELCR_MASTER_MASK, 1 << CASCADE), Chip(ELCR_SLAVE_MASK, 0, self._cascade))
         self.intr = 0
@@ -364,7 +364,7 @@ class I8259Pair(Device):
                 self._cascade(self.chips[1].intr)
             else:
                 self.chips[n >> 3].set_input(n & 7, level)
-            self.settle()
+            self.drive_intr()
 
     def acknowledge(self) -> int:
         """The CPU takes the interrupt: its vector, 0..255; the spurious one (IRQ 7, 15) if it is gone."""
@@ -385,7 +385,7 @@ class I8259Pair(Device):
                 else:
                     n = SPURIOUS
                 vector = slave.base + n
-            self.settle()
+            self.drive_intr()
         self.tell_ended()
         return vector
 
@@ -405,8 +405,11 @@ class I8259Pair(Device):
                     if ended >> n & 1 and self.on_end is not None:
                         self.on_end(first + n)
 
-    def settle(self) -> None:
-        """Tell the CPU where INTR has come to rest: at the end of each operation, with the lock held."""
+    def drive_intr(self) -> None:
+        """Tell the CPU the level of INTR: at the end of each operation, not of its steps.
+
+        The lock is held.
+        """
         level = self.chips[0].intr
         if level != self.intr:
             self.intr = level
@@ -428,7 +431,7 @@ class I8259Pair(Device):
             for chip in self.chips:
                 chip.clear()
                 chip.update()
-            self.settle()
+            self.drive_intr()
 
     STATE = {"_master": "part", "_slave": "part", "_line2": 1}
 

@@ -87,6 +87,24 @@ def test_a_listener_that_raises_keeps_nobody_from_hearing(bench: Bench) -> None:
     assert [name for name, _ in bench.heard] == ["stop", "resume"]
 
 
+def test_where_nobody_can_hear_of_an_error_the_next_event_comes_all_the_same(bench: Bench) -> None:
+    def broken(event: Event) -> None:
+        raise ZeroDivisionError
+
+    def worse(error: BaseException) -> None:
+        raise OSError(24, "Too many open files")
+
+    failing = Events(bench.loop.call_soon, worse)
+    failing.listen(broken, "stop")
+    failing.listen(bench.hear, "resume")
+    failing.tell("stop")
+    failing.flush()
+    failing.tell("resume")
+    failing.flush()
+    assert [name for name, _ in bench.heard] == ["resume"]
+    assert [type(error) for error in bench.errors] == [OSError]
+
+
 def test_a_listener_may_tell_and_listen_and_its_caller_holds_no_lock(bench: Bench) -> None:
     lock = threading.Lock()
     threads: list[bool] = []
