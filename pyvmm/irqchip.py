@@ -81,7 +81,7 @@ class Irqchip:
         """Take over what ``save`` gave."""
 
     def after_load(self) -> None:
-        """Devices have driven their lines: of an edge that the controllers had delivered before nothing comes again."""
+        """Devices have driven their lines again: an edge that was delivered before the save is not delivered twice."""
 
     def power_on(self, state: dict[str, Any]) -> None:
         """For a reset: what ``save`` gives of controllers that have just been made."""
@@ -319,9 +319,10 @@ class KvmIrqchip(Irqchip):
             space.reserve(address, size, name)
 
     def lose_missed_ticks(self) -> None:
-        """A guest slow to take the PIT's ticks is not to be flooded with them later.
+        """Have ticks of the PIT that the guest was too slow for be lost, and not delivered in a row later.
 
-        KVM_REINJECT_CONTROL waits for a grace period, and a vCPU's next entry with it: so nobody should wait for this.
+        KVM_REINJECT_CONTROL waits for a grace period, and so does a vCPU that enters meanwhile: call it on a thread
+        that nobody waits for.
         """
         self._vm.set_pit_reinject(False)
 
@@ -450,7 +451,7 @@ class PythonIrqchip(Irqchip):
             self._chips.watch_end(target, lambda: self._resample(target))
 
     def _resample(self, gsi: int) -> None:
-        """The guest has ended the interrupt: what the irqfds made of it goes, and whoever wants it says so again."""
+        """The guest has ended the interrupt: the irqfds' level goes down, and whoever still wants it writes again."""
         for irqfd in self._resampled.get(gsi, ()):
             if irqfd.line is not None and irqfd.resample_fd >= 0:
                 irqfd.line.lower()

@@ -133,7 +133,8 @@ class MemoryMap:
         return None
 
     def _route_writes(self, window: list[Section]) -> None:
-        """Writes to a readonly slot leave KVM as MMIO: those that belong to the RAM behind get a way there."""
+        """Writes to a read-only slot leave KVM as MMIO exits: where they belong to the RAM behind, they get a region.
+        """
         wanted = {s.gpa: s for s in window if s.writes_to is not None}
         for region in [r for r in self._written if r.base not in wanted]:
             self._written.remove(region)
@@ -153,8 +154,8 @@ class MemoryMap:
 
     @property
     def held(self) -> Held:
-        """``with map.held:`` keeps changes from KVM until the outermost of these ends: while no vCPU runs, only where
-        they end up counts.
+        """``with map.held:`` tells KVM of changes only at the end of the outermost such block: while no vCPU runs, only
+        the last state counts.
         """
         return Held(self)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pyvmm.x86.boot_state import BootState
     from pyvmm.x86.vcpu_state import Facts
 
-XAPIC_CPUS = 255  # an APIC id of eight bits tells so many apart: the last value is the broadcast
+XAPIC_CPUS = 255  # as many as ids of eight bits can name, of which the last is the broadcast
 X2APIC_FLAGS = 0b11  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 
 
@@ -179,8 +179,8 @@ class KvmPlatform(Platform):
             irqchip.attach(loop)
             self.cpus.append(Cpu(index, vcpu, loop, chassis.control, chassis.outcomes.cpu_stopped, table))
         if irqchip.in_kernel and self._config.cpus > 1:
-            # KVM makes its map of local APICs anew when one of them changes, and a new vCPU is in it only then: or INIT
-            # and SIPI never reach the last one, where the guest has not touched its own APIC before.
+            # KVM builds its map of local APICs anew when one of them changes, and only then is a new vCPU in it. Without this
+            # INIT and SIPI would not reach the last vCPU as long as the guest has not touched its own APIC.
             vcpu.lapic = vcpu.lapic
         chassis.control.cpus = chassis.outcomes.cpus = self.cpus
         chassis.outcomes.vendor = self._vendor

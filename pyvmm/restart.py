@@ -38,8 +38,8 @@ class Restart:
             board.first_boot = False
 
     def wake(self, events: int) -> None:
-        """As a reset: processors and chips have been without power. But memory has not, and the guest goes on at its
-        waking vector. ``events``: bits of PM1's status.
+        """As a reset, because processors and chips have been without power. Memory has not: the guest goes on at its
+        waking vector. ``events`` are bits of PM1's status.
         """
         board = self._board
         if not self._chassis.control.suspended:

@@ -50,7 +50,7 @@ class Board:
     """
 
     window = range(0)
-    """Addresses where the board itself changes, as its guest says, what is RAM and what is the bus."""
+    """Addresses at which the guest can have the board show RAM, ROM or the bus."""
     vga: VgaText | None = None
 
     def __init__(self, config: Spec, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:
@@ -62,7 +62,7 @@ class Board:
         self.images = images
         self.runs_guests = runs_guests
         self.first_boot = True
-        """No reset yet: what firmware is told for its first boot only still holds."""
+        """There was no reset yet: what firmware is told for its first boot only still holds."""
         self.parts: list[tuple[str, Device]] = []
         self.ports = Places("port", 0, self.pio.size)
         self.windows = Places("address", 0, self.mmio.size)
@@ -157,7 +157,8 @@ class Board:
         return " ".join([self.config.append, *self._words] if self.config.append else self._words)
 
     def irq_line(self, gsi: int, name: str = "a device") -> IrqLine:
-        """Another line to an interrupt, ISA's by its number, for the device ``name``; ORed with those there are."""
+        """One more line to a GSI (ISA interrupts have the same numbers) for the device ``name``; ORed with the others.
+        """
         return self.irqchip.line(gsi, name)
 
     def add_serial(self) -> Serial:
@@ -188,8 +189,8 @@ class Board:
         return False
 
     def load_guest(self, *, clean: bool = True) -> BootState | None:
-        """Tables and images into memory; ``clean``: that is known to be zero. None where there is neither kernel nor
-        flat binary to enter: the reset state stays.
+        """Put tables and images into memory, which is known to be zero where ``clean``. None where there is neither a
+        kernel nor a flat binary to enter: the vCPU stays at the reset vector.
         """
         from pyvmm.x86 import boot
 

@@ -1,4 +1,4 @@
-"""GatheredWrites: what KVM has gathered of a guest's writes to an IDE channel does not wait there for ever."""
+"""GatheredWrites: sees to it that what KVM has gathered of a guest's writes to an IDE channel is delivered in time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class GatheredWrites:
-    """While ``channel`` takes data from the guest, makes the vCPUs deliver what KVM has gathered of it.
+    """While ``channel`` takes data from the guest, has the vCPUs deliver what KVM has gathered of it.
 
-    Only where a whole period has brought nothing: a guest that goes on writing, or polls, comes out by itself, and a
-    kick costs it as much as many words.
+    It does so only when nothing has arrived for a whole period: a guest that goes on writing, or that polls, exits by
+    itself, and a kick costs as much as many words.
     """
 
     PERIOD_NS = 5_000_000
@@ -36,7 +36,7 @@ class GatheredWrites:
             self._timer.arm(self._clock.now_ns() + self.PERIOD_NS)
 
     def _look(self) -> None:
-        # With the lock: between two blocks of one command no window is open for a moment.
+        # With the lock, because between two blocks of one command no window is open for a moment.
         with self._channel.lock:
             if not self._channel.data.writing:
                 return

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class IsaBoard(Board):
-    """Both PCs' common part. ``make_isa_devices`` maps all of it but the PM block and the reset register: a chipset may
-    have its own mind about those.
+    """What microvm and pc have in common. ``make_isa_devices`` maps all of it but the PM block and the reset register,
+    which a chipset may have elsewhere.
     """
 
     debugcon: DebugCon | None = None
@@ -126,8 +126,7 @@ class IsaBoard(Board):
         self.mmio.add(layout.TESTDEV_MEMORY, BufferRegion(testdev.memory, name="testdev.memory"))
 
     def _make_vga(self) -> None:
-        """Text mode. Its memory is there: part of RAM where nothing is cut out below 1 MiB, else a region of its own.
-        """
+        """VGA's text mode. Its memory is there already: part of RAM on a microvm, a region of its own on a pc."""
         from pyvmm.devices import vga_text
 
         memory_map = self.memory_map
@@ -149,7 +148,7 @@ class IsaBoard(Board):
     # -- wake-up -----------------------------------------------------------------------------------------------
 
     def waking_state(self) -> BootState | None:
-        """Firmware, told by a byte in CMOS, finds the way to the waking vector by itself; without, we go there."""
+        """Firmware finds the waking vector by itself, told so by a byte in CMOS; without firmware we enter it."""
         if self.starts_in_firmware:
             from pyvmm.devices.rtc import SHUTDOWN, SHUTDOWN_S3
 

@@ -37,7 +37,7 @@ class Pc(IsaBoard):
 
     @property
     def starts_in_firmware(self) -> bool:
-        """Asked for, or nothing else is there to run."""
+        """Where firmware is asked for, or there is nothing else to run."""
         config = self.config
         return config.firmware is not None or (config.kernel is None and config.flat is None and self.runs_guests)
 
@@ -82,7 +82,7 @@ class Pc(IsaBoard):
 
     @property
     def has_debugcon(self) -> bool:
-        """Where it answers SeaBIOS writes a log to it, one exit a character: not for nobody."""
+        """Only where somebody listens: SeaBIOS writes its log to one that answers, an exit a character."""
         return self.config.debugcon not in (None, "none")
 
     def make_devices(self) -> None:

@@ -22,7 +22,7 @@ class Places:
         self.kind = kind
         self.first = first
         self.end = end
-        self.numbered = numbered  # slots: said in decimal, as people count them
+        self.numbered = numbered  # messages give the numbers in decimal, as those of slots
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._names: list[str] = []

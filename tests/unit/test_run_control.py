@@ -74,9 +74,9 @@ class Board:
     def __init__(self, cpus: int, loop: EventLoop | None = None) -> None:
         self.loop = loop
         self.cond = threading.Condition()
-        self.light: list[bool] = []
+        self.times: list[bool] = []
         self.stops: list[tuple[int, StopReason, BaseException | None]] = []
-        self.control = RunControl(self.on_light, loop.clock.in_callback) if loop else RunControl(self.on_light)
+        self.control = RunControl(self.on_time, loop.clock.in_callback) if loop else RunControl(self.on_time)
         self.execs = [FakeExec(self.note) for _ in range(cpus)]
         self.cpus = [
             Cpu(n, FakeVcpu(), exec_, self.control, self.stopped, [])  # type: ignore[arg-type]
@@ -84,10 +84,10 @@ class Board:
         ]
         self.control.cpus = self.cpus
 
-    def on_light(self, green: bool) -> None:
-        self.light.append(green)
+    def on_time(self, runs: bool) -> None:
+        self.times.append(runs)
         if self.loop is not None:
-            (self.loop.clock.resume if green else self.loop.clock.stop)()
+            (self.loop.clock.resume if runs else self.loop.clock.stop)()
 
     def note(self) -> None:
         with self.cond:
@@ -159,7 +159,7 @@ def ended(thread: threading.Thread) -> bool:
 
 def test_a_new_machine_is_dark(board: Board) -> None:
     assert board.control.state is RunState.PRELAUNCH
-    assert board.light == []
+    assert board.times == []
     assert board.control.settle(0)
     assert board.control.wait(0)
 
@@ -173,7 +173,7 @@ def test_resume_and_pause(board: Board) -> None:
     assert board.control.state is RunState.PAUSED
     assert board.all_parked()
     assert board.control.wait(0)
-    assert board.light == [True, False]
+    assert board.times == [True, False]
 
 
 def test_resuming_or_pausing_twice_is_no_harm(board: Board) -> None:
@@ -184,7 +184,7 @@ def test_resuming_or_pausing_twice_is_no_harm(board: Board) -> None:
     board.control.pause()
     board.control.pause()
     assert board.control.state is RunState.PAUSED
-    assert board.light == [True, False]
+    assert board.times == [True, False]
 
 
 def test_no_wake_up_is_lost_between_pause_and_resume(board: Board) -> None:
@@ -194,7 +194,7 @@ def test_no_wake_up_is_lost_between_pause_and_resume(board: Board) -> None:
         assert board.all_parked()
         board.control.resume()
         board.all_inside()
-    assert board.light == [True] + [False, True] * 300
+    assert board.times == [True] + [False, True] * 300
 
 
 def test_a_pause_right_after_resume_waits_for_those_who_came_in(board: Board) -> None:
@@ -277,7 +277,7 @@ def test_a_request_runs_with_every_vcpu_parked_and_stays_dark_without_go(board: 
     board.control.request("test", lambda: seen.append(board.all_parked()))
     assert board.control.settle(DEADLINE_S)
     assert seen == [True]
-    assert board.light == [True, False]
+    assert board.times == [True, False]
     board.control.go()
     board.all_inside()
 
@@ -349,7 +349,7 @@ def test_a_request_made_while_another_is_carried_out_comes_next(board: Board) ->
     go_on.set()
     assert board.control.settle(DEADLINE_S)
     assert order == ["first", "second", "third"]
-    assert board.all_parked()  # the light that the first had set is red again
+    assert board.all_parked()  # none may enter, although the first request had let them
 
 
 def test_no_vcpu_enters_while_a_request_is_carried_out(board: Board) -> None:
@@ -442,7 +442,7 @@ def has_shut_down(board: Board) -> bool:
     assert board.control.wait(DEADLINE_S)
     assert board.control.settle(DEADLINE_S)
     assert board.all_parked()
-    assert board.light == [True, False]
+    assert board.times == [True, False]
     return board.control.state is RunState.SHUTDOWN
 
 
@@ -463,7 +463,7 @@ def test_a_thread_asks_for_a_stop_while_a_timer_wants_the_lock_it_holds(timed: B
 
 
 def test_the_same_when_no_vcpu_is_in_yet(timed: Board) -> None:
-    # The light is green, the vCPUs are still on their way in: none that parks could carry the request out.
+    # The vCPUs may enter and are still on their way in: none that parks could carry the request out.
     timed.control.resume()
     returned = threading.Event()
     assert ended(run_thread(lambda: stop_while_a_timer_wants_our_lock(timed, returned)))
@@ -513,12 +513,12 @@ def test_a_descriptors_callback_that_pauses_waits(timed: Board) -> None:
 def test_guest_time_stops_outside_of_every_lock_with_all_parked(board: Board) -> None:
     seen: list[tuple[bool, bool]] = []
 
-    def on_light(green: bool) -> None:
-        if not green:
+    def on_time(runs: bool) -> None:
+        if not runs:
             free = ended(run_thread(lambda: board.control.settle(0)))  # takes the control's lock
             seen.append((board.all_parked(), free))
 
-    board.control._on_time = on_light
+    board.control._on_time = on_time
     board.start()
     board.control.pause()
     assert seen == [(True, True)]
@@ -618,7 +618,7 @@ def test_a_request_that_raises_ends_the_run_with_its_error(board: Board) -> None
     board.all_inside()  # the threads live
 
 
-def test_a_request_that_raises_after_its_green_light_leaves_all_parked(board: Board) -> None:
+def test_a_request_that_raises_after_letting_vcpus_enter_leaves_all_parked(board: Board) -> None:
     board.start()
     error = OSError("half a reset")
 
@@ -659,12 +659,12 @@ def test_guest_time_that_can_not_be_stopped_ends_the_run_and_the_threads_live(bo
 
     failed: list[BaseException] = []
 
-    def on_light(green: bool) -> None:
-        if not green and not failed:
+    def on_time(runs: bool) -> None:
+        if not runs and not failed:
             failed.append(error)
             raise error
 
-    board.control._on_time = on_light
+    board.control._on_time = on_time
     board.start()
     board.execs[0].do(board.control.pause)  # carried out by the last vCPU to leave
     assert board.control.wait(DEADLINE_S)
@@ -717,7 +717,7 @@ def test_a_vcpu_thread_that_fails_before_its_first_stay_ends_the_run_and_can_be_
         assert board.control.wait(DEADLINE_S)
     assert (board.control.state, board.control.error) == (RunState.INTERNAL_ERROR, error)
     assert board.control.settle(DEADLINE_S)
-    assert board.light == [True, False]
+    assert board.times == [True, False]
     board.control.restarted()
     board.start()
 
@@ -742,7 +742,7 @@ def test_only_some_states_can_be_resumed(board: Board, state: RunState) -> None:
     board.control.status, board.control.error = ExitStatus(1, "old"), ValueError()
     if state in (RunState.RUNNING, RunState.SUSPENDED):
         board.control.resume()
-        assert board.light == []
+        assert board.times == []
     elif state in RESUMABLE:
         board.control.resume()
         assert (board.control.state, board.control.status, board.control.error) == (
@@ -792,7 +792,7 @@ def test_close_ends_the_threads(board: Board) -> None:
     assert not any(alive(cpu) for cpu in board.cpus)
     for cpu in board.cpus:
         cpu.join()
-    assert board.light == [True, False]
+    assert board.times == [True, False]
     board.control.close()
 
 
@@ -919,7 +919,7 @@ def test_pauses_resumes_and_requests_from_everywhere() -> None:
     board.all_inside()
     assert board.control.error is None
     assert len(carried) >= 100
-    assert all(first is not second for first, second in zip(board.light, board.light[1:], strict=False))
+    assert all(first is not second for first, second in zip(board.times, board.times[1:], strict=False))
     board.control.close()
 
 

@@ -114,7 +114,7 @@ class Window:
         return {"wanted": self.wanted, "base": self.base}
 
     def load(self, state: dict[str, Any]) -> None:
-        """To be mapped by ``leave`` and ``go_on``."""
+        """Note where it goes: ``leave`` and ``go_on`` move it there."""
         from pyvmm.state import check_names, value_of
 
         check_names(state, ("wanted", "base"))
@@ -126,12 +126,13 @@ class Window:
         self._loaded = True
 
     def leave(self) -> None:
-        """After a load: leave where the state does not have it."""
+        """After a load, first step, for all windows: unmap it where the state has it elsewhere."""
         if self._loaded and self.base != self._noted:
             self._unmap()
 
     def go_on(self) -> None:
-        """And be where it does. What was blocked stays so, whoever is mapped before whom."""
+        """Second step: map it where the state has it. One that was blocked stays so, in whatever order they are mapped.
+        """
         if self._loaded and self.base != self._noted and self._noted is not None:
             self._map(self._noted)
         self._loaded = False
