@@ -179,8 +179,9 @@ class KvmPlatform(Platform):
             irqchip.attach(loop)
             self.cpus.append(Cpu(index, vcpu, loop, chassis.control, chassis.outcomes.cpu_stopped, table))
         if irqchip.in_kernel and self._config.cpus > 1:
-            # KVM builds its map of local APICs anew when one of them changes, and only then is a new vCPU in it. Without this
-            # INIT and SIPI would not reach the last vCPU as long as the guest has not touched its own APIC.
+            # KVM builds its map of local APICs anew when one of them changes, and only then is a new vCPU in it.
+            # Without this INIT and SIPI would not reach the last vCPU as long as the guest has not touched its own
+            # APIC.
             vcpu.lapic = vcpu.lapic
         chassis.control.cpus = chassis.outcomes.cpus = self.cpus
         chassis.outcomes.vendor = self._vendor
