@@ -7,7 +7,6 @@ from pyvmm.closers import Closers
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.images import Images
 from pyvmm.platform import KvmPlatform, NoCpuPlatform, Platform
-from pyvmm.restart import Restart
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -38,8 +37,7 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
         platform.make_cpus(chassis)
         platform.enter(boot)
         platform.finish_in_background(chassis, board.gathered() if platform.gathers_ports else [])
-        restart = Restart(chassis, board, platform)
-        chassis.power.attach(restart.reset, restart.wake)
+        attach_power(chassis, board, platform)
         if not runs_guests:
             chassis.consoles.start()  # no resume() will
         closers.call(chassis.events.flush)
@@ -47,6 +45,22 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
     except BaseException:
         closers.close()
         raise
+
+
+def attach_power(chassis: Chassis, board: Board, platform: Platform) -> None:
+    """Most machines never see a reset: the recipes of restart.py are imported with the first one."""
+
+    def reset() -> None:
+        from pyvmm import restart
+
+        restart.reset(chassis, board, platform)
+
+    def wake(events: int) -> None:
+        from pyvmm import restart
+
+        restart.wake(chassis, board, platform, events)
+
+    chassis.power.attach(reset, wake)
 
 
 def board_kind(config: Spec) -> type[Board]:

@@ -4,6 +4,8 @@ from typing_extensions import Buffer, disjoint_base
 
 PAGE_BYTES: int
 GPA_END: int
+RAM_HIGH: int
+RAM_HOLE: int
 
 @disjoint_base
 class RamRegion:

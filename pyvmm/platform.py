@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.memory_map import MemoryMap
     from pyvmm.spec import Spec
     from pyvmm.state import Holder
-    from pyvmm.x86.boot_state import BootState
+    from pyvmm.x86.cpu_state import BootState
     from pyvmm.x86.vcpu_state import Facts
 
 XAPIC_CPUS = 255  # as many as ids of eight bits can name, of which the last is the broadcast

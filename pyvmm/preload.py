@@ -86,6 +86,7 @@ RUNNING = (
     "pyvmm.dump",
     "pyvmm.exit_stats",
     "pyvmm.machine_state",
+    "pyvmm.restart",
     "pyvmm.run_state",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.x86.boot",  # the guest is loaded again at a reset

@@ -1,5 +1,5 @@
-"""Restart: everything back to power-on, or out of suspend to RAM, while every vCPU is parked. Two recipes, as
-builder.py's is one.
+"""Everything back to power-on, or out of suspend to RAM. Two recipes, as builder.py's is one: what Power has RunControl
+carry out, while every vCPU is parked.
 """
 
 from __future__ import annotations
@@ -14,45 +14,35 @@ if TYPE_CHECKING:
     from pyvmm.platform import Platform
 
 
-class Restart:
-    """``reset`` and ``wake`` are what Power has RunControl carry out."""
+def reset(chassis: Chassis, board: Board, platform: Platform) -> None:
+    """Devices, interrupt controllers, memory image and vCPUs back to power-on."""
+    chassis.drives.drain()  # they came to rest with guest time, but somebody may have driven them from outside since
+    chassis.drives.drop_stalled()
+    with board.memory_map.held:
+        for device in board.all_devices():
+            with device.lock:
+                reset_device(device)
+        platform.reset()
+        board.after_reset()
+        platform.enter(board.load_guest(clean=False))
+        board.first_boot = False
 
-    def __init__(self, chassis: Chassis, board: Board, platform: Platform) -> None:
-        self._chassis = chassis
-        self._board = board
-        self._platform = platform
 
-    def reset(self) -> None:
-        """Devices, interrupt controllers, memory image and vCPUs back to power-on."""
-        board = self._board
-        if not board.runs_guests:
-            self._chassis.drives.drain()  # else they have come to rest with guest time
-        self._chassis.drives.drop_stalled()
-        with board.memory_map.held:
-            for device in board.all_devices():
-                with device.lock:
-                    reset_device(device)
-            self._platform.reset()
-            board.after_reset()
-            self._platform.enter(board.load_guest(clean=False))
-            board.first_boot = False
-
-    def wake(self, events: int) -> None:
-        """As a reset, because processors and chips have been without power. Memory has not: the guest goes on at its
-        waking vector. ``events`` are bits of PM1's status.
-        """
-        board = self._board
-        if not self._chassis.control.suspended:
-            return
-        self._chassis.drives.drop_stalled()
-        with board.memory_map.held:
-            for device in board.all_devices():
-                with device.lock:
-                    device.wake()
-            self._platform.reset()
-            board.after_wake()
-            self._platform.enter(board.waking_state())
-            board.woken(events)
+def wake(chassis: Chassis, board: Board, platform: Platform, events: int) -> None:
+    """As a reset, because processors and chips have been without power. Memory has not: the guest goes on at its waking
+    vector. ``events`` are bits of PM1's status.
+    """
+    if not chassis.control.suspended:
+        return
+    chassis.drives.drop_stalled()
+    with board.memory_map.held:
+        for device in board.all_devices():
+            with device.lock:
+                device.wake()
+        platform.reset()
+        board.after_wake()
+        platform.enter(board.waking_state())
+        board.woken(events)
 
 
 def reset_device(device: Device) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pyvmm.platform import Platform
     from pyvmm.region import MemoryRegion
     from pyvmm.spec import Spec
-    from pyvmm.x86.boot_state import BootState
+    from pyvmm.x86.cpu_state import BootState
 
     Made = TypeVar("Made", bound=Device)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.debugcon import DebugCon
     from pyvmm.devices.testdev import TestDev
     from pyvmm.spec import Spec
-    from pyvmm.x86.boot_state import BootState
+    from pyvmm.x86.cpu_state import BootState
 
 
 class IsaBoard(Board):

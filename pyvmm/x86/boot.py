@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.x86.boot_state import BootState
+    from pyvmm.x86.cpu_state import BootState
 
 
 def load(

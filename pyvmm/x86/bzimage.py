@@ -11,7 +11,7 @@ from struct import Struct, calcsize, pack_into, unpack_from
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, e820, image, layout
-from pyvmm.x86.boot_state import BootState
+from pyvmm.x86.cpu_state import BootState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

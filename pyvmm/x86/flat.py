@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, image, layout
-from pyvmm.x86.boot_state import BootState
+from pyvmm.x86.cpu_state import BootState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

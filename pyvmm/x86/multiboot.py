@@ -9,7 +9,7 @@ from struct import Struct, pack, pack_into
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import cpu_state, e820, image, layout
-from pyvmm.x86.boot_state import BootState
+from pyvmm.x86.cpu_state import BootState
 from pyvmm.x86.elf import Elf
 
 TYPE_CHECKING = False

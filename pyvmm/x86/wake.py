@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pyvmm.errors import BusError
 from pyvmm.x86 import cpu_state, layout
-from pyvmm.x86.boot_state import BootState
+from pyvmm.x86.cpu_state import BootState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
