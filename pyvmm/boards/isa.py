@@ -7,6 +7,7 @@ from pyvmm.x86 import e820, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.boards.isa_ports import Ports
     from pyvmm.devices.debug_exit import DebugExit
     from pyvmm.devices.debugcon import DebugCon
     from pyvmm.devices.testdev import TestDev
@@ -28,7 +29,17 @@ class IsaBoard(Board):
         if config.debug_exit not in (None, layout.PORT_DEBUG_EXIT):
             from pyvmm.boards.isa_ports import check_debug_exit
 
-            check_debug_exit(config)
+            check_debug_exit(config, cls.chipset_ports(), debugcon=cls.has_debugcon(config))
+
+    @classmethod
+    def chipset_ports(cls) -> tuple[Ports, ...]:
+        """(first, how many, whose) of the ports that only this kind of board has."""
+        return ()
+
+    @classmethod
+    def has_debugcon(cls, config: Spec) -> bool:
+        """Whether there is a debug console, also where nobody listens."""
+        return True
 
     def make_isa_devices(self) -> None:
         """COM1, ACPI's PM block, the reset register, fw_cfg, RTC, i8042, port 0x92, POST codes; and what is asked for.
@@ -97,7 +108,7 @@ class IsaBoard(Board):
         config = self.config
         self.port80 = self.add("port80", Port80())
         self.map_ports(layout.PORT_POST, 1, self.port80, "port80")
-        if self.has_debugcon:
+        if self.has_debugcon(config):
             self.debugcon = self.add("debugcon", DebugCon(self.chassis.consoles.open(config.debugcon, "debugcon")))
             self.chassis.closers.call(self.debugcon.flush)  # its last line may have no end
             self.map_ports(layout.PORT_DEBUG_CONSOLE, 1, self.debugcon, "debugcon")
@@ -106,11 +117,6 @@ class IsaBoard(Board):
             self.map_ports(config.debug_exit, 4, self.debug_exit, "isa-debug-exit")
         if config.testdev:
             self._make_testdev()
-
-    @property
-    def has_debugcon(self) -> bool:
-        """Whether there is a debug console, also where nobody listens."""
-        return True
 
     def _make_testdev(self) -> None:
         from pyvmm.devices.testdev import TestDev

@@ -11,7 +11,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pyvmm.spec import Spec
 
@@ -50,11 +50,11 @@ TESTDEV: tuple[Ports, ...] = ((layout.PORT_TESTDEV, 12, "pc-testdev"), (layout.P
 DEBUG_CONSOLE: tuple[Ports, ...] = ((layout.PORT_DEBUG_CONSOLE, 1, "the debug console"),)
 
 
-def ports_in_use(spec: Spec) -> Iterator[Ports]:
-    """Those of the board's own devices, but for isa-debug-exit's."""
+def ports_in_use(spec: Spec, chipset: Iterable[Ports], *, debugcon: bool) -> Iterator[Ports]:
+    """Those of a board's own devices, but for isa-debug-exit's: ``chipset`` are the ones that only such a board has."""
     yield from LEGACY
-    yield from PC if spec.machine == "pc" else MICROVM
-    if spec.machine == "microvm" or spec.debugcon is not None:
+    yield from chipset
+    if debugcon:
         yield from DEBUG_CONSOLE
     if spec.vga == "text":
         yield from VGA
@@ -62,12 +62,12 @@ def ports_in_use(spec: Spec) -> Iterator[Ports]:
         yield from TESTDEV
 
 
-def check_debug_exit(spec: Spec) -> None:
+def check_debug_exit(spec: Spec, chipset: Iterable[Ports], *, debugcon: bool) -> None:
     """ConfigError where isa-debug-exit is to be where another device is."""
     port = spec.debug_exit
     if port is None or port == layout.PORT_DEBUG_EXIT:
         return
-    for first, count, name in ports_in_use(spec):
+    for first, count, name in ports_in_use(spec, chipset, debugcon=debugcon):
         if first < port + DEBUG_EXIT_PORTS and port < first + count:
             raise ConfigError(
                 f"debug_exit={port:#x}: of its {DEBUG_EXIT_PORTS} ports {name} has {max(first, port):#x}: give another"

@@ -6,8 +6,18 @@ from __future__ import annotations
 from pyvmm.boards.isa import IsaBoard
 from pyvmm.x86 import layout
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boards.isa_ports import Ports
+
 
 class Microvm(IsaBoard):
+    @classmethod
+    def chipset_ports(cls) -> tuple[Ports, ...]:
+        from pyvmm.boards.isa_ports import MICROVM
+
+        return MICROVM
+
     def make_devices(self) -> None:
         self.make_isa_devices()
         self.map_ports(layout.PORT_PM, layout.PM_BYTES, self.pm, "acpi_pm")

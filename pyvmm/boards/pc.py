@@ -20,9 +20,11 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.ide_places import PlacedDrive
+    from pyvmm.boards.isa_ports import Ports
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.devices.ide.channel import IdeChannel
     from pyvmm.devices.ide.disk import IdeDisk
+    from pyvmm.spec import Spec
 
 # Where Debian's seabios package and QEMU's builds put it.
 FIRMWARE = ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin")
@@ -80,10 +82,16 @@ class Pc(IsaBoard):
 
     # -- devices -----------------------------------------------------------------------------------------------
 
-    @property
-    def has_debugcon(self) -> bool:
+    @classmethod
+    def chipset_ports(cls) -> tuple[Ports, ...]:
+        from pyvmm.boards.isa_ports import PC
+
+        return PC
+
+    @classmethod
+    def has_debugcon(cls, config: Spec) -> bool:
         """Only where somebody listens: SeaBIOS writes its log to one that answers, an exit a character."""
-        return self.config.debugcon not in (None, "none")
+        return config.debugcon not in (None, "none")
 
     def make_devices(self) -> None:
         from pyvmm.boards.pc_firmware import describe_to_firmware

@@ -8,6 +8,7 @@ import pytest
 
 import pyvmm
 from pyvmm import ConfigError, Machine, builder
+from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.isa_ports import ports_in_use
 
 
@@ -16,7 +17,10 @@ from pyvmm.boards.isa_ports import ports_in_use
 def test_they_are_those_of_the_devices(machine: str, options: dict[str, Any]) -> None:
     with Machine(accel="qtest", machine=machine, memory_mib=4, debug_exit=None, **options) as m:
         mapped = {port for r in m.pio.regions for port in range(r.base or 0, (r.base or 0) + r.size)}
-        listed = [port for first, count, _ in ports_in_use(m.config) for port in range(first, first + count)]
+        kind = type(m.board)
+        assert issubclass(kind, IsaBoard)
+        ports = ports_in_use(m.config, kind.chipset_ports(), debugcon=kind.has_debugcon(m.config))
+        listed = [port for first, count, _ in ports for port in range(first, first + count)]
     assert sorted(listed) == sorted(mapped)
 
 
