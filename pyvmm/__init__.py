@@ -17,7 +17,7 @@ The vocabulary:
     Device          a device model: read, write, reset at offsets of its region, under its lock
     m.pio, m.mmio   AddressSpace: map(base, size, device) makes a MemoryRegion; LatchRegion, SinkRegion, FifoRegion,
                     EventRegion and BufferRegion answer without Python
-    m.irq_line(n)   IrqLine: an interrupt
+    m.irq_line(n)   IrqLine: an interrupt;  m.irqchip  the other ways: MSIs, and eventfds that interrupt
     m.clock         Clock: guest time; clock.timer(callback) a Timer
     m.memory        GuestMemory: RAM, as views for DMA
     m.cpus          Cpu: registers, step(), breakpoints

@@ -102,6 +102,15 @@ def test_the_child_closes_and_goes_on(guest: Guest, state: str) -> None:
     finish(guest)
 
 
+def test_irqfds_are_given_back(guest: Guest) -> None:
+    irqfd = guest.machine.irqchip.irqfd(10, resample=True)
+    guest.start()
+    guest.device.wait_for(10)  # type: ignore[attr-defined]
+    assert in_child(lambda: close_and_look(guest)) == "[[], 0, 'closed']"
+    irqfd.signal()
+    finish(guest)
+
+
 def test_the_with_block_is_left(guest: Guest) -> None:
     guest.start()
     guest.device.wait_for(10)  # type: ignore[attr-defined]

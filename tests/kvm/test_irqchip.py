@@ -263,8 +263,12 @@ def test_closed_irqfds_interrupt_no_more(boot: Callable[..., Guest], irqchip: st
         os.close(copy)
 
 
-def test_irqfds_end_with_the_machine(boot: Callable[..., Guest]) -> None:
-    guest = boot("finish")
-    irqfd = guest.machine.irqchip.irqfd(10, resample=True)
+@both
+def test_irqfds_end_with_the_machine(boot: Callable[..., Guest], irqchip: str) -> None:
+    guest = boot("finish", irqchip=irqchip)
+    chip = guest.machine.irqchip
+    irqfds = [chip.irqfd(10, resample=True), chip.irqfd(11), chip.irqfd(chip.msi(MSI_ADDRESS, MSI_DATA))]
+    assert guest.run() == PASSED
     guest.close()
-    assert irqfd.fd == -1
+    assert [irqfd.fd for irqfd in irqfds] == [-1, -1, -1]
+    irqfds[0].close()
