@@ -18,17 +18,22 @@ Route = tuple[int, str, int, int]  # as Vm.set_gsi_routing takes it
 
 
 class GsiRoutes:
-    """``apply(routes)`` makes a whole table KVM's. ``limit()`` is how many routes that takes (KVM_CAP_IRQ_ROUTING).
+    """``apply(routes)`` makes a whole table KVM's, of ``limit`` routes at most (KVM_CAP_IRQ_ROUTING). ``pins`` are in
+    it already, and stay: ``owner``'s routes, whose GSIs lie below ``first_free``.
 
     The methods may be called from any thread. Where KVM refuses a table the one before is kept.
     """
 
-    def __init__(self, apply: Callable[[list[Route]], None], limit: Callable[[], int]) -> None:
+    def __init__(
+        self, apply: Callable[[list[Route]], None], limit: int, owner: str, pins: Iterable[Route], first_free: int
+    ) -> None:
         self._apply = apply
         self._limit = limit
         self._lock = Lock()
+        self._first_free = first_free
         self._table: dict[int, tuple[str, list[Route]]] = {}
-        self._first_free = 0
+        for route in pins:
+            self._table.setdefault(route[0], (owner, []))[1].append(route)
 
     @property
     def table(self) -> list[Route]:
@@ -38,15 +43,6 @@ class GsiRoutes:
     def owner(self, gsi: int) -> str | None:
         """Who has the number; None: nobody."""
         return self._table[gsi][0] if gsi in self._table else None
-
-    def set_pins(self, routes: Iterable[Route], owner: str, count: int) -> None:
-        """The pins' own routes, for good: their numbers lie below ``count``, and all others at or above it."""
-        with self._lock:
-            table: dict[int, tuple[str, list[Route]]] = {}
-            for route in routes:
-                table.setdefault(route[0], (owner, []))[1].append(route)
-            self._change(table)
-            self._first_free = count
 
     def add_msi(self, address: int, data: int, owner: str, gsi: int | None = None) -> int:
         """A route for an MSI: its GSI, the lowest that is free or the one that is asked for.
@@ -60,9 +56,9 @@ class GsiRoutes:
                     gsi += 1
             if gsi in self._table:
                 raise ConfigError(f"GSI {gsi} is {self._table[gsi][0]}'s: {owner} needs another one")
-            limit = self._limit()
-            if len(self.table) >= limit:
-                raise ConfigError(f"{owner} wants a GSI, and KVM takes {limit} routes at most: ask for fewer MSIs")
+            if len(self.table) >= self._limit:
+                most = f"KVM takes {self._limit} routes at most"
+                raise ConfigError(f"{owner} wants a GSI, and {most}: ask for fewer MSIs")
             self._change({**self._table, gsi: (owner, [(gsi, "msi", address, data)])})
             return gsi
 

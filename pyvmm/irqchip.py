@@ -4,17 +4,14 @@
     msi(address, data)    an Msi: a message, ``fire()``
     irqfd(gsi or msi)     an IrqFd: an eventfd, each write to which is one of the two
 
-KvmIrqchip has PIC pair, IOAPIC, local APICs and PIT in KVM; PythonIrqchip, for one processor or none, has them in
-devices/. Words: a GSI is an interrupt's number in the whole machine, a pin an input of one controller, a line the
-device's end; to drive one is ``set``.
+KvmIrqchip has PIC pair, IOAPIC, local APICs and PIT in KVM; PythonIrqchip (python_irqchip.py), for one processor or
+none, has them in devices/. Words: a GSI is an interrupt's number in the whole machine, a pin an input of one
+controller, a line the device's end; to drive one is ``set``.
 """
 
 from __future__ import annotations
 
-import os
-
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.gsi_routes import GsiRoutes
 from pyvmm.irq import IrqWire
 from pyvmm.kvm.vm import IOAPIC, PIC_MASTER, PIC_SLAVE
 from pyvmm.light import Lock
@@ -27,13 +24,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.address_space import AddressSpace
-    from pyvmm.clock import Clock
     from pyvmm.cpu_exec import CpuExec
     from pyvmm.device import Device
     from pyvmm.devices.irq_pins import ControllerPins
-    from pyvmm.event_loop import EventLoop
-    from pyvmm.gsi_routes import Route
+    from pyvmm.gsi_routes import GsiRoutes, Route
     from pyvmm.irq import IrqLine
+    from pyvmm.irqfd import IrqFd, Msi
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
 
@@ -119,6 +115,8 @@ class Irqchip:
 
         An address or a data that is no message is no error: it is sent, and reaches nobody.
         """
+        from pyvmm.irqfd import Msi
+
         return Msi(self, address, data, name)
 
     def irqfd(self, target: int | Msi, *, resample: bool = False, name: str = "a device") -> IrqFd:
@@ -129,6 +127,8 @@ class Irqchip:
         lowers it and signals ``resample_fd``, and whoever still wants the interrupt writes again. ConfigError where the
         GSI is taken.
         """
+        from pyvmm.irqfd import IrqFd, Msi
+
         if isinstance(target, Msi):
             if resample:
                 raise ConfigError("an irqfd of an MSI with resample: a message has no level, leave resample out")
@@ -167,12 +167,13 @@ class Irqchip:
 
     def _release(self, irqfd: IrqFd) -> None:
         irqfd.close_descriptors()
-        if isinstance(irqfd.target, Msi):
+        gsi = irqfd.target
+        if not isinstance(gsi, int):
             return
         if irqfd.resample:
-            self._users[irqfd.target].remove(irqfd.name)
+            self._users[gsi].remove(irqfd.name)
         else:
-            del self._edges[irqfd.target]
+            del self._edges[gsi]
 
     def _connect(self, irqfd: IrqFd) -> None:
         """Have the controllers listen to it; all of it or nothing."""
@@ -196,80 +197,6 @@ class Irqchip:
         for irqfd in self._fds:
             irqfd.abandon()
         self._fds.clear()
-
-
-class Msi:
-    """A message-signalled interrupt. ``change`` is for a guest that writes another address or data."""
-
-    __slots__ = ("_irqchip", "address", "data", "gsi", "name")
-
-    def __init__(self, irqchip: Irqchip, address: int, data: int, name: str) -> None:
-        self._irqchip = irqchip
-        self.address = address
-        self.data = data
-        self.name = name
-        self.gsi = -1
-        """Its number in KVM's table, while an irqfd sends it; else -1."""
-
-    def fire(self) -> bool:
-        """Send it. Whether a local APIC took it. From any thread."""
-        return self._irqchip.send(self.address, self.data)
-
-    def change(self, address: int, data: int) -> None:
-        """From now on it is this message, also where an irqfd sends it."""
-        self.address, self.data = address, data
-        self._irqchip.msi_changed(self)
-
-
-class IrqFd:
-    """An eventfd that interrupts, ``fd``; and, for a level, ``resample_fd``, which the guest's end of interrupt signals
-    (else -1). ``close`` gives both back; whoever got them has copies of his own.
-    """
-
-    def __init__(self, irqchip: Irqchip, target: int | Msi, resample: bool, name: str) -> None:
-        self._irqchip = irqchip
-        self.target = target
-        self.resample = resample
-        self.name = name
-        self._closing = Lock()
-        self.fd = -1
-        self.resample_fd = -1
-        self.line: IrqLine | None = None  # where the controllers are ours: what it drives
-
-    def open_descriptors(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        if self.resample:
-            self.resample_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def signal(self) -> None:
-        """What writing 1 to ``fd`` does."""
-        os.eventfd_write(self.fd, 1)
-
-    def take(self) -> bool:
-        """Whether it was signalled since the last look; where the controllers are ours."""
-        with self._closing:
-            try:
-                return self.fd >= 0 and os.eventfd_read(self.fd) > 0
-            except BlockingIOError:
-                return False
-
-    def close(self) -> None:
-        """It interrupts no more, and its GSI is free. A second call does nothing."""
-        self._irqchip.close_irqfd(self)
-
-    def close_descriptors(self) -> None:
-        with self._closing:  # the event loop may be about to look
-            self.abandon()
-
-    def abandon(self) -> None:
-        """In a child of fork, where a lock may be held by a thread that is not there."""
-        fds, self.fd, self.resample_fd = (self.fd, self.resample_fd), -1, -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
-
-
-# -- in KVM ------------------------------------------------------------------------------------------------------------
 
 
 def make_controllers(vm: Vm) -> None:
@@ -301,9 +228,23 @@ class KvmIrqchip(Irqchip):
         super().__init__()
         self._vm = vm
         self._loaded: dict[str, bytes] = {}
+        self._kvm = kvm
+        self._lock = Lock()
+        self._routes: GsiRoutes | None = None
         make_controllers(vm)
-        self.routes = GsiRoutes(vm.set_gsi_routing, lambda: kvm.check_extension("KVM_CAP_IRQ_ROUTING"))
-        self.routes.set_pins(pc_routes(), "KVM's IOAPIC and PIC", layout.IOAPIC_PINS)
+        vm.set_gsi_routing(pc_routes())
+
+    @property
+    def routes(self) -> GsiRoutes:
+        """KVM's table of them, made when somebody wants one beside those of the pins."""
+        with self._lock:
+            if self._routes is None:
+                from pyvmm.gsi_routes import GsiRoutes
+
+                limit = self._kvm.check_extension("KVM_CAP_IRQ_ROUTING")
+                pins = ("KVM's IOAPIC and PIC", pc_routes(), layout.IOAPIC_PINS)
+                self._routes = GsiRoutes(self._vm.set_gsi_routing, limit, *pins)
+            return self._routes
 
     def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
         # An access there never comes to us.
@@ -353,7 +294,7 @@ class KvmIrqchip(Irqchip):
 
     def _connect(self, irqfd: IrqFd) -> None:
         target = irqfd.target
-        if not isinstance(target, Msi):
+        if isinstance(target, int):
             self._vm.irqfd(irqfd.fd, target, resample_fd=irqfd.resample_fd)
             return
         if target.gsi >= 0:
@@ -367,8 +308,10 @@ class KvmIrqchip(Irqchip):
 
     def _disconnect(self, irqfd: IrqFd) -> None:
         target = irqfd.target
-        self._vm.irqfd(irqfd.fd, target.gsi if isinstance(target, Msi) else target, deassign=True)
-        if isinstance(target, Msi):
+        if isinstance(target, int):
+            self._vm.irqfd(irqfd.fd, target, deassign=True)
+        else:
+            self._vm.irqfd(irqfd.fd, target.gsi, deassign=True)
             self._unroute(target)
 
     def _unroute(self, msi: Msi) -> None:
@@ -378,91 +321,3 @@ class KvmIrqchip(Irqchip):
     def msi_changed(self, msi: Msi) -> None:
         if msi.gsi >= 0:
             self.routes.change_msi(msi.gsi, msi.address, msi.data)
-
-
-# -- ours --------------------------------------------------------------------------------------------------------------
-
-
-class PythonIrqchip(Irqchip):
-    """PIC pair, IOAPIC, the local APIC of one processor and the PIT, in Python; irqfds are the event loop's."""
-
-    def __init__(self, clock: Clock, event_loop: EventLoop) -> None:
-        from pyvmm.devices.i8254 import I8254
-        from pyvmm.devices.user_irqchip import UserIrqchip
-
-        super().__init__()
-        self._event_loop = event_loop
-        self._processor: CpuExec | None = None
-        self._chips = UserIrqchip(clock, self._interrupt)
-        self._pit = I8254(clock, self.line(layout.IRQ_TIMER, "pit"))
-        self._resampled: dict[int, list[IrqFd]] = {}
-
-    @property
-    def devices(self) -> Mapping[str, Device]:
-        chips = self._chips
-        return {"pic": chips.pic, "ioapic": chips.ioapic, "lapic": chips.lapic, "pit": self._pit}
-
-    @property
-    def controllers(self) -> Mapping[str, ControllerPins]:
-        return self._chips.controllers
-
-    def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
-        chips, pit = self._chips, self._pit
-        pio.map(layout.PORT_PIC_MASTER, 2, chips.pic.master, name="pic.master")
-        pio.map(layout.PORT_PIC_SLAVE, 2, chips.pic.slave, name="pic.slave")
-        pio.map(layout.PORT_PIC_ELCR, 2, chips.pic.elcr, name="pic.elcr")
-        mmio.map(layout.IOAPIC, layout.IOAPIC_BYTES, chips.ioapic, name="ioapic")
-        mmio.map(layout.LAPIC, layout.LAPIC_BYTES, chips.lapic, name="lapic")
-        pio.map(layout.PORT_PIT, 4, pit, name="pit")
-        pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
-
-    def attach(self, loop: CpuExec) -> None:
-        loop.acknowledge = self._chips.acknowledge
-        loop.on_tpr = self._chips.lapic.look_at_cpu
-        self._chips.lapic.cpu = loop
-        self._processor = loop
-
-    def _interrupt(self, level: int) -> None:
-        if self._processor is not None:
-            self._processor.interrupt(level)
-
-    def send(self, address: int, data: int) -> bool:
-        return self._chips.message(address, data)
-
-    def _sink(self, gsi: int) -> Callable[[int], object]:
-        return lambda level: self._chips.set(gsi, level)
-
-    def _connect(self, irqfd: IrqFd) -> None:
-        target = irqfd.target
-        if isinstance(target, Msi):
-            interrupt: Callable[[], object] = target.fire
-        elif irqfd.resample:
-            irqfd.line = line = self._wires[target].line()
-            interrupt = line.raise_
-        else:
-            interrupt = self._wires[target].line().pulse
-        def on_signal() -> None:
-            if irqfd.take():
-                interrupt()
-
-        self._event_loop.add_reader(irqfd.fd, on_signal)
-        if not isinstance(target, Msi) and irqfd.resample:
-            self._resampled[target] = [*self._resampled.get(target, ()), irqfd]
-            self._chips.watch_end(target, lambda: self._resample(target))
-
-    def _resample(self, gsi: int) -> None:
-        """The guest has ended the interrupt: the irqfds' level goes down, and whoever still wants it writes again."""
-        for irqfd in self._resampled.get(gsi, ()):
-            if irqfd.line is not None and irqfd.resample_fd >= 0:
-                irqfd.line.lower()
-                os.eventfd_write(irqfd.resample_fd, 1)
-
-    def _disconnect(self, irqfd: IrqFd) -> None:
-        self._event_loop.remove_reader(irqfd.fd)
-        if irqfd.line is not None and not isinstance(irqfd.target, Msi):
-            gsi = irqfd.target
-            left = [each for each in self._resampled[gsi] if each is not irqfd]
-            self._resampled[gsi] = left
-            if not left:
-                self._chips.watch_end(gsi, None)
-            irqfd.line.lower()

@@ -10,7 +10,7 @@ from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.irqchip import KvmIrqchip, PythonIrqchip, make_controllers
+from pyvmm.irqchip import KvmIrqchip, make_controllers
 from pyvmm.kvm.system import CAPABILITIES, Kvm
 from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.kvm_clock import KvmClock
@@ -101,7 +101,7 @@ class NoCpuPlatform(Platform):
 
     def __init__(self, chassis: Chassis) -> None:
         super().__init__()
-        self.irqchip = chassis.closers.add(PythonIrqchip(chassis.clock, chassis.loop))
+        self.irqchip = python_irqchip(chassis)
 
     @staticmethod
     def clock(loop: EventLoop) -> Clock:
@@ -145,7 +145,7 @@ class KvmPlatform(Platform):
         if config.irqchip == "kernel":
             self.irqchip = closers.add(KvmIrqchip(self._kvm, self._vm))
         else:
-            self.irqchip = closers.add(PythonIrqchip(chassis.clock, chassis.loop))
+            self.irqchip = python_irqchip(chassis)
 
     @property
     def kvm(self) -> Kvm:
@@ -301,6 +301,13 @@ class KvmPlatform(Platform):
         page = self._kvm.check_extension("KVM_CAP_COALESCED_MMIO")
         for cpu in self.cpus:
             cpu.exec.coalesced_ring(page, self._ring_lock)
+
+
+def python_irqchip(chassis: Chassis) -> Irqchip:
+    """Of machines without KVM's interrupt controllers."""
+    from pyvmm.python_irqchip import PythonIrqchip
+
+    return chassis.closers.add(PythonIrqchip(chassis.clock, chassis.loop))
 
 
 def check_limits(kvm: Kvm, cpus: int) -> None:

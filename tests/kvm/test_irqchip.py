@@ -10,7 +10,8 @@ import pytest
 from guests import PASSED, PORT, TIMEOUT_S, Guest, Recorder
 
 from pyvmm import KvmError
-from pyvmm.irqchip import IrqFd, KvmIrqchip
+from pyvmm.irqchip import KvmIrqchip
+from pyvmm.irqfd import IrqFd
 
 both = pytest.mark.parametrize("irqchip", ["kernel", "off"])
 

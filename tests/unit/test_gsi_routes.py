@@ -18,8 +18,7 @@ class Kvm:
     def __init__(self, limit: int = 10) -> None:
         self.tables: list[list[Route]] = []
         self.refuses = False
-        self.routes = GsiRoutes(self.apply, lambda: limit)
-        self.routes.set_pins(PINS, "the pins", 6)
+        self.routes = GsiRoutes(self.apply, limit, "the pins", PINS, 6)
 
     def apply(self, table: list[Route]) -> None:
         if self.refuses:
@@ -29,14 +28,13 @@ class Kvm:
 
 def test_the_whole_table_goes_each_time() -> None:
     kvm = Kvm()
-    assert kvm.tables == [PINS]
     gsi = kvm.routes.add_msi(0xFEE0_0000, 0x41, "net")
     assert gsi == 6
-    assert kvm.tables[1:] == [[*PINS, (6, "msi", 0xFEE0_0000, 0x41)]]
+    assert kvm.tables == [[*PINS, (6, "msi", 0xFEE0_0000, 0x41)]]
     kvm.routes.change_msi(gsi, 0xFEE0_1000, 0x42)
-    assert kvm.tables[2:] == [[*PINS, (6, "msi", 0xFEE0_1000, 0x42)]]
+    assert kvm.tables[1:] == [[*PINS, (6, "msi", 0xFEE0_1000, 0x42)]]
     kvm.routes.remove(gsi)
-    assert kvm.tables[3:] == [PINS]
+    assert kvm.tables[2:] == [PINS]
 
 
 def test_the_lowest_free_number_is_given() -> None:

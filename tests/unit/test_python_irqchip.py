@@ -12,7 +12,8 @@ from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import ConfigError
 from pyvmm.event_loop import EventLoop
-from pyvmm.irqchip import IrqFd, PythonIrqchip
+from pyvmm.irqfd import IrqFd
+from pyvmm.python_irqchip import PythonIrqchip
 
 IOAPIC, LAPIC = 0xFEC0_0000, 0xFEE0_0000
 TPR, EOI, LDR, SVR, IRR, LINT0 = 0x80, 0xB0, 0xD0, 0xF0, 0x200, 0x350
