@@ -28,7 +28,7 @@ BUILDING = (
     "pyvmm.boards.gathered_writes",
     "pyvmm.boards.geometry",
     "pyvmm.boards.ide_places",
-    "pyvmm.boards.isa_ports",
+    "pyvmm.boards.isa_checks",
     "pyvmm.boards.microvm",
     "pyvmm.boards.pc",
     "pyvmm.boards.pc_firmware",

@@ -7,7 +7,7 @@ from pyvmm.x86 import e820, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boards.isa_ports import Ports
+    from pyvmm.boards.isa_checks import Ports
     from pyvmm.devices.debug_exit import DebugExit
     from pyvmm.devices.debugcon import DebugCon
     from pyvmm.devices.testdev import TestDev
@@ -26,14 +26,20 @@ class IsaBoard(Board):
 
     @classmethod
     def check(cls, config: Spec) -> None:
-        if config.debug_exit not in (None, layout.PORT_DEBUG_EXIT):
-            from pyvmm.boards.isa_ports import check_debug_exit
+        if config.fw_cfg or config.debug_exit not in (None, layout.PORT_DEBUG_EXIT):
+            from pyvmm.boards.isa_checks import check_debug_exit, check_files
 
             check_debug_exit(config, cls.chipset_ports(), debugcon=cls.has_debugcon(config))
+            check_files(config, cls.firmware_files())
 
     @classmethod
     def chipset_ports(cls) -> tuple[Ports, ...]:
         """(first, how many, whose) of the ports that only this kind of board has."""
+        return ()
+
+    @classmethod
+    def firmware_files(cls) -> tuple[str, ...]:
+        """The names of fw_cfg files that only this kind of board makes."""
         return ()
 
     @classmethod

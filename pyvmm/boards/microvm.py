@@ -8,13 +8,13 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boards.isa_ports import Ports
+    from pyvmm.boards.isa_checks import Ports
 
 
 class Microvm(IsaBoard):
     @classmethod
     def chipset_ports(cls) -> tuple[Ports, ...]:
-        from pyvmm.boards.isa_ports import MICROVM
+        from pyvmm.boards.isa_checks import MICROVM
 
         return MICROVM
 

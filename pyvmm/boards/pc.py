@@ -20,7 +20,7 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.ide_places import PlacedDrive
-    from pyvmm.boards.isa_ports import Ports
+    from pyvmm.boards.isa_checks import Ports
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.devices.ide.channel import IdeChannel
     from pyvmm.devices.ide.disk import IdeDisk
@@ -84,9 +84,15 @@ class Pc(IsaBoard):
 
     @classmethod
     def chipset_ports(cls) -> tuple[Ports, ...]:
-        from pyvmm.boards.isa_ports import PC
+        from pyvmm.boards.isa_checks import PC
 
         return PC
+
+    @classmethod
+    def firmware_files(cls) -> tuple[str, ...]:
+        from pyvmm.boards.isa_checks import PC_FILES
+
+        return PC_FILES
 
     @classmethod
     def has_debugcon(cls, config: Spec) -> bool:

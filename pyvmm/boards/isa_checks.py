@@ -1,13 +1,11 @@
-"""The ports at which the devices of both boards are, by what is asked for: known before any of them is made.
-
-An option that gives a port (isa-debug-exit's) is compared with them before anything is opened. That the boards put
-their devices there and nowhere else is tested.
+"""What both boards have, ports and fw_cfg files, known before any device is made: an option that wants one of them is
+refused before anything is opened. That the boards have just these is tested.
 """
 
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.x86 import layout
+from pyvmm.x86 import firmware_files, layout, smbios, table_loader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +16,9 @@ if TYPE_CHECKING:
     Ports = tuple[int, int, str]  # the first, how many, whose
 
 DEBUG_EXIT_PORTS = 4
+E820_FILE = "etc/e820"
+
+# -- ports -------------------------------------------------------------------------------------------------------------
 
 LEGACY: tuple[Ports, ...] = (
     (layout.PORT_PIC_MASTER, 2, "the PIC"),
@@ -73,3 +74,30 @@ def check_debug_exit(spec: Spec, chipset: Iterable[Ports], *, debugcon: bool) ->
                 f"debug_exit={port:#x}: of its {DEBUG_EXIT_PORTS} ports {name} has {max(first, port):#x}: give another"
                 " port, or None"
             )
+
+
+# -- fw_cfg files ------------------------------------------------------------------------------------------------------
+
+
+PC_FILES = (
+    firmware_files.FAIL_WAIT_FILE,
+    firmware_files.SYSTEM_STATES_FILE,
+    firmware_files.SERIAL_CONSOLE_FILE,
+    table_loader.SCRIPT_FILE,
+    table_loader.TABLES_FILE,
+    table_loader.RSDP_FILE,
+    smbios.ANCHOR_FILE,
+    smbios.TABLES_FILE,
+)
+
+
+def files_in_use(firmware: Iterable[str]) -> list[str]:
+    """The names of fw_cfg files that a board always has: ``firmware`` are those that only such a board makes."""
+    return [E820_FILE, *firmware]
+
+
+def check_files(spec: Spec, firmware: Iterable[str]) -> None:
+    """ConfigError where a file of the embedder's has the name of one that the board makes."""
+    for name in files_in_use(firmware):
+        if name in spec.fw_cfg:
+            raise ConfigError(f"fw_cfg file {name!r}: the board makes it itself, leave it out")
