@@ -87,7 +87,7 @@ def main() -> int:
 
     builtins.__import__ = importing
     watch.enter("command")
-    from pyvmm import cli, machine
+    from pyvmm import cli, machine, run_control
     from pyvmm.cli import run  # noqa: F401
 
     for module, path, step in STEPS:
@@ -96,7 +96,7 @@ def main() -> int:
         for part in outer:
             owner = getattr(owner, part)
         setattr(owner, name, watch.timed(step, getattr(owner, name)))
-    resume, wait = machine.Machine.resume, machine.Machine.wait
+    resume, wait = machine.Machine.resume, run_control.RunControl.wait
 
     def resumed(self: "Any") -> None:
         stamps["resumed"] = monotonic_ns()
@@ -110,7 +110,7 @@ def main() -> int:
             watch.leave()
             stamps["stopped"] = monotonic_ns()
 
-    machine.Machine.resume, machine.Machine.wait = resumed, waited  # type: ignore
+    machine.Machine.resume, run_control.RunControl.wait = resumed, waited  # type: ignore
     try:
         return cli.main(sys.argv[2:])
     finally:
