@@ -166,7 +166,8 @@ cdef class CpuExec(ViewUser):
     def __cinit__(self, *args, **kwargs):
         self.wake_fd = -1
 
-    def __init__(self, Vcpu vcpu, AddressSpace pio not None, AddressSpace mmio not None, *, page=None, bint user_irqchip=False):
+    def __init__(self, Vcpu vcpu, AddressSpace pio not None, AddressSpace mmio not None, *, page=None, bint
+    user_irqchip=False):
         self.vcpu = vcpu
         self.pio = pio
         self.mmio = mmio
@@ -343,7 +344,8 @@ cdef class CpuExec(ViewUser):
                     self.kvm_run.request_interrupt_window = 1
                 else:
                     self.kvm_run.request_interrupt_window = 0
-            # Closes its row: an exit that ends in the ring's drain, before it has one of its own, counts nowhere twice.
+            # The last exit is charged to its row, and the row is closed: where the ring's drain ends the next exit
+            # before that has a row of its own, nothing is charged twice.
             self._account()
             rc = ioctl(self.fd, uapi.KVM_RUN, 0)
             self.left_kvm = rdtsc()
@@ -391,7 +393,8 @@ cdef class CpuExec(ViewUser):
             # The window's work is done at the top of the loop: the guest can take the interrupt now.
             return LOOP_GO_ON
         if reason == uapi.KVM_EXIT_SET_TPR or reason == uapi.KVM_EXIT_TPR_ACCESS:
-            # The new priority is in kvm_run.cr8, and KVM keeps it; accesses are reported for patching, which we don't do.
+            # The new priority is in kvm_run.cr8, and KVM keeps it; accesses are reported for patching, which we don't
+            # do.
             return LOOP_GO_ON if self.on_tpr is None else LOOP_EXIT
         return LOOP_EXIT
 
@@ -487,7 +490,7 @@ cdef class CpuExec(ViewUser):
     # -- exits answered with the GIL ---------------------------------------------------------------------------------
 
     cdef void _account(self) noexcept nogil:
-        """Close the books on the exit under way: the loop is being left, or the vCPU goes to sleep."""
+        """Charge the exit under way to its row: the guest is entered, the loop is left, or the vCPU goes to sleep."""
         if self.stat != NULL:
             exit_stat_add(self.stat, rdtsc() - self.left_kvm)
             self.stat = NULL
@@ -532,13 +535,15 @@ cdef class CpuExec(ViewUser):
         vector = self.acknowledge()
         if vector is not None and vector >= 0:
             self.vcpu.interrupt(vector)
-            # KVM holds one: a second before the next entry would take its place. For that the window is asked for.
+            # KVM holds one interrupt, and a second one before the next entry would take its place: so the window is
+            # asked for first.
             self.kvm_run.ready_for_interrupt_injection = 0
 
     cdef object _exit_hlt(self):
         """KVM_EXIT_HLT (irqchip off): ``run`` sleeps before it enters the guest again."""
         if self.on_tpr is not None:
-            # A priority that was raised came without an exit: an interrupt that it holds back must not end the sleep.
+            # The guest may have raised its task priority without an exit. It is looked at now, or an interrupt that it
+            # holds back would end the sleep.
             self.on_tpr()
         self.halted = self.user_irqchip
 
