@@ -12,42 +12,42 @@ if TYPE_CHECKING:
         def abandon(self) -> object: ...
 
     Made = TypeVar("Made", bound=Closable)
+    Step = Callable[[], object]
 
 
 class Closers:
     """A list of steps; each is added when its thing has been made."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[Callable[[], object], Callable[[], object] | None]] = []
+        self._steps: list[tuple[Step, Step | None]] = []
 
     def add(self, made: Made) -> Made:
         """Close ``made`` at the end, or ``abandon`` it in a child of fork. Returns it."""
         self.call(made.close, made.abandon)
         return made
 
-    def call(self, close: Callable[[], object], abandon: Callable[[], object] | None = None) -> None:
+    def call(self, close: Step, abandon: Step | None = None) -> None:
         """A step by its functions; without ``abandon`` there is nothing to do in a child of fork."""
         self._steps.append((close, abandon))
 
     def close(self) -> None:
-        """Run every step, the last one first. What the first one to fail raised comes out when all are done."""
-        self._run([close for close, _ in self._taken()])
+        """Run every step, the last one first. What the first one to fail raised comes out when all are done. Where an
+        interrupt comes through (KeyboardInterrupt), the next call goes on with the steps that are left.
+        """
+        self._run(lambda close, _abandon: close())
 
     def abandon(self) -> None:
         """In a child of fork: give its copies of descriptors and mappings back, and touch nothing that the parent has
         too. No lock is taken: at the moment of the fork it may have been held by a thread that only the parent has.
         """
-        self._run([abandon for _, abandon in self._taken() if abandon is not None])
+        self._run(lambda _close, abandon: abandon and abandon())
 
-    def _taken(self) -> list[tuple[Callable[[], object], Callable[[], object] | None]]:
-        steps, self._steps = self._steps[::-1], []
-        return steps
-
-    def _run(self, steps: list[Callable[[], object]]) -> None:
+    def _run(self, end: Callable[[Step, Step | None], object]) -> None:
         first: Exception | None = None
-        for step in steps:
+        while self._steps:
+            close, abandon = self._steps.pop()
             try:
-                step()
+                end(close, abandon)
             except Exception as error:
                 first = first or error
         if first is not None:

@@ -62,8 +62,9 @@ class Machine:
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
     vCPUs, ``irqchip`` its interrupt controllers, ``devices`` the board's devices by name, ``backends`` its drives by
     name, ``clock`` guest time. ``consoles`` are the host's ends of "serial" and "debugcon":
-    ``m.consoles["serial"].feed(b"root\\n")`` types. Raises ConfigError for what is asked wrongly and KvmError for what
-    the host refuses.
+    ``m.consoles["serial"].feed(b"root\\n")`` types. ``events`` tells what happens to it. ``board``, a kind of Board,
+    takes the place of the one that the option ``machine`` names. Raises ConfigError for what is asked wrongly and
+    KvmError for what the host refuses.
 
     Close it, best by ``with``. One that is dropped without is freed when nothing refers to it and its guest does not
     run, with a ResourceWarning. In a child of ``os.fork`` close() gives back the child's descriptors and mappings, and
