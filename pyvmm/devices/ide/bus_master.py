@@ -57,7 +57,7 @@ TABLE_BOUNDARY_BYTES = 0x10000  # a table lies inside one such block; what goes 
 class BusMaster(Device):
     """``transfer`` is the drive's DMA command, from its first moment; it begins when the guest sets the start bit."""
 
-    __slots__ = ("_enabled", "_memory", "_running", "command", "prd_table", "status", "transfer")
+    __slots__ = ("_enabled", "_memory", "_reaches", "_running", "command", "prd_table", "status", "transfer")
 
     def __init__(self, lock: DeviceLock, memory: GuestMemory) -> None:
         """``lock`` is the channel's: each calls the other."""
@@ -69,6 +69,7 @@ class BusMaster(Device):
         self.prd_table = 0
         self.transfer: Transfer | None = None
         self._running = False  # the transfer has begun
+        self._reaches = True  # and it reaches memory: the function was bus master when it began
 
     @property
     def enabled(self) -> bool:
@@ -136,6 +137,7 @@ class BusMaster(Device):
             return
         if self._enabled or (by_start_bit and transfer.to_memory):
             self._running = True
+            self._reaches = self._enabled
             transfer.begin()
 
     def detach(self, transfer: Transfer) -> None:
@@ -155,7 +157,7 @@ class BusMaster(Device):
         ``write``: the memory is going to be written. None, and no longer active, where the table is too short, or where
         it or what it describes is not all in RAM.
         """
-        if not self._enabled:
+        if not self._reaches:
             return self._nowhere(size)
         view = self._memory.view
         try:
@@ -213,7 +215,14 @@ class BusMaster(Device):
         self.prd_table = 0
 
     # Whether it is enabled the PCI function says too: the same.
-    STATE = {"command": 8, "status": 7, "prd_table": 32, "_enabled": "flag", "_running": "flag"}
+    STATE = {
+        "command": 8,
+        "status": 7,
+        "prd_table": 32,
+        "_enabled": "flag",
+        "_running": "flag",
+        "_reaches": "flag",
+    }
 
     def go_on(self, transfer: Transfer) -> None:
         """After a load: ``transfer`` is the one that was attached, and had begun or not."""

@@ -68,8 +68,8 @@ class PioTransfer(Activity):
         self._lba = lba
         self._left = count
         self._block = block
-        self._error = 0
-        self._chunk = self._next = 0
+        self._error = self._error_lba = self._error_left = 0
+        self._chunk = self._begin = self._next = 0
         if lba + count > disk.sectors:
             good = max(0, disk.sectors - lba)
             self._left = good - good % block
@@ -121,12 +121,16 @@ class PioTransfer(Activity):
 
     @property
     def _content(self) -> bytes:
-        """What is in the buffer."""
-        return bytes(self._memory[: self._chunk * SECTOR_BYTES])
+        """What is in the buffer and counts."""
+        return bytes(self._memory[: self._content_bytes(self._moved)])
 
     @_content.setter
     def _content(self, content: bytes) -> None:
         self._memory[: len(content)] = content
+
+    def _content_bytes(self, moved: int) -> int:
+        """How much that is, with so many bytes of the open window through."""
+        raise NotImplementedError
 
     def _window(self) -> tuple[int, int]:
         """Where in the buffer the rest of the open window begins, and its length, in bytes."""
@@ -136,7 +140,7 @@ class PioTransfer(Activity):
     def load(self, state: dict[str, Any]) -> None:
         self._take_buffer()
         super().load(state)
-        if len(state["content"]) != len(self._content):
+        if len(state["content"]) != self._content_bytes(self._skipped):
             raise StateError(f"{self.KIND}: content is {len(state['content'])} bytes, of {self._chunk} sectors")
 
     def wrong(self) -> str:
@@ -237,13 +241,8 @@ class PioReader(PioTransfer):
 
     KIND = "pio-in"
 
-    @property
-    def _content(self) -> bytes:
-        return b"" if self._waiting else bytes(self._memory[: self._chunk * SECTOR_BYTES])
-
-    @_content.setter
-    def _content(self, content: bytes) -> None:
-        self._memory[: len(content)] = content
+    def _content_bytes(self, moved: int) -> int:
+        return 0 if self._waiting else self._chunk * SECTOR_BYTES
 
     def wrong(self) -> str:
         return "left is 0, and there is no more to wait for" if self._waiting and not self._left else super().wrong()
@@ -364,6 +363,9 @@ class PioWriter(PioTransfer):
 
     KIND = "pio-out"
     STATE = {**PioTransfer.STATE, "_flush": "flag"}
+
+    def _content_bytes(self, moved: int) -> int:
+        return self._chunk * SECTOR_BYTES if self._waiting else self._begin * SECTOR_BYTES + moved
 
     def wrong(self) -> str:
         return "chunk is more than left" if self._chunk > self._left else super().wrong()
