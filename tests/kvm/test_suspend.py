@@ -233,6 +233,24 @@ def test_a_pause_in_the_middle_of_the_sleep(machines: list[pyvmm.Machine]) -> No
     assert sleeper.machine.run(TIMEOUT_S) == PASSED
 
 
+def test_a_sleep_goes_on_in_another_machine(machines: list[pyvmm.Machine]) -> None:
+    """Saved while it sleeps, and its alarm is to come; awake it finds what it had left."""
+    sleeper, other = Sleeper(machines), Sleeper(machines)
+    sleeper.machine.resume()
+    sleeper.until(RunState.SUSPENDED)
+    sleeper.machine.pause()
+    state = sleeper.machine.save_state()
+    sleeper.machine.close()
+    other.machine.load_state(state)
+    assert other.machine.state is RunState.PAUSED
+    other.machine.resume()
+    assert other.machine.wait(TIMEOUT_S)
+    assert other.machine.control.status == PASSED
+    assert other.seen(12, 2) & (WAK | RTC) == WAK | RTC
+    assert other.seen(16, 4) != 0x1234567  # the processor had no power
+    assert other.machine.memory.read(0x500000, 4) == bytes.fromhex("0d600d60")
+
+
 def test_run_s_time_limit_holds_for_a_suspended_guest(machines: list[pyvmm.Machine]) -> None:
     sleeper = Sleeper(machines, arm="")
     with pytest.raises(TimeoutError):

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from pyvmm.errors import KvmError
+from pyvmm.errors import KvmError, StateError
 from pyvmm.kvm_clock import MSR_TSC, MSR_TSC_DEADLINE, KvmClock
 
 MASK = (1 << 64) - 1
@@ -42,6 +42,18 @@ class FakeVcpu:
         self.deadline = 0
         self.armed_for = 0  # in host time
         self.told = 0
+        self.scales = True
+        self._tsc_khz = 1_000_000
+
+    @property
+    def tsc_khz(self) -> int:
+        return self._tsc_khz
+
+    @tsc_khz.setter
+    def tsc_khz(self, khz: int) -> None:
+        if not self.scales:
+            raise KvmError("KVM_SET_TSC_KHZ", 22)
+        self._tsc_khz = khz
 
     @property
     def tsc_offset(self) -> int:
@@ -155,3 +167,38 @@ def test_a_reset_forgets_deadlines() -> None:
     bench.clock.forget_timers()
     bench.clock.start()
     assert bench.vcpus[0].armed_for == 0
+
+
+def test_another_host_goes_on_from_a_saved_clock() -> None:
+    """Its TSC may be ahead or far behind, as after a boot: the guest's counts on, and its vCPUs keep their distance."""
+    for later in (40_000_000_000, -900_000):
+        one, other = Bench(offset=5000), Bench()
+        one.vcpus[1].offset += 77
+        one.vcpus[1].deadline = 3_000_000
+        one.clock.stop()
+        state = one.clock.save()
+        assert one.clock.save() == state
+        saved = [vcpu.get_msrs([MSR_TSC])[MSR_TSC] for vcpu in one.vcpus]
+        clock_ns = one.vm.get_clock()["clock"]
+        other.host.now += later
+        other.clock.load(state)
+        assert [vcpu.offset for vcpu in other.vcpus] == [0, 0]
+        other.clock.after_load()
+        assert other.clock.save() == state
+        other.host.now += 123_456
+        other.clock.start()
+        assert [vcpu.get_msrs([MSR_TSC])[MSR_TSC] for vcpu in other.vcpus] == saved
+        assert other.vm.get_clock()["clock"] == clock_ns
+        assert other.vcpus[1].deadline == 3_000_000
+
+
+def test_a_tsc_of_another_frequency_is_scaled_or_refused() -> None:
+    state = {**Bench().clock.save(), "tsc_khz": 2_000_000}
+    other = Bench()
+    other.clock.load(state)
+    other.clock.after_load()
+    assert [vcpu.tsc_khz for vcpu in other.vcpus] == [2_000_000] * 2
+    other.clock.load({**state, "tsc_khz": 3_000_000})
+    other.vcpus[0].scales = False
+    with pytest.raises(StateError, match="the guest's TSC counts 3000000 kHz, this host's 2000000, and its KVM can't"):
+        other.clock.after_load()
