@@ -44,6 +44,7 @@ class Consoles:
         self._on_gone = on_gone
         self._keys = keys
         self._flushes: list[Callable[[], object]] = []
+        self._last_flushes: list[Callable[[], object]] = []
         self.by_name: dict[str, Chardev] = {}
         self.made: list[Chardev] = []
         """Those that were made here; the embedder's own are the embedder's to close."""
@@ -130,13 +131,15 @@ class Consoles:
 
     # -- what the guest has said -------------------------------------------------------------------------------
 
-    def add_flush(self, flush: Callable[[], object]) -> None:
-        """A device that keeps characters back for a while hands them on when ``flush()`` is called."""
-        self._flushes.append(flush)
+    def add_flush(self, flush: Callable[[], object], *, in_a_pause: bool = True) -> None:
+        """A device that keeps characters back for a while hands them on when ``flush()`` is called; one that keeps them
+        longer than a pause takes, only before it is saved.
+        """
+        (self._flushes if in_a_pause else self._last_flushes).append(flush)
 
-    def flush(self) -> None:
-        """What the guest has said is out when this returns."""
+    def flush(self, *, saved: bool = False) -> None:
+        """What the guest has said is out when this returns; all of it where the machine is being ``saved``."""
         if self.screen is not None:
             self.screen.refresh()
-        for flush in self._flushes:
+        for flush in (*self._flushes, *(self._last_flushes if saved else ())):
             flush()

@@ -90,6 +90,8 @@ class MachineState:
             if control.state not in RESUMABLE:
                 raise StateError(f"save_state() of a machine in state {control.state}: pause() it first")
             self._chassis.drives.drain()
+            # Or this machine would say the beginning of a line as it is closed, and the other one once more.
+            self._chassis.consoles.flush(saved=True)
             outcome.append(
                 {
                     "format": FORMAT,

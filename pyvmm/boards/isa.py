@@ -116,7 +116,9 @@ class IsaBoard(Board):
         self.map_ports(layout.PORT_POST, 1, self.port80, "port80")
         if self.has_debugcon(config):
             self.debugcon = self.add("debugcon", DebugCon(self.chassis.consoles.open(config.debugcon, "debugcon")))
-            self.chassis.closers.call(self.debugcon.flush)  # its last line may have no end
+            # A line that has no end yet is nobody's hurry: the last one comes out when the machine is closed.
+            self.chassis.closers.call(self.debugcon.flush)
+            self.chassis.consoles.add_flush(self.debugcon.flush, in_a_pause=False)
             self.map_ports(layout.PORT_DEBUG_CONSOLE, 1, self.debugcon, "debugcon")
         if config.debug_exit is not None:
             self.debug_exit = self.add("debug_exit", DebugExit(self.chassis.power.debug_exit))

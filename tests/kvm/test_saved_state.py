@@ -220,3 +220,34 @@ def test_a_guest_that_moves_sectors_at_random_moments(tmp_path: Path) -> None:
         if lives >= MOMENTS:
             return
     pytest.fail(f"{lives} lives only")
+
+
+SAYS_A_LINE = """
+        mov     $0x402, %edx
+        mov     $'a', %al
+        outb    %al, %dx
+    1:  cmpb    $0, go
+        je      1b
+        mov     $'b', %al
+        outb    %al, %dx
+        mov     $'\\n', %al
+        outb    %al, %dx
+        finish
+    go: .byte   0
+"""
+
+
+def test_a_line_of_the_debug_console_is_said_once() -> None:
+    said: list[bytes] = []
+    with Guest(SAYS_A_LINE, debugcon=said.append) as one:
+        debugcon = one.machine.devices["debugcon"]
+        one.start()
+        while not debugcon.save()["line"]:
+            pass
+        one.machine.pause()
+        state = one.machine.save_state()
+    with Guest(SAYS_A_LINE, debugcon=said.append) as other:
+        other.machine.load_state(state)
+        other.machine.memory.write(other.program.symbols["go"], b"\1")
+        assert other.run() == PASSED
+    assert said == [b"a", b"b\n"]
