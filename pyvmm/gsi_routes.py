@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Route = tuple[int, str, int, int]  # as Vm.set_gsi_routing takes it
+Message = tuple[int, int]  # address and data
 
 
 class GsiRoutes:
@@ -34,6 +35,7 @@ class GsiRoutes:
         self._table: dict[int, tuple[str, list[Route]]] = {}
         for route in pins:
             self._table.setdefault(route[0], (owner, []))[1].append(route)
+        self._more_routes = len(self.table) - len(self._table)  # a pin of the IOAPIC may be one of the PIC's too
 
     @property
     def table(self) -> list[Route]:
@@ -44,8 +46,9 @@ class GsiRoutes:
         """Who has the number; None: nobody."""
         return self._table[gsi][0] if gsi in self._table else None
 
-    def add_msi(self, address: int, data: int, owner: str, gsi: int | None = None) -> int:
-        """A route for an MSI: its GSI, the lowest that is free or the one that is asked for.
+    def add_msi(self, message: Message | None, owner: str, gsi: int | None = None) -> int:
+        """A GSI for an MSI: the lowest that is free, or the one that is asked for. ``message`` is its address and data;
+        None: it leads nowhere.
 
         ConfigError where that one is taken, or all are.
         """
@@ -56,17 +59,17 @@ class GsiRoutes:
                     gsi += 1
             if gsi in self._table:
                 raise ConfigError(f"GSI {gsi} is {self._table[gsi][0]}'s: {owner} needs another one")
-            if len(self.table) >= self._limit:
+            if len(self._table) + self._more_routes >= self._limit:
                 most = f"KVM takes {self._limit} routes at most"
                 raise ConfigError(f"{owner} wants a GSI, and {most}: ask for fewer MSIs")
-            self._change({**self._table, gsi: (owner, [(gsi, "msi", address, data)])})
+            self._change({**self._table, gsi: (owner, msi_routes(gsi, message))})
             return gsi
 
-    def change_msi(self, gsi: int, address: int, data: int) -> None:
-        """The MSI of ``gsi`` is another one from now on."""
+    def change_msi(self, gsi: int, message: Message | None) -> None:
+        """The MSI of ``gsi`` is another one from now on, or leads nowhere."""
         with self._lock:
             owner, _ = self._table[gsi]
-            self._change({**self._table, gsi: (owner, [(gsi, "msi", address, data)])})
+            self._change({**self._table, gsi: (owner, msi_routes(gsi, message))})
 
     def remove(self, gsi: int) -> None:
         """Give the number of an MSI back."""
@@ -80,3 +83,7 @@ class GsiRoutes:
         except BaseException:
             self._table = before
             raise
+
+
+def msi_routes(gsi: int, message: Message | None) -> list[Route]:
+    return [] if message is None else [(gsi, "msi", *message)]

@@ -299,7 +299,7 @@ class KvmIrqchip(Irqchip):
             return
         if target.gsi >= 0:
             raise StateError(f"{target.name}: this MSI has its irqfd already: use that one")
-        target.gsi = self.routes.add_msi(target.address, target.data, target.name)
+        target.gsi = self.routes.add_msi(target.message, target.name)
         try:
             self._vm.irqfd(irqfd.fd, target.gsi)
         except BaseException:
@@ -320,4 +320,4 @@ class KvmIrqchip(Irqchip):
 
     def msi_changed(self, msi: Msi) -> None:
         if msi.gsi >= 0:
-            self.routes.change_msi(msi.gsi, msi.address, msi.data)
+            self.routes.change_msi(msi.gsi, msi.message)

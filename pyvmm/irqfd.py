@@ -9,6 +9,8 @@ import os
 
 from pyvmm.light import Lock
 
+MESSAGE_AREA = 0xFEE  # bits 39 to 20 of a message's address
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
@@ -40,9 +42,18 @@ class Msi:
         self.gsi = -1
         """Its number in KVM's table, while an irqfd sends it; else -1."""
 
+    @property
+    def message(self) -> tuple[int, int] | None:
+        """Address and data, where the address is that of a message to local APICs (SDM vol. 3, 11.11.1); None: it is
+        another, and a write there interrupts nobody. Bits 63 to 40 are part of a long APIC id (Linux virt/kvm/api.rst,
+        KVM_CAP_X2APIC_API).
+        """
+        return (self.address, self.data) if self.address >> 20 & 0xF_FFFF == MESSAGE_AREA else None
+
     def fire(self) -> bool:
         """Send it. Whether a local APIC took it. From any thread."""
-        return self._sender.send(self.address, self.data)
+        message = self.message
+        return message is not None and self._sender.send(*message)
 
     def change(self, address: int, data: int) -> None:
         """From now on it is this message, also where an irqfd sends it."""
