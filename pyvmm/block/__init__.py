@@ -19,7 +19,8 @@ General layout, in the order a request walks it:
 
 from __future__ import annotations
 
-from pyvmm.block.backend import BlockBackend, Request, open_drive
+from pyvmm.block.backend import BlockBackend, Request
+from pyvmm.block.open import open_drive
 from pyvmm.block.options import DriveOptions
 from pyvmm.block.stats import BlockStats
 

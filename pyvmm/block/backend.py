@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from pyvmm.block.coroutine import Loop
     from pyvmm.block.driver import FormatDriver, Iov
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.throttle import Throttle
-    from pyvmm.clock import Clock
 
     Callback = Callable[[int], object]
     OnError = Callable[["BlockBackend", str, int, str], object]
@@ -498,28 +496,3 @@ class BlockBackend:
                 return
             request.blockers = 0
         self._context.complete(turn, -ECANCELED)
-
-
-def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnError | None = None) -> BlockBackend:
-    """Open the drive's image. ConfigError where that can't be: missing, a directory, locked, too small, unreadable, no
-    raw image.
-
-    ``clock`` is what the limits of rate go by. io_uring needs ``add_reader`` and ``remove_reader`` of the loop too.
-    """
-    context = AioContext(loop)
-    if options.file is None:
-        return BlockBackend(options, None, context, on_error=on_error)
-    from pyvmm.block.open import open_image
-
-    stats = BlockStats()
-    driver = open_image(options, context, stats)
-    try:
-        throttle = None
-        if options.throttled:
-            from pyvmm.block.throttle import Throttle
-
-            throttle = Throttle(options, clock, context)
-        return BlockBackend(options, driver, context, stats=stats, throttle=throttle, on_error=on_error)
-    except BaseException:
-        driver.close()
-        raise

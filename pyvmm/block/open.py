@@ -1,4 +1,4 @@
-"""From a drive's options to its format driver: the tables of protocols and of formats, and who opens what in turn.
+"""From a drive's options to its backend: the tables of protocols and of formats, and who opens what in turn.
 
 The option ``file`` names the image: a path, "PROTOCOL:PATH", or "FILTER:ARGUMENT:" in front of either, as often as
 wanted. A new protocol, filter or format is a row in one of the tables below and a module that its opener imports.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.block.backend import BlockBackend
+from pyvmm.block.coroutine import AioContext
+from pyvmm.block.stats import BlockStats
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.block.coroutine import AioContext
+    from pyvmm.block.backend import OnError
+    from pyvmm.block.coroutine import Loop
     from pyvmm.block.driver import FormatDriver, ProtocolDriver
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.protocols.image import Image
-    from pyvmm.block.stats import BlockStats
+    from pyvmm.clock import Clock
 
 
 class Opening:
@@ -32,9 +36,32 @@ class Opening:
         self.stats = stats
 
 
-def open_image(options: DriveOptions, context: AioContext, stats: BlockStats) -> FormatDriver:
-    """The drive's disk, opened. ConfigError where that can't be."""
-    opening = Opening(options, context, stats)
+def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnError | None = None) -> BlockBackend:
+    """Open the drive's image. ConfigError where that can't be: missing, a directory, locked, too small, unreadable, no
+    raw image.
+
+    ``clock`` is what the limits of rate go by. io_uring needs ``add_reader`` and ``remove_reader`` of the loop too.
+    """
+    context = AioContext(loop)
+    if options.file is None:
+        return BlockBackend(options, None, context, on_error=on_error)
+    opening = Opening(options, context, BlockStats())
+    disk = open_disk(opening)
+    try:
+        throttle = None
+        if options.throttled:
+            from pyvmm.block.throttle import Throttle
+
+            throttle = Throttle(options, clock, context)
+        return BlockBackend(options, disk, context, stats=opening.stats, throttle=throttle, on_error=on_error)
+    except BaseException:
+        disk.close()
+        raise
+
+
+def open_disk(opening: Opening) -> FormatDriver:
+    """The guest's disk: format over protocol, and what keeps its writes apart."""
+    options = opening.options
     file = open_protocol(opening)
     try:
         disk = FORMATS[options.format or probed_format(options, file)](file, opening)

@@ -160,7 +160,7 @@ class Pc(IsaBoard):
         return made[0], made[1]
 
     def _open_drive(self, drive: PlacedDrive) -> IdeDisk | AtapiDrive:
-        from pyvmm.block.backend import open_drive
+        from pyvmm.block.open import open_drive
 
         drives = self.chassis.drives
         backend = open_drive(drive, loop=self.chassis.loop, clock=self.clock, on_error=drives.failed)

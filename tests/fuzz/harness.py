@@ -18,7 +18,7 @@ from unittest import mock
 
 import pyvmm
 from pyvmm import builder
-from pyvmm.block import backend as block
+from pyvmm.block import open as block
 from pyvmm.block.options import DriveOptions
 from pyvmm.guest_memory import GuestMemory, RamRegion
 
