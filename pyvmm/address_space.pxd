@@ -19,8 +19,20 @@ cdef class AddressSpace:
     cdef readonly FlatView view
     cdef list users
     cdef list _reserved
-    cdef MemoryRegion _add(self, base, MemoryRegion region)
-    cdef object _change
+    cdef object _change             # a lock: the view and who uses it
+    cdef object _telling            # a lock, taken before _change: one change at a time, told in its order
+    cdef bint _changing
+    cdef list _ears
+    cdef int _holders
+    cdef _add(self, base, MemoryRegion region)
+    cdef _take_out(self, MemoryRegion region)
+    cdef _wait_for_handlers(self, MemoryRegion region)
+    cdef _begin(self)
+    cdef _end(self)
+    cdef list _told(self, list ears, list regions)
+    cdef object _tell_new(self, list ears, list regions)
+    cdef object _tell_gone(self, list told)
+    cdef object _commit(self, list ears)
     cdef FlatView current(self)
     cdef object _access(self, uint64_t addr, int size, uint64_t value, bint is_write)
     cdef int attach(self, ViewUser user) except -1

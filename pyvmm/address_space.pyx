@@ -9,6 +9,8 @@ names both. What a region answers is region.pyx's.
 vCPU threads look regions up without the GIL in an immutable FlatView. A change builds a new view and tells every
 vCPU that its own is stale; each takes the new one at its next exit. ``unmap`` waits for a handler under way, and none runs
 after it has returned.
+
+Whoever has to follow what is mapped (KVM's ioeventfds do) is a SpaceListener.
 """
 
 from cpython.object cimport PyObject
@@ -162,6 +164,99 @@ cdef class ViewUser:
     """One that reads an AddressSpace's view without a lock, and is told when there is a newer one."""
 
 
+class SpaceListener:
+    """One that follows what a guest meets at its addresses: derive from it, and have the methods that matter.
+
+    ``AddressSpace.listen`` and ``MemoryMap.listen`` tell at once what is there, and from then on each change, piece by
+    piece, with a ``commit`` at its end. What comes is told to the listeners in the order in which they came, what goes
+    in the other order; of a region, while it is mapped. One change at a time is told, on the thread that makes it.
+
+    No lock of a device is taken for it, and a listener takes none: a device's handler may be what makes the change, or
+    waits to make another one. Nor does a listener change what it listens to. One that raises undoes an ``add`` (what
+    was told of it is taken back) and holds up nothing else; what it raised comes out of the call that made the change.
+    """
+
+    def region_add(self, space, region):
+        """``region`` is mapped in ``space``, at ``region.base``."""
+
+    def region_del(self, space, region):
+        """It is about to go."""
+
+    def eventfd_add(self, space, address, size, datamatch, fd):
+        """A write of ``size`` bytes (0: any) at ``address``, of ``datamatch`` where that is not None, signals ``fd``."""
+
+    def eventfd_del(self, space, address, size, datamatch, fd):
+        """No longer."""
+
+    def coalesced_add(self, space, address, size):
+        """Writes to these addresses may be gathered."""
+
+    def coalesced_del(self, space, address, size):
+        """No longer."""
+
+    def section_add(self, section):
+        """From a MemoryMap: ``section`` shows as memory."""
+
+    def section_del(self, section):
+        """It does no more. Told before what takes its place comes."""
+
+    def commit(self):
+        """The change is complete."""
+
+
+class Held:
+    """``with`` it: hold() at its beginning, release() at its end."""
+
+    __slots__ = ("_hold", "_release")
+
+    def __init__(self, hold, release):
+        self._hold = hold
+        self._release = release
+
+    def __enter__(self):
+        self._hold()
+
+    def __exit__(self, *exc):
+        self._release()
+
+
+cdef class _Ear:
+    """A listener and those of its methods that it has of its own: the others are not called."""
+    cdef object listener
+    cdef dict methods
+    cdef bint owes_commit
+
+    def __cinit__(self, listener):
+        self.listener = listener
+        self.methods = {}
+        for name in ("region_add", "region_del", "eventfd_add", "eventfd_del", "coalesced_add", "coalesced_del", "commit"):
+            if getattr(type(listener), name) is not getattr(SpaceListener, name):
+                self.methods[name] = getattr(listener, name)
+
+    cdef tell(self, str name, tuple arguments):
+        method = self.methods.get(name)
+        if method is not None:
+            self.owes_commit = True
+            method(*arguments)
+
+    cdef commit(self):
+        if self.owes_commit:
+            self.owes_commit = False
+            method = self.methods.get("commit")
+            if method is not None:
+                method()
+
+
+cdef list pieces(AddressSpace space, MemoryRegion region):
+    """What there is to tell of a mapped region: (which methods, their arguments)."""
+    cdef list told = [("region", (space, region))]
+    for offset, size, datamatch, fd in region.eventfds:
+        told.append(("eventfd", (space, region.c.base + offset, size, datamatch, fd)))
+    for offset, size in region.coalesced:
+        told.append(("coalesced", (space, region.c.base + offset, size)))
+    return told
+
+
 cdef class AddressSpace:
     """A space of ``size`` addresses: AddressSpace("pio", 1 << 16), AddressSpace("mmio", 1 << 52)."""
 
@@ -172,6 +267,8 @@ cdef class AddressSpace:
         self.users = []
         self._reserved = []
         self._change = DeviceLock()
+        self._ears = []
+        self._telling = DeviceLock()
 
     def reserve(self, base, size, name):
         """Nothing can be mapped into this range from now on: who answers there is below us, and no access comes here."""
@@ -181,14 +278,29 @@ cdef class AddressSpace:
     def add(self, base, region):
         """Map ``region`` at ``base``. ConfigError where it overlaps another (both named) or leaves the space, and where
         RAM or an interrupt controller of KVM's answers: it would never be called.
+
+        What a listener raises comes out here, and the region is not mapped then.
         """
         if not isinstance(region, MemoryRegion):
             raise KindError(f"{region!r} is no region: make one of it, or map() the device")
         if not is_int(base):
             raise KindError(f"{region.name} at {base!r}: give a whole number for the {self.name} address")
-        return self._add(base, region)
+        error = None
+        self._begin()
+        try:
+            self._add(base, region)
+            if self._ears:
+                error = self._tell_new(self._ears, [region])
+                if error is not None:
+                    self._take_out(region)
+        finally:
+            self._end()
+        if error is not None:
+            self._wait_for_handlers(region)
+            raise error
+        return region
 
-    cdef MemoryRegion _add(self, base, MemoryRegion region):
+    cdef _add(self, base, MemoryRegion region):
         with self._change:
             if region.c.mapped:
                 raise StateError(f"{region!r} is mapped already: unmap it first")
@@ -208,7 +320,6 @@ cdef class AddressSpace:
             region.c.mapped = True
             region.space = self
             self._publish(sorted([*self.view.regions, region], key=lambda r: r.base))
-        return region
 
     def map(self, base, size, device, *, name=None, read=None, write=None, valid_sizes=None, impl_sizes=None,
             unaligned=None):
@@ -217,15 +328,34 @@ cdef class AddressSpace:
                                            impl_sizes=impl_sizes, unaligned=unaligned))
 
     def unmap(self, MemoryRegion region not None):
-        """Take ``region`` out. Waits for a handler under way on another thread; when this returns, none will run."""
-        with self._change:
+        """Take ``region`` out. Waits for a handler under way on another thread; when this returns, none will run.
+
+        What a listener raises comes out at the end.
+        """
+        error = None
+        self._begin()
+        try:
             if region.space is not self:
                 raise StateError(f"{region!r} is not mapped in {self.name}")
-            region.space = None
-            # The change lock is not held while waiting for the device's: its handler may itself be mapping something.
-            self._publish([r for r in self.view.regions if r is not region])
+            if self._ears:
+                # Before the region goes: what KVM does no longer, the region still does.
+                error = self._tell_gone(self._told(self._ears, [region]))
+            self._take_out(region)
+        finally:
+            self._end()
+        self._wait_for_handlers(region)
+        if error is not None:
+            raise error
+
+    cdef _wait_for_handlers(self, MemoryRegion region):
+        # No lock of ours is held while waiting for the device's: its handler may itself be mapping something.
         with region._lock:
             region.c.mapped = False
+
+    cdef _take_out(self, MemoryRegion region):
+        with self._change:
+            region.space = None
+            self._publish([r for r in self.view.regions if r is not region])
 
     def _publish(self, regions):
         cdef ViewUser user
@@ -233,6 +363,124 @@ cdef class AddressSpace:
         for user in self.users:
             # Pairs with the exchange in CpuExec._take_views: the view is in place before the flag is seen.
             atomic_store(&user.stale, 1, ATOMIC_SEQ_CST)
+
+    # -- listeners -----------------------------------------------------------------------------------------------------
+
+    def listen(self, listener):
+        """Tell ``listener``, a SpaceListener, what is mapped, and from now on what changes. What it raises comes out
+        here, and it does not listen then.
+        """
+        cdef MemoryRegion region
+        if not isinstance(listener, SpaceListener):
+            raise KindError(f"{listener!r} is no listener: derive its class from pyvmm's SpaceListener")
+        ear = _Ear(listener)
+        self._begin()
+        try:
+            error = self._tell_new([ear], self.view.regions)
+            if error is None:
+                self._ears.append(ear)
+        finally:
+            self._end()
+        if error is not None:
+            raise error
+
+    def unlisten(self, listener):
+        """Tell it that everything goes, and then nothing more. StateError where it does not listen."""
+        cdef _Ear ear
+        self._begin()
+        try:
+            mine = [ear for ear in self._ears if ear.listener is listener]
+            if not mine:
+                raise StateError(f"{listener!r} does not listen to {self.name}")
+            self._ears.remove(mine[0])
+            error = self._tell_gone(self._told(mine[:1], self.view.regions))
+        finally:
+            self._end()
+        if error is not None:
+            raise error
+
+    @property
+    def held(self):
+        """``with space.held:`` what changes is told as ever, but the commit comes at the end of the outermost of these.
+
+        For while no vCPU runs: only where the changes end up counts then.
+        """
+        return Held(self._hold, self._release)
+
+    def _hold(self):
+        self._begin()
+        self._holders += 1
+        self._end()
+
+    def _release(self):
+        self._begin()
+        self._holders -= 1
+        error = self._commit(self._ears)
+        self._end()
+        if error is not None:
+            raise error
+
+    cdef _begin(self):
+        """One change at a time, so that listeners hear of them in their order. The lock is recursive, a change is not."""
+        self._telling.acquire()
+        if self._changing:
+            self._telling.release()
+            raise StateError(f"a listener of {self.name} changes it while it is told of a change: do it afterwards")
+        self._changing = True
+
+    cdef _end(self):
+        self._changing = False
+        self._telling.release()
+
+    cdef list _told(self, list ears, list regions):
+        """(ear, which methods, their arguments) of all that there is to tell, in the order of coming."""
+        return [(ear, what, arguments) for ear in ears for region in regions
+                for what, arguments in pieces(self, region)]
+
+    cdef object _tell_new(self, list ears, list regions):
+        """All of them, or nobody: what the first one to fail raised, when all that was told has been taken back."""
+        cdef _Ear ear
+        cdef list done = []
+        error = None
+        try:
+            for each in self._told(ears, regions):
+                ear, what, arguments = each
+                ear.tell(what + "_add", arguments)
+                done.append(each)
+        except BaseException as raised:
+            error = raised
+        late = self._commit(ears)
+        error = error or late
+        if error is not None:
+            self._tell_gone(done)
+        return error
+
+    cdef object _tell_gone(self, list told):
+        """All of them, the last one told first: what the first one to fail raised, or None."""
+        cdef _Ear ear
+        cdef list ears = []
+        error = None
+        for ear, what, arguments in reversed(told):
+            if ear not in ears:
+                ears.append(ear)
+            try:
+                ear.tell(what + "_del", arguments)
+            except BaseException as raised:
+                error = error or raised
+        late = self._commit(ears)
+        return error or late
+
+    cdef object _commit(self, list ears):
+        """What the first one to fail raised, or None."""
+        cdef _Ear ear
+        error = None
+        if not self._holders:
+            for ear in ears:
+                try:
+                    ear.commit()
+                except BaseException as raised:
+                    error = error or raised
+        return error
 
     cdef FlatView current(self):
         # Under the lock: without the GIL, ``view`` could be replaced and freed between its load and the reference to it.

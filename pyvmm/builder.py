@@ -36,7 +36,7 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
         boot = board.load_guest()
         platform.make_cpus(chassis)
         platform.enter(boot)
-        platform.finish_in_background(chassis, board.gathered() if platform.gathers_ports else [])
+        platform.finish_in_background(chassis)
         attach_power(chassis, board, platform)
         if not runs_guests:
             chassis.consoles.start()  # no resume() will

@@ -66,6 +66,8 @@ cdef struct region_t:
     uint8_t impl_max
     uint8_t unaligned
     uint8_t writable        # LATCH: keeps what is written
+    uint8_t event_size      # EVENT: of the writes that signal, 0: any; and then only at offset 0
+    uint8_t event_match     # EVENT: only those of ``value``
     uint8_t wide            # an access that begins inside is taken whole, also where it reaches past the end
     PyObject *owner         # the MemoryRegion this is part of
     pthread_mutex_t *lock
@@ -76,7 +78,7 @@ cdef struct region_t:
     uint8_t *memory         # FIFO, SINK, BUFFER
     uint64_t memory_size
     uint64_t position
-    uint64_t value          # LATCH; PYTHON: a byte for each of the first eight offsets
+    uint64_t value          # LATCH; EVENT: what is written there; PYTHON: a byte for each of the first eight offsets
     uint64_t count          # accesses served without Python
     int fd                  # EVENT
     int direction           # FIFO: 1 the guest reads, 2 it writes, 0 closed

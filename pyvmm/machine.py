@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pyvmm.irqchip import Irqchip
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
+    from pyvmm.kvm_listener import KvmListener
     from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
     from pyvmm.terminal import Terminal
@@ -116,6 +117,11 @@ class Machine:
     @property
     def vm(self) -> Vm:
         return self._platform.vm
+
+    @property
+    def kvm_listener(self) -> KvmListener:
+        """What tells KVM of all that is mapped; with the dirty log of memory."""
+        return self._platform.listener
 
     @property
     def vga(self) -> VgaText | None:

@@ -10,20 +10,20 @@ machine with an irqchip: so pieces are as large as one PAM register's, never mer
 
 from __future__ import annotations
 
+from pyvmm.address_space import Held
 from pyvmm.errors import BusError
 from pyvmm.region import BufferRegion
 from pyvmm.x86.layout import PAM_BYTES, PAM_LAST, WINDOW, WINDOW_END
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
-    from pyvmm.address_space import AddressSpace
+    from pyvmm.address_space import AddressSpace, SpaceListener
     from pyvmm.guest_memory import GuestMemory, RamRegion
     from pyvmm.region import MemoryRegion
 
-    # slot, gpa, size_bytes (0 deletes), host_address, readonly
-    SetSlot = Callable[[int, int, int, int, bool], None]
+    Key = tuple[int, int, int, bool]  # gpa, size_bytes, host_address, readonly
     Segment = tuple[int, int, str]
 
 # The kinds of a window's segment: what reads give, and where writes go.
@@ -50,30 +50,21 @@ class Section:
         self.writes_to = writes_to  # gpa of the RAM that takes the writes of a readonly section, or None
 
     @property
-    def key(self) -> tuple[int, int, int, bool]:
-        return self.gpa, self.size, self.region.host_address + self.offset, self.readonly
+    def host_address(self) -> int:
+        """Where its first byte stands in this process."""
+        return self.region.host_address + self.offset
 
-
-class Held:
-    """What MemoryMap.held gives."""
-
-    __slots__ = ("_map",)
-
-    def __init__(self, memory_map: MemoryMap) -> None:
-        self._map = memory_map
-
-    def __enter__(self) -> None:
-        self._map._hold()
-
-    def __exit__(self, *exc: object) -> None:
-        self._map._release()
+    @property
+    def key(self) -> Key:
+        """What tells it from others: two with the same are the same slot."""
+        return self.gpa, self.size, self.host_address, self.readonly
 
 
 class MemoryMap:
     """MemoryMap(memory, mmio) shows every region of ``memory`` at its own address.
 
     ``open_window(rom)`` puts the PC's window below 1 MiB into it, with ``rom`` ending at 1 MiB; ``set_window`` switches
-    its segments. ``attach(set_slot)`` gives what is shown to KVM, then and at each change.
+    its segments. Listeners are told what is shown, a section each, and what changes of it.
     """
 
     def __init__(self, memory: GuestMemory, mmio: AddressSpace) -> None:
@@ -81,11 +72,11 @@ class MemoryMap:
         self._mmio = mmio
         self._rom: RamRegion | None = None
         self._text: RamRegion | None = None
-        self._set_slot: SetSlot | None = None
+        self._listeners: list[SpaceListener] = []
         self._holders = 0
-        self._slots: dict[tuple[int, int, int, bool], int] = {}
         self._written: list[MemoryRegion] = []
         self.sections: list[Section] = [Section(r.gpa, r.size_bytes, r, 0, r.readonly) for r in memory.ram]
+        self._shown: dict[Key, Section] = {section.key: section for section in self.sections}
 
     # -- the window --------------------------------------------------------------------------------------------
 
@@ -99,6 +90,7 @@ class MemoryMap:
         ]
         if low.size_bytes > WINDOW_END:
             self.sections.append(Section(WINDOW_END, low.size_bytes - WINDOW_END, low, WINDOW_END, False))
+        self._publish()
 
     def show_text_memory(self, text: RamRegion) -> None:
         """From the next ``set_window`` on a display adapter's text memory answers where the bus would: RAM, a memory
@@ -145,19 +137,23 @@ class MemoryMap:
                 behind = BufferRegion(self._memory.view(gpa, section.size), name="shadow RAM")
                 self._written.append(self._mmio.add(gpa, behind))
 
-    # -- KVM's slots -------------------------------------------------------------------------------------------
+    # -- who is told -------------------------------------------------------------------------------------------
 
-    def attach(self, set_slot: SetSlot) -> None:
-        """``set_slot(slot, gpa, size_bytes, host_address, readonly)``: KVM_SET_USER_MEMORY_REGION; size 0 deletes."""
-        self._set_slot = set_slot
-        self._publish()
+    def listen(self, listener: SpaceListener) -> None:
+        """Tell it what is shown, and from now on what changes: KVM's slots follow it so. What it raises comes out of
+        the call that made the change.
+        """
+        self._listeners.append(listener)
+        for section in self._shown.values():
+            listener.section_add(section)
+        listener.commit()
 
     @property
     def held(self) -> Held:
-        """``with map.held:`` tells KVM of changes only at the end of the outermost such block: while no vCPU runs, only
-        the last state counts.
+        """``with map.held:`` tells nobody of changes before the end of the outermost such block: while no vCPU runs,
+        only the last state counts.
         """
-        return Held(self)
+        return Held(self._hold, self._release)
 
     def _hold(self) -> None:
         self._holders += 1
@@ -167,22 +163,30 @@ class MemoryMap:
         self._publish()
 
     def _publish(self) -> None:
-        if self._set_slot is None or self._holders:
+        """Tell what is different: first all that goes, for what comes may take its place."""
+        if self._holders:
             return
-        wanted = {s.key for s in self.sections}
-        for key in [k for k in self._slots if k not in wanted]:
-            self._set_slot(self._slots.pop(key), key[0], 0, key[2], key[3])
-        taken = set(self._slots.values())
-        free = (n for n in range(len(wanted)) if n not in taken)
-        for section in self.sections:
-            if section.key not in self._slots:
-                slot = next(free)
-                self._set_slot(slot, *section.key)
-                self._slots[section.key] = slot
+        wanted = {section.key: section for section in self.sections}
+        gone = [key for key in self._shown if key not in wanted]
+        come = [key for key in wanted if key not in self._shown]
+        if not gone and not come:
+            return
+        for listener in reversed(self._listeners):
+            for key in gone:
+                listener.section_del(self._shown[key])
+        for key in gone:
+            del self._shown[key]
+        for listener in self._listeners:
+            for key in come:
+                listener.section_add(wanted[key])
+        self._shown.update({key: wanted[key] for key in come})
+        for listener in self._listeners:
+            listener.commit()
 
     def close(self) -> None:
-        """Show nothing any more, and let go of the memory. The VM is on its way out, its slots with it."""
-        self._set_slot = None
+        """Show nothing any more, and let go of the memory. Nobody is told: the VM with its slots is about to go."""
+        self._listeners.clear()
+        self._shown.clear()
         self._rom = self._text = None
         self.sections.clear()
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
-from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.irqchip import KvmIrqchip, make_controllers
 from pyvmm.kvm.system import CAPABILITIES, Kvm
-from pyvmm.kvm.vm import MEM_READONLY
 from pyvmm.kvm_clock import KvmClock
+from pyvmm.kvm_listener import KvmListener
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -62,6 +61,10 @@ class Platform:
     def vm(self) -> Vm:
         raise StateError("accel='qtest' has no VM: make the machine with accel='kvm'")
 
+    @property
+    def listener(self) -> KvmListener:
+        raise StateError("accel='qtest' has no KVM to listen for: make the machine with accel='kvm'")
+
     def make_cpus(self, chassis: Chassis) -> None:
         """The vCPUs, at power-on; each on a thread of its own once the machine runs."""
 
@@ -86,10 +89,8 @@ class Platform:
         """Whether writes to ports can be gathered (KVM's coalesced PIO)."""
         return False
 
-    def finish_in_background(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
-        """What takes long and need not be done before the guest starts: writes to these (port, ports) are gathered from
-        some milliseconds later on.
-        """
+    def finish_in_background(self, chassis: Chassis) -> None:
+        """What takes long and need not be done before the guest starts."""
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
         """Have writes to this range gathered from now on."""
@@ -124,8 +125,6 @@ class KvmPlatform(Platform):
     def __init__(self, config: Spec, memory_map: MemoryMap, chassis: Chassis) -> None:
         super().__init__()
         self._config = config
-        self._pio = chassis.pio
-        self._ring_lock = DeviceLock()
         closers = chassis.closers
         self._kvm = Kvm()
         closers.call(self._kvm.close, self._kvm.close)
@@ -133,10 +132,9 @@ class KvmPlatform(Platform):
         self._vm = self._kvm.create_vm()
         closers.call(self._vm.close, self._vm.close)
         closers.call(self._close_cpus, self._abandon_cpus)
-        set_slot = self._vm.set_memory_slot
-        memory_map.attach(
-            lambda slot, gpa, size, host, readonly: set_slot(slot, gpa, size, host, MEM_READONLY if readonly else 0)
-        )
+        self._listener = closers.add(KvmListener(self._kvm, self._vm, chassis.pio))
+        for told in (memory_map, chassis.pio, chassis.mmio):
+            told.listen(self._listener)
         # Required before the first vCPU on Intel's processors (api.rst), with any irqchip.
         self._vm.set_tss_address(layout.KVM_TSS)
         self._vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
@@ -154,6 +152,10 @@ class KvmPlatform(Platform):
     @property
     def vm(self) -> Vm:
         return self._vm
+
+    @property
+    def listener(self) -> KvmListener:
+        return self._listener
 
     def _use_ids(self, vm: Vm) -> None:
         """For more processors than an xAPIC can name: APIC ids of 32 bits in all that KVM is told, and 255 the id of
@@ -275,32 +277,21 @@ class KvmPlatform(Platform):
 
     @property
     def gathers_ports(self) -> bool:
-        return bool(self._kvm.check_extension("KVM_CAP_COALESCED_PIO"))
+        return self._listener.gathers_ports
 
-    def finish_in_background(self, chassis: Chassis, ranges: list[tuple[int, int]]) -> None:
-        if ranges:
-            self._attach_ring(chassis.pio)
-        if ranges or self.irqchip.in_kernel:
-            chassis.in_background(lambda: self._finish(ranges))
+    def finish_in_background(self, chassis: Chassis) -> None:
+        self._listener.attach([cpu.exec for cpu in self.cpus])
+        if self.irqchip.in_kernel or self._listener.waits:
+            chassis.in_background(self._finish)
 
-    def _finish(self, ranges: list[tuple[int, int]]) -> None:
+    def _finish(self) -> None:
         """What waits for grace periods in KVM, which take longer than all of the recipe."""
         if isinstance(self.irqchip, KvmIrqchip):
             self.irqchip.lose_missed_ticks()
-        for port, size in ranges:
-            self._vm.coalesce(port, size, pio=True)
+        self._listener.go_live()
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
-        self._attach_ring(space)
-        self._vm.coalesce(address, size, pio=space is self._pio)
-
-    def _attach_ring(self, space: AddressSpace) -> None:
-        """Every vCPU drains KVM's ring from now on. ConfigError where KVM has none for this space."""
-        if not self._kvm.check_extension("KVM_CAP_COALESCED_PIO" if space is self._pio else "KVM_CAP_COALESCED_MMIO"):
-            raise ConfigError(f"this host's KVM does not coalesce {space.name} writes: map the range without it")
-        page = self._kvm.check_extension("KVM_CAP_COALESCED_MMIO")
-        for cpu in self.cpus:
-            cpu.exec.coalesced_ring(page, self._ring_lock)
+        self._listener.coalesce(space, address, size)
 
 
 def python_irqchip(chassis: Chassis) -> Irqchip:

@@ -15,6 +15,8 @@ cdef class MemoryRegion:
     cdef readonly str name
     cdef readonly uint64_t size
     cdef readonly object space      # the AddressSpace it is mapped in, or None
+    cdef readonly tuple eventfds    # (offset, size or 0, datamatch or None, fd)
+    cdef readonly tuple coalesced   # (offset, size)
     cdef object _lock
     cdef object _read
     cdef object _write

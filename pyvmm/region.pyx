@@ -20,7 +20,7 @@ from pyvmm.bus cimport (BUS_OK, BUS_RAISED, REGION_BUFFER, REGION_EVENT, REGION_
 from pyvmm.device cimport DeviceLock, pthread_mutex_unlock
 
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError, KindError, add_access_note
+from pyvmm.errors import ConfigError, KindError, StateError, add_access_note
 
 cdef extern from "Python.h" nogil:
     PyObject *PyBytes_FromStringAndSize(const char *, Py_ssize_t)
@@ -129,6 +129,13 @@ cdef int fifo_string(region_t *region, uint8_t *data, uint32_t count, access_t *
     return rc
 
 
+cdef bint event_takes(region_t *region, access_t *access) noexcept nogil:
+    """Whether KVM's ioeventfd would signal for it."""
+    if region.event_size and (access.size != region.event_size or access.offset != 0):
+        return False
+    return not region.event_match or access.value == region.value
+
+
 cdef int compiled_access(region_t *region, access_t *access) noexcept nogil:
     """A region that needs no Python to decide."""
     cdef int rc = BUS_OK
@@ -152,11 +159,11 @@ cdef int compiled_access(region_t *region, access_t *access) noexcept nogil:
     elif region.kind == REGION_FIFO:
         rc = fifo_access(region, access)
     elif region.kind == REGION_EVENT:
-        if access.is_write:
+        if not access.is_write:
+            access.value = 0
+        elif event_takes(region, access):
             # A full counter means the reader has a wake-up pending anyway.
             write(region.fd, &one, 8)
-        else:
-            access.value = 0
     elif access.offset >= region.memory_size or <uint64_t>access.size > region.memory_size - access.offset:
         # Moved by another thread between lookup and lock: that access came too late.
         access.value = ones(access.size)
@@ -259,6 +266,7 @@ cdef class MemoryRegion:
             raise ConfigError(f"{name}: {size} bytes is no multiple of the smallest implemented access, {impl_sizes[0]}")
         self.name = name
         self.size = size
+        self.eventfds = self.coalesced = ()
         self.c.owner = <PyObject *>self
         self._lock = lock
         self.c.lock = &(<DeviceLock?>lock).mutex
@@ -281,6 +289,45 @@ cdef class MemoryRegion:
         self._write = write
         self.c.read_func = <PyObject *>read
         self.c.write_func = <PyObject *>write
+
+    def add_eventfd(self, fd, *, offset=0, size=0, datamatch=None):
+        """A write of ``size`` bytes (0: any) at ``offset``, of the value ``datamatch`` where that is given, signals the
+        eventfd ``fd``: before the region is mapped, any number of them.
+
+        Whoever listens to the space may see to it, and the region does not hear of the write (KVM's ioeventfd does). It
+        has to signal by itself what comes to it all the same. The descriptor stays open while the region is mapped.
+        """
+        if not is_int(fd) or fd < 0:
+            raise KindError(f"{self.name}: fd={fd!r}: give the descriptor of an eventfd")
+        if not is_int(offset) or not 0 <= offset < self.size:
+            raise ConfigError(f"{self.name}: an eventfd at offset {offset!r}: give one inside its {self.size} bytes")
+        if not is_int(size) or size not in (0, 1, 2, 4, 8) or (size == 0 and datamatch is not None):
+            raise ConfigError(f"{self.name}: an eventfd for writes of {size!r} bytes: give 1, 2, 4 or 8, or without a "
+                              "datamatch 0, which is any")
+        if datamatch is not None and (not is_int(datamatch) or not 0 <= datamatch <= ones(size)):
+            raise ConfigError(f"{self.name}: datamatch={datamatch!r}: give a number of {size} bytes")
+        for other_offset, other_size, other_match, other_fd in self.eventfds:
+            if offset == other_offset and (not size or not other_size or size == other_size and (
+                    datamatch is None or other_match is None or datamatch == other_match)):
+                raise ConfigError(f"{self.name}: eventfds {other_fd} and {fd} at offset {offset:#x} want the same writes")
+        self._not_mapped("eventfds")
+        self.eventfds = (*self.eventfds, (offset, size, datamatch, fd))
+
+    def add_coalesced(self, offset=0, size=None):
+        """Writes to ``size`` bytes from ``offset`` on may be gathered, and come late, but in order and before whatever
+        the guest does next that leaves KVM: before the region is mapped.
+
+        ``size`` may reach past the end of the region, for the accesses of a wide one.
+        """
+        size = self.size - offset if size is None else size
+        if not 0 <= offset < self.size or size < 1:
+            raise ConfigError(f"{self.name}: {size} bytes at offset {offset} can't be gathered: give a part of the region")
+        self._not_mapped("gathered writes")
+        self.coalesced = (*self.coalesced, (offset, size))
+
+    def _not_mapped(self, what):
+        if self.space is not None:
+            raise StateError(f"{self!r} is mapped: give it its {what} before that, listeners are told when it comes")
 
     def _handler(self, offset, size, is_write):
         """What was called for that access, for messages."""
@@ -433,14 +480,21 @@ cdef class BufferRegion(MemoryRegion):
 
 
 cdef class EventRegion(MemoryRegion):
-    """A write adds one to the eventfd ``fd``; reads give zero. Where KVM has ioeventfd, that saves the exit as well."""
+    """A write adds one to the eventfd ``fd``; reads give zero. In a machine with KVM its first address is an ioeventfd,
+    which saves the exit as well, wherever the region is mapped.
 
-    def __init__(self, size, fd, *, name="event"):
-        if not is_int(fd) or fd < 0:
-            raise KindError(f"{name}: fd={fd!r}: give the descriptor of an eventfd")
+    ``write_size`` has only writes of that many bytes do it, to the first address; ``datamatch`` only those of a value.
+    Others are lost.
+    """
+
+    def __init__(self, size, fd, *, write_size=0, datamatch=None, name="event"):
         self._set_up(size, name, DeviceLock(), (1, 8), (1, 8), True)
+        self.add_eventfd(fd, size=write_size, datamatch=datamatch)
         self.c.kind = REGION_EVENT
         self.c.fd = fd
+        self.c.event_size = write_size
+        self.c.event_match = datamatch is not None
+        self.c.value = 0 if datamatch is None else datamatch
 
 
 cdef class FifoRegion(MemoryRegion):

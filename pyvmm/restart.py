@@ -18,7 +18,7 @@ def reset(chassis: Chassis, board: Board, platform: Platform) -> None:
     """Devices, interrupt controllers, memory image and vCPUs back to power-on."""
     chassis.drives.drain()  # they came to rest with guest time, but somebody may have driven them from outside since
     chassis.drives.drop_stalled()
-    with board.memory_map.held:
+    with board.memory_map.held, board.pio.held, board.mmio.held:
         for device in board.all_devices():
             with device.lock:
                 reset_device(device)
@@ -35,7 +35,7 @@ def wake(chassis: Chassis, board: Board, platform: Platform, events: int) -> Non
     if not chassis.control.suspended:
         return
     chassis.drives.drop_stalled()
-    with board.memory_map.held:
+    with board.memory_map.held, board.pio.held, board.mmio.held:
         for device in board.all_devices():
             with device.lock:
                 device.wake()

@@ -101,8 +101,7 @@ def make_device(machine: pyvmm.Machine, work: dict[str, Any]) -> None:
 def make_doorbell(machine: pyvmm.Machine, work: dict[str, Any]) -> None:
     space, address = work["doorbell"]
     fd = os.eventfd(0, os.EFD_CLOEXEC)
-    size = 1 if space == "pio" else 0
-    machine.vm.ioeventfd(fd, address, size, pio=space == "pio")
+    getattr(machine, space).add(address, pyvmm.EventRegion(4, fd, write_size=1 if space == "pio" else 0))
     if work["answer"]:
         answer = machine.memory.view(MAILBOX + ANSWER, 4).cast("I")
 

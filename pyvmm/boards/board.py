@@ -177,10 +177,6 @@ class Board:
         self.describe(serial_aml)
         return self.add("serial", serial)
 
-    def gathered(self) -> list[tuple[int, int]]:
-        """(port, ports) where writes may come late and many at once. Asked for where the platform gathers them."""
-        return []
-
     # -- the guest ---------------------------------------------------------------------------------------------
 
     @property

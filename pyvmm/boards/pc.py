@@ -153,6 +153,8 @@ class Pc(IsaBoard):
             line = self.irq_line(irq, f"ide{n}")
             channel = IdeChannel(line, self.clock, units, self.memory, name=f"ide{n}")
             self.add(f"ide{n}", channel)
+            if self.platform.gathers_ports:
+                self._gather_writes(channel)
             self.add_ports(command, channel.data)
             self.add_ports(command + 1, channel.region)
             self.add_ports(control, channel.control)
@@ -167,19 +169,15 @@ class Pc(IsaBoard):
         drives.add(backend)
         return make_drive(drive, backend)
 
-    def gathered(self) -> list[tuple[int, int]]:
-        """(port, ports) where KVM may gather what the guest writes: the data ports and the registers before the
-        command's.
-
-        A word of a sector then costs an exit to KVM alone, and user space gets them many at a time, in order, before
+    def _gather_writes(self, channel: IdeChannel) -> None:
+        """A word of a sector then costs an exit to KVM alone, and user space gets them many at a time, in order, before
         the next exit that it sees. A guest that waits for its interrupt instead makes no such exit: while a window
         stands open for writing, a timer looks after what has been gathered.
         """
         from pyvmm.boards.gathered_writes import GatheredWrites
 
-        for channel in self.channels:
-            GatheredWrites(self.clock, self.platform.cpus, channel)
-        return [(command, layout.IDE_GATHERED_BYTES) for command, _control, _irq in layout.IDE_CHANNELS]
+        channel.gather_writes()
+        GatheredWrites(self.clock, self.platform.cpus, channel)
 
     def leave_as_firmware_would(self) -> None:
         """A kernel that is booted directly expects that somebody has given the chipset its addresses."""

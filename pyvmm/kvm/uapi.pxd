@@ -57,7 +57,7 @@ cdef extern from "<linux/kvm.h>" nogil:
     int KVM_CAP_COALESCED_PIO, KVM_CAP_XSAVE2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_IMMEDIATE_EXIT
     int KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID, KVM_CAP_SPLIT_IRQCHIP
 
-    unsigned int KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+    unsigned int KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
     struct kvm_userspace_memory_region:
         uint32_t slot, flags
         __u64 guest_phys_addr, memory_size, userspace_addr

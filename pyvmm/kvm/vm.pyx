@@ -17,6 +17,7 @@ from pyvmm.kvm.stats import KvmStats
 from pyvmm.kvm.vcpu import Vcpu
 
 MEM_LOG_DIRTY_PAGES = uapi.KVM_MEM_LOG_DIRTY_PAGES
+DIRTY_LOG_MANUAL_PROTECT = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 MEM_READONLY = uapi.KVM_MEM_READONLY
 PIC_MASTER = uapi.KVM_IRQCHIP_PIC_MASTER
 PIC_SLAVE = uapi.KVM_IRQCHIP_PIC_SLAVE
@@ -91,7 +92,10 @@ cdef class Vm:
         self.memory = memory
 
     def dirty_log(self, uint32_t slot, uint64_t size_bytes):
-        """KVM_GET_DIRTY_LOG: a bitmap, a bit a 4 KiB page, of what was written since the last call."""
+        """KVM_GET_DIRTY_LOG: a bitmap, a bit a 4 KiB page, of what was written since the last call.
+
+        With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled: since the last ``clear_dirty_log`` of that page.
+        """
         cdef uapi.kvm_dirty_log log
         bitmap = bytearray((size_bytes // 4096 + 63) // 64 * 8)
         memset(&log, 0, sizeof(log))
@@ -99,6 +103,21 @@ cdef class Vm:
         log.dirty_bitmap = <uint8_t *>bitmap
         checked(slow_ioctl(self._open(), uapi.KVM_GET_DIRTY_LOG, &log), "KVM_GET_DIRTY_LOG")
         return bytes(bitmap)
+
+    def clear_dirty_log(self, uint32_t slot, uint64_t first_page, uint32_t pages, bytes bitmap not None):
+        """KVM_CLEAR_DIRTY_LOG: forget the pages that ``bitmap`` has, the first bit being ``first_page``, and note anew.
+
+        ``first_page`` is a multiple of 64, and so is ``pages`` but where the slot ends.
+        """
+        cdef uapi.kvm_clear_dirty_log log
+        if <uint64_t>len(bitmap) * 8 < pages:
+            raise ConfigError(f"a bitmap of {len(bitmap)} bytes for {pages} pages: give a bit a page")
+        memset(&log, 0, sizeof(log))
+        log.slot = slot
+        log.first_page = first_page
+        log.num_pages = pages
+        log.dirty_bitmap = <uint8_t *>bitmap
+        checked(slow_ioctl(self._open(), uapi.KVM_CLEAR_DIRTY_LOG, &log), "KVM_CLEAR_DIRTY_LOG")
 
     # -- interrupt controllers -----------------------------------------------------------------------------------------
 

@@ -152,7 +152,6 @@ LAST_PORT = 0xFFFF
 # ATA's two channels: first port of the command block (8 of them), the control port, the ISA interrupt (ATA/ATAPI host
 # adapters standard, "compatibility mode").
 IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
-IDE_GATHERED_BYTES = 7  # all of the command block but the command register: writes there do nothing by themselves
 
 # Offsets in the PM block and their sizes in bytes.
 PM1A_EVT = 0

@@ -6,10 +6,13 @@ import mmap
 import os
 from collections.abc import Callable
 
+import pytest
 from guests import PASSED, PORT, Guest, Recorder
 
+from pyvmm.errors import StateError
 from pyvmm.guest_memory import RamRegion
 from pyvmm.kvm.vm import MEM_LOG_DIRTY_PAGES, MEM_READONLY
+from pyvmm.memory_map import BUS, RAM, RAM_READONLY, Section
 
 ROM = 0xE000_0000
 
@@ -68,6 +71,138 @@ def test_dirty_log(boot: Callable[..., Guest]) -> None:
     assert guest.run() == PASSED
     data = [{page for page in log if page >= 0x300} for log in logs]
     assert data == [{0x300, 0x305, 0x306}, {0x300}]
+
+
+WRITES = """
+    mov     $DEVICE_PORT, %edx
+    movl    $1, 0x300000
+    movl    $1, 0x305ffe            # two pages
+    outb    %al, %dx
+    movl    $2, 0x300004
+    outb    %al, %dx
+    mov     0x306000, %eax          # a read is no write
+    outb    %al, %dx
+    finish
+"""
+
+
+def written(taken: list[tuple[Section, bytes]]) -> set[int]:
+    """Page numbers above what the guest's own code and stack need."""
+    pages = {section.gpa // 4096 + n for section, bitmap in taken for n in dirty_pages(bitmap)}
+    return {page for page in pages if page >= 0x300}
+
+
+def test_the_dirty_log_of_all_memory(boot: Callable[..., Guest]) -> None:
+    """Pages that the guest writes, each time since the last look; switched off and on again it begins anew."""
+    guest = boot(WRITES)
+    machine = guest.machine
+    listener = machine.kvm_listener
+    logs: list[set[int]] = []
+
+    class Looker(Recorder):
+        def write(self, offset: int, size: int, value: int) -> None:
+            logs.append(written(listener.take_dirty()))
+
+    machine.pio.map(PORT, 1, Looker())
+    with pytest.raises(StateError, match="the dirty log is off"):
+        listener.take_dirty()
+    listener.log_dirty(True)
+    assert listener.take_dirty() == []
+    assert guest.run() == PASSED
+    assert logs == [{0x300, 0x305, 0x306}, {0x300}, set()]
+    listener.log_dirty(False)
+    machine.memory.write(0x30_0000, bytes(4))
+    with pytest.raises(StateError, match="the dirty log is off"):
+        listener.take_dirty()
+    logs.clear()
+    machine.reset()
+    listener.log_dirty(True)
+    assert guest.run() == PASSED
+    assert logs == [{0x300, 0x305, 0x306}, {0x300}, set()]
+
+
+def test_the_dirty_log_misses_nothing_while_the_guest_runs(boot: Callable[..., Guest]) -> None:
+    """Each round writes a counter into every one of 64 pages: whoever copies what was written has the last one."""
+    guest = boot(
+        """
+        mov     $1, %eax
+    1:  mov     $0x300000, %edi
+    2:  mov     %eax, (%rdi)
+        add     $4096, %rdi
+        cmp     $0x340000, %rdi
+        jb      2b
+        inc     %eax
+        cmpb    $0, stop
+        je      1b
+        finish
+    stop: .byte 0
+        """
+    )
+    memory, listener = guest.machine.memory, guest.machine.kvm_listener
+    copy = {page: memory.read(page << 12, 4096) for page in range(0x300, 0x340)}
+    listener.log_dirty(True)
+
+    def update() -> int:
+        pages = written(listener.take_dirty())
+        copy.update({page: memory.read(page << 12, 4096) for page in pages})
+        return len(pages)
+
+    guest.start()
+    rounds = 0
+    while rounds < 5:
+        rounds += update() == 64
+    memory.write(guest.program.symbols["stop"], b"\1")
+    guest.wait()
+    update()
+    assert copy == {page: memory.read(page << 12, 4096) for page in range(0x300, 0x340)}
+
+
+def test_the_dirty_log_of_memory_that_comes_and_goes(boot: Callable[..., Guest]) -> None:
+    """A piece of the window below 1 MiB that is switched away: all of its pages count as written."""
+    guest = boot("movl $1, 0x300000\n movl $1, 0xc8000\n finish", machine="pc")
+    machine = guest.machine
+    listener = machine.kvm_listener
+    listener.log_dirty(True)
+    assert guest.run() == PASSED
+    machine.memory_map.set_window([(0xC_8000, 0x8000, RAM_READONLY)])
+    taken = {section.gpa: dirty_pages(bitmap) for section, bitmap in listener.take_dirty()}
+    assert taken[0xC_8000] == list(range(8))
+    assert 0x200 in taken[0x10_0000]
+    assert listener.take_dirty() == []
+    machine.memory_map.set_window([(0xC_8000, 0x8000, RAM)])
+    assert listener.take_dirty() == []
+
+
+def test_slots_follow_the_window_under_a_running_guest(boot: Callable[..., Guest]) -> None:
+    """RAM, RAM that takes no writes, and nothing at all, each as the guest finds it."""
+    port = 0x7A0  # a pc has something of its own at PORT
+    guest = boot(
+        f"""
+        mov     ${port:#x}, %edx
+        mov     $0xc8000, %edi
+        movl    $1, (%rdi)
+        outb    %al, %dx
+        movl    $2, (%rdi)              # read-only now
+        mov     (%rdi), %ebx
+        outb    %al, %dx
+        mov     (%rdi), %ecx            # on the bus
+        outb    %al, %dx
+        mov     (%rdi), %esi            # RAM again
+        finish
+        """,
+        machine="pc",
+    )
+    kinds = iter([RAM_READONLY, BUS, RAM])
+    memory_map = guest.machine.memory_map
+
+    class Switch(Recorder):
+        def write(self, offset: int, size: int, value: int) -> None:
+            memory_map.set_window([(0xC_8000, 0x8000, next(kinds))])
+
+    guest.machine.pio.map(port, 1, Switch())
+    assert guest.run() == PASSED
+    regs = guest.regs()
+    assert (regs["rbx"], regs["rcx"], regs["rsi"]) == (1, 0xFFFF_FFFF, 1)
 
 
 def test_ram_above_4_gib(boot: Callable[..., Guest]) -> None:

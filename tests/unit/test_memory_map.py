@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.address_space import AddressSpace
+from pyvmm.address_space import AddressSpace, SpaceListener
 from pyvmm.device import Device
 from pyvmm.errors import BusError
 from pyvmm.guest_memory import GuestMemory, RamRegion
-from pyvmm.memory_map import BUS, RAM, RAM_READONLY, ROM, ROM_OVER_RAM, MemoryMap
+from pyvmm.memory_map import BUS, RAM, RAM_READONLY, ROM, ROM_OVER_RAM, MemoryMap, Section
 
 MIB = 1 << 20
 
 
-class Slots:
+class Slots(SpaceListener):
     """KVM's side: refuses what KVM refuses."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, tuple[int, int, int, bool]] = {}
+        self.slots: list[tuple[int, int, int, bool]] = []
         self.calls = 0
+        self.commits = 0
 
-    def set(self, slot: int, gpa: int, size: int, host: int, readonly: bool) -> None:
+    def section_add(self, section: Section) -> None:
         self.calls += 1
-        if not size:
-            del self.slots[slot]
-            return
-        assert slot not in self.slots
-        for other, length, _host, _readonly in self.slots.values():
-            assert gpa + size <= other or other + length <= gpa
-        assert gpa % 4096 == size % 4096 == host % 4096 == 0
-        self.slots[slot] = (gpa, size, host, readonly)
+        for other, length, _host, _readonly in self.slots:
+            assert section.gpa + section.size <= other or other + length <= section.gpa
+        assert section.gpa % 4096 == section.size % 4096 == section.host_address % 4096 == 0
+        self.slots.append(section.key)
+
+    def section_del(self, section: Section) -> None:
+        self.calls += 1
+        self.slots.remove(section.key)
+
+    def commit(self) -> None:
+        self.commits += 1
 
     def at(self, gpa: int) -> tuple[int, bool] | None:
         """Host address and readonly of the byte that shows at ``gpa``."""
-        for start, size, host, readonly in self.slots.values():
+        for start, size, host, readonly in self.slots:
             if start <= gpa < start + size:
                 return host + gpa - start, readonly
         return None
@@ -76,15 +80,15 @@ def test_without_a_window_every_region_shows_at_its_own_address() -> None:
     rom = RamRegion(0xFFFF_0000, 0x1_0000, readonly=True, name="bios")
     memory.add(rom)
     slots = Slots()
-    MemoryMap(memory, AddressSpace("mmio", 1 << 52)).attach(slots.set)
-    assert sorted(slots.slots.values()) == [
+    MemoryMap(memory, AddressSpace("mmio", 1 << 52)).listen(slots)
+    assert sorted(slots.slots) == [
         (0, 4 * MIB, memory.ram[0].host_address, False),
         (0xFFFF_0000, 0x1_0000, rom.host_address, True),
     ]
 
 
 def test_the_window_is_the_bus_until_it_is_set(pc: Pc) -> None:
-    pc.map.attach(pc.slots.set)
+    pc.map.listen(pc.slots)
     assert pc.slots.at(0x9_FFFF) == (pc.ram_host + 0x9_FFFF, False)
     assert pc.slots.at(0xA_0000) is None
     assert pc.slots.at(0xF_FFFF) is None
@@ -93,7 +97,7 @@ def test_the_window_is_the_bus_until_it_is_set(pc: Pc) -> None:
 
 
 def test_segments_show_ram_and_rom(pc: Pc) -> None:
-    pc.map.attach(pc.slots.set)
+    pc.map.listen(pc.slots)
     pc.map.set_window([(0xC_0000, 0x4000, RAM), (0xC_4000, 0x4000, RAM_READONLY), (0xC_8000, 0x3_8000, ROM)])
     assert pc.slots.at(0xC_0000) == (pc.ram_host + 0xC_0000, False)
     assert pc.slots.at(0xC_4000) == (pc.ram_host + 0xC_4000, True)
@@ -104,7 +108,7 @@ def test_segments_show_ram_and_rom(pc: Pc) -> None:
 
 def test_a_change_touches_only_what_differs(pc: Pc) -> None:
     pc.map.set_window([(0xC_0000, 0x4_0000, ROM)])
-    pc.map.attach(pc.slots.set)
+    pc.map.listen(pc.slots)
     for end in range(0xC_8000, 0xF_8000, 0x8000):  # the way SeaBIOS makes its shadow writable
         before = pc.slots.calls
         pc.map.set_window([(0xC_0000, end - 0xC_0000, RAM), (end, 0x10_0000 - end, ROM)])
@@ -118,7 +122,7 @@ def test_a_change_touches_only_what_differs(pc: Pc) -> None:
 
 def test_what_is_held_reaches_kvm_as_its_last_state_only(pc: Pc) -> None:
     pc.map.set_window([(0xC_0000, 0x4_0000, RAM)])
-    pc.map.attach(pc.slots.set)
+    pc.map.listen(pc.slots)
     before = pc.slots.calls
     with pc.map.held:
         pc.map.set_window([(0xC_0000, 0x4_0000, ROM)])
@@ -127,6 +131,36 @@ def test_what_is_held_reaches_kvm_as_its_last_state_only(pc: Pc) -> None:
         assert pc.slots.calls == before
     assert pc.slots.calls == before + 2
     assert pc.slots.at(0xF_0000) == (pc.ram_host + 0xF_0000, True)
+
+
+def test_listeners_hear_of_a_change_in_order_with_a_commit_at_its_end(pc: Pc) -> None:
+    heard: list[str] = []
+
+    class Ear(SpaceListener):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def section_add(self, section: Section) -> None:
+            heard.append(f"{self.name} +{section.gpa:x}")
+
+        def section_del(self, section: Section) -> None:
+            heard.append(f"{self.name} -{section.gpa:x}")
+
+        def commit(self) -> None:
+            heard.append(f"{self.name} commit")
+
+    pc.map.listen(Ear("a"))
+    pc.map.listen(Ear("b"))
+    assert heard == ["a +0", "a +100000", "a commit", "b +0", "b +100000", "b commit"]
+    heard.clear()
+    pc.map.set_window([(0xC_0000, 0x8000, RAM)])
+    assert heard == ["a +c0000", "b +c0000", "a commit", "b commit"]
+    heard.clear()
+    pc.map.set_window([(0xC_0000, 0x8000, RAM_READONLY)])
+    assert heard == ["b -c0000", "a -c0000", "a +c0000", "b +c0000", "a commit", "b commit"]
+    heard.clear()
+    pc.map.set_window([(0xC_0000, 0x8000, RAM_READONLY)])
+    assert heard == []
 
 
 def test_reads_and_writes_as_a_processor_does(pc: Pc) -> None:
@@ -143,7 +177,7 @@ def test_reads_and_writes_as_a_processor_does(pc: Pc) -> None:
 
 
 def test_writes_under_rom_reach_the_ram_behind(pc: Pc) -> None:
-    pc.map.attach(pc.slots.set)
+    pc.map.listen(pc.slots)
     pc.map.set_window([(0xF_0000, 0x1_0000, ROM_OVER_RAM)])
     assert pc.slots.at(0xF_0000) == (pc.rom.host_address + 0x1_0000, True)
     pc.mmio.write(0xF_1234, 2, 0xBEEF)  # how a guest's write leaves KVM
@@ -173,7 +207,7 @@ def test_nothing_is_beyond_the_space(pc: Pc) -> None:
 
 def test_a_machine_with_less_ram_than_the_window(pc: Pc) -> None:
     small = Pc(640 << 10)
-    small.map.attach(small.slots.set)
+    small.map.listen(small.slots)
     small.map.set_window([(0xA_0000, 0x6_0000, RAM)])
     assert small.slots.at(0x9_FFFF) is not None
     assert small.slots.at(0xC_0000) is None

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from pyvmm.irq import IrqLine
 
 
+DATA_BYTES = 4  # the widest access of the data port
+
+
 class IdeChannel(Device):
     """The seven ports from 1F1h on are ``region``, ``read`` and ``write``; 3F6h is ``control``, ``control_read`` and
     ``control_write``. ``selected`` is the drive that answers.
@@ -105,6 +108,13 @@ class IdeChannel(Device):
         for unit, drive in enumerate(made):
             drive.attach(self, unit)
         self.reset()
+
+    def gather_writes(self) -> None:
+        """Before it is mapped: writes to the data port and to the registers before the command's may come late, many at
+        once. They do nothing by themselves. Whoever asks for that sees to it that they come.
+        """
+        self.data.add_coalesced(0, DATA_BYTES)
+        self.region.add_coalesced(0, COMMAND)
 
     # -- the ports -----------------------------------------------------------------------------------------------------
 
