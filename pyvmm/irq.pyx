@@ -47,6 +47,7 @@ cdef class IrqWire:
         pthread_mutex_init(&self.mutex, &attr)
         pthread_mutexattr_destroy(&attr)
         self.gsi = gsi
+        check_sink(sink)
         self.take_sink(sink)
 
     def __dealloc__(self):
@@ -81,12 +82,11 @@ cdef class IrqWire:
             raise_pending()
 
     cdef int take_sink(self, sink) except -1:
-        check_sink(sink)
+        self._borrowed_call = NULL      # before what it borrows from may go
         self.sink = sink
         self._vm = None
         self._further = None
         self._call = None
-        self._borrowed_call = NULL
         if isinstance(sink, IrqWire):
             self._further = IrqLine(sink)
             return 0
@@ -137,19 +137,24 @@ cdef class IrqLine:
 
     def set(self, level):
         """Drive the line to ``level`` (0 or 1; all that is true is 1). From any thread."""
-        if self.wire.change(self, 1 if level else 0, True) < 0:
-            raise_pending()
+        put(self, 1 if level else 0)
 
     def raise_(self):
-        self.set(1)
+        put(self, 1)
 
     def lower(self):
-        self.set(0)
+        put(self, 0)
 
     def pulse(self):
         """An edge: up, and down again."""
-        self.set(1)
-        self.set(0)
+        put(self, 1)
+        put(self, 0)
+
+
+cdef inline int put(IrqLine line, int level) except -1:
+    if line.wire.change(line, level, True) < 0:
+        raise_pending()
+    return 0
 
 
 def _refused(vm, gsi):
