@@ -22,6 +22,7 @@ from pyvmm.device import DeviceLock
 from pyvmm.errors import ConfigError, KindError, KvmError, StateError
 from pyvmm.kvm.system import CAPABILITIES
 from pyvmm.kvm.vm import DIRTY_LOG_MANUAL_PROTECT, MEM_LOG_DIRTY_PAGES, MEM_READONLY
+from pyvmm.places import Places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     Zone = tuple[bool, int, int]  # is it a port, address, size
 
 PAGE_BYTES = 4096
+FEWEST_SLOTS = 32  # where KVM does not say how many there are (api.rst, KVM_CAP_NR_MEMSLOTS)
 
 
 class KvmListener(SpaceListener):
@@ -54,6 +56,9 @@ class KvmListener(SpaceListener):
         self.gathers_ports = bool(kvm.check_extension("KVM_CAP_COALESCED_PIO"))
         """Whether this host's KVM can gather writes to ports."""
         self._slots: dict[object, tuple[int, Section]] = {}  # by Section.key
+        most = kvm.check_extension("KVM_CAP_NR_MEMSLOTS") or FEWEST_SLOTS
+        self.slots = Places("memory slot", 0, most, numbered=True)
+        """Who has which memory slot."""
         self._logging = False
         self._gone: list[Section] = []  # went while the log was on: any page of theirs may have been written
         # Duplicates of the regions' descriptors: KVM wants an eventfd once more to let go of it, and its owner may have
@@ -87,15 +92,19 @@ class KvmListener(SpaceListener):
 
     def section_add(self, section: Section) -> None:
         with self._lock:
-            taken = {slot for slot, _ in self._slots.values()}
-            slot = next(n for n in range(len(taken) + 1) if n not in taken)
-            self._set_slot(slot, section)
+            slot = self.slots.give(1, section.region.name)
+            try:
+                self._set_slot(slot, section)
+            except BaseException:
+                self.slots.free(slot)
+                raise
             self._slots[section.key] = slot, section
 
     def section_del(self, section: Section) -> None:
         with self._lock:
             slot, known = self._slots.pop(section.key)
             self._vm.set_memory_slot(slot, section.gpa, 0, section.host_address)
+            self.slots.free(slot)
             if self._logging and not section.readonly:
                 self._gone.append(known)
 

@@ -13,10 +13,10 @@ builder.py calls the steps in the order in which they stand here; restart.py tho
 
 from __future__ import annotations
 
-from pyvmm.boards.places import Places
 from pyvmm.errors import StateError
 from pyvmm.images import image_name
 from pyvmm.memory_map import MemoryMap
+from pyvmm.places import Places
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False

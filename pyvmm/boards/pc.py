@@ -11,10 +11,10 @@ import os
 from pyvmm.boards.ide_places import PLACES
 from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.pc_drives import make_drive
-from pyvmm.boards.places import Places
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
 from pyvmm.memory_map import BUS, RAM, ROM
+from pyvmm.places import Places
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False

@@ -23,7 +23,8 @@ MIB = 1 << 20
 
 class FakeKvm:
     def __init__(self, **capabilities: int) -> None:
-        self.capabilities = {"COALESCED_PIO": 1, "COALESCED_MMIO": 2, "MANUAL_DIRTY_LOG_PROTECT2": 3, **capabilities}
+        self.capabilities = {"COALESCED_PIO": 1, "COALESCED_MMIO": 2, "MANUAL_DIRTY_LOG_PROTECT2": 3}
+        self.capabilities |= {"NR_MEMSLOTS": 509, **capabilities}
 
     def check_extension(self, name: str) -> int:
         return self.capabilities[name.removeprefix("KVM_CAP_")]
@@ -292,3 +293,19 @@ def test_a_dirty_log_that_forgets_as_it_is_read() -> None:
     board.vm.written = {0: b"\1" + bytes(31)}
     assert [bitmap[0] for _, bitmap in board.listener.take_dirty()] == [1]
     assert not any(call.startswith(("enable", "clear")) for call in board.taken())
+
+
+def test_memory_slots_are_given_out_and_come_back() -> None:
+    board, memory = Board(NR_MEMSLOTS=3), GuestMemory(4 * MIB)
+    shown = MemoryMap(memory, board.mmio)
+    slots = board.listener.slots
+    shown.listen(board.listener)
+    assert list(slots) == [(0, 1, "ram")]
+    with pytest.raises(ConfigError, match=r"^mine at memory slot 0 overlaps ram at 0: give another place$"):
+        slots.take(0, 1, "mine")
+    assert slots.give(1, "mine") == 1
+    shown.open_window(None)  # what is below and what is above it
+    assert [name for _, _, name in slots] == ["ram", "mine", "ram"]
+    with pytest.raises(ConfigError, match=r"^no memory slot of 0-2 is left for ram: ram, mine have them, leave one out$"):
+        shown.set_window([(0xC_0000, 0x8000, RAM)])
+    board.listener.close()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pyvmm import ConfigError, Device, Machine
 from pyvmm.boards.pc import Pc
-from pyvmm.boards.places import Places
 from pyvmm.devices.pci.device import PciDevice
+from pyvmm.places import Places
 from pyvmm.x86 import layout
 
 
