@@ -7,9 +7,9 @@ It hears from the MemoryMap what shows as memory, and from both address spaces w
 where writes may be gathered. So a doorbell in a PCI BAR is an ioeventfd wherever the BAR goes, and none where it no
 longer is.
 
-A slot changes when it is told of. What concerns the buses is compared at each commit with what KVM has, because each
-difference waits for a grace period in KVM, milliseconds with an irqchip. A machine's start does not wait for them:
-until ``go_live``, which runs beside the guest, the regions answer by themselves.
+A memory slot is changed as soon as the map tells of it. What is on the buses is compared at each commit with what KVM
+has, because every difference costs a grace period in KVM, milliseconds with an irqchip. A machine's start does not wait
+for those: until ``go_live``, which runs beside the guest, the regions answer by themselves.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ class KvmListener(SpaceListener):
 
     @property
     def _manual_protect(self) -> bool:
-        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading the log leaves it, a page is forgotten by name."""
+        """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: reading the log does not clear it, KVM_CLEAR_DIRTY_LOG does so by pages.
+        """
         return bool(self._kvm.check_extension("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2") & DIRTY_LOG_MANUAL_PROTECT)
 
     # -- what the spaces tell ------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ class KvmListener(SpaceListener):
             self._apply()
 
     def _apply(self) -> None:
-        """KVM has what is wanted when this returns. What goes first: two may not have the same address."""
+        """Bring KVM to what is wanted. What goes is taken back first, because two can't have one address."""
         wanted = self._eventfds if self._use_ioeventfds else {}
         for event, ours in list(self._ioeventfds.items()):
             if wanted.get(event) != ours:
