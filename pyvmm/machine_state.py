@@ -78,6 +78,8 @@ class MachineState:
         outcome: list[Any] = []
         control = self._chassis.control
         control.request("save", lambda: self._save(memory, outcome), control.carry_on, wait=True)
+        if not outcome:
+            raise StateError("save_state(): the machine was closed meanwhile")
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
         state: dict[str, Any] = outcome[0]

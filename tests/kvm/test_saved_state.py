@@ -10,7 +10,7 @@ from typing import Any
 import asm
 import disk_images
 import pytest
-from guests import PASSED, TIMEOUT_S, Guest
+from guests import PASSED, PORT, TIMEOUT_S, Guest, Recorder
 from lives import MOMENTS, Lives
 from test_disk_faults import FLUSH, READ, SECTOR, SOURCE, TARGET, WRITE, WRITE_MULTIPLE, Step, steps_source
 
@@ -166,6 +166,58 @@ def test_processors_that_wait_for_their_init(boot: Callable[..., Guest]) -> None
     assert [state["parts"][f"vCPU {n}"]["state"]["mp_state"] for n in (0, 1)] == [0, 1]
     second.machine.load_state(state)
     assert second.machine.cpus[1].vcpu.mp_state == 1
+
+
+WAKES_ANOTHER = """
+        .include "interrupts64.inc"
+        .include "smp64.inc"
+        cld
+        mov     $trampoline, %esi
+        mov     $TRAMPOLINE, %edi
+        mov     $trampoline_end - trampoline, %ecx
+        rep movsb
+        mov     $APIC, %edi
+        movl    $0x1ff, APIC_SPURIOUS(%rdi)
+        mov     $DEVICE_PORT, %edx
+        outb    %al, %dx
+    init:
+        movl    $ICR_INIT, APIC_ICR_LOW(%rdi)
+    sipi:
+        movl    $ICR_SIPI | TRAMPOLINE >> 12, APIC_ICR_LOW(%rdi)
+    sent:
+    1:  pause
+        cmpl    $1, done
+        jne     1b
+        finish
+    other_main:
+        movl    $1, done
+    2:  cli
+        hlt
+        jmp     2b
+        .balign 4
+    done: .long 0
+"""
+
+
+@pytest.mark.parametrize(("until", "mp_state"), [("sipi", 2), ("sent", 0)])
+def test_an_init_or_sipi_that_is_pending_is_not_lost(boot: Callable[..., Guest], until: str, mp_state: int) -> None:
+    """vCPU 0 sends it while the other one stands; KVM carries it out when its MP state is read: so that comes first."""
+
+    class Pauser(Recorder):
+        def write(self, offset: int, size: int, value: int) -> None:
+            first.machine.pause()
+
+    first, second = boot(WAKES_ANOTHER, cpus=2), boot(WAKES_ANOTHER, cpus=2)
+    first.machine.pio.map(PORT, 1, Pauser())
+    first.run()
+    while first.regs()["rip"] != first.program.symbols[until]:
+        first.machine.cpus[0].step(TIMEOUT_S)
+    state = first.machine.save_state()
+    other = state["parts"]["vCPU 1"]["state"]
+    assert other["mp_state"] == mp_state
+    assert other["sregs"]["cs"]["base"] == (0xFFFF0000 if until == "sipi" else 0x9000)
+    second.machine.load_state(state)
+    assert second.run() == PASSED
 
 
 def test_time_stands_while_a_guest_is_nowhere(boot: Callable[..., Guest]) -> None:
