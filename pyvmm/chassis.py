@@ -47,7 +47,7 @@ class Chassis:
         self.mmio = AddressSpace("mmio", 1 << ADDRESS_BITS)
         self.loop = EventLoop(self._callback_raised)
         self.loop.clock.stop()
-        self.events = Events(self.loop.call_soon, self._callback_raised)
+        self.events = Events(self.loop.call_soon, self._callback_raised, self.loop.alive)
         self.control = RunControl(self._on_time, self.loop.clock.in_callback, self.events.tell)
         self.power = Power(self.control, no_reboot=config.no_reboot)
         self.outcomes = Outcomes(self.control, self.power, memory)

@@ -194,6 +194,10 @@ class EventLoop:
                 self._calls.append(callback)
                 self._wake_locked()
 
+    def alive(self) -> bool:
+        """Whether its thread has begun, and not ended."""
+        return self._thread is not None and self._thread.ident != 0
+
     def on_loop_thread(self) -> bool:
         """Whether the caller is one of the loop's callbacks."""
         return self._thread is not None and self._thread.is_current

@@ -19,7 +19,7 @@ nobody but the next event. `close` waits until all have been told.
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError, HostError, KindError
-from pyvmm.light import Condition, Lock, deque
+from pyvmm.light import BEGIN_LIMIT_S, Condition, Lock, deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,15 +49,19 @@ class Event:
 class Events:
     """``listen`` and ``forget`` are for everybody; ``tell`` is the machine's own.
 
-    ``call_soon(callback)`` is the event loop's; ``on_error(error)`` hears what a listener raised, which keeps no other
-    listener from hearing.
+    ``call_soon(callback)`` is the event loop's, ``alive()`` tells whether its thread is there. ``on_error(error)`` hears
+    what a listener raised, which keeps no other listener from hearing.
     """
 
     def __init__(
-        self, call_soon: Callable[[Callable[[], None]], None], on_error: Callable[[BaseException], None]
+        self,
+        call_soon: Callable[[Callable[[], None]], None],
+        on_error: Callable[[BaseException], None],
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self._call_soon = call_soon
         self._on_error = on_error
+        self._alive = alive
         self._lock = Lock()
         self._told = Condition(self._lock)
         self._listeners: tuple[tuple[Listener, tuple[str, ...]], ...] = ()
@@ -105,7 +109,10 @@ class Events:
     def flush(self) -> None:
         """Return when every listener has been told of all that has happened. Not for a listener."""
         with self._lock:
-            self._told.wait_for(lambda: not self._telling)
+            while not self._told.wait_for(lambda: not self._telling, BEGIN_LIMIT_S):
+                if not self._alive():
+                    # A thread that its host gave no memory for can die before it begins: nobody can be told.
+                    self._telling = False
 
     def _tell_all(self) -> None:
         """On the event loop's thread."""

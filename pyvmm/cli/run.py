@@ -187,9 +187,10 @@ def watch_text_memory(machine: Machine) -> list[TextWatch]:
         machine.events.forget(begin)
         try:
             from pyvmm.cli.text_watch import TextWatch
-        except (OSError, ImportError):
-            return  # no descriptor is left to read it by, and what the guest needs comes first
-        watches.append(TextWatch(machine))
+
+            watches.append(TextWatch(machine))
+        except (OSError, ImportError, MemoryError):
+            return  # no descriptor is left to read it by, or no memory: what the guest needs comes first
 
     if machine.vga is None:
         machine.events.listen(begin, "resume")
