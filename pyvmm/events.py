@@ -49,8 +49,8 @@ class Event:
 class Events:
     """``listen`` and ``forget`` are for everybody; ``tell`` is the machine's own.
 
-    ``call_soon(callback)`` is the event loop's, ``alive()`` tells whether its thread is there. ``on_error(error)`` hears
-    what a listener raised, which keeps no other listener from hearing.
+    ``call_soon(callback)`` is the event loop's, ``alive()`` tells whether its thread is there. ``on_error(error)``
+    hears what a listener raised, which keeps no other listener from hearing.
     """
 
     def __init__(
