@@ -113,7 +113,7 @@ class KvmClock:
         offsets = value_of(("list", 64, 0, len(self._cpus)), state["tsc_offsets"], "tsc_offsets")
         deadlines = value_of(("list", 64, len(self._cpus)), state["deadlines"], "deadlines")
         if offsets:
-            check_length(len(offsets), (len(self._cpus),), "tsc_offsets: entries")
+            check_length(len(offsets), (len(self._cpus),), "tsc_offsets", "entries")
         self._clock_ns, self._tsc, self._tsc_khz = clock_ns, count, khz
         self._loaded_offsets, self._deadlines = offsets, deadlines
 

@@ -102,7 +102,9 @@ def check_names(state: object, names: Sequence[str]) -> None:
 
 
 def shown(value: object) -> str:
-    """A value in a message: hostile ones may be long."""
+    """A value in a message: hostile ones may be long, and Python refuses to write out a number that is too long."""
+    if isinstance(value, int) and value.bit_length() > 2 * LONGEST_NUMBER_BITS:
+        return f"a number of {value.bit_length()} bits"
     text = repr(value) if isinstance(value, (int, str, bytes, bool, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -167,12 +169,12 @@ def value_of_several(kind: tuple[Any, ...], saved: Any, name: str, now_ns: int) 
     if what == "bytes":
         if not isinstance(saved, (bytes, bytearray, memoryview)):
             raise StateError(f"{name} is {shown(saved)}, no bytes")
-        check_length(len(saved), kind[1:], f"{name}: bytes")
+        check_length(len(saved), kind[1:], name, "bytes")
         return bytes(saved)
     if what == "list":
         if not isinstance(saved, (list, tuple)):
             raise StateError(f"{name} is {shown(saved)}, no list")
-        check_length(len(saved), kind[2:], f"{name}: entries")
+        check_length(len(saved), kind[2:], name, "entries")
         return [value_of(inner, item, f"{name}[{n}]", now_ns) for n, item in enumerate(saved)]
     assert what == "each", kind
     if not isinstance(saved, dict) or saved.keys() != {str(key) for key in inner}:
@@ -188,11 +190,11 @@ def checked_number(saved: object, values: range, name: str) -> int:
     return saved
 
 
-def check_length(size: int, limits: Sequence[int], what: str) -> None:
+def check_length(size: int, limits: Sequence[int], name: str, of_what: str) -> None:
     lowest, highest = limits[0], limits[-1]
     if not lowest <= size <= highest:
         wanted = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
-        raise StateError(f"{what} of a number of {size}, where there are {wanted}")
+        raise StateError(f"{name} has {size} {of_what}, not {wanted}")
 
 
 def put(owner: object, name: str, kind: object, value: Any) -> None:

@@ -131,13 +131,13 @@ def test_a_state_of_something_else(boot: Callable[..., Guest], spoil: Callable[[
     ("part", "field", "value", "sentence"),
     [
         ("serial", "lcr", 256, "the state of serial: lcr is 256"),
-        ("vCPU 0", "xsave", b"", "the state of vCPU 0: xsave: bytes of a number of 0"),
+        ("vCPU 0", "xsave", b"", "the state of vCPU 0: xsave has 0 bytes, not "),
         ("vCPU 0", "regs", {}, "the state of vCPU 0: rax is missing"),
         ("vCPU 0", "msrs", {"what": 1}, "the state of vCPU 0: msrs has a 'what', which is no register"),
         ("vCPU 0", "msrs", {"0x12345": 1}, "the state of vCPU 0: MSR 0x12345 does not take 0x1"),
         ("vCPU 0", "debugregs", {"db": [1]}, "the state of vCPU 0: dr6 is missing"),
         ("irqchip", "ioapic", bytes(520), "the state of irqchip: ioapic is the state of another chip"),
-        ("KVM's clock", "deadlines", [], "the state of KVM's clock: deadlines: entries of a number of 0"),
+        ("KVM's clock", "deadlines", [], "the state of KVM's clock: deadlines has 0 entries, not 1"),
     ],
 )
 def test_a_hostile_part(boot: Callable[..., Guest], part: str, field: str, value: object, sentence: str) -> None:

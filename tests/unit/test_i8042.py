@@ -272,7 +272,7 @@ def test_a_saved_state_brings_no_more_than_the_chip_holds(bench: Bench) -> None:
     bench.kbc.after_load()
     assert len(bench.drain()) == 2 + 16
     state["keyboard"]["queue"] = [0xEE] * 1000
-    with pytest.raises(StateError, match=r"keyboard\.queue: .* 1000"):
+    with pytest.raises(StateError, match=r"keyboard\.queue has 1000 entries, not 0 to 16"):
         bench.kbc.load(state)
 
 
