@@ -372,7 +372,7 @@ cdef class AddressSpace:
         """
         cdef MemoryRegion region
         if not isinstance(listener, SpaceListener):
-            raise KindError(f"{listener!r} is no listener: derive its class from pyvmm's SpaceListener")
+            raise KindError(f"{listener!r} is no listener: derive its class from pyvmm.address_space.SpaceListener")
         ear = _Ear(listener)
         self._begin()
         try:

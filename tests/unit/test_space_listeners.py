@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from pyvmm.address_space import AddressSpace, SpaceListener
 from pyvmm.device import Device
 from pyvmm.devices.pci.device import PciDevice
-from pyvmm.errors import ConfigError, KindError, StateError
+from pyvmm.errors import ConfigError, KindError, KvmError, StateError
 from pyvmm.region import BufferRegion, EventRegion, FifoRegion, MemoryRegion
 
 DEADLINE_S = 10
@@ -189,6 +190,30 @@ def test_a_bar_over_another_device_stays_untold_until_there_is_room(fd: int) -> 
     space.unmap(there)
     device.retry_blocked()
     assert taken(ear.lines)[-2:] == [f"+eventfd 0xe0000000 0 None {fd}", "commit"]
+
+
+def test_a_bar_that_a_listener_refuses_is_mapped_in_no_part(fd: int) -> None:
+    space = mmio()
+
+    class Refusing(SpaceListener):
+        def eventfd_add(self, *_: object) -> None:
+            raise KvmError("KVM_IOEVENTFD", errno.ENOSPC)
+
+    class Bell(PciDevice):
+        def __init__(self) -> None:
+            super().__init__(device_id=1, class_code=0xFF0000)
+            register = (0, lambda: MemoryRegion(4, self))
+            self.add_memory_bar(0, 0x1000, space, [register, (0x10, lambda: EventRegion(4, fd))])
+
+    device, listener = Bell(), Refusing()
+    space.listen(listener)
+    device.config_write(0x10, 4, 0xE000_0000)
+    with pytest.raises(KvmError):
+        device.config_write(0x04, 2, 2)
+    assert space.regions == []
+    space.unlisten(listener)
+    device.config_write(0x10, 4, 0xE100_0000)
+    assert [region.base for region in space.regions] == [0xE100_0000, 0xE100_0010]
 
 
 @pytest.mark.parametrize("raises", ["+x", "+eventfd", "commit"])

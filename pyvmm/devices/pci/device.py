@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pyvmm.address_space import AddressSpace
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError, KindError, StateError
+from pyvmm.errors import ConfigError, KindError, KvmError, StateError
 from pyvmm.irq import IrqLine
 
 TYPE_CHECKING = False
@@ -157,7 +157,7 @@ class Window:
         try:
             for offset, make in self._parts:
                 self._regions.append(self._space.add(base + offset, make()))
-        except KindError:  # no region at all: the function's own mistake, not the guest's
+        except (KindError, KvmError):  # no region at all, or nothing KVM can do: the guest is not to blame
             self._unmap()
             raise
         except ConfigError:  # taken, or past the end of the space
