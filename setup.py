@@ -1,12 +1,16 @@
 """Compiles every .pyx of the package, each to an extension of its own, and assembles the guests it ships."""
 
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+# Setuptools has it by this name only, also for Pythons without a distutils of their own.
+from distutils.command.build_scripts import build_scripts  # isort: skip
 
 HERE = Path(__file__).parent
 UNITS = sorted(p.relative_to(HERE) for p in (HERE / "pyvmm").rglob("*.pyx"))
@@ -46,8 +50,27 @@ class BuildExt(build_ext):
         super().run()
 
 
+class BuildScripts(build_scripts):
+    """The command is told which Python it is for, and what the package is called."""
+
+    def run(self) -> None:
+        super().run()
+        words = {
+            "@PYTHON@": f"python{sysconfig.get_config_var('LDVERSION')}",
+            "@DISTRIBUTION@": self.distribution.get_name().replace("-", "_"),
+            "@VERSION@": self.distribution.get_version(),
+        }
+        for script in self.scripts:
+            built = Path(self.build_dir, Path(script).name)
+            text = built.read_text()
+            for word, value in words.items():
+                text = text.replace(word, value)
+            built.write_text(text)
+
+
 setup(
-    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "build_scripts": BuildScripts},
+    scripts=["pyvmm/launcher/pyvmm"],
     ext_modules=cythonize(
         [
             Extension(

@@ -6,6 +6,7 @@ The last word is a real guest: one that takes a timer interrupt in long mode, wh
 from __future__ import annotations
 
 import platform
+import sys
 
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import GuestError, KvmError, VmmError
@@ -53,6 +54,7 @@ def doctor(args: list[str]) -> int:
         print(usage(TITLE, OPTIONS), end="")
         return 0
     print(f"host       Linux {platform.release()}, {cpu_model()}")
+    print(f"start      {way_in()}")
     block_engines()
     try:
         from pyvmm.kvm.system import Kvm
@@ -71,6 +73,13 @@ def doctor(args: list[str]) -> int:
         huge_pages()
     runs = try_guest()
     return 0 if enough and runs else 2
+
+
+def way_in() -> str:
+    """How this interpreter was started (pyvmm/launcher/pyvmm)."""
+    if sys.flags.isolated and sys.flags.no_site:
+        return f"by the command pyvmm: {sys.executable}, isolated and without site"
+    return f"by {sys.executable} with site and environment: the command pyvmm saves some milliseconds of every start"
 
 
 def cpu_model() -> str:
