@@ -1,4 +1,4 @@
-"""The tests as a background job of a shell, which has SIGINT ignored: Ctrl-C is tested all the same, and ends pytest."""
+"""The tests as a background job of a shell, with SIGINT ignored: Ctrl-C is tested all the same, and ends pytest."""
 
 from __future__ import annotations
 
