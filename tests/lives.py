@@ -15,13 +15,18 @@ from pyvmm import ExitStatus
 # At how many moments in all of a test: more of them, by this, where that is what is to be shown.
 MOMENTS = int(os.environ.get("PYVMM_MOMENTS", "20"))
 
+LONG_LIFE_S = 2.0
 # MSR_KVM_SYSTEM_TIME and its newer number (Linux virt/kvm/x86/msr.rst): address of a pvclock_vcpu_time_info, bit 0 on.
 KVMCLOCK_MSRS = ("0x12", "0x4b564d01")
 KVMCLOCK_BYTES = 32
 
 
 class Lives:
-    """``make()`` gives the machine, each time the same. ``machine`` is the present one, paused; ``count`` have died."""
+    """``make()`` gives the machine, each time the same. ``machine`` is the present one, paused; ``count`` have died.
+
+    A life is at most ``longest_s`` long, and LONG_LIFE_S once there were MOMENTS of them, so that the guest gets to its
+    end: each life begins with cold page tables.
+    """
 
     def __init__(self, make: Callable[[], pyvmm.Machine], seed: int, longest_s: float = 0.02) -> None:
         self._make = make
@@ -35,7 +40,7 @@ class Lives:
         """One life more. False where the guest has come to its end in it."""
         machine = self.machine
         machine.resume()
-        machine.wait(self._random.uniform(0, self._longest_s))
+        machine.wait(self._random.uniform(0, self._longest_s) if self.count < MOMENTS else LONG_LIFE_S)
         machine.pause()
         if machine.state in (pyvmm.RunState.SHUTDOWN, pyvmm.RunState.INTERNAL_ERROR):
             if machine.error is not None:

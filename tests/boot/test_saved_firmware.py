@@ -44,7 +44,7 @@ class Loader:
 
 
 def test_seabios_and_grub_at_random_moments(tmp_path: Path, firmware: Path) -> None:
-    """From the reset vector to the prompt, then files. A life begins with cold page tables: short ones get nowhere."""
+    """From the reset vector to the prompt, then files."""
     disk = tmp_path / "grub.img"
     disk_images.grub_legacy(disk)
     lives = 0
