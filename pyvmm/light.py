@@ -84,7 +84,8 @@ class Condition:
                 self._lock.acquire()
             elif not self._lock._is_owned():
                 self._lock._acquire_restore(held)
-            if not notified and waiter in self._waiters:
+            # Where the time ran out; or where whoever notified was interrupted (notify_all).
+            if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> bool:
@@ -98,9 +99,19 @@ class Condition:
         return result
 
     def notify_all(self) -> None:
-        """Wake every waiter; the lock is held."""
+        """Wake every waiter; the lock is held.
+
+        A signal's exception may come after any call here. So a waiter leaves the list only once it is awake, and one
+        that was woken twice is no error: one in neither place would sleep for ever.
+        """
         while self._waiters:
-            self._waiters.popleft().release()
+            waiter = self._waiters[0]
+            if waiter.locked():
+                waiter.release()
+            try:
+                self._waiters.remove(waiter)
+            except ValueError:
+                pass  # a signal handler has come between, and notified too
 
 
 _taken = _thread._local()  # ``hooks``: what this thread has of threading's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import collections
 import errno
+import itertools
 import mmap
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -277,6 +279,52 @@ def test_ctrl_c_wakes_the_main_thread(lock: Callable[[], Any], use: str, timeout
     with cond.lock:
         cond.notify_all()
     assert waiters.ended()
+
+
+class Interruption(Exception):
+    """As a signal's handler raises it: at any instruction."""
+
+
+def interrupted(action: Callable[[], object], function: Callable[..., object], at: int) -> bool:
+    """Run ``action``; at the ``at``-th instruction of ``function`` an exception comes, if there are so many: whether."""
+    left = at
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code is not function.__code__:  # type: ignore[attr-defined]
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise Interruption
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except Interruption:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_a_notify_that_is_interrupted_anywhere_loses_no_waiter(kind: Any) -> None:
+    """The next one wakes them all the same."""
+    for at in itertools.count():
+        cond = Case(kind, RLock())
+        waiters = Waiters(cond, 2)
+        with cond.lock:
+            came = interrupted(cond.notify_all, kind.notify_all, at)
+        with cond.lock:
+            cond.notify_all()
+        assert waiters.ended(), f"at instruction {at}"
+        assert cond.waiting() == 0
+        if not came:
+            break
+    assert at > 10
 
 
 def test_a_signal_whose_handler_returns_does_not_end_the_wait(cond: Case) -> None:
