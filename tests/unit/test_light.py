@@ -286,7 +286,7 @@ class Interruption(Exception):
 
 
 def interrupted(action: Callable[[], object], function: Callable[..., object], at: int) -> bool:
-    """Run ``action``; at the ``at``-th instruction of ``function`` an exception comes, if there are so many: whether."""
+    """Run ``action``; at the ``at``-th instruction of ``function`` an exception comes: whether there were so many."""
     left = at
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
