@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def descriptors() -> list[str]:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def no_more_threads_than(tasks: int) -> bool:
+    """The kernel lists a joined thread a moment longer: at the first count (an earlier test's) and at the last."""
+    end = time.monotonic() + TIMEOUT_S
+    while threads() > tasks and time.monotonic() < end:
+        time.sleep(0.01)
+    return threads() <= tasks
 
 
 def rss_kib() -> int:
@@ -63,7 +72,7 @@ def test_two_hundred_one_after_the_other(image: bytes) -> None:
         one(image, "off" if n % 4 == 0 else "kernel", 1 if n % 4 == 0 else 2)
     gc.collect()
     assert descriptors() == fds
-    assert threads() == tasks
+    assert no_more_threads_than(tasks)
     # 20 KiB a machine would be a page table, a thread's stack, a buffer that stays.
     assert rss_kib() - before < 200 * 20
 
@@ -86,7 +95,7 @@ def test_thirty_two_at_once(image: bytes) -> None:
     runners.clear()
     gc.collect()
     assert descriptors() == fds
-    assert threads() == tasks
+    assert no_more_threads_than(tasks)
 
 
 def test_machines_that_were_never_run(image: bytes) -> None:
@@ -95,7 +104,7 @@ def test_machines_that_were_never_run(image: bytes) -> None:
     for _ in range(10):
         pyvmm.Machine(flat=image, flat_mode="long64", memory_mib=4).close()
     assert descriptors() == fds
-    assert threads() == tasks
+    assert no_more_threads_than(tasks)
 
 
 def test_machines_that_failed_to_be_built(image: bytes) -> None:
@@ -116,4 +125,4 @@ def test_machines_that_failed_to_be_built(image: bytes) -> None:
             make()
     gc.collect()
     assert descriptors() == fds
-    assert threads() == tasks
+    assert no_more_threads_than(tasks)
