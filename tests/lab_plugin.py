@@ -162,7 +162,7 @@ class LabSession:
             if self._worker is None:
                 self._worker = Worker(self.lab, boot)
             if not self._worker.was_asked(item.nodeid):
-                self._worker.ask(rest_of_file(item))
+                self._worker.ask(rest_of_session(item))
             return self._worker.reports(item)
         except WorkerEndedError as error:
             self._end_worker()
@@ -191,11 +191,11 @@ def runs_here(item: pytest.Item) -> bool:
     return "guest_console" in getattr(item, "fixturenames", ())
 
 
-def rest_of_file(item: pytest.Item) -> list[str]:
-    """The tests from this one on that go to the lab's process and are of the same file: it collects that only once."""
+def rest_of_session(item: pytest.Item) -> list[str]:
+    """The tests from this one on that go to the lab's process: each list costs it ten seconds before its first test."""
     items = item.session.items
     rest = items[items.index(item) :]
-    return [i.nodeid for i in rest if i.path == item.path and i.get_closest_marker("lab")]
+    return [i.nodeid for i in rest if i.get_closest_marker("lab") and not runs_here(i)]
 
 
 def failure(item: pytest.Item, text: str) -> pytest.TestReport:

@@ -1,7 +1,7 @@
 """Runs in the lab: tests that use /dev/kvm in their own process, for a pytest outside (lab_plugin.py).
 
 A line of standard input is a JSON list of node ids. For each report of pytest's a line goes out, and one that says
-that the list is over. One process serves all files, so that pytest and pyvmm are imported once.
+that the list is over. One process serves all, so that pytest and pyvmm are imported once.
 """
 
 from __future__ import annotations

@@ -126,6 +126,7 @@ def check_file_system(image: Path) -> None:
 
 
 @pytest.mark.lab
+@pytest.mark.slow
 def test_root_on_an_ide_disk(tmp_path: Path, guest_console: Callable[..., Console]) -> None:
     """67 MB by DMA and 8 MB by PIO (libata.dma=0), both there after the next boot, the file system clean."""
     directory = tmp_path
