@@ -21,6 +21,9 @@ KVMCLOCK_MSRS = ("0x12", "0x4b564d01")
 KVMCLOCK_BYTES = 32
 # HV_X64_MSR_VP_RUNTIME and HV_X64_MSR_TIME_REF_COUNT (Hyper-V TLFS), which KVM lists and counts for any guest.
 COUNTING_MSRS = ("0x40000010", "0x40000020")
+# IA32_SYSENTER_ESP and _EIP: what a guest writes is 64 bits wide, and KVM for AMD, where long mode has no SYSENTER, takes
+# 32 of them back.
+HALF_MSRS = ("0x175", "0x176")
 
 
 class Lives:
@@ -110,7 +113,11 @@ def without_what_may_differ(state: dict[str, Any]) -> dict[str, Any]:
             part.pop("xsave")
             part.pop("lapic", None)
             part.pop("events")
-            part["msrs"] = {msr: value for msr, value in part["msrs"].items() if msr not in COUNTING_MSRS}
+            part["msrs"] = {
+                msr: value & 0xFFFF_FFFF if msr in HALF_MSRS else value
+                for msr, value in part["msrs"].items()
+                if msr not in COUNTING_MSRS
+            }
             for msr in KVMCLOCK_MSRS:
                 address = part["msrs"].get(msr, 0)
                 if address & 1:
