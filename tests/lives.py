@@ -21,8 +21,8 @@ KVMCLOCK_MSRS = ("0x12", "0x4b564d01")
 KVMCLOCK_BYTES = 32
 # HV_X64_MSR_VP_RUNTIME and HV_X64_MSR_TIME_REF_COUNT (Hyper-V TLFS), which KVM lists and counts for any guest.
 COUNTING_MSRS = ("0x40000010", "0x40000020")
-# IA32_SYSENTER_ESP and _EIP: what a guest writes is 64 bits wide, and KVM for AMD, where long mode has no SYSENTER, takes
-# 32 of them back.
+# IA32_SYSENTER_ESP and _EIP: a guest writes 64 bits, of which KVM for AMD, where long mode has no SYSENTER, takes half
+# back.
 HALF_MSRS = ("0x175", "0x176")
 
 
