@@ -97,25 +97,32 @@ class Events:
                 self.lost += 1
                 return
             self._waiting.append(Event(name, data))
-            begin, self._telling = not self._telling, True
+            begin = not self._telling
         if begin:
-            try:
-                self._call_soon(self._tell_all)
-            except HostError:
-                # No thread can be had. Whatever happens next tries again, and brings this one too.
-                with self._lock:
-                    self._telling = False
+            self._begin()
+
+    def _begin(self) -> bool:
+        """Have the event loop tell what waits. A call too many finds nothing to tell. False: no thread can be had."""
+        try:
+            self._call_soon(self._tell_all)
+        except HostError:
+            return False  # whatever happens next tries again, and brings what waits too
+        return True
 
     def flush(self) -> None:
         """Return when every listener has been told of all that has happened. Not for a listener."""
+        # A signal's exception may have come between an event and the call for it.
+        can_tell = not self._waiting or self._begin()
         with self._lock:
-            while not self._told.wait_for(lambda: not self._telling, BEGIN_LIMIT_S):
-                if not self._alive():
-                    # A thread that its host gave no memory for can die before it begins: nobody can be told.
-                    self._telling = False
+            while can_tell and not self._told.wait_for(lambda: not self._waiting and not self._telling, BEGIN_LIMIT_S):
+                # A thread that its host gave no memory for can die before it begins: nobody can be told.
+                can_tell = self._alive()
+            if not can_tell:
+                self._telling = False
 
     def _tell_all(self) -> None:
         """On the event loop's thread."""
+        self._telling = True
         try:
             while (event := self._next()) is not None:
                 for listener, names in self._listeners:
@@ -125,10 +132,12 @@ class Events:
                         except BaseException as error:
                             self._on_error(error)
         except BaseException:
-            # Not even the error could be told. Whoever waits in flush() is not to wait for ever.
+            # Not even the error could be told. What still waits is told by another call.
             with self._lock:
                 self._telling = False
                 self._told.notify_all()
+            if self._waiting:
+                self._begin()
             raise
 
     def _next(self) -> Event | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -124,6 +124,24 @@ def test_a_listener_may_tell_and_listen_and_its_caller_holds_no_lock(bench: Benc
     assert [name for name, _ in bench.heard] == ["resume"]
 
 
+def test_an_event_whose_teller_was_interrupted_is_told_all_the_same(bench: Bench) -> None:
+    """By a signal's exception, between the event and the call for the event loop."""
+    calls: list[object] = []
+
+    def call_soon(callback: Callable[[], None]) -> None:
+        calls.append(callback)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        bench.loop.call_soon(callback)
+
+    events = Events(call_soon, bench.errors.append)
+    events.listen(bench.hear)
+    with pytest.raises(KeyboardInterrupt):
+        events.tell("stop")
+    events.flush()
+    assert [name for name, _ in bench.heard] == ["stop"]
+
+
 def test_a_slow_listener_makes_no_queue_without_end(bench: Bench) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
@@ -158,4 +176,4 @@ def test_a_thread_that_never_began_is_not_waited_for(monkeypatch: pytest.MonkeyP
     events.listen(never.append)
     events.tell("stop")
     events.flush()
-    assert len(never) == 1  # asked, and no more
+    assert never == [events._tell_all] * 2  # asked for by who told and by who waits, and no more
