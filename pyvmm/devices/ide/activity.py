@@ -76,7 +76,7 @@ class Activity:
     that cannot be stopped on the host may still be writing into the guest's memory.
     """
 
-    __slots__ = ("channel", "drive", "dropped", "pending")
+    __slots__ = ("_skipped", "_waiting", "channel", "drive", "dropped", "pending")
 
     to_memory = False
     """A DMA transfer that writes the guest's memory."""
@@ -86,6 +86,17 @@ class Activity:
         self.channel: ChannelSide = drive.channel
         self.pending: Request | Chain | None = None
         self.dropped = False
+        self._waiting = False  # for the backend: no window is open
+        self._skipped = 0  # bytes of the open window that were moved before its state was saved and loaded
+
+    @property
+    def _moved(self) -> int:
+        """Bytes of the open window in the data port that are through."""
+        return 0 if self._waiting else self._skipped + self.channel.data.position
+
+    @_moved.setter
+    def _moved(self, moved: int) -> None:
+        self._skipped = moved
 
     def drop(self) -> None:
         """Forget it. While something is pending, the drive's ``quiet`` is called once that has ended."""

@@ -25,7 +25,7 @@ ENTRY = Struct("<Q")
 class DmaTransfer(Activity):
     """``count`` sectors from ``lba`` on, all of which the disk has."""
 
-    __slots__ = ("_count", "_disk", "_flush", "_iov", "_lba", "_more", "_read", "_waiting")
+    __slots__ = ("_count", "_disk", "_flush", "_iov", "_lba", "_more", "_read")
 
     def __init__(self, disk: DiskSide, read: bool = False, lba: int = 0, count: int = 0, flush: bool = False) -> None:
         """``read``: to the guest's memory. ``flush``: the command ends when the data is on the medium."""
@@ -36,7 +36,6 @@ class DmaTransfer(Activity):
         self._count = count
         self._flush = flush
         self._more = False
-        self._waiting = False  # for the one request of _moved_at_once
         self._iov: list[memoryview] = []
 
     @property
@@ -85,12 +84,18 @@ class DmaTransfer(Activity):
     def _move_in_parts(self, bad: bool) -> None:
         """``bad``: moving it all at once has failed, so which sector is it?"""
         mover = Mover(
-            self.channel.lock, self._aio, self._lba, self._iov, self._count, lambda: self._moved(mover), bad=bad
+            self.channel.lock,
+            self._aio,
+            self._lba,
+            self._iov,
+            self._count,
+            lambda: self._moved_in_parts(mover),
+            bad=bad,
         )
         self.pending = mover
         mover.start()
 
-    def _moved(self, mover: Mover) -> None:
+    def _moved_in_parts(self, mover: Mover) -> None:
         if not self.came_back():
             return
         if mover.moved < self._count:

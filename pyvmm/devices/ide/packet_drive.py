@@ -156,7 +156,7 @@ class PacketDrive(Drive):
 class PacketCommand(PacketActivity):
     """The packet itself comes through the data port, with no interrupt to ask for it."""
 
-    __slots__ = ("_dma", "_packet", "_skipped")
+    __slots__ = ("_dma", "_packet")
 
     KIND = "packet"
     STATE = {"_dma": "flag", "_packet": ("bytes", PACKET_BYTES), "_moved": range(PACKET_BYTES)}
@@ -165,7 +165,6 @@ class PacketCommand(PacketActivity):
         super().__init__(drive)
         self._packet = bytearray(PACKET_BYTES)
         self._dma = dma
-        self._skipped = 0  # bytes that had come before its state was saved and loaded
 
     def start(self) -> None:
         drive = self.packet_drive
@@ -180,14 +179,6 @@ class PacketCommand(PacketActivity):
     def on_end(self) -> None:
         self.drive.activity = None
         self.packet_drive.carry_out(bytes(self._packet), self._dma)
-
-    @property
-    def _moved(self) -> int:
-        return self._skipped + self.channel.data.position
-
-    @_moved.setter
-    def _moved(self, moved: int) -> None:
-        self._skipped = moved
 
 
 ACTIVITIES: dict[str, Callable[[PacketDrive], Activity]] = {

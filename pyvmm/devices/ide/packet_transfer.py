@@ -90,9 +90,7 @@ class PacketIn(PacketActivity):
         "_limit",
         "_memory",
         "_size",
-        "_skipped",
         "_start",
-        "_waiting",
     )
 
     def __init__(self, drive: PacketSide, data: bytes = b"", lba: int = 0, count: int = 0) -> None:
@@ -106,9 +104,7 @@ class PacketIn(PacketActivity):
         self._failure = 0  # what the backend gave for that one
         self._asked = 0
         self._size = 0
-        self._skipped = 0  # bytes of the open window that were moved before its state was saved and loaded
         self._limit = self.byte_count_limit()
-        self._waiting = False
 
     def start(self) -> None:
         self.drive.activity = self
@@ -195,14 +191,6 @@ class PacketIn(PacketActivity):
         self._memory[: len(content)] = content
         self._start, self._end = 0, len(content)
 
-    @property
-    def _moved(self) -> int:
-        return 0 if self._waiting else self._skipped + self.channel.data.position
-
-    @_moved.setter
-    def _moved(self, moved: int) -> None:
-        self._skipped = moved
-
     def wrong(self) -> str:
         if self._waiting:
             enough = self._left and self._end < LONGEST_BYTES
@@ -219,14 +207,13 @@ class PacketIn(PacketActivity):
 class PacketOut(PacketActivity):
     """``length`` bytes from the host, for the drive's data_out."""
 
-    __slots__ = ("_data", "_limit", "_size", "_skipped", "_start")
+    __slots__ = ("_data", "_limit", "_size", "_start")
 
     def __init__(self, drive: PacketSide, length: int = 0) -> None:
         super().__init__(drive)
         self._data = bytearray(length)
         self._start = 0
         self._size = 0
-        self._skipped = 0
         self._limit = self.byte_count_limit()
 
     def start(self) -> None:
@@ -258,14 +245,6 @@ class PacketOut(PacketActivity):
         "_limit": range(LONGEST_BYTES + 1),
         "_moved": range(LONGEST_BYTES + 1),
     }
-
-    @property
-    def _moved(self) -> int:
-        return self._skipped + self.channel.data.position
-
-    @_moved.setter
-    def _moved(self, moved: int) -> None:
-        self._skipped = moved
 
     def wrong(self) -> str:
         fits = self._skipped < self._size and self._start + self._size <= len(self._data)
@@ -340,11 +319,11 @@ class PacketDmaIn(PacketDma):
             return
         sectors = self._count * SECTORS_PER_BLOCK
         lba = self._lba * SECTORS_PER_BLOCK
-        mover = Mover(self.channel.lock, self.backend.aio_readv, lba, iov, sectors, lambda: self._moved(mover))
+        mover = Mover(self.channel.lock, self.backend.aio_readv, lba, iov, sectors, lambda: self._moved_in_parts(mover))
         self.pending = mover
         mover.start()
 
-    def _moved(self, mover: Mover) -> None:
+    def _moved_in_parts(self, mover: Mover) -> None:
         if not self.came_back():
             return
         if mover.ret < 0:

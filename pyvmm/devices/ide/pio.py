@@ -44,8 +44,6 @@ class PioTransfer(Activity):
         "_left",
         "_memory",
         "_next",
-        "_skipped",
-        "_waiting",
     )
 
     def __init__(self, disk: DiskSide) -> None:
@@ -53,10 +51,8 @@ class PioTransfer(Activity):
         self._disk = disk
         self._backend = disk.backend
         self._data = disk.channel.data
-        self._waiting = False
         self._begin = self._next = self._chunk = 0
         self._error = self._error_lba = self._error_left = 0
-        self._skipped = 0  # bytes of the open window that were moved before its state was saved and loaded
 
     def _set_up(self, lba: int, count: int, block: int) -> bool:
         """Whether there is anything to move. What reaches past the end of the disk is left out, with its whole block.
@@ -109,15 +105,6 @@ class PioTransfer(Activity):
         "_moved": range(BUFFER_BYTES + 1),
         "_content": ("bytes", 0, BUFFER_BYTES),
     }
-
-    @property
-    def _moved(self) -> int:
-        """Bytes of the open window that are through."""
-        return 0 if self._waiting else self._skipped + self._data.position
-
-    @_moved.setter
-    def _moved(self, moved: int) -> None:
-        self._skipped = moved
 
     @property
     def _content(self) -> bytes:
@@ -382,7 +369,7 @@ class PioWriter(PioTransfer):
 class PioBlock(Activity):
     """One block of data that is at hand, to the host: IDENTIFY DEVICE and its like."""
 
-    __slots__ = ("_block", "_skipped")
+    __slots__ = ("_block",)
 
     KIND = "block"
     STATE = {"_block": ("bytes", 1, SECTOR_BYTES), "_moved": range(SECTOR_BYTES)}
@@ -390,7 +377,6 @@ class PioBlock(Activity):
     def __init__(self, drive: DriveSide, block: bytes = b"") -> None:
         super().__init__(drive)
         self._block = block
-        self._skipped = 0
 
     def start(self) -> None:
         self.drive.activity = self
@@ -403,14 +389,6 @@ class PioBlock(Activity):
     def on_end(self) -> None:
         self.drive.activity = None
         self.drive.status = READY
-
-    @property
-    def _moved(self) -> int:
-        return self._skipped + self.channel.data.position
-
-    @_moved.setter
-    def _moved(self, moved: int) -> None:
-        self._skipped = moved
 
     def wrong(self) -> str:
         return "" if self._skipped < len(self._block) else "moved is not less than the block"
