@@ -18,6 +18,10 @@ TIMEOUT_S = 240.0 if "PYVMM_LAB" in os.environ else 60.0
 
 PORT = 0x700  # DEVICE_PORT and DEVICE_MMIO of common.inc
 MMIO = 0xD000_0000
+MSI_ADDRESS, MSI_DATA = 0xFEE0_0000, 0x51  # to APIC id 0, fixed, edge, vector 0x51
+# Guests that several tests use: the files say what they do.
+RING_FOR_MSIS = '.include "msi64.inc"'
+SPIN_ON_BOTH = '.include "interrupts64.inc"\n.include "smp64.inc"\nspin_on_both'
 PASSED = 1  # what finish 0 ends with: (0 << 1) | 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from guests import PASSED, PORT, Guest, Recorder
+from guests import PASSED, PORT, SPIN_ON_BOTH, Guest, Recorder
 
 import pyvmm
 from pyvmm import ConfigError, RunState, StateError
@@ -57,21 +57,7 @@ def test_a_device_that_raises_in_a_step(boot: Callable[..., Guest]) -> None:
 
 
 def test_the_other_vcpus_stand_meanwhile(boot: Callable[..., Guest]) -> None:
-    guest = boot(
-        """
-        .include "interrupts64.inc"
-        .include "smp64.inc"
-        start_others
-    1:  inc     %rbx
-        jmp     1b
-    other_main:
-        mov     $DEVICE_PORT, %edx
-        outb    %al, %dx
-    2:  inc     %rbx
-        jmp     2b
-        """,
-        cpus=2,
-    )
+    guest = boot(SPIN_ON_BOTH, cpus=2)
     device = Recorder()
     guest.machine.pio.map(PORT, 1, device)
     guest.start()

@@ -64,11 +64,9 @@ def test_address(boot: Callable[..., Guest], event: int) -> None:
     assert device.log == []
 
 
-@pytest.mark.parametrize("kind", ["pio", "mmio"])
-def test_datamatch_and_size(boot: Callable[..., Guest], event: int, kind: str) -> None:
-    """Only a 2-byte write of 7 signals; another value or size is an exit."""
-    guest = boot(
-        """
+# 6 and 7 in two bytes, 7 in one and in four, and 7 in two bytes further on.
+WRITES = {
+    "pio": """
         mov     $DEVICE_PORT, %edx
         mov     $6, %eax
         outw    %ax, %dx
@@ -76,18 +74,27 @@ def test_datamatch_and_size(boot: Callable[..., Guest], event: int, kind: str) -
         outw    %ax, %dx
         outb    %al, %dx
         outl    %eax, %dx
+        inc     %edx
+        inc     %edx
+        outw    %ax, %dx
         finish
-        """
-        if kind == "pio"
-        else """
+        """,
+    "mmio": """
         mov     $DEVICE_MMIO, %edi
         movw    $6, (%rdi)
         movw    $7, (%rdi)
         movb    $7, (%rdi)
         movl    $7, (%rdi)
+        movw    $7, 2(%rdi)
         finish
-        """
-    )
+        """,
+}
+
+
+@pytest.mark.parametrize("kind", ["pio", "mmio"])
+def test_datamatch_and_size(boot: Callable[..., Guest], event: int, kind: str) -> None:
+    """Only a 2-byte write of 7 signals; another value or size is an exit."""
+    guest = boot(WRITES[kind])
     machine = guest.machine
     space, base = (machine.pio, PORT) if kind == "pio" else (machine.mmio, MMIO)
     device = Recorder()
@@ -95,7 +102,7 @@ def test_datamatch_and_size(boot: Callable[..., Guest], event: int, kind: str) -
     machine.vm.ioeventfd(event, base, 2, pio=kind == "pio", datamatch=7)
     assert guest.run() == PASSED
     assert count(event) == 1
-    assert device.log == [("write", 0, 2, 6), ("write", 0, 1, 7), ("write", 0, 4, 7)]
+    assert device.log == [("write", 0, 2, 6), ("write", 0, 1, 7), ("write", 0, 4, 7), ("write", 2, 2, 7)]
 
 
 def test_any_size(boot: Callable[..., Guest], event: int) -> None:
@@ -126,31 +133,7 @@ def test_an_event_region_for_one_value_of_one_size(
     boot: Callable[..., Guest], event: int, kind: str, by_kvm: bool
 ) -> None:
     """Other values, sizes and addresses of it are lost, by whomever."""
-    guest = boot(
-        """
-        mov     $DEVICE_PORT, %edx
-        mov     $6, %eax
-        outw    %ax, %dx
-        mov     $7, %eax
-        outw    %ax, %dx
-        outb    %al, %dx
-        outl    %eax, %dx
-        inc     %edx
-        inc     %edx
-        outw    %ax, %dx
-        finish
-        """
-        if kind == "pio"
-        else """
-        mov     $DEVICE_MMIO, %edi
-        movw    $6, (%rdi)
-        movw    $7, (%rdi)
-        movb    $7, (%rdi)
-        movl    $7, (%rdi)
-        movw    $7, 2(%rdi)
-        finish
-        """
-    )
+    guest = boot(WRITES[kind])
     machine = guest.machine
     space, base = (machine.pio, PORT) if kind == "pio" else (machine.mmio, MMIO)
     machine.kvm_listener.ioeventfds = by_kvm
@@ -341,17 +324,11 @@ def test_irqfd_with_resample(boot: Callable[..., Guest], event: int) -> None:
     guest = boot(
         """
         .include "interrupts64.inc"
-        .set    IOAPIC, 0xfec00000
         set_gate 0x40, on_irq
         load_idt
         program_pic 0xff                        # the line goes there too
-        mov     $APIC, %edi
-        movl    $0x1ff, APIC_SPURIOUS(%rdi)
-        mov     $IOAPIC, %esi
-        movl    $0x10 + 2 * 10 + 1, (%rsi)      # redirection of pin 10: to APIC 0,
-        movl    $0, 0x10(%rsi)
-        movl    $0x10 + 2 * 10, (%rsi)
-        movl    $0x8040, 0x10(%rsi)             # level, vector 0x40
+        enable_apic
+        route_level 10, 0x40
         mov     $DEVICE_PORT, %edx
         sti
         outb    %al, %dx

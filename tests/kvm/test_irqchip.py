@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from guests import PASSED, PORT, TIMEOUT_S, Guest, Recorder
+from guests import MSI_ADDRESS, MSI_DATA, PASSED, PORT, RING_FOR_MSIS, TIMEOUT_S, Guest, Recorder
 
 from pyvmm import KvmError
 from pyvmm.irqchip import KvmIrqchip
@@ -15,35 +15,6 @@ from pyvmm.irqfd import IrqFd
 
 both = pytest.mark.parametrize("irqchip", ["kernel", "off"])
 
-# Rings at DEVICE_PORT until the handler has run 20 times.
-RING = """
-    .include "interrupts64.inc"
-    set_gate 0x51, on_msi
-    load_idt
-    program_pic 0xff
-    mov     $APIC, %edi
-    movl    $0x1ff, APIC_SPURIOUS(%rdi)
-    mov     $DEVICE_PORT, %edx
-1:  mov     msis, %ecx
-    outb    %al, %dx
-    sti
-2:  pause
-    cmp     %ecx, msis
-    je      2b
-    cli
-    cmpl    $20, msis
-    jb      1b
-    finish
-on_msi:
-    push    %rdi
-    incl    msis
-    mov     $APIC, %edi
-    movl    $0, APIC_EOI(%rdi)
-    pop     %rdi
-    iretq
-msis: .long 0
-"""
-MSI_ADDRESS, MSI_DATA = 0xFEE0_0000, 0x51  # to APIC id 0, fixed, edge, vector 0x51
 NOBODY = 0xFEE0_5000
 ALL_ONES = (1 << 64) - 1
 
@@ -62,7 +33,7 @@ class Caller(Recorder):
 
 @both
 def test_an_msi_that_is_fired(boot: Callable[..., Guest], irqchip: str) -> None:
-    guest = boot(RING, irqchip=irqchip)
+    guest = boot(RING_FOR_MSIS, irqchip=irqchip)
     device = Caller(guest.machine.irqchip.msi(MSI_ADDRESS, MSI_DATA).fire)
     guest.machine.pio.map(PORT, 1, device)
     assert guest.run() == PASSED
@@ -73,7 +44,7 @@ def test_an_msi_that_is_fired(boot: Callable[..., Guest], irqchip: str) -> None:
 @both
 def test_an_msi_by_an_irqfd(boot: Callable[..., Guest], irqchip: str) -> None:
     """Of a message that is changed first: KVM's route is, too."""
-    guest = boot(RING, irqchip=irqchip)
+    guest = boot(RING_FOR_MSIS, irqchip=irqchip)
     msi = guest.machine.irqchip.msi(MSI_ADDRESS, 0x77)
     irqfd = guest.machine.irqchip.irqfd(msi)
     msi.change(MSI_ADDRESS, MSI_DATA)
@@ -156,17 +127,11 @@ def test_kvm_takes_as_many_routes_as_it_says(boot: Callable[..., Guest]) -> None
 # where there is none, and ends the interrupt. When all are told no more interrupts come.
 LEVEL = """
     .include "interrupts64.inc"
-    .set    IOAPIC, 0xfec00000
     set_gate 0x40, on_irq
     load_idt
     program_pic 0xff
-    mov     $APIC, %edi
-    movl    $0x1ff, APIC_SPURIOUS(%rdi)
-    mov     $IOAPIC, %esi
-    movl    $0x10 + 2 * 10 + 1, (%rsi)      # redirection of pin 10: to APIC 0,
-    movl    $0, 0x10(%rsi)
-    movl    $0x10 + 2 * 10, (%rsi)
-    movl    $0x8040, 0x10(%rsi)             # level, vector 0x40
+    enable_apic
+    route_level 10, 0x40
     mov     $DEVICE_PORT, %edx
     sti
     mov     $5, %al
@@ -273,7 +238,7 @@ def test_a_line_beside_it_keeps_the_level_up(boot: Callable[..., Guest], irqchip
 
 @both
 def test_closed_irqfds_interrupt_no_more(boot: Callable[..., Guest], irqchip: str) -> None:
-    guest = boot(RING, irqchip=irqchip)
+    guest = boot(RING_FOR_MSIS, irqchip=irqchip)
     chip = guest.machine.irqchip
     closed, msi = chip.irqfd(chip.msi(MSI_ADDRESS, MSI_DATA)), chip.msi(MSI_ADDRESS, MSI_DATA)
     copy = os.dup(closed.fd)

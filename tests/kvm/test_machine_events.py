@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from guests import PORT, TIMEOUT_S, Guest, Recorder
+from guests import PORT, SPIN_ON_BOTH, TIMEOUT_S, Guest, Recorder
 
 import pyvmm
 from pyvmm import RunState
@@ -86,21 +86,7 @@ def test_from_a_handler_with_its_lock_held(boot: Callable[..., Guest]) -> None:
 
 
 def test_a_breakpoint_says_which_vcpu(boot: Callable[..., Guest]) -> None:
-    guest = boot(
-        """
-        .include "interrupts64.inc"
-        .include "smp64.inc"
-        start_others
-    1:  inc     %rbx
-        jmp     1b
-    other_main:
-        mov     $DEVICE_PORT, %edx
-        outb    %al, %dx
-    2:  inc     %rbx
-        jmp     2b
-        """,
-        cpus=2,
-    )
+    guest = boot(SPIN_ON_BOTH, cpus=2)
     device = Recorder()
     guest.machine.pio.map(PORT, 1, device)
     guest.start()

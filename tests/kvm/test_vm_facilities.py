@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from guests import PASSED, PORT, Guest, Recorder
+from guests import MSI_ADDRESS, MSI_DATA, PASSED, PORT, RING_FOR_MSIS, Guest, Recorder
 
 from pyvmm.kvm.system import CAPABILITIES
 from pyvmm.kvm.vm import IOAPIC, PIC_MASTER, PIC_SLAVE
@@ -35,37 +35,8 @@ def test_binary_statistics(boot: Callable[..., Guest]) -> None:
         assert "remote_tlb_flush" in vm_stats.read()
 
 
-MSI = """
-    .include "interrupts64.inc"
-    set_gate 0x51, on_msi
-    load_idt
-    mov     $APIC, %edi
-    movl    $0x1ff, APIC_SPURIOUS(%rdi)
-    mov     $DEVICE_PORT, %edx
-1:  mov     msis, %ecx
-    outb    %al, %dx
-    sti
-2:  pause
-    cmp     %ecx, msis
-    je      2b
-    cli
-    cmpl    $20, msis
-    jb      1b
-    finish
-on_msi:
-    push    %rdi
-    incl    msis
-    mov     $APIC, %edi
-    movl    $0, APIC_EOI(%rdi)
-    pop     %rdi
-    iretq
-msis: .long 0
-"""
-MSI_ADDRESS, MSI_DATA = 0xFEE0_0000, 0x51  # to APIC id 0, fixed, edge, vector 0x51
-
-
 def test_signal_msi(boot: Callable[..., Guest]) -> None:
-    guest = boot(MSI)
+    guest = boot(RING_FOR_MSIS)
     taken = []
 
     class Signaller(Recorder):
@@ -81,7 +52,7 @@ def test_signal_msi(boot: Callable[..., Guest]) -> None:
 def test_an_msi_route_behind_an_irqfd(boot: Callable[..., Guest]) -> None:
     from pyvmm.irqchip import pc_routes
 
-    guest = boot(MSI)
+    guest = boot(RING_FOR_MSIS)
     event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
         gsi = 30
