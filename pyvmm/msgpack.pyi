@@ -1,0 +1,6 @@
+from typing import Any
+
+from typing_extensions import Buffer
+
+def pack(value: Any) -> bytes: ...
+def unpack(data: Buffer) -> Any: ...
