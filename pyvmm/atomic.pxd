@@ -4,6 +4,7 @@ cdef extern from * nogil:
     int ATOMIC_SEQ_CST "__ATOMIC_SEQ_CST"
     int ATOMIC_ACQUIRE "__ATOMIC_ACQUIRE"
     int ATOMIC_RELEASE "__ATOMIC_RELEASE"
+    int ATOMIC_RELAXED "__ATOMIC_RELAXED"
     int atomic_load "__atomic_load_n" (int *, int)
     void atomic_store "__atomic_store_n" (int *, int, int)
     int atomic_exchange "__atomic_exchange_n" (int *, int, int)

@@ -17,6 +17,7 @@ BUILDING = (
     "pyvmm.block.backend",
     "pyvmm.block.formats.raw",
     "pyvmm.block.formats.snapshot",
+    "pyvmm.block.lane",
     "pyvmm.block.open",
     "pyvmm.block.options",
     "pyvmm.block.probe",

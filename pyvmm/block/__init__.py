@@ -3,6 +3,7 @@
 General layout, in the order a request walks it:
 
     backend      BlockBackend: what a device sees. Requests, their order, error policies, drain, counters
+    lane         the way past all that follows, for transfers that wait for nothing
     throttle     bytes and operations a second
     coroutine    how a request waits without a thread of its own, and where its completion runs; co_lock: how one
                  request waits for another that works on the same table

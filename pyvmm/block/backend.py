@@ -9,6 +9,9 @@ waited for; else on the worker that did it, the event loop's thread, or one that
 held. A callback may submit, but not drain: its own request is in flight until it returns.
 
 Order: of two requests in flight that overlap, one of them a write, the later one starts when the earlier is complete.
+
+A device without need of that order may ask for a ``lane``: leave to make transfers that wait for nothing by itself,
+from compiled code (lane.pyx). They count as requests of this drive; all others come by ``aio_*``.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.block.driver import FormatDriver, Iov
+    from pyvmm.block.lane import Lane
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.throttle import Throttle
 
@@ -110,10 +114,9 @@ class BlockBackend:
         self.sectors = -(-self.size_bytes // SECTOR_BYTES)
         """Size in sectors of 512 bytes. A read-only image may end inside the last one: what is missing reads as zeros.
         """
-        self.write_cache = options.cache not in ("writethrough", "directsync")
-        """False: each write is on stable storage before it is complete. The guest may change it."""
-        self.stats = BlockStats() if stats is None else stats
-        self._counters = (self.stats.read, self.stats.write, self.stats.flush, self.stats.discard, self.stats.write)
+        self._write_cache = options.cache not in ("writethrough", "directsync")
+        self._stats = stats = BlockStats() if stats is None else stats
+        self._counters = (stats.read, stats.write, stats.flush, stats.discard, stats.write)
         self._driver = driver
         self._context = context
         self._lock = context.lock
@@ -129,6 +132,7 @@ class BlockBackend:
         self._stalled: list[Request] = []  # put aside by a policy, and what came after
         self._held = False  # what is submitted is put aside: a saved state is being loaded
         self._written = self._flushed = 0  # counts of writes that are complete, and that were so at the last flush
+        self._lane: Lane | None = None  # whose writes are counted by itself
 
     # -- what a device asks -----------------------------------------------------------------------------------
 
@@ -136,6 +140,52 @@ class BlockBackend:
     def inserted(self) -> bool:
         """Whether there is a medium; without one every request fails with ENOMEDIUM."""
         return self._driver is not None
+
+    @property
+    def stats(self) -> BlockStats:
+        """What has been done so far."""
+        if self._lane is not None:
+            with self._lock:
+                self._lane.fold(self._stats)
+        return self._stats
+
+    @property
+    def write_cache(self) -> bool:
+        """False: each write is on stable storage before it is complete. The guest may change it."""
+        return self._write_cache
+
+    @write_cache.setter
+    def write_cache(self, on: bool) -> None:
+        with self._lock:
+            self._write_cache = on
+            self._grant_locked()
+
+    def lane(self) -> Lane | None:
+        """Leave to make transfers that wait for nothing by itself, the same one each time; None where there are none,
+        for what the drive's options ask of every request, or for what its image is.
+        """
+        if self._lane is None and self._driver is not None and self._throttle is None:
+            self._lane = self._driver.lane()
+            with self._lock:
+                self._grant_locked()
+        return self._lane
+
+    def _grant_locked(self) -> None:
+        """Something has changed that the lane's leave depends on; the lock is held."""
+        if self._lane is None:
+            return
+        kinds = 0
+        if not self._stalled and not self._held and self._driver is not None:
+            from pyvmm.block.lane import READS, WRITES
+
+            # A write through the lane is not on stable storage, and nobody looks whether it is all zeros.
+            writes = self._write_cache and not self.read_only and not self._detect_zeroes
+            kinds = READS | (WRITES if writes else 0)
+        self._lane.grant(kinds)
+
+    def _writes(self) -> int:
+        """How many are complete."""
+        return self._written + (0 if self._lane is None else self._lane.writes)
 
     def aio_readv(self, sector: int, iov: Iov, cb: Callback) -> Request:
         """Fill ``iov`` (views of bytes, a whole number of sectors in all) from ``sector`` on."""
@@ -183,12 +233,15 @@ class BlockBackend:
         finally:
             if throttle is not None:
                 throttle.shut()
+        if self._lane is not None:
+            self._lane.settle()
 
     def resume(self) -> None:
         """Submit again, in order, what an error policy has put aside."""
         driver = self._driver
         with self._lock:
             again, self._stalled = self._stalled, []
+            self._grant_locked()
             again.sort(key=lambda request: request.number)
             for request in again:
                 request.since_ns = monotonic_ns()
@@ -201,6 +254,7 @@ class BlockBackend:
         """Forget what an error policy has put aside: its callbacks never come. For a reset."""
         with self._lock:
             dropped, self._stalled = self._stalled, []
+            self._grant_locked()
         for request in dropped:
             request.iov = ()
             request.callback = None
@@ -213,11 +267,12 @@ class BlockBackend:
     @property
     def _unflushed(self) -> bool:
         """Whether there are writes that a flush of the guest's has to bring to stable storage."""
-        return self._written > self._flushed
+        return self._writes() > self._flushed
 
     @_unflushed.setter
     def _unflushed(self, unflushed: bool) -> None:
-        self._written, self._flushed = int(unflushed), 0
+        self._written = int(unflushed)
+        self._flushed = self._writes() - self._written
 
     def save(self) -> dict[str, Any]:
         """What was put aside is asked again by its device. StateError where the guest's writes would be lost."""
@@ -235,11 +290,15 @@ class BlockBackend:
         from pyvmm.state import load_fields
 
         load_fields(self, self.STATE, state)
-        self._held = True
+        with self._lock:
+            self._held = True
+            self._grant_locked()
 
     def after_load(self) -> None:
         """What was asked for again waits for ``resume``, as what had failed where the state was saved."""
-        self._held = False
+        with self._lock:
+            self._held = False
+            self._grant_locked()
         if self._throttle is not None:
             self._throttle.restart()
 
@@ -254,6 +313,8 @@ class BlockBackend:
                 self.drain()
                 self.drop_stalled()
             driver, self._driver = self._driver, None
+            if self._lane is not None:
+                self._lane.close()
             driver.close()
 
     def abandon(self) -> None:
@@ -261,6 +322,8 @@ class BlockBackend:
         self._context.abandon()
         self._on_error = None
         driver, self._driver = self._driver, None
+        if self._lane is not None:
+            self._lane.grant(0)
         if driver is not None:
             driver.abandon()
 
@@ -299,7 +362,7 @@ class BlockBackend:
 
     def _enter_locked(self, request: Request) -> None:
         """Count it in, and find those before it that it has to wait for."""
-        stats = self.stats
+        stats = self._stats
         stats.in_flight += 1
         if stats.in_flight > stats.max_in_flight:
             stats.max_in_flight = stats.in_flight
@@ -346,9 +409,9 @@ class BlockBackend:
 
     async def _co_change(self, request: Request, driver: FormatDriver) -> int:
         """Everything but a read."""
-        kind, offset, length, fua = request.kind, request.offset, request.length, not self.write_cache
+        kind, offset, length, fua = request.kind, request.offset, request.length, not self._write_cache
         if kind == FLUSH:
-            written = self._written
+            written = self._writes()
             if not self._flushes or written == self._flushed:
                 return 0
             ret = await driver.co_flush()
@@ -391,6 +454,7 @@ class BlockBackend:
             stop = action == "stop" and not request.cancelled
             if stop:
                 self._stalled.append(request)
+                self._grant_locked()
                 self._count_out_locked()
         if freed:
             self._give_turns(freed)
@@ -408,8 +472,8 @@ class BlockBackend:
             callback(0 if action == "ignore" else ret)
         finally:
             with self._lock:
-                self.stats.in_flight -= 1
-                if not self.stats.in_flight:
+                self._stats.in_flight -= 1
+                if not self._stats.in_flight:
                     self._context.notify_locked()
 
     def _action(self, kind: int, errno: int) -> str:
@@ -440,12 +504,12 @@ class BlockBackend:
             self._context.complete(turn, 0)
 
     def _count_out_locked(self) -> None:
-        self.stats.in_flight -= 1
-        if not self.stats.in_flight:
+        self._stats.in_flight -= 1
+        if not self._stats.in_flight:
             self._context.notify_locked()
 
     def _idle_locked(self) -> bool:
-        return not self.stats.in_flight
+        return not self._stats.in_flight
 
     def _put_aside(self, request: Request) -> bool:
         """Its turn has come. Whether it is put aside all the same: an earlier request was, and the order must hold."""
@@ -479,7 +543,8 @@ class BlockBackend:
             stalled = request in self._stalled
             if stalled:
                 self._stalled.remove(request)
-                self.stats.in_flight += 1
+                self._grant_locked()
+                self._stats.in_flight += 1
         if stalled:
             waiter = Waiter()
             start(self._co_cancelled(request, waiter), request)

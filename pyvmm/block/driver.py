@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pyvmm.block.lane import Lane
+
     Iov = Sequence[memoryview]
 
 SECTOR_BYTES = 512  # what a guest's disk is made of, and requests to a BlockBackend
@@ -50,6 +52,10 @@ class ProtocolDriver:
     def may_grow_to(self, end: int) -> bool:
         """Whether a write may make it longer, up to byte ``end``."""
         return False
+
+    def lane(self, offset: int, size_bytes: int) -> Lane | None:
+        """A lane to these bytes, where a transfer is nothing but a system call (lane.pyx)."""
+        return None
 
     def peek(self, offset: int, length: int) -> bytes:
         """What is there now, for a look before the guest runs: read on this thread, outside of any request and of
@@ -92,6 +98,10 @@ class FormatDriver:
     def ends_with_process(self) -> bool:
         """Whether the guest has written something that no other process will find."""
         return False
+
+    def lane(self) -> Lane | None:
+        """A lane to the guest's disk, where its bytes are a file's as they are (lane.pyx)."""
+        return None
 
     def peek(self, offset: int, length: int) -> bytes:
         """As ProtocolDriver.peek, of the guest's disk."""

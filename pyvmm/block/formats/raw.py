@@ -20,6 +20,7 @@ from pyvmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.driver import Iov, ProtocolDriver
+    from pyvmm.block.lane import Lane
     from pyvmm.block.options import DriveOptions
 
 CD_BLOCK_BYTES = 2048
@@ -101,6 +102,9 @@ class RawDriver(FormatDriver):
             if ret < 0 or not length:
                 return ret
         return await self._file.co_pwrite_zeroes(self._offset + offset, length, may_unmap, fua)
+
+    def lane(self) -> Lane | None:
+        return self._file.lane(self._offset, self.size_bytes)
 
     def peek(self, offset: int, length: int) -> bytes:
         return self._file.peek(self._offset + offset, min(length, self.size_bytes - offset))

@@ -37,6 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.coroutine import AioContext
     from pyvmm.block.driver import Iov
+    from pyvmm.block.lane import Lane
     from pyvmm.block.protocols.image import Image
     from pyvmm.block.stats import BlockStats
 
@@ -154,6 +155,13 @@ class FilePosix(ProtocolDriver):
 
     def may_grow_to(self, end: int) -> bool:
         return self._image.may_grow_to(end)
+
+    def lane(self, offset: int, size_bytes: int) -> Lane | None:
+        if self._image.direct:
+            return None
+        from pyvmm.block.lane import Lane
+
+        return Lane(self._fd, self._inline_flags, offset, size_bytes)
 
     def peek(self, offset: int, length: int) -> bytes:
         return self._image.peek(offset, length)
