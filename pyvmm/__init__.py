@@ -24,6 +24,7 @@ The vocabulary:
     m.consoles      Chardev by name, with feed(bytes)
     m.events        Events: listen(function, "stop", "reset", ...) hears what happens to it, as an Event
     m.exit_stats()  ExitStat: what each kind of exit cost
+    m.save(path)    a Snapshot, a machine in a file: Machine.restore(path) goes on from it, as often as you like
     errors          ConfigError what was asked wrongly, StateError not now, KvmError what the host refuses,
                     GuestError and DeviceError with a dump: what ends a run
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from pyvmm.region import BufferRegion, EventRegion, FifoRegion, LatchRegion, MemoryRegion, SinkRegion
     from pyvmm.run_control import ExitStatus
     from pyvmm.run_state import RunState
+    from pyvmm.snapshot import Snapshot
 
 __version__ = "0.1.0"
 
@@ -72,6 +74,7 @@ _MODULES = {
     "region": ("BufferRegion", "EventRegion", "FifoRegion", "LatchRegion", "MemoryRegion", "SinkRegion"),
     "run_control": ("ExitStatus",),
     "run_state": ("RunState",),
+    "snapshot": ("Snapshot",),
 }
 
 
@@ -117,6 +120,7 @@ __all__ = [
     "MemoryRegion",
     "RunState",
     "SinkRegion",
+    "Snapshot",
     "StateError",
     "Timer",
     "VmmError",

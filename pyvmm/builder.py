@@ -12,18 +12,21 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.board import Board
+    from pyvmm.snapshot import Snapshot
     from pyvmm.spec import Spec
 
 
-def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassis, Board, Platform]:
-    """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names. What was made before an
-    error is closed again.
+def build(
+    config: Spec, kind: type[Board] | None, owner: object, origin: Snapshot | None = None
+) -> tuple[Chassis, Board, Platform]:
+    """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
+    ``origin``, which it holds, and no guest loaded. What was made before an error is closed again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
     closers = Closers()
     try:
-        memory = make_memory(config, closers)
+        memory = make_memory(config, closers, origin)
         images = closers.add(Images())
         runs_guests = config.accel == "kvm"
         make_clock = (KvmPlatform if runs_guests else NoCpuPlatform).clock
@@ -33,7 +36,7 @@ def build(config: Spec, kind: type[Board] | None, owner: object) -> tuple[Chassi
         platform = KvmPlatform(config, memory_map, chassis) if runs_guests else NoCpuPlatform(chassis)
         closers.add(chassis.loop)
         board.install(platform)
-        boot = board.load_guest()
+        boot = board.load_guest() if origin is None else None
         platform.make_cpus(chassis)
         platform.enter(boot)
         platform.finish_in_background(chassis)
@@ -73,8 +76,13 @@ def board_kind(config: Spec) -> type[Board]:
     return Microvm
 
 
-def make_memory(config: Spec, closers: Closers) -> GuestMemory:
+def make_memory(config: Spec, closers: Closers, origin: Snapshot | None) -> GuestMemory:
     size_bytes = config.memory_mib * layout.MIB
-    memory = GuestMemory(size_bytes, shared=config.shared_memory, huge_pages=config.huge_pages)
+    sources = {}
+    if origin is not None:
+        closers.add(origin.hold())
+        if not config.shared_memory and config.huge_pages in (None, "transparent"):
+            sources = origin.sources()
+    memory = GuestMemory(size_bytes, shared=config.shared_memory, huge_pages=config.huge_pages, sources=sources)
     closers.call(memory.close, memory.close)
     return memory

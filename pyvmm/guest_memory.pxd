@@ -9,6 +9,7 @@ cdef class RamRegion:
     cdef readonly uint64_t gpa
     cdef readonly bint readonly
     cdef readonly int fd
+    cdef readonly bint from_file    # a ``source`` was given
     cdef readonly str name
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Self
 
 from typing_extensions import Buffer, disjoint_base
@@ -16,6 +17,8 @@ class RamRegion:
     @property
     def fd(self) -> int: ...
     @property
+    def from_file(self) -> bool: ...
+    @property
     def name(self) -> str: ...
     def __new__(
         cls,
@@ -26,7 +29,9 @@ class RamRegion:
         huge_pages: str | None = None,
         readonly: bool = False,
         name: str = "ram",
+        source: tuple[int, int] | None = None,
     ) -> Self: ...
+    def overlay(self, offset: int, size: int, source: tuple[int, int]) -> None: ...
     @property
     def size_bytes(self) -> int: ...
     @property
@@ -39,7 +44,14 @@ class GuestMemory:
     def ram(self) -> list[RamRegion]: ...
     @property
     def size_bytes(self) -> int: ...
-    def __init__(self, size_bytes: int, *, shared: bool = False, huge_pages: str | None = None) -> None: ...
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        shared: bool = False,
+        huge_pages: str | None = None,
+        sources: Mapping[int, tuple[int, int]] = {},
+    ) -> None: ...
     def add(self, region: RamRegion) -> None: ...
     @property
     def regions(self) -> list[tuple[int, int]]: ...

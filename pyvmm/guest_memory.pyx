@@ -6,8 +6,8 @@ A mapping lives as long as the last view of it; closing a machine cannot pull me
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 from libc.errno cimport errno
-from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE,
-                         mmap, mprotect, munmap)
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ,
+                         PROT_WRITE, mmap, mprotect, munmap)
 from posix.unistd cimport close, ftruncate
 
 import os
@@ -55,10 +55,15 @@ cdef void *map_aligned(size_t length, int flags) noexcept nogil:
 
 
 cdef class RamRegion:
-    """One host mapping that stands at ``gpa`` in the guest. Exports its bytes through the buffer protocol."""
+    """One host mapping that stands at ``gpa`` in the guest. Exports its bytes through the buffer protocol.
+
+    ``source``, a descriptor and an offset in whole pages, has what is in it at first: the file is mapped privately, so
+    that pages are read when they are touched, and what is written stays in this process. It has to be there, as long as
+    the mapping and unchanged, until the region is gone: a page that a file no longer has is a SIGBUS.
+    """
 
     def __cinit__(self, gpa, length, *, bint shared=False, huge_pages=None,
-                  bint readonly=False, str name="ram"):
+                  bint readonly=False, str name="ram", source=None):
         if length <= 0 or length % PAGE_BYTES or gpa % PAGE_BYTES:
             raise ConfigError(f"{name}: address {gpa:#x} and size {length:#x} must be multiples of {PAGE_BYTES} bytes")
         if gpa < 0 or gpa + length > GPA_END:
@@ -74,8 +79,15 @@ cdef class RamRegion:
         self.length = length
         self.readonly = readonly
         self.name = name
+        self.from_file = source is not None
         cdef unsigned int huge = _HUGE[huge_pages]
         cdef int flags
+        cdef int file = -1
+        cdef uint64_t start = 0
+        if source is not None:
+            if shared or huge:
+                raise ConfigError(f"{name}: memory that comes from a file can be neither shared nor in huge pages of its own")
+            file, start = source
         if shared or huge:
             self.fd = memfd_create(b"pyvmm-ram", MFD_CLOEXEC | huge)
             if self.fd < 0 or ftruncate(self.fd, length) < 0:
@@ -85,11 +97,14 @@ cdef class RamRegion:
                                            else "ask for less memory"))
             # Hugetlb pages must be reserved now: a page missing later would be a SIGBUS inside a guest's access.
             flags = MAP_SHARED if huge else MAP_SHARED | MAP_NORESERVE
+            file = self.fd
+        elif file >= 0:
+            flags = MAP_PRIVATE | MAP_NORESERVE
         else:
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-        cdef bint large = self.fd < 0 and length >= LARGE_PAGE_BYTES
+        cdef bint large = file < 0 and length >= LARGE_PAGE_BYTES
         cdef void *p = map_aligned(length, flags) if large \
-            else mmap(NULL, length, PROT_READ | PROT_WRITE, flags, self.fd, 0)
+            else mmap(NULL, length, PROT_READ | PROT_WRITE, flags, file, start)
         if p == MAP_FAILED:
             raise ConfigError(f"{name}: can't map {length >> 20} MiB: {os.strerror(errno)}"
                               + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge
@@ -125,6 +140,20 @@ cdef class RamRegion:
         buffer.suboffsets = NULL
         buffer.internal = NULL
 
+    def overlay(self, offset, size, source):
+        """Put ``size`` bytes of another file in the place of what is at ``offset``: as ``source`` in the constructor, all
+        in whole pages. Nothing may use the memory yet.
+        """
+        cdef int file
+        cdef uint64_t start
+        file, start = source
+        if offset < 0 or size <= 0 or offset % PAGE_BYTES or size % PAGE_BYTES or offset + size > self.length:
+            raise ConfigError(f"{self.name}: {size:#x} bytes at offset {offset:#x}: give whole pages inside of it")
+        if mmap(self.hva + <size_t>offset, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, file,
+                start) == MAP_FAILED:
+            raise ConfigError(f"{self.name}: can't map {size >> 10} KiB of a file: "
+                              + remedy(OSError(errno, os.strerror(errno)), "raise /proc/sys/vm/max_map_count"))
+
     @property
     def size_bytes(self):
         return self.length
@@ -139,10 +168,11 @@ cdef class GuestMemory:
     """The RAM of one machine.
 
     GuestMemory(size_bytes) puts RAM at 0 up to 0xC000_0000 and what is left at 4 GiB. ``shared`` backs it by a memfd
-    (another process can map it), ``huge_pages`` is None, 'transparent', '2M' or '1G'. ConfigError where it can't be had.
+    (another process can map it), ``huge_pages`` is None, 'transparent', '2M' or '1G'. ``sources`` has for each of the
+    two, by its address, the ``source`` of RamRegion. ConfigError where it can't be had.
     """
 
-    def __init__(self, size_bytes, *, bint shared=False, huge_pages=None):
+    def __init__(self, size_bytes, *, bint shared=False, huge_pages=None, sources={}):
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ConfigError(f"memory of {size_bytes} bytes: give a positive multiple of {PAGE_BYTES}")
         if size_bytes > GPA_END - RAM_HIGH:
@@ -150,9 +180,10 @@ cdef class GuestMemory:
         self.ram = []
         self._views = []
         low = min(size_bytes, RAM_HOLE)
-        self.add(RamRegion(0, low, shared=shared, huge_pages=huge_pages, name="ram"))
+        self.add(RamRegion(0, low, shared=shared, huge_pages=huge_pages, name="ram", source=sources.get(0)))
         if size_bytes > low:
-            self.add(RamRegion(RAM_HIGH, size_bytes - low, shared=shared, huge_pages=huge_pages, name="ram-high"))
+            self.add(RamRegion(RAM_HIGH, size_bytes - low, shared=shared, huge_pages=huge_pages, name="ram-high",
+                               source=sources.get(RAM_HIGH)))
 
     def add(self, RamRegion region not None):
         """One more region (a ROM, say). ConfigError where it overlaps one that is there, naming both."""

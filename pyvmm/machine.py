@@ -8,6 +8,7 @@ builder.py makes what is in it; RunControl (run_control.py) starts and parks its
 
 from __future__ import annotations
 
+import os
 import sys
 from os import getpid
 
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from pyvmm.kvm_listener import KvmListener
     from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
+    from pyvmm.snapshot import Snapshot
+    from pyvmm.snapshots import Saved
+    from pyvmm.spec import Spec
     from pyvmm.terminal import Terminal
 
 STATUS_SHUTDOWN = states.STATUS_POWER_OFF
@@ -81,10 +85,14 @@ class Machine:
         board: type[Board] | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
-        self.config = specify(config, options)
+        self._make(specify(config, options), board, None)
+
+    def _make(self, config: Spec, board: type[Board] | None, origin: Snapshot | None) -> None:
+        self.config = config
         self._pid = getpid()
         self._closing = Lock()
-        self._chassis, self.board, self._platform = builder.build(self.config, board, self)
+        self._chassis, self.board, self._platform = builder.build(config, board, self, origin)
+        self._origin = origin
         self._closed = False
         chassis = self._chassis
         self.pio: AddressSpace = chassis.pio
@@ -317,6 +325,62 @@ class Machine:
         been loaded by then the machine has ended: reset() it, or make another one.
         """
         self._all_state("load_state").load(state)
+
+    def save(self, path: str | os.PathLike[str], *, base: Snapshot | None = None) -> Saved:
+        """Write a snapshot to the file ``path``: all that ``save_state`` gives, with memory, and what the machine is
+        made of. ``Machine.restore`` goes on from there, any number of times. A machine that runs stands meanwhile and
+        then goes on; ``Saved`` tells for how long it stood.
+
+        With ``base``, an open Snapshot of the same guest, only what differs from that is written, and the base is
+        needed to go on. Nothing is at ``path`` until all of it is on the disk; a snapshot that was there stays whole
+        until then. What the guest wrote to its drives is on the disk too, but not in the snapshot.
+
+        StateError for what can't be saved, as from ``save_state``; ConfigError and HostError for a path and a host that
+        can't take it.
+        """
+        from pyvmm.snapshots import save
+
+        state = self._all_state("save")
+        return save(state, self.config, self._origin, os.fspath(path), base)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str] | Snapshot,
+        *,
+        board: type[Board] | None = None,
+        prepare: Callable[[Machine], object] | None = None,
+        **options: Unpack[MachineOptions],
+    ) -> Machine:
+        """The machine of a snapshot, paused where it stood; ``resume`` or ``run`` next.
+
+        Its memory is the file, mapped: pages are read when the guest touches them, and what it writes stays in this
+        process. So the time this takes does not depend on how much there is, and machines of one snapshot share it; the
+        file must not change as long as one of them lives. ``options`` take the place of those that were saved: consoles
+        that were objects have to be given again, drives should be (``drives=``), since the images must be as they were.
+        ``prepare`` gets the machine before its state: to add devices of your own that the first one had.
+        A snapshot names the files and consoles that it opens, as a configuration does: look at one that a stranger has
+        made (``Snapshot.spec``), or give all of them.
+
+        ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
+        """
+        from pyvmm.snapshot import Snapshot
+        from pyvmm.snapshots import restored_spec
+
+        with path.hold() if isinstance(path, Snapshot) else Snapshot(os.fspath(path)) as origin:
+            config = restored_spec(origin, options)
+            self = cls.__new__(cls)
+            self._make(config, board, origin)
+            try:
+                if prepare is not None:
+                    prepare(self)
+                state = self._all_state("restore")
+                origin.fill(state.memory())
+                state.load(origin.state)
+            except BaseException:
+                self.close()
+                raise
+            return self
 
     def _all_state(self, call: str) -> MachineState:
         from pyvmm.machine_state import MachineState

@@ -14,7 +14,8 @@ from pyvmm.state import check_holders, check_names, load_all, load_fields, save_
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Sequence
+    from typing import Any, TypeVar
 
     from pyvmm.boards.board import Board
     from pyvmm.chassis import Chassis
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pyvmm.platform import Platform
     from pyvmm.run_control import RunControl
     from pyvmm.state import Holder
+
+    Result = TypeVar("Result")
 
 FORMAT = 1
 
@@ -75,41 +78,49 @@ class MachineState:
 
     def save(self, *, memory: bool) -> dict[str, Any]:
         """StateError where the machine runs or has ended, and where a part can't be saved."""
-        outcome: list[Any] = []
+        return self.while_it_stands("save_state", lambda: self._save(memory))
+
+    def while_it_stands(
+        self, call: str, work: Callable[[], Result], states: Sequence[RunState] = RESUMABLE
+    ) -> Result:
+        """What ``work`` gives, with every vCPU parked, nothing in flight and all output out; the machine goes on
+        afterwards, if it ran. StateError where it is in none of ``states``, or is closed meanwhile.
+        """
+        outcome: list[tuple[Result | None, BaseException | None]] = []
         control = self._chassis.control
-        control.request("save", lambda: self._save(memory, outcome), control.carry_on, wait=True)
+
+        def request() -> None:
+            try:
+                if control.state not in states:
+                    raise StateError(f"{call}() of a machine in state {control.state}: pause() it first")
+                self._chassis.drives.drain()
+                # Or this machine would say the beginning of a line as it is closed, and the other one once more.
+                self._chassis.consoles.flush(saved=True)
+                outcome.append((work(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+
+        control.request(call, request, control.carry_on, wait=True)
         if not outcome:
-            raise StateError("save_state(): the machine was closed meanwhile")
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        state: dict[str, Any] = outcome[0]
-        return state
+            raise StateError(f"{call}(): the machine was closed meanwhile")
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # where there is no error there is a result
 
-    def _save(self, memory: bool, outcome: list[Any]) -> None:
-        """A request: every vCPU is parked, and the machine goes on afterwards, if it ran."""
-        control = self._chassis.control
-        try:
-            if control.state not in RESUMABLE:
-                raise StateError(f"save_state() of a machine in state {control.state}: pause() it first")
-            self._chassis.drives.drain()
-            # Or this machine would say the beginning of a line as it is closed, and the other one once more.
-            self._chassis.consoles.flush(saved=True)
-            outcome.append(
-                {
-                    "format": FORMAT,
-                    "machine": self._description(),
-                    "parts": save_all(self.holders()),
-                    "memory": {f"{r.gpa:#x}": bytes(r) for r in self._memory()} if memory else None,
-                }
-            )
-        except BaseException as error:
-            outcome.append(error)
+    def _save(self, memory: bool) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "machine": self.description(),
+            "parts": save_all(self.holders()),
+            "memory": {f"{r.gpa:#x}": bytes(r) for r in self.memory()} if memory else None,
+        }
 
-    def _memory(self) -> list[RamRegion]:
+    def memory(self) -> list[RamRegion]:
         """All that the guest can write."""
         return [*(r for r in self._board.memory.ram if not r.readonly), *self._board.memory_map.own_memory]
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What must be the same of two machines for the one to go on where the other stood."""
         from zlib import crc32
 
@@ -119,7 +130,7 @@ class MachineState:
             "cpus": len(self._platform.cpus),
             "irqchip": "kernel" if self._platform.irqchip.in_kernel else "off",
             "cpu": config.cpu,
-            "memory": [f"{r.size_bytes:#x} bytes at {r.gpa:#x}" for r in self._memory()],
+            "memory": [f"{r.size_bytes:#x} bytes at {r.gpa:#x}" for r in self.memory()],
             "ROMs": [f"{crc32(r):#x} at {r.gpa:#x}" for r in self._board.memory.ram if r.readonly],
         }
 
@@ -155,7 +166,7 @@ class MachineState:
         load_all(holders, parts)
 
     def _check_description(self, saved: object) -> None:
-        mine = self._description()
+        mine = self.description()
         check_names(saved, list(mine))
         assert isinstance(saved, dict)
         for name, value in mine.items():
@@ -169,7 +180,7 @@ class MachineState:
         """Which region gets which bytes; none where the state was saved without memory."""
         if saved is None:
             return []
-        regions = {f"{r.gpa:#x}": r for r in self._memory()}
+        regions = {f"{r.gpa:#x}": r for r in self.memory()}
         check_names(saved, list(regions))
         assert isinstance(saved, dict)
         for name, region in regions.items():

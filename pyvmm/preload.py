@@ -81,6 +81,7 @@ RUNNING = (
     "encodings.ascii",  # what devices and dumps say
     "encodings.cp437",  # text screens
     "errno",
+    "fcntl",  # snapshots
     "linecache",
     "mmap",
     "pyvmm.dump",
@@ -90,6 +91,8 @@ RUNNING = (
     "pyvmm.machine_state",
     "pyvmm.restart",
     "pyvmm.run_state",
+    "pyvmm.snapshot",
+    "pyvmm.snapshots",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
     "pyvmm.x86.irqchip_state",  # resets

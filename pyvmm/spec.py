@@ -56,10 +56,15 @@ class Spec(MachineConfig):
         bytes, a console that is an object, all of the modules where one of them was bytes. ConfigError where something
         is missing.
         """
+        return cls(**cls.unplain(data, given))
+
+    @classmethod
+    def unplain(cls, data: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that ``plain`` wrote down, to be taken by the constructor."""
         for name in data:
             if name not in cls.rows:
                 raise ConfigError(cls.unknown(name))
-        return cls(**{name: cls.rows[name].kind.unplain(name, value, given) for name, value in data.items()})
+        return {name: cls.rows[name].kind.unplain(name, value, given) for name, value in data.items()}
 
 
 def specify(config: MachineConfig | None, options: MachineOptions) -> Spec:

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,12 +30,24 @@ HALF_MSRS = ("0x175", "0x176")
 class Lives:
     """``make()`` gives the machine, each time the same. ``machine`` is the present one, paused; ``count`` have died.
 
+    With ``restore``, each goes on from a snapshot at the path ``by``: ``restore(by)`` gives the next one.
+
     A life is at most ``longest_s`` long, and LONG_LIFE_S once there were MOMENTS of them, so that the guest gets to its
     end: each life begins with cold page tables.
     """
 
-    def __init__(self, make: Callable[[], pyvmm.Machine], seed: int, longest_s: float = 0.02) -> None:
+    def __init__(
+        self,
+        make: Callable[[], pyvmm.Machine],
+        seed: int,
+        longest_s: float = 0.02,
+        *,
+        by: Path | None = None,
+        restore: Callable[[Path], pyvmm.Machine] | None = None,
+    ) -> None:
         self._make = make
+        self._by = by
+        self._restore = restore
         self._random = random.Random(seed)
         self._longest_s = longest_s
         self.machine = make()
@@ -54,14 +67,22 @@ class Lives:
             return False
         state = machine.save_state()
         now_ns = machine.clock.now_ns()
+        if self._by is not None:
+            machine.save(self._by)
         machine.close()
         self.count += 1
-        self.machine = machine = self._make()
-        machine.load_state(state)
+        self.machine = machine = self._next(state)
         assert machine.clock.now_ns() == now_ns
         different = differences(without_what_may_differ(machine.save_state()), without_what_may_differ(state))
         assert not different, different
         return True
+
+    def _next(self, state: dict[str, Any]) -> pyvmm.Machine:
+        if self._by is not None and self._restore is not None:
+            return self._restore(self._by)
+        machine = self._make()
+        machine.load_state(state)
+        return machine
 
     def until(self, done: Callable[[], bool], limit_s: float) -> None:
         """Live on until ``done()``. AssertionError where the guest ends before that."""

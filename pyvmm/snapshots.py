@@ -1,0 +1,123 @@
+"""Two recipes: from a machine to a snapshot, and from a snapshot to the Spec of a machine that goes on from it."""
+
+from __future__ import annotations
+
+import os
+from time import monotonic_ns
+
+from pyvmm.block.open import image_path
+from pyvmm.errors import ConfigError, StateError, VmmError, describe
+from pyvmm.run_control import ALIVE, RESUMABLE
+from pyvmm.snapshot import Saving, image_identity, sync_image
+from pyvmm.spec import Spec
+from pyvmm.state import save_all
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from typing_extensions import Buffer
+
+    from pyvmm.machine_state import MachineState
+    from pyvmm.snapshot import Snapshot
+
+FILES = ("kernel", "initrd", "firmware", "flat")
+
+
+class Saved:
+    """What came of a ``save``: ``written_bytes`` went into the file, and the guest stood for ``stood_ns``."""
+
+    __slots__ = ("stood_ns", "written_bytes")
+
+    def __init__(self, written_bytes: int, stood_ns: int) -> None:
+        self.written_bytes = written_bytes
+        self.stood_ns = stood_ns
+
+    def __repr__(self) -> str:
+        return f"<Saved: {self.written_bytes >> 10} KiB written, the guest stood {self.stood_ns / 1e6:.1f} ms>"
+
+
+def save(state: MachineState, config: Spec, origin: Snapshot | None, path: str, base: Snapshot | None) -> Saved:
+    """Machine.save has what it does."""
+    stood_ns = 0
+    with Saving(path, origin, base) as saving:
+
+        def take() -> None:
+            nonlocal stood_ns
+            began_ns = monotonic_ns()
+            paths = image_paths(config)
+            for image in paths.values():
+                sync_image(image)
+            saving.take(
+                state.memory(),
+                state.description(),
+                save_all(state.holders()),
+                absolute(config.plain()),
+                images_of(config),
+                [image_identity(name, image) for name, image in paths.items()],
+            )
+            stood_ns = monotonic_ns() - began_ns
+
+        state.while_it_stands("save", take, (*RESUMABLE, *ALIVE))
+        return Saved(saving.commit(), stood_ns)
+
+
+def image_paths(config: Spec) -> dict[str, str]:
+    """The image of each drive that has one, by the drive's name."""
+    return {drive.name: image_path(drive) for drive in config.drives if drive.file is not None}
+
+
+def images_of(config: Spec) -> dict[str, Buffer]:
+    """The images that were given as bytes, by the name of their option."""
+    images = {name: getattr(config, name) for name in FILES}
+    images |= {f"modules[{n}]": image for n, (image, _line) in enumerate(config.modules)}
+    return {name: image for name, image in images.items() if image is not None and not isinstance(image, str)}
+
+
+def given_images(origin: Snapshot) -> dict[str, Any]:
+    """The same out of a snapshot, as Spec.from_plain wants them."""
+    given: dict[str, Any] = {name: image for name in FILES if (image := origin.image(name)) is not None}
+    modules = origin.spec.get("modules")
+    if isinstance(modules, list) and modules:
+        given["modules"] = [(origin.image(f"modules[{n}]"), "") for n in range(len(modules))]
+    return given
+
+
+def absolute(spec: dict[str, Any]) -> dict[str, Any]:
+    """A plain Spec whose files are found from every folder."""
+    for name in FILES:
+        if isinstance(spec[name], str):
+            spec[name] = os.path.abspath(spec[name])
+    spec["modules"] = [
+        [os.path.abspath(image) if isinstance(image, str) else image, line] for image, line in spec["modules"]
+    ]
+    for drive in spec["drives"]:
+        if drive["file"] is not None and os.path.exists(drive["file"]):
+            drive["file"] = os.path.abspath(drive["file"])
+    return spec
+
+
+def restored_spec(origin: Snapshot, options: Mapping[str, Any]) -> Spec:
+    """The Spec that the snapshot has, with ``options`` in the place of what was saved.
+
+    ConfigError for options that can't be, or are missing; StateError for a manifest that can't be read.
+    """
+    for name in options:
+        if name not in Spec.rows:
+            raise ConfigError(Spec.unknown(name))
+    given = {**given_images(origin), **options}
+    try:
+        saved = {name: value for name, value in origin.spec.items() if name not in options}
+        config = Spec(**{**Spec.unplain(saved, given), **options})
+    except VmmError:
+        raise
+    except Exception as error:  # no Kind expects what a hostile manifest may have
+        raise StateError(f"snapshot {origin.path} is damaged: its spec can't be read: {describe(error)}") from None
+    if config.memory_mib * layout.MIB != origin.memory_bytes:
+        mib = origin.memory_bytes // layout.MIB
+        raise StateError(f"snapshot {origin.path} has {mib} MiB of memory: leave memory_mib out")
+    if "drives" not in options:
+        origin.check_drives([drive.name for drive in config.drives])
+    return config

@@ -1,0 +1,209 @@
+"""Machine.save and Machine.restore: a guest goes on from a file."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from guests import PASSED, TIMEOUT_S, Guest
+from lives import MOMENTS, Lives
+from test_saved_state import COUNTER, NOTEBOOK_BYTES, demo_machine
+
+import pyvmm
+from pyvmm import Machine, StateError
+from pyvmm.cli.demo import NOTEBOOK_IRQ, NOTEBOOK_MMIO, NOTEBOOK_PORT, Notebook
+from pyvmm.snapshot import Snapshot
+
+MIB = 1 << 20
+
+
+def add_notebook(m: Machine) -> None:
+    notebook = m.board.add("notebook", Notebook(m.irq_line(NOTEBOOK_IRQ), m.cpus[0].vcpu.tsc_khz))
+    m.pio.map(NOTEBOOK_PORT, NOTEBOOK_BYTES, notebook)
+    m.mmio.map(NOTEBOOK_MMIO, NOTEBOOK_BYTES, notebook)
+
+
+@pytest.mark.parametrize("irqchip", ["kernel", "off"])
+def test_the_demo_guest_at_random_moments(irqchip: str, tmp_path: Path) -> None:
+    lives = 0
+    for seed in range(MOMENTS):
+        said = bytearray()
+
+        def restore(path: Path, said: bytearray = said) -> Machine:
+            return Machine.restore(path, prepare=add_notebook, serial=said.extend)
+
+        def make(said: bytearray = said) -> Machine:
+            return demo_machine(said, irqchip)
+
+        with Lives(make, seed, by=tmp_path / "demo.snap", restore=restore) as guest:
+            assert guest.to_the_end(TIMEOUT_S) == 0
+            lives += guest.count
+        text = said.decode()
+        assert "FAILED" not in text
+        assert [line.endswith("  ok") for line in text.splitlines()].count(True) == 9, text
+        if lives >= MOMENTS:
+            return
+    pytest.fail(f"{lives} lives only")
+
+
+def test_a_machine_that_runs_goes_on(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Saved in the middle of its work, it comes to the same end as the one that goes on from the file."""
+    path = tmp_path / "a.snap"
+    whole, first = boot(COUNTER), boot(COUNTER)
+    assert whole.run() == PASSED
+    first.start()
+    while not first.value("sum", 8):
+        pass
+    saved = first.machine.save(path)
+    assert saved.written_bytes > 0
+    assert saved.stood_ns > 0
+    first.wait()
+    for _ in range(2):
+        with Machine.restore(path) as second:
+            assert second.state is pyvmm.RunState.PAUSED
+            assert second.run(TIMEOUT_S) == PASSED
+            assert second.cpus[0].vcpu.regs == whole.regs() == first.regs()
+            sum_of = second.memory.read(whole.program.symbols["sum"], 8)
+            assert sum_of == whole.bytes_at("sum", 8)
+
+
+# Counts in memory for ever, in one page for each of the lowest bits of the count.
+PAGES = """
+    .set    FIRST, 0x200000
+        xor     %ebx, %ebx
+    1:  inc     %rbx
+        mov     %ebx, %ecx
+        and     $0xff, %ecx
+        shl     $12, %ecx
+        mov     %rbx, FIRST(%rcx)
+        jmp     1b
+"""
+
+
+def is_consistent(m: Machine) -> int:
+    """The guest's count; AssertionError where its memory is not that of one moment."""
+    regs = m.cpus[0].vcpu.regs
+    last = regs["rbx"]
+    found = [int.from_bytes(m.memory.read(0x200000 + (n << 12), 8), "little") for n in range(256)]
+    for n, value in enumerate(found):
+        newest = last - (last - n) % 256
+        assert value in (newest, newest - 256, 0), (n, value, last)
+    return last
+
+
+def test_differences_from_a_base(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    first = boot(PAGES, memory_mib=64)
+    first.start()
+    while first.machine.memory.read(0x2FF000, 8) == bytes(8):
+        pass
+    first.machine.save(tmp_path / "base")
+    with Snapshot(str(tmp_path / "base")) as base:
+        first.machine.save(tmp_path / "second", base=base)
+        with Machine.restore(base) as m:
+            assert is_consistent(m) > 0
+    first.machine.pause()
+    with Machine.restore(tmp_path / "second") as m:
+        count = is_consistent(m)
+        m.resume()
+        while int.from_bytes(m.memory.read(0x200000, 8), "little") < count + 1000:
+            pass
+        with Snapshot(str(tmp_path / "second")) as base:
+            saved = m.save(tmp_path / "third", base=base)
+            assert saved.written_bytes < 4 * MIB
+            m.pause()
+            for name in ("third", "flat"):
+                if name == "flat":  # all of it, from a machine whose memory comes from three files
+                    m.save(tmp_path / name)
+                with Machine.restore(tmp_path / name) as last:
+                    assert is_consistent(last) > count
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(pyvmm.ConfigError, match="base"):
+        Machine.restore(tmp_path / "third")
+    with Machine.restore(tmp_path / "flat") as m:
+        is_consistent(m)
+    (tmp_path / "flat").rename(tmp_path / "base")
+    with pytest.raises(StateError, match=r"its base .* is another one than when it was saved"):
+        Machine.restore(tmp_path / "third")
+
+
+def test_what_one_writes_no_other_one_sees(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = boot(PAGES)
+    guest.machine.save(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    with Machine.restore(tmp_path / "a") as one, Machine.restore(tmp_path / "a") as other:
+        one.resume()
+        while one.memory.read(0x2FF000, 8) == bytes(8):
+            pass
+        assert other.memory.read(0x200000, 1 << 20) == bytes(1 << 20)
+        other.resume()
+        while other.memory.read(0x2FF000, 8) == bytes(8):
+            pass
+        one.pause()
+        other.pause()
+        is_consistent(one)
+        is_consistent(other)
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_memory_above_4_gib_and_huge_holes(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = boot("mov $0x100000000, %rbx\n mov %rbx, (%rbx)\n finish", memory_mib=5120)
+    with guest.machine as m:
+        m.memory.write(0x1_0000_0000, b"high")
+        saved = m.save(tmp_path / "a")
+        assert saved.written_bytes < 4 * MIB
+        assert (tmp_path / "a").stat().st_blocks * 512 < 4 * MIB
+    with Machine.restore(tmp_path / "a") as m:
+        assert m.memory.read(0x1_0000_0000, 4) == b"high"
+
+
+def test_shared_memory(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = boot(COUNTER, shared_memory=True)
+    guest.machine.save(tmp_path / "a")
+    with Machine.restore(tmp_path / "a") as m:
+        assert m.memory.ram[0].fd >= 0
+        assert m.run(TIMEOUT_S) == PASSED
+    with Machine.restore(tmp_path / "a", shared_memory=False) as m:
+        assert m.memory.ram[0].fd < 0
+        assert m.run(TIMEOUT_S) == PASSED
+
+
+def test_a_machine_with_another_shape(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = boot(COUNTER)
+    guest.machine.save(tmp_path / "a")
+    before = len(os.listdir("/proc/self/fd"))
+    for options, said in (
+        ({"memory_mib": 8}, "has 4 MiB of memory: leave memory_mib out"),
+        ({"cpus": 2}, "with cpus 1, this one has 2"),
+        ({"irqchip": "off"}, "irqchip"),
+    ):
+        with pytest.raises(StateError, match=said):
+            Machine.restore(tmp_path / "a", **options)  # type: ignore[arg-type]
+    with pytest.raises(pyvmm.ConfigError, match="no option 'memory_mb'"):
+        Machine.restore(tmp_path / "a", memory_mb=8)  # type: ignore[call-arg]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_reset_starts_the_guest_again(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Images are loaded again from their files, which the snapshot names; those given as bytes are in it."""
+    guest = boot(COUNTER)
+    guest.machine.save(tmp_path / "a")
+    with Machine.restore(tmp_path / "a") as m:
+        assert m.run(TIMEOUT_S) == PASSED
+        m.reset()
+        assert m.run(TIMEOUT_S) == PASSED
+
+
+def test_a_hundred_machines_of_one_snapshot_share_its_memory(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = boot(COUNTER, memory_mib=64)
+    guest.machine.memory.write(0x800000, os.urandom(32 * MIB))
+    guest.machine.save(tmp_path / "a")
+    with Snapshot(str(tmp_path / "a")) as snapshot:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        machines = [Machine.restore(snapshot) for _ in range(20)]
+        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        for m in machines:
+            m.close()
+    assert grown_kib < 20 * 1024, "a MiB a machine; the 32 MiB are read by none of them"
