@@ -17,26 +17,28 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Spec, kind: type[Board] | None, owner: object, origin: Snapshot | None = None
+    config: Spec, kind: type[Board] | None, owner: object, snapshot: Snapshot | None = None
 ) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
-    ``origin``, which it holds, and no guest loaded. What was made before an error is closed again.
+    ``snapshot`` and no guest loaded. What was made before an error is closed again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
     closers = Closers()
     try:
-        memory = make_memory(config, closers, origin)
+        memory = make_memory(config, closers, snapshot)
         images = closers.add(Images())
         runs_guests = config.accel == "kvm"
         make_clock = (KvmPlatform if runs_guests else NoCpuPlatform).clock
         chassis = Chassis(config, memory, closers, make_clock, owner)
+        if snapshot is not None:
+            chassis.origin = closers.add(snapshot.origin())
         board = kind(config, chassis, images, runs_guests=runs_guests)
         memory_map = board.lay_out_memory()
         platform = KvmPlatform(config, memory_map, chassis) if runs_guests else NoCpuPlatform(chassis)
         closers.add(chassis.loop)
         board.install(platform)
-        boot = board.load_guest() if origin is None else None
+        boot = board.load_guest() if snapshot is None else None
         platform.make_cpus(chassis)
         platform.enter(boot)
         platform.finish_in_background(chassis)
@@ -76,13 +78,11 @@ def board_kind(config: Spec) -> type[Board]:
     return Microvm
 
 
-def make_memory(config: Spec, closers: Closers, origin: Snapshot | None) -> GuestMemory:
+def make_memory(config: Spec, closers: Closers, snapshot: Snapshot | None) -> GuestMemory:
     size_bytes = config.memory_mib * layout.MIB
     sources = {}
-    if origin is not None:
-        closers.add(origin.hold())
-        if not config.shared_memory and config.huge_pages in (None, "transparent"):
-            sources = origin.sources()
+    if snapshot is not None and not config.shared_memory and config.huge_pages in (None, "transparent"):
+        sources = snapshot.sources()
     memory = GuestMemory(size_bytes, shared=config.shared_memory, huge_pages=config.huge_pages, sources=sources)
     closers.call(memory.close, memory.close)
     return memory

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.closers import Closers
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm_clock import KvmClock
+    from pyvmm.origin import Origin
     from pyvmm.spec import Spec
 
 PORTS = 1 << 16
@@ -52,6 +53,8 @@ class Chassis:
         self.power = Power(self.control, no_reboot=config.no_reboot)
         self.outcomes = Outcomes(self.control, self.power, memory)
         self.clock = make_clock(self.loop)
+        self.origin: Origin | None = None
+        """Where its memory came from, if it came from a snapshot."""
         self.kvm_clock: KvmClock | None = None
         """What KVM keeps of guest time, where it does."""
         self.drives = Drives(self.control, self.events, closers)

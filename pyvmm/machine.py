@@ -92,7 +92,6 @@ class Machine:
         self._pid = getpid()
         self._closing = Lock()
         self._chassis, self.board, self._platform = builder.build(config, board, self, origin)
-        self._origin = origin
         self._closed = False
         chassis = self._chassis
         self.pio: AddressSpace = chassis.pio
@@ -341,7 +340,7 @@ class Machine:
         from pyvmm.snapshots import save
 
         state = self._all_state("save")
-        return save(state, self.config, self._origin, os.fspath(path), base)
+        return save(state, self.config, self._chassis.origin, os.fspath(path), base)
 
     @classmethod
     def restore(
@@ -381,6 +380,41 @@ class Machine:
                 self.close()
                 raise
             return self
+
+    def fork(
+        self,
+        count: int = 1,
+        *,
+        each: Callable[[int], MachineOptions] | None = None,
+        prepare: Callable[[Machine], object] | None = None,
+        **options: Unpack[MachineOptions],
+    ) -> list[Machine]:
+        """``count`` machines that go on from where this one is, paused; it goes on itself, if it ran.
+
+        It stands for as long as its memory is copied once; from then on all of them have each page once, until one of
+        them writes it. They have no console but those given, and may not write to the image of a drive that this one
+        writes to: give ``drives``. ``options`` are for all, ``each(n)`` gives further ones for one of them; ``prepare``
+        as with ``restore``. Errors as from ``save`` and ``restore``; then there is none of them.
+        """
+        from pyvmm.origin import Origin
+        from pyvmm.snapshots import freeze
+
+        if not is_int(count) or count < 1:
+            raise ConfigError(f"fork({count!r}): give how many machines, 1 or more")
+        state = self._all_state("fork")
+        made: list[Machine] = []
+        if self._chassis.origin is None:
+            self._chassis.origin = self._chassis.closers.add(Origin(None))
+        with freeze(state, self.config, self._chassis.origin) as frozen:
+            try:
+                for n in range(count):
+                    own: MachineOptions = {"serial": None, "debugcon": None, **options, **(each(n) if each else {})}
+                    made.append(Machine.restore(frozen, board=type(self.board), prepare=prepare, **own))
+            except BaseException:
+                for machine in made:
+                    machine.close()
+                raise
+        return made
 
     def _all_state(self, call: str) -> MachineState:
         from pyvmm.machine_state import MachineState

@@ -116,6 +116,10 @@ class MachineState:
             "memory": {f"{r.gpa:#x}": bytes(r) for r in self.memory()} if memory else None,
         }
 
+    def ram(self) -> list[RamRegion]:
+        """Of that, what is the machine's main memory."""
+        return [region for region in self._board.memory.ram if not region.readonly]
+
     def memory(self) -> list[RamRegion]:
         """All that the guest can write."""
         return [*(r for r in self._board.memory.ram if not r.readonly), *self._board.memory_map.own_memory]

@@ -88,6 +88,7 @@ RUNNING = (
     "pyvmm.exit_stats",
     "pyvmm.gsi_routes",  # MSIs and irqfds, as irqfd
     "pyvmm.irqfd",
+    "pyvmm.origin",  # forks, as snapshot, snapshots
     "pyvmm.machine_state",
     "pyvmm.restart",
     "pyvmm.run_state",

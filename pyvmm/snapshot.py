@@ -23,7 +23,8 @@ from pyvmm.guest_memory import GPA_END, PAGE_BYTES, RAM_HIGH, RamRegion
 from pyvmm.light import Lock
 from pyvmm.machine_state import FORMAT
 from pyvmm.memory_pages import data_runs, touched_runs
-from pyvmm.snapshot_file import SnapshotFile, SnapshotWriter, file_data
+from pyvmm.origin import Origin
+from pyvmm.snapshot_file import SnapshotFile, Writer, file_data
 from pyvmm.state import check_names, shown, value_of
 
 TYPE_CHECKING = False
@@ -183,7 +184,7 @@ def candidates(region: RamRegion, origin: Piece | None, base: Piece | None) -> l
     return joined([*mine, *(base.data() if base is not None else ())])
 
 
-def write_piece(file: SnapshotWriter, region: RamRegion, origin: Piece | None, base: Piece | None) -> dict[str, Any]:
+def write_piece(file: Writer, region: RamRegion, origin: Piece | None, base: Piece | None) -> dict[str, Any]:
     """The entry of one region, whose pages are in the file then."""
     runs: list[list[int]] = []
     offset = file.reserve(region.size_bytes) if base is None else 0
@@ -204,10 +205,10 @@ def write_piece(file: SnapshotWriter, region: RamRegion, origin: Piece | None, b
 class Saving:
     """One snapshot in the making. ``take`` while the machine stands, then ``commit``, while it may go on."""
 
-    def __init__(self, path: str, origin: Snapshot | None, base: Snapshot | None) -> None:
+    def __init__(self, file: Writer, origin: Snapshot | None, base: Snapshot | None) -> None:
         self._origin = origin
         self._base = base
-        self._file = SnapshotWriter(path)
+        self._file = file
         self._manifest: dict[str, Any] = {}
         self.id = os.urandom(ID_BYTES)
 
@@ -243,15 +244,6 @@ class Saving:
         self._file.commit(self._manifest)
         return self._file.written_bytes
 
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 def piece_of(snapshot: Snapshot | None, region: RamRegion) -> Piece | None:
     return None if snapshot is None else snapshot.pieces.get(region.gpa)
@@ -273,11 +265,13 @@ class Snapshot:
     ConfigError for a path that can't be read, StateError for what is no snapshot, or damaged.
     """
 
-    def __init__(self, path: str, _above: Sequence[bytes] = ()) -> None:
-        self.path = path
+    def __init__(
+        self, path: str | os.PathLike[str], *, _file: SnapshotFile | None = None, _above: Sequence[bytes] = ()
+    ) -> None:
+        self.path = path = os.fspath(path)
         self._lock = Lock()
         self._holders = 1
-        self._file = SnapshotFile(path)
+        self._file = SnapshotFile(path) if _file is None else _file
         self.base: Snapshot | None = None
         try:
             self._take(self._file.manifest, _above)
@@ -287,6 +281,11 @@ class Snapshot:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def in_memory(cls, file: SnapshotFile) -> Snapshot:
+        """Of a MemoryWriter's file, which belongs to it from here on."""
+        return cls(file.path, _file=file)
 
     def _take(self, manifest: dict[str, Any], above: Sequence[bytes]) -> None:
         check_names(manifest, NAMES)
@@ -338,7 +337,7 @@ class Snapshot:
         path = text(entry["path"], "path")
         beside = os.path.join(os.path.dirname(self.path), os.path.basename(path))
         place = path if os.path.exists(path) else beside
-        self.base = Snapshot(place, above)
+        self.base = Snapshot(place, _above=above)
         if self.base.id != wanted:
             raise StateError(f"its base {place} is another one than when it was saved")
 
@@ -346,6 +345,10 @@ class Snapshot:
     def state(self) -> dict[str, Any]:
         """For MachineState.load: all but the memory."""
         return {"format": FORMAT, "machine": self.machine, "parts": self.parts, "memory": None}
+
+    def origin(self) -> Origin:
+        """For a machine whose memory is a mapping of it."""
+        return Origin(self)
 
     def sources(self) -> dict[int, tuple[int, int]]:
         """By address, from where GuestMemory is to be mapped."""
@@ -366,6 +369,14 @@ class Snapshot:
                 piece.complete(region)
             else:
                 memoryview(region)[:] = memoryview(piece.map())
+
+    def share(self, regions: Sequence[RamRegion]) -> None:
+        """The memory that it was taken of is a private mapping of it from here on: both have each page once, until it
+        is written. Nothing may use the memory meanwhile.
+        """
+        for region in regions:
+            if region.fd < 0:
+                region.overlay(0, region.size_bytes, self.pieces[region.gpa].source)
 
     def check_drives(self, names: Iterable[str]) -> None:
         """StateError where the image of one of these is not what it was when this was saved."""

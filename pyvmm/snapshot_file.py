@@ -41,37 +41,110 @@ LARGEST_WRITE_BYTES = 16 << 20
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-class SnapshotWriter:
-    """``with SnapshotWriter(path) as file``: ``write`` pieces of memory, then ``commit`` a manifest.
-
-    Where the block ends without a commit, nothing is there but what was there before. ConfigError for a path that no
-    file can have; HostError where the host has no room.
-    """
+class Writer:
+    """``write`` pieces of memory into an open file, then ``commit`` a manifest. HostError where there is no room."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.end = PAGE_BYTES
         """Where the next piece may go."""
         self.written_bytes = 0
+        self._fd = -1
+
+    def reserve(self, size: int) -> int:
+        """Room for ``size`` bytes of memory, a hole for now: its offset, a whole page."""
+        offset = self.end
+        self.end += (size + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+        return offset
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """``data`` at ``offset``."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < view.nbytes:
+            with view[done : done + LARGEST_WRITE_BYTES] as piece:
+                done += self._told(os.pwrite, self._fd, piece, offset + done)
+        self.written_bytes += view.nbytes
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest and the header: it is whole."""
+        data = pack(manifest)
+        offset = self.reserve(len(data))
+        self.write(offset, data)
+        self._told(os.ftruncate, self._fd, self.end)
+        fields = (FORMAT, offset, len(data), crc32(data))
+        head = MAGIC + b"".join(n.to_bytes(size, "little") for n, size in zip(fields, FIELDS, strict=True))
+        self.write(0, head + crc32(head).to_bytes(4, "little"))
+
+    def _told(self, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            raise HostError(f"{self.path}: {remedy(error, 'write it elsewhere')}") from None
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class MemoryWriter(Writer):
+    """In memory that no file system shows: for machines of this process. ``committed`` is the file to read it from."""
+
+    def __init__(self) -> None:
+        super().__init__("a snapshot in memory")
+        self._fd = self._told(os.memfd_create, "pyvmm-snapshot", os.MFD_CLOEXEC)
+
+    def committed(self) -> SnapshotFile:
+        """The file, for whoever reads it from here on."""
+        fd, self._fd = self._fd, -1
+        return SnapshotFile(self.path, fd)
+
+
+class SnapshotWriter(Writer):
+    """``with SnapshotWriter(path) as file``: in a file that takes the place of the one at ``path`` when it is whole.
+
+    Where the block ends without a commit, nothing is there but what was there before. ConfigError for a path that no
+    file can have.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
         self._directory, name = os.path.split(path)
         if not name or os.path.isdir(path):
             raise ConfigError(f"snapshot {path!r} is a folder: give the path of a file")
         self._prefix = f".{name}."
         self._remove_left_ones()
-        self._temporary = os.path.join(self._directory, f"{self._prefix}{os.urandom(8).hex()}.tmp")
-        self._fd = self._open()
+        self._temporary = ""
+        while self._fd < 0:
+            self._open()
 
-    def _open(self) -> int:
+    def _open(self) -> None:
+        """A file of our own, locked for as long as we write: that tells it from one that a killed writer has left."""
+        import fcntl
+
+        self._temporary = os.path.join(self._directory, f"{self._prefix}{os.urandom(8).hex()}.tmp")
         try:
             fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             why = remedy(error, "give a path in a folder that can be written")
             raise ConfigError(f"snapshot {self.path}: {why}") from None
-        import fcntl
-
-        # Held for as long as somebody writes: that tells a file in the making from one that a killed writer has left.
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                self._fd, fd = fd, -1
+        except BlockingIOError:
+            pass  # another writer has found it before it was locked, and removes it: once more
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _remove_left_ones(self) -> None:
         import fcntl
@@ -96,40 +169,13 @@ class SnapshotWriter:
             finally:
                 os.close(fd)
 
-    def reserve(self, size: int) -> int:
-        """Room for ``size`` bytes of memory, a hole for now: its offset, a whole page."""
-        offset = self.end
-        self.end += (size + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-        return offset
-
-    def write(self, offset: int, data: Buffer) -> None:
-        """``data`` at ``offset``."""
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < view.nbytes:
-            with view[done : done + LARGEST_WRITE_BYTES] as piece:
-                done += self._told(os.pwrite, self._fd, piece, offset + done)
-        self.written_bytes += view.nbytes
-
     def commit(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, and put the file in its place."""
-        data = pack(manifest)
-        offset = self.reserve(len(data))
-        self.write(offset, data)
-        self._told(os.ftruncate, self._fd, self.end)
-        fields = (FORMAT, offset, len(data), crc32(data))
-        head = MAGIC + b"".join(n.to_bytes(size, "little") for n, size in zip(fields, FIELDS, strict=True))
-        self.write(0, head + crc32(head).to_bytes(4, "little"))
+        super().commit(manifest)
         self._told(os.fsync, self._fd)
         self._told(os.replace, self._temporary, self.path)
         self._temporary = ""
         sync_directory(self._directory or ".")
-
-    def _told(self, call: Any, *arguments: Any) -> Any:
-        try:
-            return call(*arguments)
-        except OSError as error:
-            raise HostError(f"snapshot {self.path}: {remedy(error, 'write it elsewhere')}") from None
 
     def close(self) -> None:
         """Give up, where ``commit`` has not been called; nothing is left of it."""
@@ -139,15 +185,7 @@ class SnapshotWriter:
             except OSError:
                 pass
             self._temporary = ""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        super().close()
 
 
 def sync_directory(path: str) -> None:
@@ -166,11 +204,14 @@ def sync_directory(path: str) -> None:
 
 
 class SnapshotFile:
-    """An open snapshot: ``manifest``, and ``fd`` for mapping its memory. StateError where it is none, or not whole."""
+    """An open snapshot: ``manifest``, and ``fd`` for mapping its memory. StateError where it is none, or not whole.
 
-    def __init__(self, path: str) -> None:
+    ``fd``, where it is open already, belongs to it from here on.
+    """
+
+    def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
-        self.fd = open_file(path)
+        self.fd = open_file(path) if fd is None else fd
         try:
             self.size_bytes = os.fstat(self.fd).st_size
             self.manifest = self._read()

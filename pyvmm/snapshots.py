@@ -8,7 +8,8 @@ from time import monotonic_ns
 from pyvmm.block.open import image_path
 from pyvmm.errors import ConfigError, StateError, VmmError, describe
 from pyvmm.run_control import ALIVE, RESUMABLE
-from pyvmm.snapshot import Saving, image_identity, sync_image
+from pyvmm.snapshot import Saving, Snapshot, image_identity, sync_image
+from pyvmm.snapshot_file import MemoryWriter, SnapshotWriter
 from pyvmm.spec import Spec
 from pyvmm.state import save_all
 from pyvmm.x86 import layout
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from pyvmm.machine_state import MachineState
-    from pyvmm.snapshot import Snapshot
+    from pyvmm.origin import Origin
 
+STATES = (*RESUMABLE, *ALIVE)  # in which a machine can be saved
 FILES = ("kernel", "initrd", "firmware", "flat")
 
 
@@ -39,29 +41,60 @@ class Saved:
         return f"<Saved: {self.written_bytes >> 10} KiB written, the guest stood {self.stood_ns / 1e6:.1f} ms>"
 
 
-def save(state: MachineState, config: Spec, origin: Snapshot | None, path: str, base: Snapshot | None) -> Saved:
+def save(state: MachineState, config: Spec, origin: Origin | None, path: str, base: Snapshot | None) -> Saved:
     """Machine.save has what it does."""
     stood_ns = 0
-    with Saving(path, origin, base) as saving:
+    with SnapshotWriter(path) as file:
+        saving = Saving(file, snapshot_of(origin), base)
 
-        def take() -> None:
+        def stand() -> None:
             nonlocal stood_ns
             began_ns = monotonic_ns()
-            paths = image_paths(config)
-            for image in paths.values():
+            for image in image_paths(config).values():
                 sync_image(image)
-            saving.take(
-                state.memory(),
-                state.description(),
-                save_all(state.holders()),
-                absolute(config.plain()),
-                images_of(config),
-                [image_identity(name, image) for name, image in paths.items()],
-            )
+            take(saving, state, config)
             stood_ns = monotonic_ns() - began_ns
 
-        state.while_it_stands("save", take, (*RESUMABLE, *ALIVE))
+        state.while_it_stands("save", stand, STATES)
         return Saved(saving.commit(), stood_ns)
+
+
+def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
+    """A snapshot in memory, of which the machine's own memory is a mapping from here on."""
+    with MemoryWriter() as file:
+        saving = Saving(file, snapshot_of(origin), None)
+
+        def stand() -> Snapshot:
+            take(saving, state, config)
+            saving.commit()
+            frozen = Snapshot.in_memory(file.committed())
+            try:
+                frozen.share(state.ram())
+                origin.take(frozen)
+            except BaseException:
+                frozen.close()
+                raise
+            return frozen
+
+        return state.while_it_stands("fork", stand, STATES)
+
+
+def snapshot_of(origin: Origin | None) -> Snapshot | None:
+    snapshot = origin.snapshot if origin is not None else None
+    assert snapshot is None or isinstance(snapshot, Snapshot)
+    return snapshot
+
+
+def take(saving: Saving, state: MachineState, config: Spec) -> None:
+    """All of a machine that stands."""
+    saving.take(
+        state.memory(),
+        state.description(),
+        save_all(state.holders()),
+        absolute(config.plain()),
+        images_of(config),
+        [image_identity(name, image) for name, image in image_paths(config).items()],
+    )
 
 
 def image_paths(config: Spec) -> dict[str, str]:

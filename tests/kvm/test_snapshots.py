@@ -148,6 +148,80 @@ def test_what_one_writes_no_other_one_sees(boot: Callable[..., Guest], tmp_path:
     assert (tmp_path / "a").read_bytes() == before
 
 
+def test_forks_go_on_from_where_it_stood(boot: Callable[..., Guest]) -> None:
+    """Each counts on by itself, as does the one they come of, also when it is forked once more."""
+    guest = boot(PAGES)
+    m = guest.machine
+    m.resume()
+    for _ in range(2):
+        while m.memory.read(0x2FF000, 8) == bytes(8):
+            pass
+        copies = m.fork(3)
+        try:
+            assert m.state is pyvmm.RunState.RUNNING
+            at = {is_consistent(copy) for copy in copies}
+            assert len(at) == 1
+            m.pause()
+            assert is_consistent(m) >= at.pop()
+            copies[0].resume()
+            before = is_consistent(copies[1])
+            while int.from_bytes(copies[0].memory.read(0x200000, 8), "little") < before + 1000:
+                pass
+            copies[0].pause()
+            assert is_consistent(copies[0]) > before
+            assert is_consistent(copies[1]) == is_consistent(copies[2]) == before
+            (grandchild,) = copies[0].fork()
+            with grandchild:
+                assert is_consistent(grandchild) == is_consistent(copies[0])
+        finally:
+            for copy in copies:
+                copy.close()
+        m.resume()
+    m.pause()
+    is_consistent(m)
+
+
+def test_forks_leave_nothing(boot: Callable[..., Guest]) -> None:
+    guest = boot(COUNTER)
+    for copy in guest.machine.fork(2):
+        copy.close()
+    before = len(os.listdir("/proc/self/fd"))
+    for copy in guest.machine.fork(20):
+        copy.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(pyvmm.ConfigError, match="the third is wrong"):
+        guest.machine.fork(5, each=refuse_the_third)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert guest.machine.run(TIMEOUT_S) == PASSED
+
+
+def refuse_the_third(n: int) -> pyvmm.MachineOptions:
+    if n == 2:
+        raise pyvmm.ConfigError("the third is wrong")
+    return {}
+
+
+def test_forks_have_consoles_of_their_own(boot: Callable[..., Guest]) -> None:
+    said: list[bytearray] = [bytearray() for _ in range(4)]
+    guest = boot("mov $0x3f8, %dx\n mov $'x', %al\n outb %al, %dx\n finish", serial=said[3].extend)
+    for n, copy in enumerate(guest.machine.fork(3, each=lambda n: {"serial": said[n].extend} if n else {})):
+        with copy:
+            assert copy.run(TIMEOUT_S) == PASSED
+            assert said[n] == (b"x" if n else b"")
+    assert said[3] == b""
+
+
+def test_a_disk_has_one_writer(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
+    guest = boot(COUNTER, drives=[tmp_path / "disk.img"])
+    with pytest.raises(pyvmm.ConfigError, match=r"another process|lock"):
+        guest.machine.fork()
+    drive = pyvmm.DriveOptions(tmp_path / "disk.img", snapshot=True, locking=False)
+    for copy in guest.machine.fork(2, drives=[drive]):
+        with copy:
+            assert copy.run(TIMEOUT_S) == PASSED
+
+
 def test_memory_above_4_gib_and_huge_holes(boot: Callable[..., Guest], tmp_path: Path) -> None:
     guest = boot("mov $0x100000000, %rbx\n mov %rbx, (%rbx)\n finish", memory_mib=5120)
     with guest.machine as m:
