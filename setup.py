@@ -1,6 +1,8 @@
-"""Compiles every .pyx of the package, each to an extension of its own, and assembles the guests it ships."""
+"""Compiles every .pyx of the package, each to an extension of its own, assembles the guests it ships, and bundles its
+modules."""
 
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -33,20 +35,31 @@ def assemble_guests() -> None:
             assemble(source)
 
 
+def bundle_modules(directory: Path) -> None:
+    """All modules in Python of the package there in one file, beside them."""
+    sys.path.insert(0, str(HERE))
+    from pyvmm.bundle_build import build
+
+    build(str(directory))
+
+
 class BuildPy(build_py):
     """The guests are data of the package: they must stand there before the files are collected."""
 
     def run(self) -> None:
         assemble_guests()
         super().run()
+        if not self.editable_mode:
+            bundle_modules(Path(self.build_lib, "pyvmm"))
 
 
 class BuildExt(build_ext):
-    """A build in place is used where it stands, and wants the guests beside the compiled units."""
+    """A build in place is used where it stands, and wants the guests and the bundle beside the compiled units."""
 
     def run(self) -> None:
         if self.inplace:
             assemble_guests()
+            bundle_modules(HERE / "pyvmm")
         super().run()
 
 

@@ -14,6 +14,7 @@ Launches take turns, A B C C B A a round (sampling.py); the clock is the parent'
 from __future__ import annotations
 
 import compileall
+import contextlib
 import json
 import os
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pyvmm
+from pyvmm import bundle_build
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import ConfigError
 from pyvmm_benchmarks import cycles, environment, footprint, launch_guests, stopwatch
@@ -143,6 +145,8 @@ def measured(given: Mapping[str, object]) -> Report:
     settings = settings_of(given)
     # As pip leaves an installed package.
     compileall.compile_dir(str(Path(pyvmm.__file__).parent), quiet=1)
+    with contextlib.suppress(OSError):
+        bundle_build.build(str(Path(pyvmm.__file__).parent))
     programs = {each.name: version for each in contenders if (version := each.version()) is not None}
     report = Report("launch", environment.describe(None, programs), settings._asdict())
     print("\n".join(environment.lines(report.host)) + "\n", flush=True)

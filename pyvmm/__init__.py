@@ -33,6 +33,8 @@ To read the code, begin with an exit: cpu_exec, address_space, region, devices/s
 then how it came to that: builder.
 """
 
+from pyvmm.bundle import install
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     from pyvmm.snapshot import Snapshot
 
 __version__ = "0.1.0"
+
+install(__path__[0])  # of the finder for our own modules
+del install
 
 # Where each public name stands. They are imported when they are asked for, so that `pyvmm run` decides what is loaded
 # on its way to the first guest instruction, and `import pyvmm` in a tool costs nothing until it makes a machine.

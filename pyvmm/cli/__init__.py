@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 
+from pyvmm.bundle import installed
 from pyvmm.cli.say import STATUS_BROKEN_PIPE, STATUS_INTERRUPTED, STATUS_USAGE, give_up, say
 from pyvmm.errors import HOST_LIMITS, ConfigError, VmmError, remedy
 
@@ -88,6 +89,17 @@ def host_lacks(error: OSError | MemoryError | ImportError) -> str | None:
     return where + remedy(error, "")
 
 
+def load_ahead() -> None:
+    """What every run needs, and all of it at once (bundle.py)."""
+    bundle = installed()
+    if bundle is not None:
+        bundle.run_ahead()
+        if bundle.times_ns:
+            from pyvmm.bundle_build import note_times
+
+            note_times(bundle)
+
+
 def dispatch(args: list[str]) -> int:
     verb = args[0] if args else "--help"
     if verb in ("--help", "-h", "help"):
@@ -99,6 +111,7 @@ def dispatch(args: list[str]) -> int:
         print(f"pyvmm {__version__}")
         return 0
     if verb == "run":
+        load_ahead()
         from pyvmm.cli.run import run
 
         return run(args[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import sys
 
+from pyvmm.bundle import installed
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import GuestError, KvmError, VmmError
 from pyvmm.kvm.kind import kvm_kind
@@ -55,6 +56,7 @@ def doctor(args: list[str]) -> int:
         return 0
     print(f"host       Linux {platform.release()}, {cpu_model()}")
     print(f"start      {way_in()}")
+    print(f"modules    {bundled()}")
     block_engines()
     try:
         from pyvmm.kvm.system import Kvm
@@ -80,6 +82,16 @@ def way_in() -> str:
     if sys.flags.isolated and sys.flags.no_site:
         return f"by the command pyvmm: {sys.executable}, isolated and without site"
     return f"by {sys.executable} with site and environment: the command pyvmm saves some milliseconds of every start"
+
+
+def bundled() -> str:
+    """Where the package's modules come from (pyvmm/bundle.py)."""
+    bundle = installed()
+    if bundle is None or bundle.problem:
+        return f"each from its own file: {'' if bundle is None else bundle.problem}"
+    names = [name for name in bundle.entries if not bundle.fresh(name)]
+    others = f", but {len(names)} that changed since from their files" if names else ""
+    return f"from {bundle.path}{others}"
 
 
 def cpu_model() -> str:
