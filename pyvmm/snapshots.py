@@ -6,6 +6,7 @@ import os
 from time import monotonic_ns
 
 from pyvmm.block.open import image_path
+from pyvmm.config import INTERNAL
 from pyvmm.errors import ConfigError, StateError, VmmError, describe
 from pyvmm.run_control import ALIVE, RESUMABLE
 from pyvmm.snapshot import Saving, Snapshot, image_identity, sync_image
@@ -132,6 +133,11 @@ def absolute(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
+def is_internal(name: str) -> bool:
+    """Whether an option is for the code that makes the machine."""
+    return name in Spec.rows and Spec.rows[name].kind is INTERNAL
+
+
 def restored_spec(origin: Snapshot, options: Mapping[str, Any]) -> Spec:
     """The Spec that the snapshot has, with ``options`` in the place of what was saved.
 
@@ -142,7 +148,7 @@ def restored_spec(origin: Snapshot, options: Mapping[str, Any]) -> Spec:
             raise ConfigError(Spec.unknown(name))
     given = {**given_images(origin), **options}
     try:
-        saved = {name: value for name, value in origin.spec.items() if name not in options}
+        saved = {name: value for name, value in origin.spec.items() if name not in options and not is_internal(name)}
         config = Spec(**{**Spec.unplain(saved, given), **options})
     except VmmError:
         raise

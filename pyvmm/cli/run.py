@@ -37,6 +37,7 @@ OPTIONS = (
     CDROM,
     SNAPSHOT,
     Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
+    Option("--restore", "FILE", "go on from a snapshot; other options take the place of what it has"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
     Option("--help -h", "", "this; of one option: --help drive, or --drive help"),
@@ -60,8 +61,9 @@ def run(args: list[str]) -> int:
         return 0
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
-    config = configure(given)
-    with Signals() as signals, Machine(config) as machine:
+    snapshot = given.pop("restore", None)
+    config = configure(given) if snapshot is None else None
+    with Signals() as signals, Machine(config) if config is not None else restored(snapshot, given) as machine:
         signals.terminal = machine.terminal
         announce(machine)
         gc.enable()
@@ -91,6 +93,22 @@ def configure(given: dict[str, Any]) -> MachineConfig:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
     given.setdefault("serial", "stdio")
     return MachineConfig(raw_terminal=True, **given)
+
+
+def restored(path: str, given: dict[str, Any]) -> Machine:
+    """The machine of a snapshot. Its consoles are where they were, but those that were a program's: the terminal."""
+    if "config" in given:
+        raise ConfigError("--restore beside --config: the snapshot says what the machine is made of, leave one out")
+    from pyvmm.snapshot import Snapshot
+
+    join_drives(given)
+    if not given["drives"]:
+        del given["drives"]
+    join_boot_words(given)
+    with Snapshot(path) as snapshot:
+        if isinstance(snapshot.spec.get("serial"), dict):
+            given.setdefault("serial", "stdio")
+        return Machine.restore(snapshot, raw_terminal=True, **given)
 
 
 def join_drives(given: dict[str, Any]) -> None:

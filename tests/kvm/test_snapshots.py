@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -281,3 +283,22 @@ def test_a_hundred_machines_of_one_snapshot_share_its_memory(boot: Callable[...,
         for m in machines:
             m.close()
     assert grown_kib < 20 * 1024, "a MiB a machine; the 32 MiB are read by none of them"
+
+
+def test_from_the_shell(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """A snapshot of a program's machine goes on as a command, its console on standard output."""
+    guest = boot("mov $0x3f8, %dx\n mov $'x', %al\n outb %al, %dx\n finish", serial=bytearray().extend)
+    guest.machine.save(tmp_path / "a.snap")
+    command = [sys.executable, "-m", "pyvmm", "run", "--restore", str(tmp_path / "a.snap")]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout, done.stderr) == (PASSED, b"x", b"")
+    for words, said in (
+        (["--restore", str(tmp_path)], "is a folder: give the file that save() wrote"),
+        (["--restore", sys.executable], "is no snapshot of pyvmm"),
+        (["--restore", str(tmp_path / "a.snap"), "--memory", "8"], "has 4 MiB of memory"),
+        (["--restore", str(tmp_path / "a.snap"), "--config", "x.toml"], "leave one out"),
+    ):
+        refused = subprocess.run([*command[:4], *words], capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+        assert refused.stderr.count("\n") == 1
