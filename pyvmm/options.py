@@ -320,3 +320,19 @@ def is_int(value: object) -> bool:
 def number(text: str) -> int:
     """Decimal, or 0x and hexadecimal."""
     return int(text, 0)
+
+
+def split_commas(text: str) -> list[str]:
+    """At single commas; two stand for one."""
+    items = [""]
+    position = 0
+    while position < len(text):
+        if text[position] != ",":
+            items[-1] += text[position]
+        elif text[position : position + 2] == ",,":
+            items[-1] += ","
+            position += 1
+        else:
+            items.append("")
+        position += 1
+    return [item for item in items if item]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, near_match, option, take_flag, text, whole, word
+from pyvmm.options import ON_OFF, Kind, Options, near_match, option, split_commas, take_flag, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -240,19 +240,3 @@ def check_throttles(values: dict[str, Any]) -> None:
         for part in (f"{total}_read", f"{total}_write"):
             if values[total] and values[part]:
                 raise ConfigError(f"drive options {total} and {part}: give the total, or reads and writes apart")
-
-
-def split_commas(text: str) -> list[str]:
-    """At single commas; two stand for one."""
-    items = [""]
-    position = 0
-    while position < len(text):
-        if text[position] != ",":
-            items[-1] += text[position]
-        elif text[position : position + 2] == ",,":
-            items[-1] += ","
-            position += 1
-        else:
-            items.append("")
-        position += 1
-    return [item for item in items if item]

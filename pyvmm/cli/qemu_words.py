@@ -134,7 +134,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 def split(text: str, first: str) -> dict[str, str]:
     """'a,b=c' as {first: 'a', 'b': 'c'}; a flag without a value is on."""
-    from pyvmm.block.options import split_commas
+    from pyvmm.options import split_commas
 
     values: dict[str, str] = {}
     for n, item in enumerate(split_commas(text)):
