@@ -1,3 +1,5 @@
+from typing import Self
+
 from typing_extensions import Buffer, disjoint_base
 
 MOST_FRAME_BYTES: int
@@ -39,3 +41,7 @@ class TapPort(Port): ...
 class StreamPort(Port):
     @property
     def kept_bytes(self) -> int: ...
+
+@disjoint_base
+class Parts:
+    def __new__(cls, views: list[Buffer], writable: bool) -> Self: ...

@@ -15,7 +15,7 @@ def test_stubtest() -> None:
     run = subprocess.run(
         [
             *(sys.executable, "-m", "mypy.stubtest", "--concise"),
-            *("--allowlist", ALLOWLIST, "--ignore-unused-allowlist"),
+            *("--allowlist", ALLOWLIST, "--ignore-unused-allowlist", "--mypy-config-file", ROOT / "pyproject.toml"),
             *compiled_modules(),
         ],
         cwd=ROOT,
