@@ -21,7 +21,7 @@ KINDS = [
     {"packed": packed, "event_idx": event_idx, "indirect": indirect}
     for packed, event_idx, indirect in itertools.product((False, True), repeat=3)
 ]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(k for k, v in kind.items() if v) or "plain")
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(k for k in kind if kind[k]) or "plain")
 both_layouts = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 
 
@@ -235,7 +235,7 @@ def test_a_split_ring_that_is_wrong(set_up: Any, said: str) -> None:
         (lambda d: desc(d, 0, 4 * MIB - 16, 32, INDIRECT), "not inside of memory"),
         (lambda d: desc(d, 0, RAM + 4, 16, INDIRECT), "not inside of memory"),
         (lambda d: desc(d, 0, RAM, 16, INDIRECT | NEXT, 1), "indirect descriptor where"),
-        (lambda d: (desc(d, 0, RAM, 16, INDIRECT), desc(d, 0, RAM, 16, INDIRECT, base=RAM)), "indirect descriptor where"),
+        (lambda d: (desc(d, 0, RAM, 16, INDIRECT), desc(d, 0, RAM, 16, INDIRECT, base=RAM)), "indirect descriptor"),
         (lambda d: (desc(d, 0, RAM, 32, INDIRECT), desc(d, 0, RAM, 1, NEXT, 2, base=RAM)), "there is none of"),
         (lambda d: (desc(d, 0, RAM, 32, INDIRECT), desc(d, 0, RAM, 1, NEXT, 0, base=RAM)), "goes round in a circle"),
     ],
@@ -446,7 +446,7 @@ def test_any_order_of_things(seed: int, kind: dict[str, bool], in_order: bool) -
 @given(seed=st.integers(0, 1 << 32), kind=st.sampled_from(KINDS))
 @settings(max_examples=300, deadline=None)
 def test_memory_of_the_rings_changes_at_any_moment(seed: int, kind: dict[str, bool]) -> None:
-    """RingError or chains inside of memory; never anything else. Behind the RAM is nothing: a stray access would kill."""
+    """RingError or chains inside of memory, and never anything else; a stray access beside the RAM would kill."""
     r = Random(seed)
     driver, queue = pair(**kind)
     edges = (0, 1, RAM, 4 * MIB - 1, 4 * MIB, (1 << 32) - 1, 1 << 32, (1 << 63), (1 << 64) - 1, driver.desc)
