@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ BOOT_TRIES = 3
 TICK_S = 0.25
 DIAGNOSES_KEPT = 8
 REQUEST_BYTES = 1 << 16
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LabError(Exception):
@@ -112,7 +114,7 @@ class Supervisor:
                 say(f"boot {self.boot} is up after {time.monotonic() - started:.1f} s")
                 return
             except (StandStillError, EmulatorError) as error:
-                self._note_break(str(error), f"boot {self.boot} failed: {error}")
+                self._note_break(str(error), f"boot {self.boot} failed: {error}", diagnosis_path())
                 if last:
                     raise LabError(f"the lab does not come up: {error}; its logs are in {self.directory}") from None
         raise AssertionError("unreachable: the last try returns or raises")
@@ -194,15 +196,17 @@ class Supervisor:
     def _broken(self, why: str) -> None:
         """Clients first: they need not wait for the diagnosis."""
         say(f"boot {self.boot} broke: {why}")
-        for client in list(self._clients.values()):
-            if client.in_session:
-                client.tell(end="broken", why=why)
-                self._forget(client)
-        self._note_break(why, f"boot {self.boot} broke: {why}")
+        # The end of its client ends a lab of `ci/lab run`: it waits until the diagnosis is written.
+        with ends_wait():
+            log = diagnosis_path()
+            for client in list(self._clients.values()):
+                if client.in_session:
+                    client.tell(end="broken", why=f"{why}; {log} tells what could be seen")
+                    self._forget(client)
+            self._note_break(why, f"boot {self.boot} broke: {why}", log)
 
-    def _note_break(self, why: str, head: str) -> None:
+    def _note_break(self, why: str, head: str, path: Path) -> None:
         """Writes down what can be seen, and ends the emulator."""
-        path = image.LAB / f"stood-still-{int(time.time() * 1000)}.log"
         self.breaks.append({"boot": self.boot, "why": why, "log": str(path)})
         emulator = self._emulator
         if emulator is not None:
@@ -308,6 +312,20 @@ class Supervisor:
         client.connection.close()
 
 
+def diagnosis_path() -> Path:
+    return Path(image.LAB, f"stood-still-{int(time.time() * 1000)}.log")
+
+
+@contextlib.contextmanager
+def ends_wait() -> Iterator[None]:
+    """Signals that end the supervisor do so only after this."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def say(text: str) -> None:
     print(f"ci/lab: {text}", file=sys.stderr, flush=True)
 
@@ -330,7 +348,7 @@ def locked(directory: Path) -> int | None:
 
 def supervise(directory: Path, cpus: int, memory_mib: int, scratch: Path, owner: int | None) -> int:
     """The life of a lab in this process; its exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, stop_on_signal)
     for old in directory.glob("boot-*"):
         shutil.rmtree(old)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -73,6 +74,23 @@ def test_an_interrupt_ends_qemu_too(tmp_path: Path) -> None:
         ran.send_signal(signal.SIGINT)
         assert ran.wait(LIMIT_S) == 128 + signal.SIGINT
     assert not Path(f"/proc/{supervisor}").exists()
+
+
+def test_a_lab_for_one_command_that_breaks_leaves_its_diagnosis() -> None:
+    command = [CI_LAB, "run", "--", "sh", "-c", "echo begun; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ran:
+        assert ran.stdout is not None
+        assert ran.stdout.readline() == "begun\n"
+        (supervisor,) = Path(f"/proc/{ran.pid}/task/{ran.pid}/children").read_text().split()
+        (emulator,) = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+        os.kill(int(emulator), signal.SIGSTOP)
+        _, complaint = ran.communicate(timeout=LIMIT_S)
+    assert ran.returncode == 125
+    found = re.search(r"it has not beaten for 15 s; (\S+) tells", complaint)
+    assert found is not None, complaint
+    log = Path(found[1])
+    assert "---- threads of QEMU" in log.read_text()
+    log.unlink()
 
 
 def test_the_time_limit_ends_a_command_that_ignores_it(lab: Lab) -> None:
