@@ -1,9 +1,10 @@
-"""Compiles every .pyx of the package, each to an extension of its own, assembles the guests it ships, and bundles its
-modules."""
+"""Compiles the .pyx files of the package to one shared object, assembles the guests it ships, bundles its modules."""
 
+import os
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -54,13 +55,38 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """A build in place is used where it stands, and wants the guests and the bundle beside the compiled units."""
+    """One shared object of all units (pyvmm/bundle.py says why), whose objects are compiled side by side and only when
+    something has changed. A build in place is used where it stands, and wants the guests and the bundle there too.
+    """
 
     def run(self) -> None:
         if self.inplace:
             assemble_guests()
             bundle_modules(HERE / "pyvmm")
         super().run()
+        if self.inplace:
+            # Of a build from before: one for each unit.
+            for unit in UNITS:
+                Path(HERE, unit).with_suffix(sysconfig.get_config_var("EXT_SUFFIX")).unlink(missing_ok=True)
+
+    def build_extension(self, ext: Extension) -> None:
+        headers = max((HERE / header).stat().st_mtime_ns for header in ext.depends)
+
+        def compiled(source: str) -> str:
+            (made,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+            newest = max(headers, Path(source).stat().st_mtime_ns, Path(__file__).stat().st_mtime_ns)
+            if self.force or not os.path.exists(made) or os.stat(made).st_mtime_ns < newest:
+                self.compiler.compile(
+                    [source], self.build_temp, include_dirs=ext.include_dirs, extra_postargs=ext.extra_compile_args
+                )
+            return made
+
+        workers = os.cpu_count() if self.parallel is True else self.parallel or 1
+        with ThreadPoolExecutor(workers) as pool:
+            objects = list(pool.map(compiled, ext.sources))
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=ext.extra_link_args, build_temp=self.build_temp
+        )
 
 
 class BuildScripts(build_scripts):
@@ -81,20 +107,28 @@ class BuildScripts(build_scripts):
             built.write_text(text)
 
 
+def c_sources() -> list[str]:
+    """Of each unit: what Cython makes of it, where that is older than it and than what it takes declarations from."""
+    translated = cythonize(
+        [Extension(".".join(unit.with_suffix("").parts), [str(unit)]) for unit in UNITS],
+        compiler_directives={"language_level": "3", "freethreading_compatible": True},
+    )
+    # Python finds a module in the shared object by the last part of its name.
+    assert len({unit.stem for unit in UNITS}) == len(UNITS)
+    return [source for extension in translated for source in extension.sources]
+
+
 setup(
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "build_scripts": BuildScripts},
     scripts=["pyvmm/launcher/pyvmm"],
-    ext_modules=cythonize(
-        [
-            Extension(
-                ".".join(p.with_suffix("").parts),
-                [str(p)],
-                # The run loop must stay small in the caches that an exit leaves cold: no PLT, no stack protector.
-                extra_compile_args=["-O2", "-g1", "-fno-plt", "-fno-semantic-interposition", "-Wno-unused-function"],
-                extra_link_args=["-Wl,-z,now"],
-            )
-            for p in UNITS
-        ],
-        compiler_directives={"language_level": "3", "freethreading_compatible": True},
-    ),
+    ext_modules=[
+        Extension(
+            "pyvmm.units",
+            c_sources(),
+            depends=sorted(str(p.relative_to(HERE)) for p in (HERE / "pyvmm").rglob("*.h")),
+            # The run loop must stay small in the caches that an exit leaves cold: no PLT, no stack protector.
+            extra_compile_args=["-O2", "-g1", "-fno-plt", "-fno-semantic-interposition", "-Wno-unused-function"],
+            extra_link_args=["-Wl,-z,now"],
+        )
+    ],
 )

@@ -6,6 +6,8 @@ To find and load a module takes importlib 0.1 ms and more, and `pyvmm run` needs
 - `Bundle.find_spec` answers for any of them that is imported;
 - `Bundle.run_ahead` runs those that every `pyvmm run` needs, in the order of their imports and without importlib.
 
+Compiled units are in one shared object, `pyvmm/units.<ABI tag>.so`, for the same reason; a unit is known by its stub.
+
 The .py files are what counts. A module comes from the bundle only if its source has the size and the time of
 modification for which it was made; where only the time differs (installed, copied, checked out again), if it has the
 same contents. Else, and where the bundle is missing, for another Python or broken, the interpreter's own finders load
@@ -17,8 +19,8 @@ from __future__ import annotations
 
 import sys
 from _frozen_importlib import ModuleSpec
-from _frozen_importlib_external import MAGIC_NUMBER, SourceFileLoader
-from _imp import _fix_co_filename, source_hash  # type: ignore[attr-defined]
+from _frozen_importlib_external import MAGIC_NUMBER, ExtensionFileLoader, SourceFileLoader
+from _imp import _fix_co_filename, extension_suffixes, source_hash  # type: ignore[attr-defined]
 from marshal import loads
 from posix import O_RDONLY, pread, stat
 from posix import close as close_fd
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 CACHE_TAG = sys.implementation.cache_tag
 NAME = f"modules.{CACHE_TAG}.bundle"
+UNITS = f"units{extension_suffixes()[0]}"
 # Of the bytecode's format, then of ours.
 HEAD = MAGIC_NUMBER + b"pyvmm 1\n"
 HASH_BYTES = 8
@@ -91,6 +94,7 @@ class Bundle:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.path = f"{directory}/{NAME}"
+        self.units = f"{directory}/{UNITS}"
         # Why nothing is taken from it, for `pyvmm doctor`.
         self.problem = ""
         self.entries: Index = {}
@@ -135,9 +139,11 @@ class Bundle:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self.entries or not self.fresh(name):
-            return None
-        return self._spec(name)
+        if name in self.entries:
+            return self._spec(name) if self.fresh(name) else None
+        if name.startswith("pyvmm."):
+            return self._unit_spec(name)
+        return None
 
     def run_ahead(self) -> None:
         """Run the modules that every `pyvmm run` needs. What can't be had from here is imported when it is wanted."""
@@ -148,7 +154,12 @@ class Bundle:
             return
         modules = sys.modules
         for name, code in zip(self.ahead, codes, strict=True):
-            if name in modules or not self.fresh(name):
+            if name in modules:
+                continue
+            if code is None:
+                __import__(name)
+                continue
+            if not self.fresh(name):
                 continue
             spec = self._spec(name)
             module = type(sys)(name)
@@ -168,8 +179,8 @@ class Bundle:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module)
 
-    def _codes_ahead(self) -> tuple[CodeType, ...]:
-        """By way of a mapping: what is read into memory would take a page fault for every page of it."""
+    def _codes_ahead(self) -> tuple[CodeType | None, ...]:
+        """None for a compiled unit. By way of a mapping: what is read would take a page fault for every page of it."""
         from mmap import ACCESS_READ, mmap
 
         fd = open_fd(self.path, O_RDONLY)
@@ -177,10 +188,20 @@ class Bundle:
             with mmap(fd, 0, access=ACCESS_READ) as mapped, memoryview(mapped) as data:
                 at, length = self._ahead_at
                 with data[at : at + length] as part:
-                    codes: tuple[CodeType, ...] = loads(part)
+                    codes: tuple[CodeType | None, ...] = loads(part)
         finally:
             close_fd(fd)
         return codes
+
+    def _unit_spec(self, name: str) -> ModuleSpec | None:
+        try:
+            stat(f"{self.directory}/{name[len('pyvmm.') :].replace('.', '/')}.pyi")
+            stat(self.units)
+        except OSError:
+            return None
+        spec = ModuleSpec(name, ExtensionFileLoader(name, self.units), origin=self.units)
+        spec.has_location = True
+        return spec
 
     def _spec(self, name: str) -> ModuleSpec:
         path, package, *_ = self.entries[name]

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 INDEX_VERSION = 2  # of marshal: without references, so that its length follows from what is in it
 
-# What every `pyvmm run` has loaded when its guest begins, of the modules in Python, each after those that it imports:
+# What every `pyvmm run` has loaded when its guest begins, each after those that it imports:
 # tests/style/test_start_path.py compares, and tells what to write here. Others are found by their names.
 NAMES_AHEAD = """
-boards images x86 x86.layout memory_map places boards.board x86.e820 boards.isa boards.microvm consoles light
-run_state run_control drives clock event_loop events kvm kvm.stats outcomes reset_count power chassis closers
-cpu options irqchip kvm.access kvm_clock kvm_listener platform builder chardev cli.options cli.signals config
-spec machine cli.run devices devices.acpi_pm devices.debug_exit devices.debugcon devices.fw_cfg devices.i8042
-devices.port80 devices.port92 devices.reset_control devices.rtc devices.serial terminal x86.image x86.boot
-x86.cpu_features x86.cpu_state x86.cpuid x86.flat
+device region address_space boards images x86 x86.layout memory_map places boards.board x86.e820 boards.isa
+boards.microvm consoles light run_state run_control drives clock event_loop events kvm kvm.exits exit_stats
+kvm.ioctl kvm.stats kvm.vcpu cpu_exec outcomes reset_count power chassis closers guest_memory cpu kvm.vm irq
+options irqchip kvm.access kvm.system kvm_clock kvm_listener platform builder chardev cli.options cli.signals
+config spec machine cli.run devices devices.acpi_pm devices.debug_exit devices.debugcon devices.fw_cfg
+devices.i8042 devices.port80 devices.port92 devices.reset_control devices.rtc devices.serial terminal x86.image
+x86.boot x86.cpu_features x86.cpu_state x86.cpuid x86.flat
 """
 AHEAD = tuple(f"pyvmm.{name}" for name in NAMES_AHEAD.split())
 
@@ -63,7 +64,7 @@ def build(directory: str) -> str:
         blobs.append(blob)
     made = f"{directory}/{bundle.NAME}"
     # One marshalled value: what several modules have in common, names above all, is in it once.
-    write(made, entries, AHEAD, marshal.dumps(tuple(codes[name] for name in AHEAD)), b"".join(blobs))
+    write(made, entries, AHEAD, marshal.dumps(tuple(codes.get(name) for name in AHEAD)), b"".join(blobs))
     return made
 
 

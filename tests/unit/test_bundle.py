@@ -185,3 +185,25 @@ def test_a_module_that_raises_is_not_there_after(package: Path, monkeypatch: pyt
     tell = "try:\n    {}\nexcept RuntimeError as error:\n    print(error, 'pyvmm.broken' in sys.modules)"
     for how in ("import pyvmm.broken", "installed().run_ahead()"):
         assert run(package, tell.format(how)) == "broken False"
+
+
+def test_units_come_from_one_shared_object() -> None:
+    import pyvmm.device
+    import pyvmm.kvm.ioctl
+
+    for module in (pyvmm.device, pyvmm.kvm.ioctl):
+        assert module.__file__ == str(PACKAGE / bundle.UNITS)
+        assert module.__spec__ is not None
+        assert (module.__spec__.origin, module.__spec__.has_location) == (module.__file__, True)
+        assert module.__spec__.parent == module.__package__ == module.__name__.rpartition(".")[0]
+    assert [path.name for path in PACKAGE.rglob("*.so")] == [bundle.UNITS]
+
+
+def test_what_has_no_stub_is_no_unit(package: Path) -> None:
+    finder = bundle.Bundle(str(PACKAGE))
+    assert finder.find_spec("pyvmm.kvm.ioctl") is not None
+    assert finder.find_spec("pyvmm.kvm.nothing") is None
+    assert finder.find_spec("pyvmm.units") is finder.find_spec("re") is finder.find_spec("pyvmm_more.device") is None
+    (package / "device.pyi").touch()
+    tell = "try:\n    import pyvmm.device\nexcept ModuleNotFoundError as error:\n    print(error.name)"
+    assert run(package, tell) == "pyvmm.device"  # not built
