@@ -9,7 +9,7 @@ from __future__ import annotations
 
 # While a machine is made: what its options ask for. Nothing of it is new once Machine() has returned.
 BUILDING = (
-    "fcntl",
+    "fcntl",  # a tap; and snapshots, while it runs
     "grp",
     "ipaddress",
     "msgspec",
@@ -92,7 +92,6 @@ RUNNING = (
     "encodings.ascii",  # what devices and dumps say
     "encodings.cp437",  # text screens
     "errno",
-    "fcntl",  # snapshots
     "linecache",
     "mmap",
     "pyvmm.dump",
