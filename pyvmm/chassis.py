@@ -7,7 +7,7 @@ from pyvmm.consoles import Consoles
 from pyvmm.drives import Drives
 from pyvmm.event_loop import EventLoop
 from pyvmm.events import Events
-from pyvmm.light import Thread
+from pyvmm.light import Lock, Thread
 from pyvmm.outcomes import Outcomes, callback_failure
 from pyvmm.power import Power
 from pyvmm.run_control import RunControl
@@ -69,7 +69,10 @@ class Chassis:
                 ("r", "registers of every vCPU", self.outcomes.dump),
             ),
         )
+        self._when_it_runs: list[Callable[[], None]] = []
         self._background: list[Thread] = []
+        self._ending = Lock()  # given back when no work is to begin any more
+        self._ending.acquire()
 
     def _callback_raised(self, error: BaseException) -> None:
         self.outcomes.callback_raised(error)
@@ -93,9 +96,25 @@ class Chassis:
 
     # -- work beside the guest ---------------------------------------------------------------------------------
 
-    def in_background(self, work: Callable[[], None]) -> None:
-        """``work()`` on a thread of its own, over before the machine is closed. What it raises ends the run."""
+    def when_it_runs(self, work: Callable[[], None]) -> None:
+        """``in_background`` once the guest runs, and not before its first vCPU is on its way."""
+        self._when_it_runs.append(work)
+
+    def runs(self) -> None:
+        """The guest runs: what waited for that begins."""
+        while self._when_it_runs:
+            self.in_background(self._when_it_runs[0])
+            del self._when_it_runs[0]
+
+    def in_background(self, work: Callable[[], None], after_s: float = 0.0) -> None:
+        """``work()`` on a thread of its own, begun after ``after_s`` seconds or, where the machine is closed first,
+        not at all; over before the machine is closed. What it raises ends the run.
+        """
+
         def body() -> None:
+            if after_s and self._ending.acquire(timeout=after_s):
+                self._ending.release()
+                return
             try:
                 work()
             except BaseException as error:
@@ -103,11 +122,19 @@ class Chassis:
 
         thread = Thread(body)
         thread.start()
+        if not self._background:
+            self.closers.call(self._end_background)
         self._background.append(thread)
-        self.closers.call(thread.join)
+
+    def _end_background(self) -> None:
+        if self._ending.locked():
+            self._ending.release()
+        for thread in self._background:
+            thread.join()
 
     def join_background(self) -> None:
-        """Return when that work is done."""
+        """Return when that work is done; what waits for the guest to run is done too."""
+        self.runs()
         for thread in self._background:
             thread.join()
 

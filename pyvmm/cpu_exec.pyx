@@ -283,6 +283,7 @@ cdef class CpuExec(ViewUser):
         install_kick()
         atomic_store(&self.tid, pyvmm_gettid(), ATOMIC_SEQ_CST)
         self.stat = NULL
+        self.stats.enter()
         try:
             while True:
                 if self.halted:

@@ -49,4 +49,7 @@ cdef class ExitStats:
     cdef int used
     cdef uint16_t *index            # open addressing: hash of a key -> entry number, 0 free
     cdef exit_stat_t *recent[8]     # by the key's low bits: the ports a guest hammers are found at once
+    cdef uint64_t first_entry       # TSC before the first KVM_RUN, and after the first exit; 0 before that
+    cdef uint64_t first_exit
+    cdef void enter(self) noexcept nogil
     cdef exit_stat_t *slot(self, uint64_t key) noexcept nogil

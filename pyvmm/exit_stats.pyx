@@ -81,8 +81,14 @@ cdef class ExitStats:
         self.entries[0].key = <uint64_t>-1
         self.entries[0].ticks_min = <uint64_t>-1
         self.used = 1
+        self.first_entry = self.first_exit = 0
         for i in range(8):
             self.recent[i] = &self.entries[0]
+
+    cdef void enter(self) noexcept nogil:
+        """The guest is about to be entered."""
+        if not self.first_entry:
+            self.first_entry = rdtsc()
 
     cdef exit_stat_t *slot(self, uint64_t key) noexcept nogil:
         """The entry of ``key``, made where it is new; entry 0, the rest, where there is no room."""
@@ -99,6 +105,8 @@ cdef class ExitStats:
             at = (at + 1) & (STATS_INDEX - 1)
         if self.used == STATS_ENTRIES:
             return &self.entries[0]
+        if not self.first_exit:
+            self.first_exit = rdtsc()
         stat = &self.entries[self.used]
         memset(stat, 0, sizeof(exit_stat_t))
         stat.key = key
@@ -107,6 +115,10 @@ cdef class ExitStats:
         self.used += 1
         self.recent[(key ^ (key >> 48)) & 7] = stat
         return stat
+
+    def first_exit_ns(self, double tsc_khz):
+        """From the first KVM_RUN to the first exit, nanoseconds: None before that."""
+        return round((self.first_exit - self.first_entry) * 1e6 / tsc_khz) if self.first_exit else None
 
     def rows(self, double tsc_khz):
         """[ExitStat], most time first."""

@@ -4,13 +4,16 @@
     msi(address, data)    an Msi: a message, ``fire()``
     irqfd(gsi or msi)     an IrqFd: an eventfd, each write to which is one of the two
 
-KvmIrqchip has PIC pair, IOAPIC, local APICs and PIT in KVM; PythonIrqchip (python_irqchip.py), for one processor or
-none, has them in devices/. Words: a GSI is an interrupt's number in the whole machine, a pin an input of one
-controller, a line the device's end; to drive one is ``set``.
+KvmIrqchip has PIC pair, IOAPIC, local APICs and PIT (KvmPit) in KVM; PythonIrqchip (python_irqchip.py), for one
+processor or none, has them in devices/. Words: a GSI is an interrupt's number in the whole machine, a pin an input of
+one controller, a line the device's end; to drive one is ``set``.
 """
 
 from __future__ import annotations
 
+from time import monotonic_ns
+
+from pyvmm.device import Device
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.irq import IrqWire
 from pyvmm.kvm.vm import IOAPIC, PIC_MASTER, PIC_SLAVE
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 
     from pyvmm.address_space import AddressSpace
     from pyvmm.cpu_exec import CpuExec
-    from pyvmm.device import Device
     from pyvmm.devices.irq_pins import ControllerPins
     from pyvmm.gsi_routes import GsiRoutes, Route
     from pyvmm.irq import IrqLine
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
 
 KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
+# How long after its PIT has been made KVM is told to lose missed ticks (KvmPit).
+LOSE_TICKS_AFTER_S = 0.1
 
 
 class Irqchip:
@@ -199,12 +203,6 @@ class Irqchip:
         self._fds.clear()
 
 
-def make_controllers(vm: Vm) -> None:
-    """PIC pair, IOAPIC, local APICs for the vCPUs made after this, and the PIT: after the memory slots."""
-    vm.create_irqchip()
-    vm.create_pit()
-
-
 def pc_routes() -> list[Route]:
     """GSI n to pin n of the PIC pair and of the IOAPIC; but the timer's wire goes to IOAPIC pin 2, as on a PC."""
     routes: list[Route] = [
@@ -217,21 +215,110 @@ def pc_routes() -> list[Route]:
     return routes
 
 
+class KvmPit(Device):
+    """KVM's PIT, which a guest that never touches it does without: it is made at the first access that needs it.
+
+    Such guests start sooner and end sooner: with a PIT, closing the VM waits for a grace period, some 20 ms. What comes
+    here is carried out on the state that KVM's has, or will have (x86/pit_state.py). Control words and first bytes only
+    change that state; the first count, and any read, makes it, and from then on KVM answers by itself.
+
+    It is told a little later to lose the ticks that the guest was too slow for, and not to deliver them in a row:
+    KVM_REINJECT_CONTROL waits for a grace period with a lock held that the PIT's ports take, and a vCPU that changes
+    processors, as one does that enters for the first time.
+    """
+
+    impl_sizes = (1, 4)
+
+    def __init__(self, vm: Vm, later: Callable[[Callable[[], None], float], None]) -> None:
+        self._vm = vm
+        self._later = later
+        self._made = False
+        self._state = b""  # until it is made; empty: at power-on
+
+    def place(self, pio: AddressSpace) -> None:
+        name = "KVM's PIT"
+        pio.map(layout.PORT_PIT, 4, self, name=name)
+        pio.map(
+            layout.PORT_SPEAKER, 1, self, name=name, impl_sizes=(1, 1), read=self.read_speaker, write=self.write_speaker
+        )
+
+    @property
+    def state(self) -> bytes:
+        """struct kvm_pit_state2."""
+        if self._made:
+            return self._vm.get_pit()
+        from pyvmm.x86 import irqchip_state
+
+        return self._state or irqchip_state.PIT_AT_POWER_ON
+
+    @state.setter
+    def state(self, state: bytes) -> None:
+        from pyvmm.x86 import irqchip_state
+
+        with self.lock:
+            if self._made or state != irqchip_state.PIT_AT_POWER_ON:
+                self._put(state)
+            else:
+                self._state = state
+
+    def _put(self, state: bytes) -> None:
+        if not self._made:
+            self._vm.create_pit()
+            self._made = True
+            self._later(lambda: self._vm.set_pit_reinject(False), LOSE_TICKS_AFTER_S)
+        self._vm.set_pit(state)
+
+    def read(self, offset: int, size: int) -> int:
+        return self._read(layout.PORT_PIT + offset)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._write(layout.PORT_PIT + offset, value & 0xFF)
+
+    def read_speaker(self, offset: int, size: int) -> int:
+        return self._read(layout.PORT_SPEAKER)
+
+    def write_speaker(self, offset: int, size: int, value: int) -> None:
+        self._write(layout.PORT_SPEAKER, value)
+
+    def _read(self, port: int) -> int:
+        from pyvmm.x86 import pit_state
+
+        if not self._made:
+            self._put(self.state)
+        before = self.state
+        state = bytearray(before)
+        value = pit_state.read(state, port, monotonic_ns())
+        if state != before:
+            self._put(bytes(state))
+        return value
+
+    def _write(self, port: int, value: int) -> None:
+        from pyvmm.x86 import pit_state
+
+        state = bytearray(self.state)
+        loaded = pit_state.write(state, port, value, monotonic_ns())
+        if loaded or self._made:
+            self._put(bytes(state))
+        else:
+            self._state = bytes(state)
+
+
 class KvmIrqchip(Irqchip):
     """KVM's. Made after the memory slots, each later change of which waits for a grace period, and before the vCPUs,
-    which get their local APICs from it.
+    which get their local APICs from it. ``later(work, seconds)`` is Chassis.in_background.
     """
 
     in_kernel = True
 
-    def __init__(self, kvm: Kvm, vm: Vm) -> None:
+    def __init__(self, kvm: Kvm, vm: Vm, later: Callable[[Callable[[], None], float], None]) -> None:
         super().__init__()
         self._vm = vm
         self._loaded: dict[str, bytes] = {}
         self._kvm = kvm
         self._lock = Lock()
         self._routes: GsiRoutes | None = None
-        make_controllers(vm)
+        self._pit = KvmPit(vm, later)
+        vm.create_irqchip()
         vm.set_gsi_routing(pc_routes())
 
     @property
@@ -252,25 +339,16 @@ class KvmIrqchip(Irqchip):
             (pio, layout.PORT_PIC_MASTER, 2, "KVM's PIC"),
             (pio, layout.PORT_PIC_SLAVE, 2, "KVM's PIC"),
             (pio, layout.PORT_PIC_ELCR, 2, "KVM's PIC"),
-            (pio, layout.PORT_PIT, 4, "KVM's PIT"),
-            (pio, layout.PORT_SPEAKER, 1, "KVM's PIT"),
             (mmio, layout.IOAPIC, KVM_IOAPIC_BYTES, "KVM's IOAPIC"),
             (mmio, layout.LAPIC, layout.LAPIC_BYTES, "KVM's local APIC"),
         ):
             space.reserve(address, size, name)
-
-    def lose_missed_ticks(self) -> None:
-        """Have ticks of the PIT that the guest was too slow for be lost, and not delivered in a row later.
-
-        KVM_REINJECT_CONTROL waits for a grace period, and so does a vCPU that enters meanwhile: call it on a thread
-        that nobody waits for.
-        """
-        self._vm.set_pit_reinject(False)
+        self._pit.place(pio)
 
     def save(self) -> dict[str, Any]:
         from pyvmm.x86 import irqchip_state
 
-        return irqchip_state.save(self._vm)
+        return irqchip_state.save(self._vm, self._pit.state)
 
     def load(self, state: dict[str, Any]) -> None:
         from pyvmm.x86 import irqchip_state
@@ -285,6 +363,7 @@ class KvmIrqchip(Irqchip):
         from pyvmm.x86 import irqchip_state
 
         irqchip_state.put(self._vm, state)
+        self._pit.state = state["pit"]
 
     def send(self, address: int, data: int) -> bool:
         return self._vm.signal_msi(address, data)

@@ -226,6 +226,7 @@ class Machine:
             cpu.start()
         self._chassis.consoles.take_terminal()
         self.control.resume()
+        self._chassis.runs()
         self._chassis.consoles.start()
         # After that: one that fails again stops the machine again.
         self.drives.resume()
@@ -470,15 +471,26 @@ class Machine:
                 row.region = names_within(space, row.address, size)
         return rows
 
+    @property
+    def first_exit_ns(self) -> int | None:
+        """How long the first vCPU's first stay in the guest was, nanoseconds: from its first KVM_RUN to its first exit.
+
+        Of a guest that begins with an exit this is what KVM takes to begin with. None before that.
+        """
+        return self.cpus[0].exec.stats.first_exit_ns(self._platform.tsc_khz) if self.cpus else None
+
     def exit_stats_table(self) -> str:
-        """exit_stats() as text, with the regions' names; and how often the guest has reset itself, if it has."""
+        """exit_stats() as text, with the regions' names; when the first exit came; and how often the guest has reset
+        itself, if it has.
+        """
         from pyvmm.exit_stats import format_table
 
         rows = self.exit_stats()
         names = {(row.reason, row.address): row.region or "" for row in rows}
         names |= {key: "(nobody)" for key, name in names.items() if key[1] is not None and not name}
-        often = self.resets.sentence()
-        return format_table(rows, names) + (often and f"\n{often}")
+        first_ns, often = self.first_exit_ns, self.resets.sentence()
+        first = "" if first_ns is None else f"\nthe first one {first_ns / 1e6:.2f} ms after the first KVM_RUN"
+        return format_table(rows, names) + first + (often and f"\n{often}")
 
     # -- the end -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pyvmm.cpu import Cpu
 from pyvmm.cpu_exec import CpuExec
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.irqchip import KvmIrqchip, make_controllers
+from pyvmm.irqchip import KvmIrqchip
 from pyvmm.kvm.system import CAPABILITIES, Kvm
 from pyvmm.kvm_clock import KvmClock
 from pyvmm.kvm_listener import KvmListener
@@ -141,7 +141,7 @@ class KvmPlatform(Platform):
         chassis.mmio.reserve(layout.KVM_PAGES, layout.KVM_PAGES_BYTES, "pages of KVM's own")
         self._use_ids(self._vm)
         if config.irqchip == "kernel":
-            self.irqchip = closers.add(KvmIrqchip(self._kvm, self._vm))
+            self.irqchip = closers.add(KvmIrqchip(self._kvm, self._vm, chassis.in_background))
         else:
             self.irqchip = python_irqchip(chassis)
 
@@ -250,7 +250,7 @@ class KvmPlatform(Platform):
             state: dict[str, Any] = {}
             self._use_ids(twin)
             if self.irqchip.in_kernel:
-                make_controllers(twin)
+                twin.create_irqchip()
                 state["irqchip"] = irqchip_state.save(twin)
             state["vcpus"] = []
             for cpu in self.cpus:
@@ -281,14 +281,9 @@ class KvmPlatform(Platform):
 
     def finish_in_background(self, chassis: Chassis) -> None:
         self._listener.attach([cpu.exec for cpu in self.cpus])
-        if self.irqchip.in_kernel or self._listener.waits:
-            chassis.in_background(self._finish)
-
-    def _finish(self) -> None:
-        """What waits for grace periods in KVM, which take longer than all of the recipe."""
-        if isinstance(self.irqchip, KvmIrqchip):
-            self.irqchip.lose_missed_ticks()
-        self._listener.go_live()
+        if self._listener.waits:
+            # It waits for grace periods in KVM, which take longer than all of the recipe.
+            chassis.when_it_runs(self._listener.go_live)
 
     def coalesce(self, space: AddressSpace, address: int, size: int) -> None:
         self._listener.coalesce(space, address, size)

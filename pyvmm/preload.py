@@ -106,7 +106,8 @@ RUNNING = (
     "pyvmm.snapshots",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
-    "pyvmm.x86.irqchip_state",  # resets
+    "pyvmm.x86.irqchip_state",  # resets, as pit_state
+    "pyvmm.x86.pit_state",
     "pyvmm.x86.smbios",  # files that firmware asks for, made at the first look
     "pyvmm.x86.table_loader",
     "pyvmm.x86.vcpu_state",  # resets

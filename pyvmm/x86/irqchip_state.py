@@ -19,11 +19,18 @@ CHIP_ID = slice(0, 4)  # of struct kvm_irqchip
 COUNT_LOAD_TIMES = (16, 40, 64)  # of struct kvm_pit_state2: host times, of 8 bytes each
 
 
-def save(vm: Vm) -> dict[str, Any]:
-    pit = bytearray(vm.get_pit())
+# Counts of 65536, no mode (0xff), the gates of counters 0 and 1 high: as KVM makes it.
+PIT_AT_POWER_ON = b"".join(
+    (0x10000).to_bytes(4, "little") + bytes(9) + b"\xff\x00" + bytes((gate,)) + bytes(8) for gate in (1, 1, 0)
+) + bytes(40)
+
+
+def save(vm: Vm, pit: bytes = PIT_AT_POWER_ON) -> dict[str, Any]:
+    """``pit`` is struct kvm_pit_state2."""
+    timeless = bytearray(pit)
     for at in COUNT_LOAD_TIMES:
-        pit[at : at + 8] = bytes(8)  # means nothing elsewhere, and KVM does not look at it
-    return {**{name: vm.get_irqchip(chip) for name, chip in CHIPS.items()}, "pit": bytes(pit)}
+        timeless[at : at + 8] = bytes(8)  # means nothing elsewhere, and KVM does not look at it
+    return {**{name: vm.get_irqchip(chip) for name, chip in CHIPS.items()}, "pit": bytes(timeless)}
 
 
 def checked(state: object, known: dict[str, Any]) -> dict[str, bytes]:
@@ -41,6 +48,6 @@ def checked(state: object, known: dict[str, Any]) -> dict[str, bytes]:
 
 
 def put(vm: Vm, state: dict[str, bytes]) -> None:
+    """All but the PIT, which need not be there yet."""
     for name in CHIPS:
         vm.set_irqchip(state[name])
-    vm.set_pit(state["pit"])

@@ -7,6 +7,7 @@ import pydoc
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -216,6 +217,21 @@ def test_rows_name_their_region_in_whole_nanoseconds(boot: Callable[..., Guest])
     table = guest.machine.exit_stats_table()
     assert "(nobody)" in table
     assert "there, beside" in table
+
+
+def test_when_the_first_exit_came(boot: Callable[..., Guest]) -> None:
+    guest = boot("1: inb $0x99, %al\n finish")
+    assert guest.machine.first_exit_ns is None
+    assert "first KVM_RUN" not in guest.machine.exit_stats_table()
+    before_ns = time.monotonic_ns()
+    assert guest.run() == PASSED
+    first_ns = guest.machine.first_exit_ns
+    assert first_ns is not None
+    assert 0 < first_ns < time.monotonic_ns() - before_ns
+    assert guest.machine.exit_stats_table().endswith(f"\nthe first one {first_ns / 1e6:.2f} ms after the first KVM_RUN")
+    guest.machine.reset()
+    guest.run()
+    assert guest.machine.first_exit_ns == first_ns
 
 
 def test_hints_of_public_classes_can_be_read() -> None:
