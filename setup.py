@@ -74,7 +74,7 @@ class BuildExt(build_ext):
 
         def compiled(source: str) -> str:
             (made,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
-            newest = max(headers, Path(source).stat().st_mtime_ns, Path(__file__).stat().st_mtime_ns)
+            newest = max(headers, Path(source).stat().st_mtime_ns)
             if self.force or not os.path.exists(made) or os.stat(made).st_mtime_ns < newest:
                 self.compiler.compile(
                     [source], self.build_temp, include_dirs=ext.include_dirs, extra_postargs=ext.extra_compile_args
