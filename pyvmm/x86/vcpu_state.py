@@ -14,7 +14,7 @@ from pyvmm.errors import KvmError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from pyvmm.cpu import Cpu
@@ -53,6 +53,8 @@ class Facts:
         # The newer ones have PAE's page directory entries as the processor holds them.
         self.sregs = "sregs2" if kvm.check_extension("KVM_CAP_SREGS2") else "sregs"
         self.nested_bytes = kvm.check_extension("KVM_CAP_NESTED_STATE")
+        self.shape = kvm.device, self.lapic, self.xsave_bytes, self.sregs, self.nested_bytes
+        """Two with the same have vCPUs whose states have the same fields."""
 
 
 def save(vcpu: Vcpu, facts: Facts) -> dict[str, Any]:
@@ -122,6 +124,10 @@ def set_msrs(vcpu: Vcpu, values: dict[int, int]) -> list[int]:
     return refused
 
 
+# What a vCPU's state may be, by Facts.shape: reading one to see takes as long as all else of a load.
+_kinds: dict[tuple[object, ...], dict[str, Any]] = {}
+
+
 class VcpuState:
     """The state of one vCPU, by the contract of state.py."""
 
@@ -158,13 +164,11 @@ class VcpuState:
         return nested
 
     def load(self, state: dict[str, Any]) -> None:
-        from pyvmm.state import value_of
-
-        known = self.save()
-        check_like(state, known, "")
-        msrs = {number(name, "msrs"): value_of(64, value, f"msrs[{name}]") for name, value in state["msrs"].items()}
-        xcrs = {number(name, "xcrs"): value_of(64, value, f"xcrs[{name}]") for name, value in state["xcrs"].items()}
-        self._loaded = {**state, "msrs": msrs, "xcrs": xcrs}
+        shape = self._facts.shape
+        if shape not in _kinds:
+            _kinds[shape] = {name: kind_of(name, value) for name, value in self.save().items()}
+        checked = checked_fields(_kinds[shape], state, "")
+        self._loaded = {**checked, "msrs": registers(state["msrs"], "msrs"), "xcrs": registers(state["xcrs"], "xcrs")}
 
     def after_load(self) -> None:
         """Into KVM. StateError where it takes an MSR that matters to the guest no more."""
@@ -182,28 +186,47 @@ class VcpuState:
         cpu.loaded(halted=state["halted"])
 
 
-def check_like(saved: object, known: object, name: str) -> None:
-    """StateError where ``saved`` is not of the kind that this vCPU has itself: the same names, numbers, lengths."""
-    from pyvmm.state import check_names, shown, value_of
-
+def kind_of(name: str, known: object) -> object:
+    """What the field ``name`` of a vCPU's state may be, from what this KVM gives: as state.py has it, or a dict of such
+    for a structure. None: ``registers`` looks at it.
+    """
+    if name in ("msrs", "xcrs"):
+        return None
     if isinstance(known, dict):
-        if name in ("msrs", "xcrs"):
-            if not isinstance(saved, dict):
-                raise StateError(f"{name} is {shown(saved)}, no dict")
-            return
-        check_names(saved, list(known))
-        assert isinstance(saved, dict)
-        for key, inner in known.items():
-            check_like(saved[key], inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(known, list):
-        value_of(("list", 64, len(known)), saved, name)
-    elif isinstance(known, bool):
-        value_of("flag", saved, name)
-    elif isinstance(known, int):
-        value_of(64, saved, name)
-    else:
-        assert isinstance(known, bytes)
-        value_of(("bytes", len(known)), saved, name)
+        return {key: kind_of(key, inner) for key, inner in known.items()}
+    if isinstance(known, list):
+        return ("list", 64, len(known))
+    if isinstance(known, bool):
+        return "flag"
+    if isinstance(known, int):
+        return 64
+    assert isinstance(known, bytes)
+    return ("bytes", len(known))
+
+
+def checked_fields(kinds: Mapping[str, Any], saved: object, where: str) -> dict[str, Any]:
+    """StateError where ``saved`` is not of these kinds."""
+    from pyvmm.state import check_names, value_of
+
+    check_names(saved, list(kinds))
+    assert isinstance(saved, dict)
+    checked = {}
+    for name, kind in kinds.items():
+        place = f"{where}.{name}" if where else name
+        if isinstance(kind, dict):
+            checked[name] = checked_fields(kind, saved[name], place)
+        elif kind is not None:
+            checked[name] = value_of(kind, saved[name], place)
+    return checked
+
+
+def registers(saved: object, where: str) -> dict[int, int]:
+    """Registers by their numbers, whichever there are: KVM refuses the ones that it has not."""
+    from pyvmm.state import shown, value_of
+
+    if not isinstance(saved, dict):
+        raise StateError(f"{where} is {shown(saved)}, no dict")
+    return {number(name, where): value_of(64, value, f"{where}[{name}]") for name, value in saved.items()}
 
 
 def number(name: object, where: str) -> int:

@@ -25,83 +25,78 @@ the same names, without the underscore in front. A table is data that costs noth
     ("one of", ...)      one of these values
     ("or none", kind)    that, or None
 
+Compiled because a machine that goes on from a snapshot has a thousand values to be looked at, each of them hostile.
+
 Times are relative to guest time, which is state itself (Clock.set_time): a holder whose table has some keeps its clock
 as ``_clock``. ``STATE_VERSION`` goes up when the meaning of a table changes.
 """
 
-from __future__ import annotations
-
 from pyvmm.errors import StateError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any, Protocol, TypeAlias
-
-    Fields: TypeAlias = Mapping[str, object]
-
-    class Holder(Protocol):
-        """What has state."""
-
-        @property
-        def STATE_VERSION(self) -> int: ...
-        def save(self) -> dict[str, Any]: ...
-        def load(self, state: dict[str, Any]) -> None: ...
-        def after_load(self) -> None: ...
-
 
 LONGEST_NUMBER_BITS = 64
 # So far from now a moment may be: 146 years. The sum of two such times is a whole number of 64 bits still.
 TIMES_NS = range(-(1 << 62), 1 << 62)
 OTHER = "this is the state of something else, or of another version"
 
+cdef object NUMBERS = {bits: range(1 << bits) for bits in range(LONGEST_NUMBER_BITS + 1)}
+
 
 # -- one holder's fields -----------------------------------------------------------------------------------------------
 
-
-def save_fields(owner: object, fields: Fields) -> dict[str, Any]:
+def save_fields(owner, fields):
     """The attributes of ``owner`` that the table names, as plain data."""
     now_ns = now(owner, fields)
     return {name.lstrip("_"): plain(kind, getattr(owner, name), now_ns) for name, kind in fields.items()}
 
 
-def load_fields(owner: object, fields: Fields, state: object, besides: Sequence[str] = ()) -> None:
+def load_fields(owner, fields, state, besides=()):
     """Set the attributes of ``owner`` from what ``save_fields`` gave; none of them where that is a StateError.
 
     ``besides``: what else the state has, for the caller to take.
     """
-    check_names(state, [*(name.lstrip("_") for name in fields), *besides])
-    assert isinstance(state, dict)
+    names = {name: name.lstrip("_") for name in fields}
+    check_names(state, [*names.values(), *besides])
     now_ns = now(owner, fields)
-    values = {name: value_of(kind, state[name.lstrip("_")], name.lstrip("_"), now_ns) for name, kind in fields.items()}
+    values = {name: value_of(kind, state[names[name]], names[name], now_ns) for name, kind in fields.items()}
     for name, value in values.items():
         put(owner, name, fields[name], value)
 
 
-def now(owner: Any, fields: Fields) -> int:
+# Tables by their identity, and whether they have times: each is looked at once. They are kept, so that no other one can
+# have that identity.
+_timed = {}
+
+
+def now(owner, fields):
     """Guest time, for a table that has times."""
-    timed = any("moment" in flat(kind) or "timer" in flat(kind) for kind in fields.values())
-    return int(owner._clock.now_ns()) if timed else 0
+    known = _timed.get(id(fields))
+    if known is None or known[0] is not fields:
+        timed = any("moment" in flat(kind) or "timer" in flat(kind) for kind in fields.values())
+        if len(_timed) > 10_000:
+            _timed.clear()  # tables that are made anew each time
+        known = _timed[id(fields)] = fields, timed
+    return int(owner._clock.now_ns()) if known[1] else 0
 
 
-def flat(kind: object) -> tuple[object, ...]:
+cdef tuple flat(kind):
     """A kind, and the kind in it."""
     return kind if isinstance(kind, tuple) else (kind,)
 
 
-def check_names(state: object, names: Sequence[str]) -> None:
+cpdef check_names(state, names):
     """StateError where ``state`` is no dict with exactly these keys."""
     if not isinstance(state, dict):
         raise StateError(f"{shown(state)} is no state: give what save() gave")
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise StateError(f"{missing[0]} is missing: {OTHER}")
-    strange = [name for name in state if name not in names]
-    if strange:
-        raise StateError(f"{shown(strange[0])} is unknown here: {OTHER}")
+    for name in names:
+        if name not in <dict>state:
+            raise StateError(f"{name} is missing: {OTHER}")
+    if len(<dict>state) != len(names):
+        strange = [name for name in state if name not in names]
+        if strange:
+            raise StateError(f"{shown(strange[0])} is unknown here: {OTHER}")
 
 
-def shown(value: object) -> str:
+def shown(value):
     """A value in a message: hostile ones may be long, and Python refuses to write out a number that is too long."""
     if isinstance(value, int) and value.bit_length() > 2 * LONGEST_NUMBER_BITS:
         return f"a number of {value.bit_length()} bits"
@@ -111,17 +106,18 @@ def shown(value: object) -> str:
 
 # -- one value ---------------------------------------------------------------------------------------------------------
 
-
-def plain(kind: object, value: Any, now_ns: int) -> object:
+cpdef plain(kind, value, now_ns):
     """A field's value as plain data."""
-    if kind == "moment":
-        return value - now_ns
-    if kind == "timer":
-        return value.deadline_ns - now_ns if value.armed else None
-    if kind == "part":
-        return value.save()
     if isinstance(kind, int):
         return int(value) if kind <= LONGEST_NUMBER_BITS else value.to_bytes((kind + 7) // 8, "little")
+    if isinstance(kind, str):
+        if kind == "moment":
+            return value - now_ns
+        if kind == "timer":
+            return value.deadline_ns - now_ns if value.armed else None
+        if kind == "part":
+            return value.save()
+        return value
     if not isinstance(kind, tuple):
         return value
     if kind[0] == "bytes":
@@ -135,37 +131,41 @@ def plain(kind: object, value: Any, now_ns: int) -> object:
     return value
 
 
-def value_of(kind: object, saved: Any, name: str, now_ns: int = 0) -> Any:
+cpdef value_of(kind, saved, name, now_ns=0):
     """What ``plain`` was given; a Timer's deadline in its place. StateError where it can't be."""
-    if isinstance(kind, int) and kind > LONGEST_NUMBER_BITS:
-        size = (kind + 7) // 8
-        return int.from_bytes(value_of(("bytes", size), saved, name), "little")
-    if isinstance(kind, (int, range)):
-        return checked_number(saved, range(1 << kind) if isinstance(kind, int) else kind, name)
-    if kind == "flag":
-        if not isinstance(saved, bool):
-            raise StateError(f"{name} is {shown(saved)}, not True or False")
-        return saved
-    if kind == "moment":
-        return checked_number(saved, TIMES_NS, name) + now_ns
-    if kind == "timer":
-        return None if saved is None else checked_number(saved, TIMES_NS, name) + now_ns
-    if kind == "part":
-        if not isinstance(saved, dict):
-            raise StateError(f"{name} is {shown(saved)}, no state")
-        return saved
+    if isinstance(kind, int):
+        if kind > LONGEST_NUMBER_BITS:
+            size = (kind + 7) // 8
+            return int.from_bytes(value_of(("bytes", size), saved, name), "little")
+        return checked_number(saved, NUMBERS[kind], name)
+    if isinstance(kind, range):
+        return checked_number(saved, kind, name)
+    if isinstance(kind, str):
+        if kind == "flag":
+            if saved is not True and saved is not False:
+                raise StateError(f"{name} is {shown(saved)}, not True or False")
+            return saved
+        if kind == "moment":
+            return checked_number(saved, TIMES_NS, name) + now_ns
+        if kind == "timer":
+            return None if saved is None else checked_number(saved, TIMES_NS, name) + now_ns
+        if kind == "part":
+            if not isinstance(saved, dict):
+                raise StateError(f"{name} is {shown(saved)}, no state")
+            return saved
     assert isinstance(kind, tuple), kind
     return value_of_several(kind, saved, name, now_ns)
 
 
-def value_of_several(kind: tuple[Any, ...], saved: Any, name: str, now_ns: int) -> Any:
+cdef value_of_several(tuple kind, saved, name, now_ns):
     what, inner = kind[0], kind[1]
     if what == "or none":
         return None if saved is None else value_of(inner, saved, name, now_ns)
     if what == "one of":
-        if not any(saved == value and type(saved) is type(value) for value in kind[1:]):
-            raise StateError(f"{name} is {shown(saved)}, none of {', '.join(map(repr, kind[1:]))}")
-        return saved
+        for value in kind[1:]:
+            if saved == value and type(saved) is type(value):
+                return saved
+        raise StateError(f"{name} is {shown(saved)}, none of {', '.join(map(repr, kind[1:]))}")
     if what == "bytes":
         if not isinstance(saved, (bytes, bytearray, memoryview)):
             raise StateError(f"{name} is {shown(saved)}, no bytes")
@@ -182,22 +182,22 @@ def value_of_several(kind: tuple[Any, ...], saved: Any, name: str, now_ns: int) 
     return {key: value_of(one, saved[str(key)], f"{name}[{key}]", now_ns) for key, one in inner.items()}
 
 
-def checked_number(saved: object, values: range, name: str) -> int:
-    if not isinstance(saved, int) or isinstance(saved, bool):
+cpdef checked_number(saved, values, name):
+    if type(saved) is not int:
         raise StateError(f"{name} is {shown(saved)}, no whole number")
     if saved not in values:
         raise StateError(f"{name} is {shown(saved)}, not from {values.start} to {values.stop - 1}")
     return saved
 
 
-def check_length(size: int, limits: Sequence[int], name: str, of_what: str) -> None:
+cpdef check_length(size, limits, name, of_what):
     lowest, highest = limits[0], limits[-1]
     if not lowest <= size <= highest:
         wanted = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
         raise StateError(f"{name} has {size} {of_what}, not {wanted}")
 
 
-def put(owner: object, name: str, kind: object, value: Any) -> None:
+cpdef put(owner, name, kind, value):
     """Set one attribute. What others may hold a reference to is changed in place."""
     if kind == "timer":
         getattr(owner, name).note(value)
@@ -224,7 +224,7 @@ def put(owner: object, name: str, kind: object, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def part(name: str, holder: Any, state: object) -> None:
+def part(name, holder, state):
     """Load a part of a holder; a StateError of it gets its name in front."""
     try:
         holder.load(state)
@@ -235,26 +235,25 @@ def part(name: str, holder: Any, state: object) -> None:
 # -- all holders of a machine ------------------------------------------------------------------------------------------
 
 
-def save_all(holders: Sequence[tuple[str, Holder]]) -> dict[str, Any]:
+def save_all(holders):
     """{name: {"version", "state"}} of each, in their order."""
     return {name: {"version": holder.STATE_VERSION, "state": holder.save()} for name, holder in holders}
 
 
-def load_all(holders: Sequence[tuple[str, Holder]], saved: object) -> None:
+def load_all(holders, saved):
     """Load each, then ``after_load`` of each, both in the order of the holders.
 
     StateError in one sentence where the names are not the same, a version is another one, or a holder can't take its
     state. Some of them may have been loaded by then: what they belong to is to be reset, or thrown away.
     """
     check_holders(holders, saved)
-    assert isinstance(saved, dict)
     for name, holder in holders:
         told(name, holder.load, saved[name]["state"])
     for name, holder in holders:
         told(name, holder.after_load)
 
 
-def check_holders(holders: Sequence[tuple[str, Holder]], saved: object) -> None:
+def check_holders(holders, saved):
     """StateError where ``saved`` is not of these holders, in these versions."""
     if not isinstance(saved, dict):
         raise StateError(f"{shown(saved)} is no state of a machine: give what save_state() gave")
@@ -276,7 +275,7 @@ def check_holders(holders: Sequence[tuple[str, Holder]], saved: object) -> None:
             )
 
 
-def told(name: str, call: Any, *args: object) -> None:
+def told(name, call, *args):
     """``call(*args)``; what it raises, whatever a hostile state made of it, becomes a StateError that names the holder.
     """
     try:
