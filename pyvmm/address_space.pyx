@@ -301,25 +301,33 @@ cdef class AddressSpace:
         return region
 
     cdef _add(self, base, MemoryRegion region):
+        cdef MemoryRegion other
+        cdef uint64_t first, last
+        cdef int at = 0
         with self._change:
             if region.c.mapped:
                 raise StateError(f"{region!r} is mapped already: unmap it first")
             if base < 0 or base + region.size > self.size:
                 raise ConfigError(f"{region.name} at {base:#x}+{region.size:#x} leaves the {self.name} space "
                                   f"of {self.size:#x}")
+            first = base
+            last = base + region.size - 1
             for other in self.view.regions:
-                if base < other.base + other.size and other.base < base + region.size:
+                if first <= other.c.last and other.c.base <= last:
                     raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} overlaps {other.name} at "
                                       f"{other.base:#x}-{other.base + other.size - 1:#x} in {self.name}")
+                at += other.c.base < first
             for start, size, name in self._reserved:
                 if base < start + size and start < base + region.size:
                     raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} lies in {name} at "
                                       f"{start:#x}-{start + size - 1:#x}, which answers by itself: map it elsewhere")
-            region.c.base = base
-            region.c.last = base + region.size - 1
+            region.c.base = first
+            region.c.last = last
             region.c.mapped = True
             region.space = self
-            self._publish(sorted([*self.view.regions, region], key=lambda r: r.base))
+            regions = list(self.view.regions)
+            regions.insert(at, region)
+            self._publish(regions)
 
     def map(self, base, size, device, *, name=None, read=None, write=None, valid_sizes=None, impl_sizes=None,
             unaligned=None):
@@ -344,6 +352,26 @@ cdef class AddressSpace:
         finally:
             self._end()
         self._wait_for_handlers(region)
+        if error is not None:
+            raise error
+
+    def unmap_all(self):
+        """As ``unmap`` of every region, in one change."""
+        cdef MemoryRegion region
+        error = None
+        self._begin()
+        try:
+            regions = list(self.view.regions)
+            if self._ears:
+                error = self._tell_gone(self._told(self._ears, regions))
+            with self._change:
+                for region in regions:
+                    region.space = None
+                self._publish([])
+        finally:
+            self._end()
+        for region in regions:
+            self._wait_for_handlers(region)
         if error is not None:
             raise error
 

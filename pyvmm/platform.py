@@ -194,11 +194,10 @@ class KvmPlatform(Platform):
     def enter(self, boot: BootState | None) -> None:
         if boot is None:
             return
-        vcpu = self.cpus[0].vcpu
-        regs, sregs = vcpu.regs, vcpu.sregs
+        regs: dict[str, Any] = {}
+        sregs: dict[str, Any] = {}
         boot.apply(regs, sregs)
-        vcpu.sregs = sregs
-        vcpu.regs = regs
+        self.cpus[0].vcpu.enter(regs, sregs)
 
     def _close_cpus(self) -> None:
         for cpu in self.cpus:

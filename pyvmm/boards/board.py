@@ -260,9 +260,8 @@ class Board:
 
     def _clear(self) -> None:
         """Nothing is mapped any more, and nobody keeps the devices."""
-        for space in (self.pio, self.mmio):
-            for region in space.regions:
-                space.unmap(region)
+        self.pio.unmap_all()
+        self.mmio.unmap_all()
         self.parts.clear()
 
 

@@ -151,6 +151,23 @@ cdef class Vcpu:
             too_wide("sregs", error)
         checked(ioctl(self._open(), uapi.KVM_SET_SREGS, &sregs), "KVM_SET_SREGS")
 
+    def enter(self, dict regs not None, dict sregs not None):
+        """KVM_SET_SREGS and KVM_SET_REGS of all of them, as the two properties have them; but the APIC base and the
+        interrupt bitmap are KVM's own, and stay.
+        """
+        cdef uapi.kvm_regs general
+        cdef uapi.kvm_sregs before, system
+        checked(ioctl(self._open(), uapi.KVM_GET_SREGS, &before), "KVM_GET_SREGS")
+        try:
+            general = regs
+            system = {**sregs, "apic_base": 0, "interrupt_bitmap": [0, 0, 0, 0]}
+        except OverflowError as error:
+            too_wide("the registers at the entry", error)
+        system.apic_base = before.apic_base
+        memcpy(&system.interrupt_bitmap, &before.interrupt_bitmap, sizeof(before.interrupt_bitmap))
+        checked(ioctl(self._open(), uapi.KVM_SET_SREGS, &system), "KVM_SET_SREGS")
+        checked(ioctl(self._open(), uapi.KVM_SET_REGS, &general), "KVM_SET_REGS")
+
     @property
     def sregs2(self):
         """KVM_GET_SREGS2: as sregs, with the PAE page-directory pointers and without the interrupt bitmap."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from guests import PASSED, PORT, Guest, Recorder
 
-from pyvmm.errors import KvmError
+from pyvmm.errors import ConfigError, KvmError
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.x86 import vcpu_state
 
@@ -34,6 +34,16 @@ def test_regs(vcpu: Vcpu) -> None:
     # In part: what is not named stays.
     vcpu.regs = {"rax": 7}
     assert vcpu.regs == {**regs, "rax": 7}
+
+
+def test_the_registers_of_an_entry_but_for_what_is_kvm_s_own(vcpu: Vcpu) -> None:
+    regs, sregs = {**vcpu.regs, "rax": 7, "rip": 0x1234}, {**vcpu.sregs, "cr2": 0x5678}
+    before = sregs["apic_base"]
+    vcpu.enter(regs, {**sregs, "apic_base": 1, "interrupt_bitmap": [1, 2, 3, 4]})
+    assert vcpu.regs == regs
+    assert vcpu.sregs == {**sregs, "apic_base": before, "interrupt_bitmap": [0, 0, 0, 0]}
+    with pytest.raises(ConfigError, match="the registers at the entry: a value has more bits than its register"):
+        vcpu.enter({**regs, "rax": 1 << 64}, sregs)
 
 
 def test_regs_are_what_the_guest_computes_with(boot: Callable[..., Guest]) -> None:

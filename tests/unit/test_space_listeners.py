@@ -99,6 +99,27 @@ def test_a_listener_is_told_what_is_there_and_what_changes(fd: int) -> None:
         space.unlisten(ear)
 
 
+def test_all_of_it_goes_in_one_change(fd: int) -> None:
+    space, ear = mmio(), Recorder()
+    regions = [
+        space.add(0x2000, BufferRegion(bytearray(16), name="second")),
+        space.add(0x1000, EventRegion(4, fd, write_size=2, datamatch=7, name="first")),
+    ]
+    space.listen(ear)
+    taken(ear.lines)
+    space.unmap_all()
+    assert taken(ear.lines) == ["-second 0x2000", f"-eventfd 0x1000 2 7 {fd}", "-first 0x1000", "commit"]
+    assert space.regions == []
+    assert [region.base for region in regions] == [None, None]
+    space.unmap_all()
+    # They can be mapped again.
+    space.add(0x5000, regions[0])
+    ear.raises = "-second"
+    with pytest.raises(RuntimeError, match="told to: -second"):
+        space.unmap_all()
+    assert space.regions == []
+
+
 def test_what_comes_is_told_first_to_the_first_and_what_goes_last() -> None:
     space = mmio()
     lines: list[str] = []
