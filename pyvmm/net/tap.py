@@ -45,26 +45,43 @@ class TapBackend(NetBackend):
         self._pairs = len(fds)
         self.has_header = has_header
         if has_header and offloads:
-            self.offloads = next((most for most in OFFLOADS if self._try_offloads(most)), 0)
-            self.set_offloads(0)
+            self.offloads = next((most for most in OFFLOADS if self._set_offloads(most)), 0)
+        self.set_offloads(0)
 
-    def _try_offloads(self, offloads: int) -> bool:
+    def configure(self, header_bytes: int) -> None:
+        for port in self.ports if self.has_header else ():
+            self._control(port.fd, TUNSETVNETHDRSZ, header_bytes.to_bytes(4, "little"))
+
+    def set_offloads(self, offloads: int) -> None:
+        """Of what does not go together the kernel would take nothing: so much of it as does."""
+        if not offloads & CHECKSUM:
+            offloads = 0
+        if not offloads & (TSO4 | TSO6):
+            offloads &= ~TSO_ECN
+        if offloads & (USO4 | USO6) != USO4 | USO6:
+            offloads &= ~(USO4 | USO6)
+        self._set_offloads(offloads)
+
+    def _set_offloads(self, offloads: int) -> bool:
+        """Whether the kernel has taken them."""
+        import fcntl
+
+        if not self.has_header or not self.connected:
+            return False
         try:
-            self.set_offloads(offloads)
+            fcntl.ioctl(self.ports[0].fd, TUNSETOFFLOAD, offloads)  # the interface's, not a queue's
         except OSError:
             return False
         return True
 
-    def configure(self, header_bytes: int) -> None:
-        if self.has_header:
-            for port in self.ports:
-                control(port.fd, TUNSETVNETHDRSZ, header_bytes.to_bytes(4, "little"))
-
-    def set_offloads(self, offloads: int) -> None:
-        if self.has_header and self.connected:
-            import fcntl
-
-            fcntl.ioctl(self.ports[0].fd, TUNSETOFFLOAD, offloads)  # the interface's, not a queue's
+    def _control(self, fd: int, what: int, argument: bytes) -> None:
+        """What can't fail but where the interface is gone: whoever looks for a frame finds that out."""
+        try:
+            if fd >= 0:
+                control(fd, what, argument)
+        except OSError as error:
+            if error.errno != EBADFD:
+                raise
 
     def enable_pairs(self, count: int) -> None:
         """A queue that is detached gets no frames."""
@@ -72,7 +89,7 @@ class TapBackend(NetBackend):
             return
         for n, port in enumerate(self.ports):
             if (n < count) != (n < self._pairs):
-                control(port.fd, TUNSETQUEUE, request("", IFF_ATTACH_QUEUE if n < count else IFF_DETACH_QUEUE))
+                self._control(port.fd, TUNSETQUEUE, request("", IFF_ATTACH_QUEUE if n < count else IFF_DETACH_QUEUE))
         self._pairs = count
 
 

@@ -141,6 +141,25 @@ for count in (1, 3, 2, 1):
     )
 
 
+def test_a_guest_may_take_any_offloads() -> None:
+    in_namespace(
+        OPEN
+        + """
+import fcntl, struct
+back = net("tap=tap0,address=10.0.0.1/24")
+end = raw("tap0")
+taken = []
+set_offloads = back._set_offloads
+back._set_offloads = lambda offloads: taken.append(set_offloads(offloads)) or taken[-1]
+for bits in range(64):
+    wanted = bits & 0xF | (bits & 0x30) << 1
+    if not wanted & ~back.offloads:
+        back.set_offloads(wanted)
+assert all(taken) and len(taken) >= 16
+"""
+    )
+
+
 def test_an_interface_that_goes_away_closes_the_port() -> None:
     in_namespace(
         OPEN
@@ -151,7 +170,10 @@ with IPRoute() as route:
 assert back.ports[0].receive([bytearray(70000)]) == 0
 assert not back.connected
 back.ports[0].send([bytes(12), frame(1)])
+back.configure(10)
+back.set_offloads(1)
 back.lost()
+back.configure(12)
 back.set_offloads(0)
 """
     )
