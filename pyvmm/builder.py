@@ -45,6 +45,8 @@ def build(
         attach_power(chassis, board, platform)
         if not runs_guests:
             chassis.consoles.start()  # no resume() will
+            chassis.io_threads.resume()
+        closers.add(chassis.io_threads)  # the first to end: what they use is there until then
         closers.call(chassis.events.flush)
         return chassis, board, platform
     except BaseException:

@@ -8,6 +8,8 @@ from pyvmm.drives import Drives
 from pyvmm.event_loop import EventLoop
 from pyvmm.events import Events
 from pyvmm.light import Lock, Thread
+from pyvmm.io_thread import IoThreads
+from pyvmm.light import Thread
 from pyvmm.outcomes import Outcomes, callback_failure
 from pyvmm.power import Power
 from pyvmm.run_control import RunControl
@@ -49,7 +51,9 @@ class Chassis:
         self.loop = EventLoop(self._callback_raised)
         self.loop.clock.stop()
         self.events = Events(self.loop.call_soon, self._callback_raised, self.loop.alive)
-        self.control = RunControl(self._on_time, self.loop.clock.in_callback, self.events.tell)
+        self.io_threads = closers.add(IoThreads(self._callback_raised))
+        """The threads that serve queues. They stand while guest time does."""
+        self.control = RunControl(self._on_time, self._holds_up_time, self.events.tell)
         self.power = Power(self.control, no_reboot=config.no_reboot)
         self.outcomes = Outcomes(self.control, self.power, memory)
         self.clock = make_clock(self.loop)
@@ -77,16 +81,22 @@ class Chassis:
     def _callback_raised(self, error: BaseException) -> None:
         self.outcomes.callback_raised(error)
 
+    def _holds_up_time(self) -> bool:
+        """Whether the caller is what guest time would wait for before it can stop."""
+        return self.loop.clock.in_callback() or self.io_threads.inside
+
     def _on_time(self, runs: bool) -> None:
         """Guest time goes on, or stops: all vCPUs are parked then, and drives and consoles come to rest too."""
         if runs:
             if self.kvm_clock is not None:
                 self.kvm_clock.start()
             self.loop.clock.resume()
+            self.io_threads.resume()
             return
         if self.kvm_clock is not None:
             self.kvm_clock.stop()
         self.loop.clock.stop()
+        self.io_threads.pause()  # before the drives: nobody gives them more
         self.drives.drain()
         # What the guest has said is out before anybody hears that it stands.
         try:
@@ -141,4 +151,5 @@ class Chassis:
     def on_own_thread(self) -> bool:
         """Whether the caller is one of the machine's threads, or a request: none of them may wait for the machine."""
         own = self.loop.on_loop_thread() or any(thread.is_current for thread in self._background)
+        own = own or self.io_threads.inside
         return own or self.control.inside()

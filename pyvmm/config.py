@@ -47,12 +47,16 @@ if TYPE_CHECKING:
         vga: str | None
         debug_exit: int | None
         testdev: bool
+        rng: bool
         fw_cfg: Mapping[str, bytes]
         no_reboot: bool
         no_s3: bool
         huge_pages: str | None
         shared_memory: bool
         raw_terminal: bool
+        virtio_ring: str
+        virtio_ioeventfd: str
+        virtio_irqfd: str
         accel: str
 
 
@@ -362,6 +366,8 @@ class MachineConfig(Options):
         whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", from_text=port_or_none), DEBUG_EXIT_PORT,
         "port of isa-debug-exit, or none (default 0xf4)", cli="--debug-exit", metavar="PORT")  # fmt: skip
     testdev: bool = option(FLAG, False, "the registers of QEMU's pc-testdev", cli="--testdev")
+    rng: bool = option(
+        FLAG, False, "a virtio entropy device, filled by the host's generator", cli="--rng")  # fmt: skip
     fw_cfg: Mapping[str, bytes] = option(
         FILES, {}, "more fw_cfg files", cli="--fw-cfg", many=True, own_words=True,
         python=": {name: bytes}")  # fmt: skip
@@ -376,6 +382,12 @@ class MachineConfig(Options):
     raw_terminal: bool = option(
         INTERNAL, False, "stdio takes the terminal over: raw mode, with Ctrl-A x to quit; for commands, not libraries"
     )
+    virtio_ring: str = option(
+        word("split", "packed"), "split", "split, or packed: offer drivers the packed ring layout too")
+    virtio_ioeventfd: str = option(
+        word("on", "off"), "on", "on, or off: each doorbell is an exit to user space, for comparison")
+    virtio_irqfd: str = option(
+        word("on", "off"), "on", "on, or off: interrupts of queues by a call of ours each, for comparison")
     accel: str = option(
         word("kvm", "qtest"), "kvm", "kvm, or qtest: devices only, driven from outside, no vCPU, guest time by hand")
 

@@ -1,15 +1,16 @@
 """Events: what happens to a machine, told by name and with data to whoever listens.
 
-========  ==================================================================================================
-resume    the guest goes on: ``state`` it leaves
-stop      it stands: ``state``, ``status`` (ExitStatus) or ``error``, and where a vCPU was the reason ``cpu``, its
-          index, and ``detail``, CpuExec.detail
-shutdown  it has ended (before the stop): ``status``
-reset     it has been reset: ``guest``, whether by itself, and ``by`` what
-suspend   it has suspended itself to RAM
-wakeup    it is awake again: ``events``, bits of PM1's status
-io-error  a drive's request failed: ``drive``, ``operation``, ``errno``, ``action`` (stop, report, ignore)
-========  ==================================================================================================
+=============  =============================================================================================
+resume         the guest goes on: ``state`` it leaves
+stop           it stands: ``state``, ``status`` (ExitStatus) or ``error``, and where a vCPU was the reason
+               ``cpu``, its index, and ``detail``, CpuExec.detail
+shutdown       it has ended (before the stop): ``status``
+reset          it has been reset: ``guest``, whether by itself, and ``by`` what
+suspend        it has suspended itself to RAM
+wakeup         it is awake again: ``events``, bits of PM1's status
+io-error       a drive's request failed: ``drive``, ``operation``, ``errno``, ``action`` (stop, report, ignore)
+device-broken  a driver has broken a virtio device, which waits to be reset: ``device``, and ``why``
+=============  =============================================================================================
 
 Listeners are called on the event loop's thread, one event after the other, in the order in which they happened and with
 no lock held: they may call whatever a callback of the machine may (`pause`, `stop`, `reset`, `resume`), which holds up
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Listener = Callable[["Event"], object]
 
-NAMES = ("resume", "stop", "shutdown", "reset", "suspend", "wakeup", "io-error")
+NAMES = ("resume", "stop", "shutdown", "reset", "suspend", "wakeup", "io-error", "device-broken")
 # A guest can reset itself faster than a slow listener listens: what is not told is counted.
 WAITING_MAX = 1000
 

@@ -23,7 +23,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from pyvmm.address_space import AddressSpace
@@ -111,6 +111,11 @@ class Irqchip:
     def line(self, gsi: int, name: str = "a device") -> IrqLine:
         """Another line to GSI 0 to 23; as ``wire``."""
         return self.wire(gsi, name).line()
+
+    def free_gsi(self, candidates: Iterable[int]) -> int | None:
+        """The first of ``candidates`` that nobody uses yet."""
+        taken = {gsi for gsi, names in self._users.items() if names} | self._edges.keys()
+        return next((gsi for gsi in candidates if gsi not in taken), None)
 
     # -- MSIs and irqfds ---------------------------------------------------------------------------------------
 

@@ -93,10 +93,11 @@ class MachineState:
             try:
                 if control.state not in states:
                     raise StateError(f"{call}() of a machine in state {control.state}: pause() it first")
-                self._chassis.drives.drain()
-                # Or this machine would say the beginning of a line as it is closed, and the other one once more.
-                self._chassis.consoles.flush(saved=True)
-                outcome.append((work(), None))
+                with self._chassis.io_threads.paused:
+                    self._chassis.drives.drain()
+                    # Or this machine would say the beginning of a line as it is closed, and the other one once more.
+                    self._chassis.consoles.flush(saved=True)
+                    outcome.append((work(), None))
             except BaseException as error:
                 outcome.append((None, error))
 
@@ -165,9 +166,10 @@ class MachineState:
 
     def _load(self, holders: list[tuple[str, Holder]], parts: object, memory: list[tuple[RamRegion, Any]]) -> None:
         """A request; what it raises ends the machine."""
-        for region, content in memory:
-            memoryview(region)[:] = content
-        load_all(holders, parts)
+        with self._chassis.io_threads.paused:
+            for region, content in memory:
+                memoryview(region)[:] = content
+            load_all(holders, parts)
 
     def _check_description(self, saved: object) -> None:
         mine = self.description()

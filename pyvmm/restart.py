@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 def reset(chassis: Chassis, board: Board, platform: Platform) -> None:
     """Devices, interrupt controllers, memory image and vCPUs back to power-on."""
-    chassis.drives.drain()  # they came to rest with guest time, but somebody may have driven them from outside since
-    chassis.drives.drop_stalled()
-    with board.memory_map.held, board.pio.held, board.mmio.held:
+    with chassis.io_threads.paused, board.memory_map.held, board.pio.held, board.mmio.held:
+        # They came to rest with guest time, but somebody may have driven them from outside since.
+        chassis.drives.drain()
+        chassis.drives.drop_stalled()
         for device in board.all_devices():
             with device.lock:
                 reset_device(device)
@@ -35,7 +36,7 @@ def wake(chassis: Chassis, board: Board, platform: Platform, events: int) -> Non
     if not chassis.control.suspended:
         return
     chassis.drives.drop_stalled()
-    with board.memory_map.held, board.pio.held, board.mmio.held:
+    with chassis.io_threads.paused, board.memory_map.held, board.pio.held, board.mmio.held:
         for device in board.all_devices():
             with device.lock:
                 device.wake()

@@ -50,6 +50,11 @@ class Spec(MachineConfig):
         if bare and values["accel"] == "kvm":
             raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
 
+    @property
+    def wants_virtio(self) -> bool:
+        """Whether any of its devices is one of virtio's."""
+        return self.rng
+
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:
         """The Spec that ``plain`` wrote down. ``given`` has, by option, what it only names: an image that was given as

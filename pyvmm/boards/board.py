@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.device import Device
     from pyvmm.devices.serial import Serial
     from pyvmm.devices.vga_text import VgaText
+    from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.images import Images
     from pyvmm.irq import IrqLine
     from pyvmm.platform import Platform
@@ -138,6 +139,14 @@ class Board:
             self._aml.append(aml)
         if words:
             self._words.append(words)
+
+    def add_virtio(self, name: str, device: VirtioDevice) -> None:
+        """Place a virtio device where this kind of board has them: a transport with its interrupt and its doorbells, a
+        thread for the queues. ``device`` and its transport are parts of the board from then on.
+        """
+        from pyvmm.boards.virtio import add_mmio
+
+        add_mmio(self, name, device)
 
     def map_ports(self, port: int, size: int, device: Device, name: str, **handlers: Any) -> MemoryRegion:
         """``size`` ports from ``port`` on are ``device``'s; ``handlers`` as AddressSpace.map has them."""

@@ -159,6 +159,13 @@ class IsaBoard(Board):
         for name, data in self.config.fw_cfg.items():
             self.fw_cfg.add_file(name, bytes(data))
 
+    def make_virtio_devices(self) -> None:
+        """What the Spec asks for of them."""
+        if self.config.wants_virtio:
+            from pyvmm.boards.virtio import make_all
+
+            make_all(self)
+
     # -- wake-up -----------------------------------------------------------------------------------------------
 
     def waking_state(self) -> BootState | None:

@@ -23,6 +23,7 @@ class Microvm(IsaBoard):
         self.map_ports(layout.PORT_PM, layout.PM_BYTES, self.pm, "acpi_pm")
         self.map_ports(layout.PORT_RESET, 1, self.reset_control, "reset")
         self.describe_machine()
+        self.make_virtio_devices()
         if self.config.uuid is not None:
             from pyvmm.devices.fw_cfg import UUID
             from pyvmm.x86 import smbios

@@ -295,6 +295,18 @@ def serial_port() -> bytes:
     return _isa("COM1", "PNP0501", aml.resources(aml.io(layout.PORT_COM1, 8), aml.irq(layout.IRQ_COM1)), uid=1)
 
 
+def virtio_mmio(uid: int, base: int, gsi: int) -> bytes:
+    """A virtio-mmio transport, as Linux and QEMU know it. Its interrupt is an edge."""
+    registers = aml.memory32(base, layout.VIRTIO_MMIO_BYTES)
+    return aml.device(
+        f"VR{uid:02X}",
+        aml.name("_HID", "LNRO0005"),
+        aml.name("_UID", uid),
+        aml.name("_CCA", 1),
+        aml.name("_CRS", aml.resources(registers, aml.interrupt(gsi, edge=True))),
+    )
+
+
 def _isa(path: str, hid: str, crs: bytes, uid: int | None = None) -> bytes:
     terms = [aml.name("_HID", aml.eisa_id(hid))]
     if uid is not None:

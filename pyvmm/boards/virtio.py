@@ -1,0 +1,119 @@
+"""virtio devices on a board: which ones a Spec asks for, and what each is wired to: eventfds, threads, interrupts.
+
+A kind of device is a small function here, which makes it of the Spec and gives it to ``Board.add_virtio``; ``make_all``
+calls them in order.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.boards.board import Board
+    from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.io_thread import IoThread
+
+# GSIs for transports that have one each. First those of ISA interrupts that nothing of a PC without PCI and IDE has: a
+# kernel knows them without ACPI, too. 13 is a coprocessor's, 2 the second PIC's.
+GSIS = (5, 10, 11, 12, 6, 7, 14, 15, 3, *range(layout.ISA_IRQS, layout.IOAPIC_PINS))
+
+
+def make_all(board: Board) -> None:
+    """Every virtio device that the Spec asks for, in the order in which the guest finds them."""
+    if board.config.rng:
+        make_rng(board)
+
+
+def make_rng(board: Board) -> None:
+    from pyvmm.devices.virtio.rng import VirtioRng
+
+    board.add_virtio("rng", VirtioRng(board.memory))
+
+
+# -- what all of them have -------------------------------------------------------------------------------------------
+
+
+def wire_up(board: Board, name: str, device: VirtioDevice) -> None:
+    """Queues get their eventfds and are watched by their thread; the board is told of a driver that breaks the device.
+    """
+    from pyvmm.devices.virtio.ring import F_RING_PACKED
+
+    chassis = board.chassis
+    if board.config.virtio_ring == "packed":
+        device.ring_features |= F_RING_PACKED
+    threads = chassis.io_threads
+    own = threads.make() if device.own_thread or device.thread_per_queue else threads.shared
+    device.io = own
+    for queue in device.queues:
+        queue.kick_fd = fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        closing = Closing(fd)
+        chassis.closers.call(closing, closing)
+        watch(threads.make() if device.thread_per_queue and queue.index else own, device, queue.index)
+    device.on_broken = lambda why: chassis.events.tell("device-broken", device=name, why=why)
+    board.add(name, device)
+
+
+class Closing:
+    """Closes a descriptor, once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def watch(thread: IoThread, device: VirtioDevice, index: int) -> None:
+    queue = device.queues[index]
+    serve = device.serve
+    thread.add_reader(queue.kick_fd, lambda: serve(queue), edge=True)
+
+
+# -- virtio-mmio -----------------------------------------------------------------------------------------------------
+
+
+def add_mmio(board: Board, name: str, device: VirtioDevice) -> None:
+    """Registers at the lowest free window, an interrupt of its own, and what ACPI says of both.
+
+    A kernel that is told of a transport by ACPI and by its command line takes both, and finds the second one's
+    registers taken. So the words are there only where the command line turns ACPI off.
+    """
+    from pyvmm.devices.virtio.mmio import REGION_BYTES, VirtioMmio
+
+    wire_up(board, name, device)
+    base = board.windows.give(REGION_BYTES, name, first=layout.VIRTIO_MMIO, end=layout.VIRTIO_MMIO_END)
+    gsi, interrupt, call_fd = edge(board, name)
+    mmio = VirtioMmio(device, interrupt, call_fd=call_fd)
+    if board.config.virtio_ioeventfd == "on":
+        mmio.ring_doorbells()
+    board.add(f"{name}.mmio", mmio)
+    board.mmio.add(base, mmio.region)
+    words = f"virtio_mmio.device={layout.VIRTIO_MMIO_BYTES}@{base:#x}:{gsi}"
+    acpi_off = "acpi=off" in board.config.append.split()
+    uid = base - layout.VIRTIO_MMIO >> 9
+    board.describe(lambda: mmio_aml(uid, base, gsi), words if acpi_off else "")
+
+
+def edge(board: Board, name: str) -> tuple[int, Callable[[], object], int]:
+    """An interrupt: its GSI, a function that makes an edge of it, and the eventfd that does so too, or -1."""
+    irqchip = board.irqchip
+    gsi = irqchip.free_gsi(GSIS)
+    if gsi is not None and irqchip.in_kernel and board.config.virtio_irqfd == "on":
+        irqfd = irqchip.irqfd(gsi, name=name)
+        return gsi, irqfd.signal, irqfd.fd
+    if gsi is None:
+        gsi = GSIS[0]  # shared with whoever has it, as the test device has all: its handler finds no cause
+    return gsi, board.irq_line(gsi, name).pulse, -1
+
+
+def mmio_aml(uid: int, base: int, gsi: int) -> bytes:
+    from pyvmm.x86 import acpi
+
+    return acpi.virtio_mmio(uid, base, gsi)

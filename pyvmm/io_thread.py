@@ -1,0 +1,344 @@
+"""IoThread: a thread that serves queues: doorbells, and what the host's ends of devices have to say.
+
+    thread = IoThread(on_error)
+    thread.add_reader(queue.kick_fd, serve, edge=True)
+    thread.resume()
+
+It is an event loop that can be paused, and does nothing else: no timers, no hang-ups, and so little between epoll and a
+handler. Handlers run one after the other. ``pause`` returns when none runs, and none will until ``resume``; what
+becomes ready meanwhile is found then. The thread is started by the first ``resume``: a machine that never runs has
+none.
+
+An eventfd is best watched with ``edge`` (EPOLLET): each write to it is an event, and nobody has to read it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from _weakref import ref
+
+from pyvmm.address_space import Held
+from pyvmm.errors import HOST_LIMITS, HostError, StateError, remedy
+from pyvmm.light import Lock, Thread, deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _thread import LockType
+    from collections.abc import Callable
+
+    Callback = Callable[[], object]
+    Ready = list[tuple[int, int]]
+
+READ_EVENTS = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
+WRITE_EVENTS = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+
+
+class Ends:
+    """A thread's own descriptors. The thread has them too, and closes them where nobody else is there to do so."""
+
+    __slots__ = ("dropped", "epoll", "wake_fd")
+
+    def __init__(self) -> None:
+        self.dropped = False  # nobody refers to the IoThread any more
+        self.wake_fd = -1
+        try:
+            self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.epoll = select.epoll()
+            self.epoll.register(self.wake_fd, select.EPOLLIN | select.EPOLLET)
+        except OSError as error:
+            if self.wake_fd >= 0:
+                os.close(self.wake_fd)
+            if error.errno in HOST_LIMITS:
+                raise HostError(remedy(error, "")) from None
+            raise
+
+    def close(self) -> None:
+        fd, self.wake_fd = self.wake_fd, -1
+        if fd >= 0:
+            self.epoll.close()
+            os.close(fd)
+
+
+class IoThread:
+    """Every method may be called from any thread. A callback may be called once too often, with nothing to do.
+
+    ``on_error(exc)`` is called on the thread with whatever a callback raised; the descriptor it was called for is no
+    longer watched then. A new one is paused.
+    """
+
+    def __init__(self, on_error: Callable[[BaseException], object]) -> None:
+        self._on_error = on_error
+        self._lock = Lock()
+        self._readers: dict[int, Callback] = {}
+        self._writers: dict[int, Callback] = {}
+        self._edge: set[int] = set()
+        self._watched: set[int] = set()  # what epoll knows
+        self._calls: deque[Callback] = deque()
+        self._pausing = Lock()  # one pause or resume at a time
+        self._pauses = 1
+        # Held by the thread while it calls, and by whoever has paused it.
+        self._gate = Lock()
+        self._gate.acquire()
+        self._closed = False
+        self._thread: Thread | None = None
+        self._ends = Ends()
+
+    # -- what is watched ---------------------------------------------------------------------------------------
+
+    def add_reader(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
+        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former one.
+
+        ``edge``: once for each change to readable, and where it is readable now. OSError where the descriptor is no
+        good, or a regular file.
+        """
+        with self._lock:
+            (self._edge.add if edge else self._edge.discard)(fd)
+            self._readers[fd] = callback
+            self._watch_locked(fd)
+
+    def add_writer(self, fd: int, callback: Callback) -> None:
+        """Call ``callback`` while ``fd`` takes output or is in error; it takes the place of a former one."""
+        with self._lock:
+            self._writers[fd] = callback
+            self._watch_locked(fd)
+
+    def remove_reader(self, fd: int) -> bool:
+        """Whether there was one. A callback that began before may still be running on return."""
+        with self._lock:
+            self._edge.discard(fd)
+            return self._remove_locked(self._readers, fd)
+
+    def remove_writer(self, fd: int) -> bool:
+        """As ``remove_reader``."""
+        with self._lock:
+            return self._remove_locked(self._writers, fd)
+
+    def call_soon(self, callback: Callback) -> None:
+        """Call ``callback`` once on the thread, in the order of asking; dropped after ``close``."""
+        self._calls.append(callback)
+        self._wake()
+
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller is one of its callbacks."""
+        return self._thread is not None and self._thread.is_current
+
+    # -- pause -------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Return when no callback runs; none will before as many calls of ``resume``. StateError in a callback.
+
+        The caller holds no lock that a callback may want.
+        """
+        if self.on_own_thread:
+            raise StateError("a queue's thread can't wait for itself: ask for the pause by Machine.pause()")
+        with self._pausing:
+            if not self._pauses:
+                self._gate.acquire()
+            self._pauses += 1
+
+    def resume(self) -> None:
+        """Go on, after as many calls as there were of ``pause``."""
+        with self._pausing:
+            if self._closed:
+                return
+            self._pauses -= 1
+            if self._pauses:
+                return
+            if self._thread is None:
+                me, ends, gate = ref(self), self._ends, self._gate
+                self._thread = Thread(lambda: main(me, ends, gate))
+                self._thread.start()
+            self._gate.release()
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """No callback starts after the return, the thread has ended. What was watched stays open. Idempotent."""
+        with self._pausing:
+            if self._closed:
+                return
+            self._closed = True
+            if self._pauses:
+                self._gate.release()
+        self._calls.clear()
+        self._wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._ends.close()
+        self._readers.clear()  # and with them whom they call
+        self._writers.clear()
+
+    def abandon(self) -> None:
+        """In a child of fork, which has no such thread: close the descriptors. Takes no lock."""
+        self._closed = True
+        self._ends.close()
+
+    def __del__(self) -> None:
+        # The thread is to end, and to close its descriptors. A weak reference still gives the object while this runs:
+        # so there is a word for it.
+        if self._closed:
+            return
+        self._ends.dropped = True
+        if self._thread is None:
+            self._ends.close()
+            return
+        if self._pauses:
+            self._gate.release()
+        self._wake()
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        fd = self._ends.wake_fd
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+
+    def _watch_locked(self, fd: int) -> None:
+        """Tell epoll what the tables say about ``fd``."""
+        events = (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
+        if self._closed:
+            return
+        try:
+            if not events:
+                self._watched.discard(fd)
+                self._ends.epoll.unregister(fd)
+                return
+            if fd in self._edge:
+                events |= select.EPOLLET
+            if fd in self._watched:
+                try:
+                    self._ends.epoll.modify(fd, events)
+                    return
+                except FileNotFoundError:  # closed without a word, and its number used again
+                    pass
+            self._ends.epoll.register(fd, events)
+            self._watched.add(fd)
+        except OSError:
+            self._watched.discard(fd)
+            if events:
+                self._readers.pop(fd, None)
+                self._writers.pop(fd, None)
+                raise
+            # One that was closed already: the kernel has forgotten it by itself.
+
+    def _remove_locked(self, table: dict[int, Callback], fd: int) -> bool:
+        if table.pop(fd, None) is None:
+            return False
+        self._watch_locked(fd)
+        return True
+
+    def turn(self, ready: Ready) -> bool:
+        """On the thread, which holds the gate: call for what is ready. False: it is closed."""
+        Thread.follow_threading()
+        for fd, mask in ready:
+            reader = self._readers.get(fd) if mask & READ_EVENTS else None
+            if reader is not None:
+                self._call(reader, self._readers, fd)
+            if self._writers and mask & WRITE_EVENTS:
+                writer = self._writers.get(fd)
+                if writer is not None:
+                    self._call(writer, self._writers, fd)
+        # As many as there are now: one that calls itself again must not starve the descriptors.
+        for _ in range(len(self._calls)):
+            try:
+                callback = self._calls.popleft()
+            except IndexError:  # closed meanwhile
+                break
+            self._call(callback, None, -1)
+        return not self._closed
+
+    def _call(self, callback: Callback, table: dict[int, Callback] | None, fd: int) -> None:
+        if self._closed:
+            return
+        try:
+            callback()
+        except BaseException as error:
+            if table is not None:
+                with self._lock:
+                    if table.get(fd) is callback:
+                        self._remove_locked(table, fd)
+            self._on_error(error)
+
+
+def main(me: ref[IoThread], ends: Ends, gate: LockType) -> None:
+    """While it sleeps, and while it is paused, it holds on to its descriptors and its gate alone: whoever is dropped
+    without close() is freed, and ends it so.
+    """
+    ready: Ready = []
+    epoll = ends.epoll
+    while True:
+        with gate:
+            thread = None if ends.dropped else me()
+            if thread is None:
+                ends.close()
+                return
+            if not thread.turn(ready):
+                return
+            thread = None
+        ready = epoll.poll()
+
+
+class IoThreads:
+    """Those of one machine: one that all devices share, and one for each that wants its own. They stand together.
+
+    ``pause`` and ``resume`` are counted; as a new IoThread, a new one of these is paused.
+    """
+
+    def __init__(self, on_error: Callable[[BaseException], object]) -> None:
+        self._on_error = on_error
+        self._lock = Lock()
+        self._threads: list[IoThread] = []
+        self._shared: IoThread | None = None
+        self._pauses = 1
+
+    @property
+    def shared(self) -> IoThread:
+        """Whoever has no thread of its own is served by this one."""
+        if self._shared is None:
+            self._shared = self.make()
+        return self._shared
+
+    def make(self) -> IoThread:
+        """One more."""
+        thread = IoThread(self._on_error)
+        with self._lock:
+            self._threads.append(thread)
+            if not self._pauses:
+                thread.resume()
+        return thread
+
+    @property
+    def inside(self) -> bool:
+        """Whether the caller is a callback of one of them."""
+        return any(thread.on_own_thread for thread in self._threads)
+
+    def pause(self) -> None:
+        """As IoThread.pause, of all."""
+        with self._lock:
+            for thread in self._threads if not self._pauses else ():
+                thread.pause()
+            self._pauses += 1
+
+    def resume(self) -> None:
+        """As IoThread.resume."""
+        with self._lock:
+            self._pauses -= 1
+            for thread in self._threads if not self._pauses else ():
+                thread.resume()
+
+    @property
+    def paused(self) -> Held:
+        """``with threads.paused:`` nothing is served."""
+        return Held(self.pause, self.resume)
+
+    def close(self) -> None:
+        """No callback starts after the return, and the threads have ended."""
+        for thread in self._threads:
+            thread.close()
+
+    def abandon(self) -> None:
+        """In a child of fork."""
+        for thread in self._threads:
+            thread.abandon()

@@ -1,0 +1,192 @@
+"""IoThread: callbacks for what is ready, and none while it is paused."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pyvmm.errors import StateError
+from pyvmm.io_thread import IoThread, IoThreads
+
+LIMIT_S = 20
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        self.thread = IoThread(self.errors.append)
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.called = threading.Semaphore(0)
+
+    def wait(self) -> None:
+        assert self.called.acquire(timeout=LIMIT_S)
+
+    def settle(self) -> None:
+        """Until the thread has looked at all there is."""
+        done = threading.Event()
+        self.thread.call_soon(done.set)
+        assert done.wait(LIMIT_S)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.thread.close()
+    os.close(made.fd)
+
+
+def test_an_edge_each_write(bench: Bench) -> None:
+    bench.thread.add_reader(bench.fd, bench.called.release, edge=True)
+    bench.thread.resume()
+    for _ in range(3):
+        os.eventfd_write(bench.fd, 1)
+        bench.wait()
+    bench.settle()
+    assert not bench.called.acquire(blocking=False)
+    assert os.eventfd_read(bench.fd) == 3
+
+
+def test_a_level_until_it_is_read(bench: Bench) -> None:
+    reads: list[int] = []
+
+    def read() -> None:
+        reads.append(os.eventfd_read(bench.fd))
+        bench.called.release()
+
+    bench.thread.add_reader(bench.fd, read)
+    bench.thread.resume()
+    os.eventfd_write(bench.fd, 2)
+    bench.wait()
+    bench.settle()
+    assert reads == [2]
+    assert bench.thread.remove_reader(bench.fd)
+    assert not bench.thread.remove_reader(bench.fd)
+    os.eventfd_write(bench.fd, 1)
+    bench.settle()
+    assert reads == [2]
+
+
+def test_writers(bench: Bench) -> None:
+    def written() -> None:
+        bench.thread.remove_writer(bench.fd)
+        bench.called.release()
+
+    bench.thread.add_writer(bench.fd, written)
+    bench.thread.resume()
+    bench.wait()
+    bench.settle()
+    assert not bench.called.acquire(blocking=False)
+
+
+def test_a_new_one_is_paused_and_what_came_meanwhile_is_found(bench: Bench) -> None:
+    bench.thread.add_reader(bench.fd, bench.called.release, edge=True)
+    os.eventfd_write(bench.fd, 1)
+    assert not bench.called.acquire(timeout=0.05)
+    bench.thread.resume()
+    bench.wait()
+    bench.thread.pause()
+    bench.thread.pause()
+    os.eventfd_write(bench.fd, 1)
+    bench.thread.call_soon(bench.called.release)
+    bench.thread.resume()
+    assert not bench.called.acquire(timeout=0.05)
+    bench.thread.resume()
+    bench.wait()
+    bench.wait()
+
+
+def test_pause_waits_for_a_callback_under_way(bench: Bench) -> None:
+    go_on = threading.Event()
+    over: list[str] = []
+
+    def slow() -> None:
+        bench.called.release()
+        assert go_on.wait(LIMIT_S)
+        over.append("callback")
+
+    bench.thread.resume()
+    bench.thread.call_soon(slow)
+    bench.wait()
+
+    def pause() -> None:
+        bench.thread.pause()
+        over.append("paused")
+
+    pausing = threading.Thread(target=pause)
+    pausing.start()
+    go_on.set()
+    pausing.join(LIMIT_S)
+    assert over == ["callback", "paused"]
+
+
+def test_a_callback_cant_pause_its_own_thread(bench: Bench) -> None:
+    bench.thread.resume()
+    bench.thread.call_soon(bench.thread.pause)
+    bench.settle()
+    assert [type(error) for error in bench.errors] == [StateError]
+
+
+def test_a_descriptor_whose_callback_raised_is_no_longer_watched(bench: Bench) -> None:
+    def bad() -> None:
+        raise ValueError("no good")
+
+    bench.thread.add_reader(bench.fd, bad)
+    bench.thread.resume()
+    os.eventfd_write(bench.fd, 1)
+    bench.settle()
+    bench.settle()
+    assert [str(error) for error in bench.errors] == ["no good"]
+
+
+def test_close_ends_one_that_is_paused_or_never_ran() -> None:
+    for resumes in (0, 1, 2):
+        bench = Bench()
+        before = threading.active_count()
+        if resumes:
+            bench.thread.resume()
+        if resumes == 2:
+            bench.thread.pause()
+        bench.thread.add_reader(bench.fd, bench.called.release)
+        os.eventfd_write(bench.fd, 1)
+        bench.thread.close()
+        bench.thread.close()
+        assert threading.active_count() <= before
+        os.close(bench.fd)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_one_that_is_dropped_ends_its_thread(paused: bool) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    thread = IoThread(lambda error: None)
+    thread.resume()
+    inner = thread._thread
+    assert inner is not None
+    if paused:
+        thread.pause()
+        thread.call_soon(lambda: None)
+    del thread
+    gc.collect()
+    inner.join()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_all_of_a_machine_together() -> None:
+    threads = IoThreads(lambda error: None)
+    assert threads.shared is threads.shared
+    threads.resume()
+    late = threads.make()
+    done = threading.Event()
+    late.call_soon(done.set)
+    assert done.wait(LIMIT_S)
+    assert not threads.inside
+    with threads.paused, threads.paused:
+        done.clear()
+        threads.shared.call_soon(done.set)
+        assert not done.wait(0.05)
+    assert done.wait(LIMIT_S)
+    threads.close()
