@@ -7,9 +7,8 @@ from pyvmm.consoles import Consoles
 from pyvmm.drives import Drives
 from pyvmm.event_loop import EventLoop
 from pyvmm.events import Events
-from pyvmm.light import Lock, Thread
 from pyvmm.io_thread import IoThreads
-from pyvmm.light import Thread
+from pyvmm.light import Lock, Thread
 from pyvmm.outcomes import Outcomes, callback_failure
 from pyvmm.power import Power
 from pyvmm.run_control import RunControl

@@ -13,10 +13,32 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any, Protocol
 
-    from pyvmm.boards.board import Board
+    from pyvmm.address_space import AddressSpace
+    from pyvmm.chassis import Chassis
     from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.guest_memory import GuestMemory
     from pyvmm.io_thread import IoThread
+    from pyvmm.irq import IrqLine
+    from pyvmm.irqchip import Irqchip
+    from pyvmm.places import Places
+    from pyvmm.spec import Spec
+
+    class Board(Protocol):
+        """What of a board (board.py) is needed here."""
+
+        config: Spec
+        chassis: Chassis
+        memory: GuestMemory
+        mmio: AddressSpace
+        windows: Places
+        irqchip: Irqchip
+
+        def add(self, name: str, device: Any) -> Any: ...
+        def add_virtio(self, name: str, device: VirtioDevice) -> None: ...
+        def describe(self, aml: Callable[[], bytes] | None = None, words: str = "") -> None: ...
+        def irq_line(self, gsi: int, name: str = "a device") -> IrqLine: ...
 
 # GSIs for transports that have one each. First those of ISA interrupts that nothing of a PC without PCI and IDE has: a
 # kernel knows them without ACPI, too. 13 is a coprocessor's, 2 the second PIC's.
