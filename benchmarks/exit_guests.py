@@ -44,16 +44,21 @@ def names() -> list[str]:
 @functools.cache
 def payload(name: str) -> bytes:
     """The guest itself, to be loaded at LOAD."""
-    return assembled(name, LOAD)
+    return assembled(SOURCES / f"{name}.S", LOAD)
 
 
 @functools.cache
 def rom(name: str) -> bytes:
+    """A guest as a ROM."""
+    return as_rom(payload(name))
+
+
+def as_rom(guest: bytes) -> bytes:
     """64 KiB for the end of the first MiB and of the fourth GiB, where the reset vector is."""
-    reset = assembled("reset", ROM_BYTES - RESET_BYTES)
-    if len(reset) != RESET_BYTES or len(payload(name)) > ROM_BYTES - RESET_BYTES:
-        raise ValueError(f"{name}: {len(payload(name))} bytes and {len(reset)} of reset.S do not make a ROM")
-    return payload(name).ljust(ROM_BYTES - RESET_BYTES, b"\0") + reset
+    reset = assembled(SOURCES / "reset.S", ROM_BYTES - RESET_BYTES)
+    if len(reset) != RESET_BYTES or len(guest) > ROM_BYTES - RESET_BYTES:
+        raise ValueError(f"a guest of {len(guest)} bytes and {len(reset)} of reset.S do not make a ROM")
+    return guest.ljust(ROM_BYTES - RESET_BYTES, b"\0") + reset
 
 
 @functools.cache
@@ -78,27 +83,26 @@ def elf(name: str, *, pvh: bool) -> bytes:
 @functools.cache
 def bzimage(name: str) -> bytes:
     """As a Linux kernel, to be entered in real mode."""
-    setup = bytearray(assembled("setup", 0))
+    setup = bytearray(assembled(SOURCES / "setup.S", 0))
     image = payload(name).ljust(-(-len(payload(name)) // PARAGRAPH) * PARAGRAPH, b"\0")
     struct.pack_into("<I", setup, SYSSIZE_AT, len(image) // PARAGRAPH)
     return bytes(setup) + image
 
 
-def assembled(name: str, address: int) -> bytes:
-    """name.S linked at ``address``. ConfigError where there is neither an assembler nor a binary."""
-    source = SOURCES / f"{name}.S"
+def assembled(source: Path, address: int) -> bytes:
+    """``source`` linked at ``address``. ConfigError where there is neither an assembler nor a binary."""
     if shutil.which("as") and shutil.which("ld") and source.exists():
         return assemble(source, address)
     try:
         return source.with_suffix(".bin").read_bytes()
     except OSError:
-        raise ConfigError(f"guest {name} is not assembled: install GNU as and ld (Debian: binutils)") from None
+        raise ConfigError(f"guest {source.stem} is not assembled: install GNU as and ld (Debian: binutils)") from None
 
 
 def assemble(source: Path, address: int) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         obj, binary = f"{directory}/guest.o", Path(directory, "guest.bin")
-        run("as", "--64", "-I", str(source.parent), "-o", obj, str(source))
+        run("as", "--64", "-I", str(source.parent), "-I", str(SOURCES), "-o", obj, str(source))
         flat = ("-melf_x86_64", "--oformat", "binary", "-N", "-e", "0", f"-Ttext={address:#x}")
         run("ld", *flat, "-o", str(binary), obj)
         return binary.read_bytes()

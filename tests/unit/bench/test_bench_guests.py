@@ -80,11 +80,10 @@ def test_all_sides_agree_on_addresses() -> None:
 
 def test_no_assembler_and_no_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(exit_guests, "SOURCES", tmp_path)
     with pytest.raises(ConfigError, match="guest cpuid is not assembled: install GNU as and ld"):
-        exit_guests.assembled("cpuid", exit_guests.LOAD)
+        exit_guests.assembled(tmp_path / "cpuid.S", exit_guests.LOAD)
     (tmp_path / "cpuid.bin").write_bytes(b"as it was packed")
-    assert exit_guests.assembled("cpuid", exit_guests.LOAD) == b"as it was packed"
+    assert exit_guests.assembled(tmp_path / "cpuid.S", exit_guests.LOAD) == b"as it was packed"
 
 
 def test_an_assemblers_words_are_passed_on(tmp_path: Path) -> None:

@@ -127,13 +127,15 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
     assert "there is no benchmark ''" in capsys.readouterr().err
     assert main(["bench", "disks"]) == 2
-    assert "say `pyvmm bench exits` or `pyvmm bench launch`" in capsys.readouterr().err
+    assert "say `pyvmm bench exits`, `launch` or `disk`" in capsys.readouterr().err
     assert main(["bench", "--help"]) == 0
-    assert "usage: pyvmm bench exits|launch" in capsys.readouterr().out
+    assert "usage: pyvmm bench exits|launch|disk" in capsys.readouterr().out
     assert main(["bench", "exits", "--help"]) == 0
     assert "--compare OLD.json" in capsys.readouterr().out
     assert main(["bench", "exits", "--list"]) == 0
     said = capsys.readouterr().out
+    assert main(["bench", "disk", "--list"]) == 0
+    assert "read_4k_qd32" in capsys.readouterr().out
     assert "inl_from_qemu" in said and "python-ctypes" in said and "cloud-hypervisor" in said
 
 

@@ -1,0 +1,163 @@
+"""Contenders of ``pyvmm bench disk``: a pc with one disk on virtio, in pyvmm and in QEMU, alike in all the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pyvmm_benchmarks import environment
+from pyvmm_benchmarks.contenders.exit_contender import Contender, Kind, read_line
+from pyvmm_benchmarks.disk_cases import MEMORY_MIB, Answer, DiskCase, take
+
+CHILD = Path(__file__).with_name("disk_child.py")
+ANSWER_S = 10.0
+
+
+class Disk(Contender):
+    """A running one. ``case`` is that of the next turn."""
+
+    case: DiskCase
+
+    def requests(self, case: DiskCase, count: int, limit_s: float) -> Answer:
+        """A turn of so many requests; the process is stopped before and after it."""
+        assert self.mailbox is not None
+        self.go()
+        try:
+            answer = take(self.mailbox, case, count, limit_s, lambda: self.process.poll() is None)
+        except BaseException:
+            self.kill()
+            raise
+        self.stop()
+        return answer
+
+    def python_calls(self, on: bool) -> int | None:
+        """Calls of Python since counting was turned on; None where there is no Python."""
+        return None
+
+    def switches(self) -> int:
+        """How often one of its threads has gone to sleep, and so has been woken again (proc_pid_status(5))."""
+        total = 0
+        for status in Path(f"/proc/{self.process.pid}/task").glob("*/status"):
+            for line in status.read_text().splitlines():
+                if line.startswith("voluntary_ctxt_switches:"):
+                    total += int(line.split()[1])
+        return total
+
+
+class OwnDisk(Disk):
+    """pyvmm's: disk_child.py."""
+
+    tells_memory = True
+
+    def python_calls(self, on: bool) -> int | None:
+        assert self.process.stdin is not None
+        self.go()
+        self.process.stdin.write(b"on\n" if on else b"off\n")
+        self.process.stdin.flush()
+        said = read_line(self.process.stdout, time.monotonic() + ANSWER_S)
+        self.stop()
+        return int(said)
+
+
+class DiskKind(Kind):
+    def on_image(self, image: Path) -> DiskKind:
+        """The same, on that image."""
+        self.image = image
+        return self
+
+
+class OwnKind(DiskKind):
+    """``engine`` is the drive's aio."""
+
+    ours = True
+
+    def __init__(self, engine: str = "threads") -> None:
+        self.name = "pyvmm" if engine == "threads" else f"pyvmm-{engine.replace('io_', '')}"
+        self.engine = engine
+
+    def command(self, case: DiskCase, directory: Path) -> list[str]:
+        work = {"image": str(self.image), "rom": str(directory / "disk.rom"), "memory_mib": MEMORY_MIB,
+                "aio": self.engine}  # fmt: skip
+        return [sys.executable, "-P", str(CHILD), json.dumps(work)]
+
+    def start(self, case: DiskCase, directory: Path, pin: int | None) -> Disk:
+        return OwnDisk(self, case, self.command(case, directory), pin)
+
+
+class QemuKind(DiskKind):
+    """``iothread``: a thread of its own for the disk, which polls."""
+
+    def __init__(self, engine: str, *, iothread: bool = False) -> None:
+        self.name = f"qemu-{'iothread-' if iothread else ''}{engine.replace('io_', '')}"
+        self.engine = engine
+        self.iothread = iothread
+        self.program = environment.find("qemu-system-x86_64", "PYVMM_QEMU")
+
+    def version(self) -> str | None:
+        return environment.version(self.program, "--version") if self.program else "not installed"
+
+    def why_not(self, case: DiskCase) -> str:
+        return "" if self.program else "not installed (Debian: qemu-system-x86; or name it in PYVMM_QEMU)"
+
+    def command(self, case: DiskCase, directory: Path) -> list[str]:
+        assert self.program is not None
+        drive = f"file={self.image},if=none,id=d,format=raw,cache=writeback,aio={self.engine}"
+        device = "virtio-blk-pci,drive=d,addr=04.0"
+        command = [self.program, "-machine", "pc", "-accel", "kvm", "-m", str(MEMORY_MIB)]
+        command += ["-bios", str(directory / "disk.rom"), "-nodefaults", "-no-user-config", "-display", "none"]
+        command += ["-serial", "null", "-name", "guest,debug-threads=on", "-drive", drive]
+        if self.iothread:
+            command += ["-object", "iothread,id=io"]
+            device += ",iothread=io"
+        return [*command, "-device", device]
+
+    def start(self, case: DiskCase, directory: Path, pin: int | None) -> Disk:
+        return Disk(self, case, self.command(case, directory), pin)
+
+
+class SystemCalls:
+    """How many system calls a process makes meanwhile, by perf; ``count`` is None where perf does not count."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.count: int | None = None
+
+    def __enter__(self) -> SystemCalls:
+        control, self._control = os.pipe()
+        self._acks, acks = os.pipe()
+        command = ["perf", "stat", "-x", ",", "-D", "-1", "-e", "raw_syscalls:sys_enter", "-p", str(self.pid)]
+        try:
+            self._process: subprocess.Popen[str] | None = subprocess.Popen(
+                [*command, "--control", f"fd:{control},{acks}"], pass_fds=(control, acks), stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        except OSError:
+            self._process = None
+        os.close(control)
+        os.close(acks)
+        self._say(b"enable\n")
+        return self
+
+    def _say(self, word: bytes) -> None:
+        try:
+            os.write(self._control, word)
+            os.read(self._acks, 16)
+        except OSError:
+            pass  # it has given up
+
+    def __exit__(self, *exc: object) -> None:
+        import signal
+
+        self._say(b"disable\n")
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            for line in self._process.communicate()[1].splitlines():
+                fields = line.split(",")
+                if len(fields) > 2 and fields[2].startswith("raw_syscalls") and fields[0].isdigit():
+                    self.count = int(fields[0])
+        os.close(self._control)
+        os.close(self._acks)

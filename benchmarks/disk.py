@@ -1,0 +1,249 @@
+"""``pyvmm bench disk``: what a request to a disk on virtio takes, in pyvmm and in QEMU.
+
+One guest with a driver of its own (guests/disk/virtio_blk.S) is the firmware of a pc with one virtio-blk-pci disk. Its
+image lies in memory (tmpfs), a copy for each contender, so that what is measured is the way there. Contenders take
+turns, A B C C B A; whose turn it is not is stopped. A ratio is that of one round. All of them must have read the same.
+
+After the timed turns there are three more: one with perf counting system calls, one with the kernel's count of how
+often a thread went to sleep, one with Python's calls counted. They are per request, of the whole process; the guest's
+own exits to user space are system calls too (KVM_RUN).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pyvmm.cli.options import Option, parse, usage
+from pyvmm.errors import ConfigError
+from pyvmm_benchmarks import environment
+from pyvmm_benchmarks.contenders.disk_contenders import Disk, DiskKind, OwnKind, QemuKind, SystemCalls
+from pyvmm_benchmarks.contenders.exit_contender import LOOK_S, CantRun
+from pyvmm_benchmarks.disk_cases import CASES, IMAGE_MIB, WRITE, DiskCase, rom
+from pyvmm_benchmarks.exits import chosen, tsc_khz
+from pyvmm_benchmarks.mailbox import Hung
+from pyvmm_benchmarks.report import TOLERANCE, Case, Report, Result, case_lines, print_comparison
+
+REFERENCE = "qemu-threads"
+TURN_S = 30.0
+SETS, ROUNDS = 3, 10
+QUICK_SETS, QUICK_ROUNDS = 1, 4
+MEMORY_DIRECTORY = "/dev/shm"
+
+OPTIONS = (
+    Option("--quick", "", "fewer sets of processes, fewer rounds"),
+    Option("--cases", "A,B", "only these (see --list)"),
+    Option("--contenders", "A,B", f"only these; {REFERENCE} is the reference"),
+    Option("--sets", "N", f"sets of fresh processes (default {SETS})", int),
+    Option("--rounds", "N", f"rounds a set (default {ROUNDS})", int),
+    Option("--scale", "N", "requests a turn, times this (default 1)", float),
+    Option("--pin", "CPU|none", "where the vCPU runs; all other threads run elsewhere (default: the last one)"),
+    Option("--directory", "DIR", f"where the images are made (default: {MEMORY_DIRECTORY})"),
+    Option("--json", "FILE", "write everything found to FILE"),
+    Option("--compare", "OLD.json", "print what changed beyond noise; exit status 1 on a regression of pyvmm"),
+    Option("--tolerance", "PART", f"changes up to this part are noise (default {TOLERANCE})", float),
+    Option("--list", "", "the cases and the contenders"),
+    Option("--help -h", "", "this"),
+)
+
+TITLE = """\
+usage: pyvmm bench disk [OPTIONS]
+
+What a request to a disk on virtio takes, in pyvmm and in QEMU: time, system calls, wake-ups, calls of Python."""
+
+
+def kinds() -> list[DiskKind]:
+    """Every contender there may be, the reference first."""
+    return [
+        *(QemuKind("threads"), QemuKind("io_uring"), QemuKind("io_uring", iothread=True)),
+        *(OwnKind("threads"), OwnKind("io_uring")),
+    ]
+
+
+def main(args: Sequence[str]) -> int:
+    given = parse(OPTIONS, args, verb="bench disk")
+    if given.get("help"):
+        print(usage(TITLE, OPTIONS), end="")
+        return 0
+    if given.get("list"):
+        print("cases:", *(f"  {case.name:<20}{case.title}" for case in CASES), sep="\n")
+        print("contenders:", *(f"  {k.name:<20}{k.version() or 'comes with pyvmm'}" for k in kinds()), sep="\n")
+        return 0
+    old = Report.read(given["compare"], "disk") if "compare" in given else None
+    report = measured(given)
+    if "json" in given:
+        report.write(given["json"])
+    return 0 if old is None else print_comparison(old, report, given.get("tolerance", TOLERANCE))
+
+
+def measured(given: dict[str, object]) -> Report:
+    cases = chosen(str(given.get("cases", "")), CASES, "case")
+    contenders = chosen(str(given.get("contenders", "")), kinds(), "contender")
+    quick = bool(given.get("quick"))
+    sets = int(str(given.get("sets", QUICK_SETS if quick else SETS)))
+    rounds = int(str(given.get("rounds", QUICK_ROUNDS if quick else ROUNDS)))
+    scale = float(str(given.get("scale", 1)))
+    if sets < 1 or rounds < 1:
+        raise ConfigError("--sets and --rounds: give at least 1")
+    try:
+        pin = environment.choose_pin(str(given["pin"]) if "pin" in given else None)
+    except ValueError:
+        raise ConfigError(f"--pin {given['pin']}: give the number of a CPU, or none") from None
+    settings = {"sets": sets, "rounds": rounds, "scale": scale, "pin": pin}
+    programs = {kind.name: version for kind in contenders if (version := kind.version()) is not None}
+    report = Report("disk", environment.describe(pin, programs), settings)
+    print("\n".join(environment.lines(report.host)) + "\n", flush=True)
+    place = str(given.get("directory", MEMORY_DIRECTORY if os.path.isdir(MEMORY_DIRECTORY) else "")) or None
+    with tempfile.TemporaryDirectory(dir=place) as name, environment.left_to_contenders(pin):
+        directory = Path(name)
+        make_images(directory, contenders)
+        found = {case.name: Found(case, contenders) for case in cases}
+        for _ in range(sets):
+            one_set(cases, contenders, directory, found, rounds, scale, pin)
+        for one in found.values():
+            report.cases.append(one.case_report())
+            print("\n".join([*case_lines(report.cases[-1]), *one.count_lines(), ""]), flush=True)
+    return report
+
+
+def make_images(directory: Path, contenders: Sequence[DiskKind]) -> None:
+    (directory / "disk.rom").write_bytes(rom())
+    first = directory / "disk.img"
+    with open(first, "wb") as file:
+        source = random.Random(1)
+        for _ in range(IMAGE_MIB):
+            file.write(source.randbytes(1 << 20))
+    for kind in contenders:
+        image = directory / f"{kind.name}.img"
+        shutil.copyfile(first, image)
+        kind.on_image(image)
+    first.unlink()
+
+
+class Found:
+    """What all contenders gave in one case. Times in us a request, counts a request."""
+
+    def __init__(self, case: DiskCase, contenders: Sequence[DiskKind]) -> None:
+        self.case = case
+        self.contenders = contenders
+        self.sets: dict[str, list[list[float]]] = {kind.name: [] for kind in contenders}
+        self.counts: dict[str, dict[str, float]] = {kind.name: {} for kind in contenders}
+        self.reasons = {kind.name: kind.why_not(case) for kind in contenders}
+
+    def case_report(self) -> Case:
+        results = [
+            Result(
+                kind.name,
+                [] if self.reasons[kind.name] else self.sets[kind.name],
+                ours=kind.ours,
+                reason=self.reasons[kind.name],
+                details=dict(self.counts[kind.name]),
+            )
+            for kind in self.contenders
+        ]
+        case = Case(self.case.name, self.case.title, "us a request", results, reference=REFERENCE)
+        case.details = {**self.case._asdict()}
+        return case
+
+    def count_lines(self) -> list[str]:
+        names = ("system calls", "wake-ups", "Python calls", "doorbells", "interrupts")
+        lines = [f"  {'a request':<18}" + "".join(f"{name:>14}" for name in names)]
+        for kind in self.contenders:
+            if counts := self.counts[kind.name]:
+                lines.append(f"  {kind.name:<18}" + "".join(number(counts.get(name)) for name in names))
+        return lines
+
+
+def number(value: float | None) -> str:
+    return f"{'-':>14}" if value is None else f"{value:>14.3f}"
+
+
+def one_set(
+    cases: Sequence[DiskCase],
+    contenders: Sequence[DiskKind],
+    directory: Path,
+    found: dict[str, Found],
+    rounds: int,
+    scale: float,
+    pin: int | None,
+) -> None:
+    """Fresh processes, all cases."""
+    started: dict[str, Disk] = {}
+
+    def drop(name: str, reason: str) -> None:
+        started.pop(name).close()
+        for one in found.values():
+            if not any(one.sets[name]):
+                one.reasons[name] = reason
+
+    try:
+        for kind in contenders:
+            if not found[cases[0].name].reasons[kind.name]:
+                started[kind.name] = kind.start(cases[0], directory, pin)
+                wait(kind.name, started, drop)
+        for case in cases:
+            play(found[case.name], case, max(1, round(case.requests * scale)), rounds, started, drop)
+    finally:
+        for contender in started.values():
+            contender.close()
+
+
+def wait(name: str, started: dict[str, Disk], drop: Callable[[str, str], None]) -> None:
+    try:
+        while not started[name].try_ready():
+            time.sleep(LOOK_S)
+    except CantRun as error:
+        drop(name, str(error))
+
+
+def play(
+    found: Found, case: DiskCase, count: int, rounds: int, started: dict[str, Disk], drop: Callable[[str, str], None]
+) -> None:
+    """A B C C B A, after a round that does not count; then what a request costs besides time."""
+    us = 1e3 / tsc_khz() / count
+    times: dict[str, list[float]] = {name: [] for name in started}
+    sums: set[int] = set()
+    for n in range(-1, rounds):
+        for name in [*started, *reversed(started)]:
+            if name not in started:
+                continue
+            try:
+                answer = started[name].requests(case, count, TURN_S)
+            except Hung as error:
+                drop(name, f"{case.name}: {error}")
+                continue
+            if n >= 0:
+                times[name].append(answer.ticks * us)
+            if not case.flags & WRITE:
+                sums.add(answer.sum)
+    if len(sums) > 1:
+        raise ConfigError(f"{case.name}: the contenders have read different bytes: {sums}")
+    for name, contender in started.items():
+        # Two turns each: the lesser, for whatever disturbs one only adds to it.
+        found.sets[name].append([min(pair) for pair in zip(times[name][::2], times[name][1::2], strict=True)])
+        if not found.counts[name]:
+            found.counts[name] = counts(contender, case, count)
+
+
+def counts(contender: Disk, case: DiskCase, count: int) -> dict[str, float]:
+    """Of turns that are not timed."""
+    before = contender.switches()
+    answer = contender.requests(case, count, TURN_S)
+    found = {
+        "wake-ups": (contender.switches() - before) / count,
+        "doorbells": answer.kicks / count,
+        "interrupts": answer.interrupts / count,
+    }
+    with SystemCalls(contender.process.pid) as calls:
+        contender.requests(case, count, TURN_S)
+    if calls.count is not None:
+        found["system calls"] = calls.count / count
+    if contender.python_calls(True) is not None:
+        contender.requests(case, count, TURN_S)
+        found["Python calls"] = (contender.python_calls(False) or 0) / count
+    return found
