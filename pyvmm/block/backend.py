@@ -63,7 +63,7 @@ class Request:
 
     __slots__ = (
         *("backend", "begin", "blockers", "callback", "cancelled", "dependents", "end", "iov", "kind", "length"),
-        *("number", "offset", "since_ns", "turn", "waiter"),
+        *("may_unmap", "number", "offset", "since_ns", "turn", "waiter"),
     )
 
     def __init__(
@@ -76,6 +76,7 @@ class Request:
         self.iov = iov
         self.callback: Callback | None = callback
         self.cancelled = False
+        self.may_unmap = True
         self.waiter: Waiter | None = None
         self.blockers = 0  # how many it waits for
         self.turn: Turn | None = None
@@ -203,9 +204,13 @@ class BlockBackend:
         """The guest has no more use for these sectors: from now on they may read as anything."""
         return self._submit(Request(self, DISCARD, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb))
 
-    def aio_write_zeroes(self, sector: int, count: int, cb: Callback) -> Request:
-        """These sectors read as zeros from now on."""
-        return self._submit(Request(self, WRITE_ZEROES, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb))
+    def aio_write_zeroes(self, sector: int, count: int, cb: Callback, *, may_unmap: bool = True) -> Request:
+        """These sectors read as zeros from now on. ``may_unmap``: their space may be given back, where the drive does
+        that at all.
+        """
+        request = Request(self, WRITE_ZEROES, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb)
+        request.may_unmap = may_unmap
+        return self._submit(request)
 
     def peek(self, sector: int, count: int) -> bytes:
         """What these sectors hold, read on this thread and past every policy and counter: for a look before the guest
@@ -426,7 +431,7 @@ class BlockBackend:
             else:
                 ret = await driver.co_writev(offset, request.iov, length, fua)
         elif kind == WRITE_ZEROES:
-            ret = await driver.co_write_zeroes(offset, length, self._unmap, fua)
+            ret = await driver.co_write_zeroes(offset, length, self._unmap and request.may_unmap, fua)
         elif self._unmap:
             ret = await driver.co_discard(offset, length)
         else:

@@ -32,7 +32,8 @@ SYSTEM_STATES_FILE = "etc/system-states"
 STATE_SUPPORTED = 0x80  # with a state's SLP_TYP in the lower bits
 
 # Open Firmware device paths, as SeaBIOS builds them for what it finds.
-IDE_CONTROLLER = "/pci@i0cf8/ide@1,1"
+PCI_ROOT = "/pci@i0cf8"
+IDE_CONTROLLER = f"{PCI_ROOT}/ide@1,1"
 OPTION_ROM = "/rom@genroms/"
 
 # CMOS: SeaBIOS reads the boot order here for what the file does not name, one nibble a kind of device. The types and
@@ -188,24 +189,36 @@ def ide_path(index: int) -> str:
     return f"{IDE_CONTROLLER}/drive@{index // 2}/disk@{index % 2}"
 
 
+def virtio_path(slot: int) -> str:
+    """The device path of a disk on virtio in a PCI slot."""
+    return f"{PCI_ROOT}/scsi@{slot:x}/disk@0,0"
+
+
 def rom_path(name: str) -> str:
     """The device path of the option ROM genroms/``name``."""
     return OPTION_ROM + name
 
 
 def boot_paths(
-    drives: Iterable[tuple[int, str]], order: str = DEFAULT_ORDER, *, kernel: str | None = None
+    drives: Iterable[tuple[int, str]],
+    order: str = DEFAULT_ORDER,
+    *,
+    kernel: str | None = None,
+    virtio_slots: Iterable[int] = (),
 ) -> list[str]:
-    """Of (index, media) drives, media as DriveOptions has it: by the letters of ``order``, lower index first.
+    """Of (index, media) drives on IDE, media as DriveOptions has it, and of disks on virtio in these PCI slots: by the
+    letters of ``order``, on IDE lower index first, then those on virtio.
 
     Kinds that ``order`` does not name are left out. ``kernel`` is the name of an option ROM that boots one: where
     ``order`` does not say when (n), before all else.
     """
     letters = {"disk": "c", "cdrom": "d"}
     ranked = [(order.index(letters[media]), ide_path(n)) for n, media in sorted(drives) if letters[media] in order]
+    if letters["disk"] in order:
+        ranked += [(order.index(letters["disk"]), virtio_path(slot)) for slot in virtio_slots]
     if kernel is not None:
         ranked.append((order.find("n"), rom_path(kernel)))
-    return [path for _, path in sorted(ranked)]
+    return [path for _, path in sorted(ranked, key=lambda each: each[0])]
 
 
 def boot_order(paths: Iterable[str], strict: bool = False) -> bytes:

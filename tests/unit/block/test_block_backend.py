@@ -520,3 +520,11 @@ def test_names() -> None:
     context = AioContext(ManualLoop())
     for options, name in (({"id": "system"}, "system"), ({"media": "cdrom"}, "cdrom"), ({}, "disk")):
         assert BlockBackend(DriveOptions("x", **options), None, context).name == name
+
+
+def test_zeros_whose_space_is_to_stay() -> None:
+    drive = ManualDrive()
+    for may_unmap in (True, False):
+        drive.backend.aio_write_zeroes(8, 8, Result(), may_unmap=may_unmap)
+        drive.finish()
+    assert drive.driver.log == ["unmap 8+8", "zero 8+8"]

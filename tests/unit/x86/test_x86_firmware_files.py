@@ -123,6 +123,15 @@ def test_drives_in_order(order: str, indices: list[int]) -> None:
     assert ff.boot_paths(drives, order) == [ff.ide_path(n) for n in indices]
 
 
+def test_disks_on_virtio_come_after_those_on_ide() -> None:
+    disk, cd = ff.ide_path(0), ff.ide_path(2)
+    fourth, last = "/pci@i0cf8/scsi@4/disk@0,0", "/pci@i0cf8/scsi@1f/disk@0,0"
+    assert (ff.virtio_path(4), ff.virtio_path(31)) == (fourth, last)
+    drives = [(2, "cdrom"), (0, "disk")]
+    assert ff.boot_paths(drives, "cd", virtio_slots=[31, 4]) == [disk, last, fourth, cd]
+    assert ff.boot_paths(drives, "d", virtio_slots=[4]) == [cd]
+
+
 def test_a_kernel_comes_first_or_where_the_order_says() -> None:
     drives = [(0, "disk"), (2, "cdrom")]
     disk, cd, kernel = ff.ide_path(0), ff.ide_path(2), "/rom@genroms/linuxboot.bin"
