@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pyvmm.block.options import DriveOptions
     from pyvmm.chardev import Chardev
+    from pyvmm.net.options import NetOptions
 
     # A file by its path, or its content.
     Image = str | os.PathLike[str] | Buffer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
         machine: str | None
         drives: Sequence[DriveOptions | str | os.PathLike[str]]
+        nets: Sequence[NetOptions | str]
         firmware: Image | None
         boot: str
         uuid: str | None
@@ -173,6 +175,40 @@ DRIVES = Kind(
 )
 
 
+def take_nets(name: str, value: Any) -> tuple[NetOptions, ...]:
+    """NetOptions, or the words of --net; "none" asks for nothing."""
+    if isinstance(value, (list, tuple)) and not value:
+        return ()
+    from pyvmm.net.options import NetOptions
+
+    if isinstance(value, (str, NetOptions)) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"{name}={value!r}: give a list of network cards")
+    nets = []
+    for net in value:
+        if isinstance(net, NetOptions):
+            nets.append(net)
+        elif not isinstance(net, str):
+            raise ConfigError(f"{net!r} is no network card: give NetOptions, or 'tap=NAME,..', 'passt', 'unix=PATH'")
+        elif net != "none":
+            nets.append(NetOptions.parse(net))
+    return tuple(nets)
+
+
+def unplain_nets(name: str, data: Any, given: Mapping[str, Any]) -> list[NetOptions]:
+    from pyvmm.net.options import NetOptions
+
+    return [NetOptions(**net) for net in data]
+
+
+NETS = Kind(
+    take_nets,
+    file=list[str],
+    metavar="SPEC",
+    plain=lambda nets: [net.plain() for net in nets],
+    unplain=unplain_nets,
+)
+
+
 def take_boot(name: str, value: Any) -> str:
     from pyvmm.x86.boot_options import BootOptions
 
@@ -310,6 +346,9 @@ class MachineConfig(Options):
     drives: Sequence[DriveOptions | str | os.PathLike[str]] = option(
         DRIVES, (), "disks as QEMU words them: file=a.img,index=1,cache=none,werror=stop", cli="--drive", many=True,
         own_words=True, python="; in Python also paths and DriveOptions")  # fmt: skip
+    nets: Sequence[NetOptions | str] = option(
+        NETS, (), "network cards: tap=NAME, passt or unix=PATH, with mac=..,mtu=..,queues=N,forward=HOST:GUEST; or"
+        " none", cli="--net", many=True, own_words=True, python="; in Python also NetOptions")  # fmt: skip
     firmware: Image | None = option(
         FILE, None, "a BIOS image for a pc; without it this host's SeaBIOS, where there is neither kernel nor flat"
         " binary", cli="--firmware", python=": a path, or its bytes")  # fmt: skip

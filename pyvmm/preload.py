@@ -61,6 +61,7 @@ BUILDING = (
     "pyvmm.devices.testdev",
     "pyvmm.devices.vga_text",
     "pyvmm.devices.virtio.mmio",
+    "pyvmm.devices.virtio.net",
     "pyvmm.devices.virtio.ring",
     "pyvmm.devices.virtio.rng",
     "pyvmm.guests",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boards.ide_places import PlacedDrive
     from pyvmm.config import MachineOptions
+    from pyvmm.net.options import NetOptions
 
 
 class Spec(MachineConfig):
@@ -31,6 +32,7 @@ class Spec(MachineConfig):
         # What is narrower here than what may be asked for.
         machine: str
         drives: tuple[PlacedDrive, ...]
+        nets: tuple[NetOptions, ...]
         firmware: str | Buffer | None
         kernel: str | Buffer | None
         initrd: str | Buffer | None
@@ -46,6 +48,10 @@ class Spec(MachineConfig):
             from pyvmm.boards.ide_places import place
 
             values["drives"] = place(values["drives"])
+        if values["nets"]:
+            from pyvmm.net.options import complete
+
+            values["nets"] = complete(values["nets"], values["uuid"])
         bare = values["machine"] == "microvm" and values["kernel"] is None and values["flat"] is None
         if bare and values["accel"] == "kvm":
             raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
@@ -53,7 +59,7 @@ class Spec(MachineConfig):
     @property
     def wants_virtio(self) -> bool:
         """Whether any of its devices is one of virtio's."""
-        return self.rng
+        return self.rng or bool(self.nets)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.io_thread import IoThread
     from pyvmm.irq import IrqLine
     from pyvmm.irqchip import Irqchip
+    from pyvmm.net.options import NetOptions
     from pyvmm.places import Places
     from pyvmm.spec import Spec
 
@@ -47,8 +48,21 @@ GSIS = (5, 10, 11, 12, 6, 7, 14, 15, 3, *range(layout.ISA_IRQS, layout.IOAPIC_PI
 
 def make_all(board: Board) -> None:
     """Every virtio device that the Spec asks for, in the order in which the guest finds them."""
+    for net in board.config.nets:
+        make_net(board, net)
     if board.config.rng:
         make_rng(board)
+
+
+def make_net(board: Board, options: NetOptions) -> None:
+    from pyvmm.devices.virtio.net import VirtioNet
+    from pyvmm.net.open import open_net
+
+    name, mac = options.id, options.mac
+    assert name is not None and mac is not None  # of a Spec they are complete
+    backend = board.chassis.closers.add(open_net(options))
+    address = bytes.fromhex(mac.replace(":", ""))
+    board.add_virtio(name, VirtioNet(board.memory, backend, mac=address, mtu=options.mtu))
 
 
 def make_rng(board: Board) -> None:

@@ -17,15 +17,15 @@ NOTHING = {"nographic", "enable-kvm", "nodefaults", "no-user-config", "no-hpet"}
 ABSENT = {
     "display": "a display",
     "vnc": "a display",
-    "net": "a network",
-    "nic": "a network",
     "monitor": "the monitor",
     "parallel": "a parallel port",
     "audiodev": "sound",
     "audio": "sound",
 }
 # Refused, with what to do instead.
+NET_INSTEAD = "use --net, which is the card and what it is joined to: --net tap=NAME, passt or unix=PATH"
 INSTEAD = {
+    **dict.fromkeys(("netdev", "netdev_add"), NET_INSTEAD),
     "blockdev": "use --drive file=...",
     "pflash": "use --firmware FILE; flash that keeps what is written to it is not there yet",
     "L": "use --firmware FILE",
@@ -42,7 +42,6 @@ INSTEAD = {
     "version": "use `pyvmm --version`",
 }
 NOT_YET = {
-    **dict.fromkeys(("netdev", "netdev_add"), "a network is"),
     **dict.fromkeys(("qmp", "qmp-pretty", "mon"), "QMP is"),
     **dict.fromkeys(("gdb", "s", "S"), "a gdb stub is"),
     **dict.fromkeys(("fda", "fdb"), "a floppy drive is"),
@@ -160,6 +159,7 @@ def value_words(option: str, text: str) -> list[str] | None:
         "--serial": lambda text: console("--serial", text),
         "--debugcon": lambda text: console("--debugcon", text),
         "--fw-cfg": fw_cfg,
+        "--net": net,
     }
     words = meanings[option](text) if option in meanings else None
     return None if words == [option, text] else words
@@ -246,6 +246,57 @@ def fw_cfg(text: str) -> list[str]:
     return ["--fw-cfg", text]
 
 
+NOT_THERE = {
+    "user": "QEMU's own network is not there: use --net passt",
+    "bridge": "there is no helper for that: use --net tap=NAME,bridge=BRIDGE as root, or a tap that is there",
+    "nic": "a card says itself what it is joined to: use --net tap=NAME, passt or unix=PATH, with mac=...",
+}
+# Of a tap or a card, what is so anyway; and what has another name here.
+NET_SO_ANYWAY = {"script": ("no",), "downscript": ("no",), "vhost": ("off",), "vnet_hdr": ("on",), "id": None}
+NET_OURS = {"mac": "mac", "macaddr": "mac", "queues": "queues", "mtu": "mtu", "server": "server"}
+
+
+def net(text: str) -> list[str]:
+    """-nic's and -net's: which of QEMU's networks are ours too."""
+    from pyvmm.net.options import KINDS, WITH_VALUE
+
+    first, equals, _ = text.split(",", 1)[0].partition("=")
+    if first == "none" or (first in KINDS and bool(equals) == (first in WITH_VALUE)):
+        return ["--net", text]
+    values = split(text, "type")
+    kind = values.pop("type", "")
+    if kind in NOT_THERE:
+        raise ConfigError(f"--net {text}: {NOT_THERE[kind]}{forwards(values) if kind == 'user' else ''}")
+    if kind == "tap" and "fd" in values:
+        words = ["fd=" + values.pop("fd")]
+    elif kind == "tap" and "ifname" in values:
+        words = ["tap=" + values.pop("ifname")]
+    elif kind == "stream" and values.pop("addr.type", "") == "unix":
+        words = ["unix=" + values.pop("addr.path", "")]
+    else:
+        raise ConfigError(f"--net {text}: that is not there yet: use tap=NAME, passt, unix=PATH or none")
+    for key, value in values.items():
+        if key == "model" and value.startswith("virtio"):
+            continue
+        if key in NET_OURS:
+            words.append(f"{NET_OURS[key]}={value}")
+        elif key not in NET_SO_ANYWAY or value not in (NET_SO_ANYWAY[key] or (value,)):
+            raise ConfigError(f"--net {text}: {key}={value} is not there yet: leave it out")
+    return ["--net", ",".join(word.replace(",", ",,") for word in words)]
+
+
+def forwards(values: Mapping[str, str]) -> str:
+    """-nic user,hostfwd=tcp::8080-:80 in passt's words."""
+    import re
+
+    found = re.fullmatch(r"(tcp|udp)?:([^:]*):(\d+)-[^:]*:(\d+)", values.get("hostfwd", ""))
+    if found is None:
+        return ""
+    protocol, address, host, guest = found.groups()
+    before = ("udp:" if protocol == "udp" else "") + (f"{address}/" if address else "")
+    return f",forward={before}{host}:{guest}"
+
+
 # -- options that are called otherwise here ------------------------------------------------------------------
 
 
@@ -262,6 +313,8 @@ def device(text: str) -> list[str]:
         return ["--testdev"]
     if name.startswith("ide-"):
         raise ConfigError(f"-device {name}: use --drive file=...,if=ide with what it is to have: model=, serial=, ...")
+    if name.startswith("virtio-net-"):
+        raise ConfigError(f"-device {name}: {NET_INSTEAD}")
     if name == "isa-debugcon":
         raise ConfigError(f"-device {name}: use --debugcon stdio, pty or file:PATH; it is at port 0x402")
     raise ConfigError(f"-device {text}: that is not there yet: `pyvmm run --help device` tells what there is")
@@ -301,6 +354,7 @@ TRANSLATED: Mapping[str, Callable[[str], list[str]]] = {
     "bios": firmware,
     "accel": accel,
     "device": device,
+    "nic": lambda text: net(text),
     "global": global_property,
     "rtc": rtc,
     "action": action,

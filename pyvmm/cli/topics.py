@@ -17,6 +17,7 @@ FORCE_SHARE = ("force-share=on|off", "the contrary of locking")
 DEVICE = """\
 There is no -device here; a board has its devices, and some options add one:
   --drive SPEC      an IDE disk or CD-ROM drive
+  --net SPEC        a virtio network card
   --debug-exit PORT isa-debug-exit
   --debugcon WHERE  isa-debugcon, at port 0x402
   --testdev         pc-testdev
@@ -30,7 +31,12 @@ def topic_text(topic: str, options: Sequence[Option]) -> str:
     option = next((o for o in options if name in [n.lstrip("-") for n in o.names]), None)
     if name != "device" and option is None:
         raise ConfigError(f"there is no option {topic!r} to tell of: `pyvmm run --help` lists them")
-    more: dict[str, Callable[[], str]] = {"drive": drive_text, "cpu": cpu_text, "device": lambda: DEVICE}
+    more: dict[str, Callable[[], str]] = {
+        "drive": drive_text,
+        "net": net_text,
+        "cpu": cpu_text,
+        "device": lambda: DEVICE,
+    }
     text = entry(option) + "\n" if option is not None else ""
     return text + (more[name]() if name in more else "")
 
@@ -52,6 +58,18 @@ def drive_words() -> list[tuple[str, str]]:
         others = ", ".join(row.words[1:])
         words.append((f"{row.words[0]}={value}", row.help + (f" [{others}]" if others else "")))
     return [*words, FORCE_SHARE]
+
+
+def net_text() -> str:
+    from pyvmm.net.options import NetOptions
+
+    lines = ["", "Of a network card, with commas between them, what it is joined to first:"]
+    lines += wrapped("  tap=NAME|passt|unix=PATH|fd=N|none  ", 32, NetOptions.rows["kind"].help)
+    for row in NetOptions.rows.values():
+        if row.words and row.name not in ("tap", "path", "fd"):
+            others = ", ".join(row.words[1:])
+            lines += wrapped(f"  {row.words[0]}={row.metavar}  ", 32, row.help + (f" [{others}]" if others else ""))
+    return "\n".join(lines) + "\n"
 
 
 def cpu_text() -> str:

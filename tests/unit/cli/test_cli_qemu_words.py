@@ -64,7 +64,10 @@ def parsed(line: str) -> dict[str, Any]:
         ("-machine type=pc", "--machine pc"),
         ("-machine accel=kvm", ""),
         ("-M microvm,acpi=on", "--machine microvm"),
-        ("-monitor none -display none -net none -nic none -parallel none", ""),
+        ("-monitor none -display none -parallel none", ""),
+        ("-net none -nic none", "--net none --net none"),
+        ("-nic tap,ifname=t0,script=no,model=virtio-net-pci,mac=2:0:0:0:0:1", "--net tap=t0,mac=2:0:0:0:0:1"),
+        ("-nic stream,addr.type=unix,addr.path=/a,server=on", "--net unix=/a,server=on"),
         ("-vga none", "--vga none"),
         ("-boot d", "--boot d"),
         ("-boot order=dc,menu=on", "--boot order=dc,menu=on"),
@@ -105,9 +108,13 @@ def test_what_means_the_same(theirs: str, ours: str) -> None:
         ("-accel kvm,kernel-irqchip=split", "use --irqchip kernel or off"),
         ("-accel kvm,dirty-ring-size=4096", "not there yet"),
         ("-display gtk", "a display is not there yet"),
-        ("--net user", "a network is not there yet"),
-        ("-nic user", "a network is not there yet"),
-        ("-netdev user,id=n", "a network is not there yet"),
+        ("--net user", "use --net passt"),
+        ("-nic user,hostfwd=tcp::8080-:80", "use --net passt,forward=8080:80"),
+        ("-nic bridge,br=b", "--net tap=NAME,bridge=BRIDGE"),
+        ("-nic l2tpv3,src=x", "use tap=NAME, passt, unix=PATH or none"),
+        ("-nic tap,ifname=t0,vhost=on", "vhost=on is not there yet"),
+        ("-netdev user,id=n", "use --net"),
+        ("-device virtio-net-pci,netdev=n", "use --net"),
         ("-monitor stdio", "the monitor is not there yet"),
         ("--qmp stdio", "QMP is not there yet"),
         ("-qmp unix:x", "QMP is not there yet"),
@@ -152,7 +159,7 @@ def test_a_slip_of_the_finger(word: str, meant: str) -> None:
         parsed(f"{word} x")
 
 
-@pytest.mark.parametrize("word", ["--nett", "--foo", "-x", "--xyz=1", "-zzz", "--ram", "--c", "-cp"])
+@pytest.mark.parametrize("word", ["--foo", "-x", "--xyz=1", "-zzz", "--ram", "--c", "-cp"])
 def test_no_guess_where_nothing_is_near(word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(f"{word} x")

@@ -1,0 +1,53 @@
+from collections.abc import Iterable
+from typing import Any
+
+from typing_extensions import disjoint_base
+
+from pyvmm.devices.virtio.ring import Virtqueue
+from pyvmm.net.port import Port
+
+DONE: int
+MORE: int
+STUCK: int
+CLOSED: int
+HEADER_BYTES: int
+OLD_HEADER_BYTES: int
+BESIDE_MTU_BYTES: int
+GSO_TCPV4: int
+GSO_TCPV6: int
+GSO_UDP_L4: int
+GSO_ECN: int
+
+class GuestMistake(Exception): ...
+
+@disjoint_base
+class Lane:
+    def __new__(cls, queue: Virtqueue, port: Port, *, has_header: bool) -> Lane: ...
+    @property
+    def queue(self) -> Virtqueue: ...
+    @property
+    def port(self) -> Port: ...
+    @property
+    def has_header(self) -> bool: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def in_hand_count(self) -> int: ...
+    def run(self, link_up: bool) -> int: ...
+    def when_empty(self) -> int: ...
+    def forget(self) -> None: ...
+    def tokens(self) -> list[Any]: ...
+    def retake(self, tokens: list[Any]) -> None: ...
+
+@disjoint_base
+class TxLane(Lane):
+    def configure(self, *, header_bytes: int, checksums: bool, segments: Iterable[int], mtu: int) -> None: ...
+
+@disjoint_base
+class RxLane(Lane):
+    @property
+    def filtered(self) -> int: ...
+    def configure(self, *, header_bytes: int, mergeable: bool, target_bytes: int) -> None: ...
+    def set_filter(
+        self, modes: int, mac: bytes, unicast: list[bytes], multicast: list[bytes], vlans: bytes
+    ) -> None: ...

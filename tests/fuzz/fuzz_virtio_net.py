@@ -1,0 +1,28 @@
+"""The atheris target of virtio_net.py.
+
+    python tests/fuzz/fuzz_virtio_net.py [libFuzzer options] [corpus directory]
+
+for example ``-runs=1000000 -max_len=400``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+with atheris.instrument_imports(include=["pyvmm.devices.virtio", "pyvmm.net"]):
+    from fuzz.virtio_net import Target, one_input
+
+
+def main() -> None:
+    target = Target("tap", event_idx=True)
+    atheris.Setup(sys.argv, lambda data: one_input(target, data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
