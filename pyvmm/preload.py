@@ -62,6 +62,7 @@ BUILDING = (
     "pyvmm.devices.vga_text",
     "pyvmm.devices.virtio.mmio",
     "pyvmm.devices.virtio.net",
+    "pyvmm.devices.virtio.pci",
     "pyvmm.devices.virtio.ring",
     "pyvmm.devices.virtio.rng",
     "pyvmm.guests",

@@ -11,6 +11,7 @@ import os
 from pyvmm.boards.ide_places import PLACES
 from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.pc_drives import make_drive
+from pyvmm.devices.pci.device import INTERRUPT_LINE
 from pyvmm.errors import ConfigError
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
 from pyvmm.memory_map import BUS, RAM, ROM
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.devices.ide.channel import IdeChannel
     from pyvmm.devices.ide.disk import IdeDisk
+    from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.spec import Spec
 
 # Where Debian's seabios package and QEMU's builds put it.
@@ -106,6 +108,7 @@ class Pc(IsaBoard):
         self.describe(fw_cfg_aml)
         self.describe_machine()
         self._make_chipset()
+        self.make_virtio_devices()
         describe_to_firmware(self, self.units)
         if self.boots_directly:
             self.leave_as_firmware_would()
@@ -179,6 +182,11 @@ class Pc(IsaBoard):
         channel.gather_writes()
         GatheredWrites(self.clock, self.platform.cpus, channel)
 
+    def add_virtio(self, name: str, device: VirtioDevice) -> None:
+        from pyvmm.boards.virtio import add_pci
+
+        add_pci(self, name, device)
+
     def leave_as_firmware_would(self) -> None:
         """A kernel that is booted directly expects that somebody has given the chipset its addresses."""
         with self.memory_map.held:
@@ -186,6 +194,12 @@ class Pc(IsaBoard):
             self.piix3.post_firmware(layout.PIRQ_IRQS)
             self.piix3_ide.post_firmware(layout.PORT_BUS_MASTER)
             self.piix4_pm.post_firmware(layout.PORT_PM, layout.PORT_SMBUS, layout.IRQ_SCI)
+            port, address = layout.PORT_PCI_BARS, layout.PCI_BARS
+            for slot, _, function in self.pci.devices:
+                if slot > layout.SLOT_PIIX:
+                    port, address = function.assign(port, address)
+                    irq = layout.PIRQ_IRQS[(slot - 1) % len(layout.PIRQ_IRQS)]
+                    function.config_write(INTERRUPT_LINE, 1, irq)
 
     # -- the guest ---------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.errors import ConfigError
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
 
     from pyvmm.address_space import AddressSpace
     from pyvmm.chassis import Chassis
+    from pyvmm.devices.pci.host import PciHost
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.io_thread import IoThread
     from pyvmm.irq import IrqLine
     from pyvmm.irqchip import Irqchip
+    from pyvmm.irqfd import IrqFd, Msi
     from pyvmm.net.options import NetOptions
     from pyvmm.places import Places
+    from pyvmm.platform import Platform
     from pyvmm.spec import Spec
 
     class Board(Protocol):
@@ -40,6 +44,15 @@ if TYPE_CHECKING:
         def add_virtio(self, name: str, device: VirtioDevice) -> None: ...
         def describe(self, aml: Callable[[], bytes] | None = None, words: str = "") -> None: ...
         def irq_line(self, gsi: int, name: str = "a device") -> IrqLine: ...
+
+    class PciBoard(Board, Protocol):
+        """And of one with PCI."""
+
+        pio: AddressSpace
+        pci: PciHost
+        pci_slots: Places
+        platform: Platform
+        runs_guests: bool
 
 # GSIs for transports that have one each. First those of ISA interrupts that nothing of a PC without PCI and IDE has: a
 # kernel knows them without ACPI, too. 13 is a coprocessor's, 2 the second PIC's.
@@ -147,6 +160,41 @@ def edge(board: Board, name: str) -> tuple[int, Callable[[], object], int]:
     if gsi is None:
         gsi = GSIS[0]  # shared with whoever has it, as the test device has all: its handler finds no cause
     return gsi, board.irq_line(gsi, name).pulse, -1
+
+
+# -- virtio-pci ------------------------------------------------------------------------------------------------------
+
+
+def add_pci(pc: PciBoard, name: str, device: VirtioDevice) -> None:
+    """A function of its own in the lowest free slot."""
+    from pyvmm.devices.virtio.pci import VirtioPci
+
+    wire_up(pc, name, device)
+    by_fd = pc.irqchip.in_kernel and pc.config.virtio_irqfd == "on"
+    function = VirtioPci(device, pc.pio, pc.mmio, Messages(pc.irqchip, name, by_fd))
+    pc.pci.add(function, pc.pci_slots.give(1, name))
+    pc.add(f"{name}.pci", function)
+    if pc.config.virtio_ioeventfd == "off" and pc.runs_guests:
+        pc.platform.listener.ioeventfds = False
+
+
+class Messages:
+    """The irqchip, as a function's MSI-X sees it."""
+
+    def __init__(self, irqchip: Irqchip, name: str, by_fd: bool) -> None:
+        self._irqchip = irqchip
+        self._name = name
+        self._by_fd = by_fd
+
+    def msi(self, address: int, data: int) -> Msi:
+        return self._irqchip.msi(address, data, self._name)
+
+    def irqfd(self, message: Any) -> IrqFd | None:
+        """None where there is to be none, or no more can be had: then each message is a call."""
+        try:
+            return self._irqchip.irqfd(message, name=self._name) if self._by_fd else None
+        except ConfigError:
+            return None
 
 
 def mmio_aml(uid: int, base: int, gsi: int) -> bytes:

@@ -85,6 +85,8 @@ RAM_HIGH = 0x1_0000_0000
 # to give out BARs there.
 PCI_MEMORY_LOW = 0x8000_0000
 
+PCI_BARS = 0xFE00_0000
+
 # virtio-mmio transports, one page-eighth each as QEMU's microvm has them: in the hole, below the IOAPIC.
 VIRTIO_MMIO = 0xFEB0_0000
 VIRTIO_MMIO_BYTES = 0x200
@@ -148,6 +150,7 @@ PORT_TESTDEV_IRQ = 0x2000  # pc-testdev: 0x2000 + n drives interrupt line n
 PORT_GPE0 = 0xAFE0  # general purpose events, where QEMU's PIIX4 has them
 PORT_GPE0_BYTES = 4
 PORT_BUS_MASTER = 0xC000  # IDE's, where a directly booted kernel finds it: SeaBIOS gives out I/O BARs from here on
+PORT_PCI_BARS = 0xC100  # other functions' I/O BARs, and their memory, where a kernel is booted without firmware
 LAST_PORT = 0xFFFF
 # ATA's two channels: first port of the command block (8 of them), the control port, the ISA interrupt (ATA/ATAPI host
 # adapters standard, "compatibility mode").

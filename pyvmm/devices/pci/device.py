@@ -75,6 +75,7 @@ STATUS_DEVSEL_MEDIUM = 0x0200
 
 MULTIFUNCTION = 0x80  # of the header type
 BAR_IO = 0x1
+BAR_64 = 0x4
 BAR_PREFETCHABLE = 0x8
 BAR_TOP = 0xFFFF_FFFF  # a base address that reaches this has just been sized, or decodes nothing that can be there
 
@@ -266,9 +267,18 @@ class PciDevice(Device):
         parts: Sequence[Part],
         *,
         prefetchable: bool = False,
+        wide: bool = False,
     ) -> Bar:
-        """BAR ``index``: ``size`` bytes of 32-bit memory addresses."""
-        return self._add_bar(index, size, BAR_PREFETCHABLE if prefetchable else 0, mmio, parts)
+        """BAR ``index``: ``size`` bytes of 32-bit memory addresses; ``wide``: of 64-bit ones, and the next BAR is its
+        upper half.
+        """
+        flags = (BAR_PREFETCHABLE if prefetchable else 0) | (BAR_64 if wide else 0)
+        bar = self._add_bar(index, size, flags, mmio, parts)
+        if wide:
+            if index + 1 == BAR_COUNT or any(other.register == bar.register + 4 for other in self._bars):
+                raise ConfigError(f"BAR {index} of 64 bits needs the next one too: give another")
+            self.define(bar.register + 4, 4, 0, BAR_TOP)
+        return bar
 
     def _add_bar(self, index: int, size: int, flags: int, space: AddressSpace, parts: Sequence[Part]) -> Bar:
         smallest = 4 if flags & BAR_IO else 16
@@ -363,8 +373,26 @@ class PciDevice(Device):
         enable = COMMAND_IO if bar.flags & BAR_IO else COMMAND_MEMORY
         if not self.config[COMMAND] & enable:
             return None
-        base = self.get(bar.register, 4) & ~(bar.size - 1)
-        return base if base and base + bar.size - 1 < BAR_TOP else None
+        wide = bar.flags & BAR_64
+        base = self.get(bar.register, 8 if wide else 4) & ~(bar.size - 1)
+        last = base + bar.size - 1
+        # A wide one may lie above 4 GiB, as far as the address space goes; but not at the end of either half.
+        return base if base and (last < BAR_TOP or (wide and base > BAR_TOP)) else None
+
+    def assign(self, next_port: int, next_address: int) -> tuple[int, int]:
+        """Give the BARs addresses as firmware would, ports and memory from these on; the first that are left."""
+        with self._config_lock:
+            for bar in self._bars:
+                at = next_port if bar.flags & BAR_IO else next_address
+                base = (at + bar.size - 1) & ~(bar.size - 1)
+                self.config_write(bar.register, 4, base)
+                if bar.flags & BAR_IO:
+                    next_port = base + bar.size
+                else:
+                    next_address = base + bar.size
+            enable = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER
+            self.config_write(COMMAND, 2, self.command | enable)
+        return next_port, next_address
 
     def _update_bars(self) -> None:
         for bar in self._bars:

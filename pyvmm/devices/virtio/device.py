@@ -287,7 +287,7 @@ class VirtioDevice(Device):
     def enable_with(self, queue: Virtqueue, features: int) -> None:
         """The same for whoever knows that it may."""
         with queue.lock:
-            if queue.ready:
+            if queue.ready or self.status & NEEDS_RESET:
                 return
             try:
                 queue.enable(features)
