@@ -114,7 +114,7 @@ class Chardev:
         self._fed.data[:] = data
 
     def save(self) -> dict[str, Any]:
-        """What was fed and not taken (state.py has the contract)."""
+        """What was fed and not taken (state.pyx has the contract)."""
         from pyvmm.state import save_fields
 
         return save_fields(self, self.STATE)

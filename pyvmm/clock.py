@@ -41,7 +41,7 @@ class Clock:
     STATE_VERSION = 1
 
     def save(self) -> dict[str, int]:
-        """Guest time, and what the wall clock said then (state.py has the contract)."""
+        """Guest time, and what the wall clock said then (state.pyx has the contract)."""
         return {"now_ns": self.now_ns(), "wall_ns": self.wall_ns()}
 
     def load(self, state: dict[str, int]) -> None:

@@ -79,12 +79,12 @@ class Device:
         """The machine comes out of suspend to RAM, where most chips had no power: as a reset. The vCPUs are parked."""
         self.reset()
 
-    # What ``save`` and ``load`` go by: attributes and what they may be, and the version of that (state.py).
+    # What ``save`` and ``load`` go by: attributes and what they may be, and the version of that (state.pyx).
     STATE = {}
     STATE_VERSION = 1
 
     def save(self):
-        """The state as plain data: enough to go on exactly. It reads only: state.py has the contract."""
+        """The state as plain data: enough to go on exactly. It reads only: state.pyx has the contract."""
         from pyvmm.state import save_fields
 
         with self.lock:

@@ -74,7 +74,7 @@ class Irqchip:
     STATE_VERSION = 1
 
     def save(self) -> dict[str, Any]:
-        """What is not in ``devices`` (state.py has the contract)."""
+        """What is not in ``devices`` (state.pyx has the contract)."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ class KvmClock:
             except KvmError:
                 continue  # no kvmclock on this one: nobody to tell
 
-    # -- state (state.py has the contract) -------------------------------------------------------------------------
+    # -- state (state.pyx has the contract) -------------------------------------------------------------------------
 
     STATE_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""Plain data (state.py) as MessagePack, and back: how a state is written into a file.
+"""Plain data (state.pyx) as MessagePack, and back: how a state is written into a file.
 
 The MessagePack specification (msgpack/msgpack, spec.md): "Formats", nil to map 32; of its types those that plain data
 has. Other programs read it with any library; the tests do with msgspec, whose import takes longer than a machine takes

@@ -77,7 +77,7 @@ class Platform:
         """vCPUs, interrupt controllers and clocks back to power-on. Every vCPU is parked."""
 
     def holders(self) -> list[tuple[str, Holder]]:
-        """What has state here, by name, in the order in which it goes back (state.py)."""
+        """What has state here, by name, in the order in which it goes back (state.pyx)."""
         return []
 
     def cpu_identity(self) -> tuple[int, int, str] | None:

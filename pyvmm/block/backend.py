@@ -264,7 +264,7 @@ class BlockBackend:
             request.iov = ()
             request.callback = None
 
-    # -- state (state.py has the contract): nothing is in flight ----------------------------------------------
+    # -- state (state.pyx has the contract): nothing is in flight ----------------------------------------------
 
     STATE = {"write_cache": "flag", "_unflushed": "flag"}
     STATE_VERSION = 1

@@ -49,7 +49,7 @@ class Notebook(Device):
 
     valid_sizes = (1, 8)
     impl_sizes = (1, 8)
-    # What Machine.save_state keeps of it (pyvmm/state.py).
+    # What Machine.save_state keeps of it (pyvmm/state.pyx).
     STATE = {"queue": ("list", 64, 0, 1000), "calls": 64, "resets": 64, "tsc_khz": 32}
 
     def __init__(self, irq: IrqLine, tsc_khz: int) -> None:

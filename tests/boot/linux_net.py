@@ -100,24 +100,6 @@ def received(end: socket.socket, into: list[str]) -> None:
     into.append(total.hexdigest())
 
 
-def up(name: str, kind: str, address: str = "") -> None:
-    """An interface of this namespace's."""
-    from pyroute2 import IPRoute
-
-    if kind and os.environ.get("PYVMM_LAB"):
-        # The lab's kernel is Debian's, its RAM disk has no network's modules; they may be there already.
-        for module in boot_assets.kernel("generic").modules(kind):
-            subprocess.run([boot_assets.busybox(), "insmod", module], capture_output=True)
-    with IPRoute() as route:
-        if kind:
-            route.link("add", ifname=name, kind=kind)
-        index = route.link_lookup(ifname=name)[0]
-        route.link("set", index=index, state="up")
-        if address:
-            route.addr("add", index=index, address=address, prefixlen=24)
-            route.route("add", dst="default", gateway=address.rpartition(".")[0] + ".1")
-
-
 # What a guest does with the address {me} and a peer {peer} who gives at port 5001 and takes at 5002.
 EXCHANGE = """
 ip addr add {me}/24 dev eth0; ip link set eth0 up
@@ -145,57 +127,6 @@ def with_the_host(machine: str, ring: str) -> None:
     assert guest.said["GOT"].split()[0] == digest
     assert sums == [digest]
     assert guest.said["ERRORS"] == "0"
-
-
-SERVER = """
-ip addr add 10.0.0.1/24 dev eth0; ip link set eth0 up
-dd if=/dev/urandom of=/tmp/data bs=1M count={mib} 2> /dev/null; echo "SUM $(md5sum < /tmp/data)"
-nc -l -p 5001 < /tmp/data &
-nc -l -p 5002 > /tmp/back; echo "BACK $(md5sum < /tmp/back)"
-"""
-
-
-def on_a_bridge(machine: str, ring: str) -> None:
-    """Two guests, one gives and takes back."""
-    up("br0", "bridge")
-    server = Guest("server", SERVER.format(mib=MIB), "tap=a,bridge=br0", machine, ring)
-    init = "sleep 5" + EXCHANGE.format(me="10.0.0.2", peer="10.0.0.1")
-    client = Guest("client", init, "tap=b,bridge=br0", machine, ring)
-    for guest in (server, client):
-        guest.machine.resume()
-    for guest in (client, server):
-        guest.end()
-    assert client.said["PING"] == "5 packets received"
-    assert server.said["SUM"] == server.said["BACK"] == client.said["GOT"]
-    assert client.said["ERRORS"] == "0"
-
-
-PASST = """
-udhcpc -i eth0 -n -q -s /bin/true > /tmp/dhcp 2>&1; echo "DHCP $(grep -c 'lease of 192.0.2.10 obtained' /tmp/dhcp)"
-ip addr add 192.0.2.10/24 dev eth0; ip link set eth0 up; ip route add default via 192.0.2.1
-nc 192.0.2.1 5001 < /dev/null > /tmp/data; echo "GOT $(md5sum < /tmp/data)"
-echo listening; nc -l -p 80 < /tmp/data > /dev/null
-"""
-
-
-def by_passt(machine: str, ring: str) -> None:
-    """The host's loopback by the gateway's address, and a port of the host's that leads into the guest."""
-    up("lo", "")
-    up("up0", "bridge", "192.0.2.10")
-    data, sums = os.urandom(MIB << 20), []
-    serve(5001, lambda end: end.sendall(data))
-    guest = Guest("guest", "ip link set eth0 up" + PASST, "passt,forward=8080:80", machine, ring)
-    guest.machine.resume()
-    while "listening" not in guest.said:
-        assert not guest.machine.wait(1.0), "the guest is over"
-    with socket.create_connection(("127.0.0.1", 8080)) as end:
-        end.shutdown(socket.SHUT_WR)
-        received(end, sums)
-    guest.end()
-    digest = hashlib.md5(data).hexdigest()
-    assert guest.said["DHCP"] == "1"
-    assert guest.said["GOT"].split()[0] == digest
-    assert sums == [digest]
 
 
 def run(what: str, machine: str, ring: str) -> None:

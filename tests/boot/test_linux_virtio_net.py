@@ -1,4 +1,4 @@
-"""Stock Debian kernels with network cards on virtio: to the host, to each other on a bridge, and by passt."""
+"""A stock Debian kernel with a network card on virtio, to the host and back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,3 @@ import pytest
 @pytest.mark.parametrize(("machine", "ring"), [("microvm", "split"), ("microvm", "packed")])
 def test_to_the_host_by_a_tap(machine: str, ring: str) -> None:
     linux_net.run("with_the_host", machine, ring)
-
-
-@pytest.mark.lab
-@pytest.mark.slow
-def test_two_on_a_bridge() -> None:
-    linux_net.run("on_a_bridge", "microvm", "split")
-
-
-@pytest.mark.lab
-def test_without_root_by_passt() -> None:
-    linux_net.run("by_passt", "microvm", "split")

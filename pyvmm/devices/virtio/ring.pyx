@@ -600,7 +600,7 @@ cdef class Virtqueue:
         else:
             store_u16(<uint16_t *>self._device, 0 if wanted else NO_NOTIFY, RELEASE)
 
-    # -- state (state.py has the contract) ---------------------------------------------------------------------------
+    # -- state (state.pyx has the contract) ---------------------------------------------------------------------------
 
     STATE_VERSION = 1
 
