@@ -341,8 +341,8 @@ class MachineConfig(Options):
 
     machine: str | None = option(
         word("pc", "microvm", none=True), None, "pc (i440FX, PIIX3 with IDE, firmware) or microvm (no PCI); without it"
-        " a pc where there is a drive or firmware, else a microvm", cli="--machine -M", metavar="KIND",
-        own_words=True)  # fmt: skip
+        " a microvm where there is a kernel or a flat binary, no firmware, and no drive but with if=virtio",
+        cli="--machine -M", metavar="KIND", own_words=True)  # fmt: skip
     drives: Sequence[DriveOptions | str | os.PathLike[str]] = option(
         DRIVES, (), "disks as QEMU words them: file=a.img,index=1,cache=none,werror=stop", cli="--drive", many=True,
         own_words=True, python="; in Python also paths and DriveOptions")  # fmt: skip
@@ -453,9 +453,15 @@ class MachineConfig(Options):
             raise ConfigError("both an initrd and modules: the initrd is the first module, give one of them")
         if modules and values["firmware"] is not None:
             raise ConfigError("a kernel that firmware boots takes no modules: give an initrd, or leave firmware out")
-        if values["machine"] == "microvm" and (values["drives"] or values["firmware"] is not None):
-            raise ConfigError("machine='microvm' has no IDE and no firmware: use machine='pc'")
+        if values["machine"] == "microvm" and values["firmware"] is not None:
+            raise ConfigError("machine='microvm' has no firmware: use machine='pc'")
+        if values["machine"] == "microvm" and any(on_ide(drive) for drive in values["drives"]):
+            raise ConfigError("machine='microvm' has no IDE: use if=virtio for a disk, or machine='pc'")
         refuse_twice(values["drives"])
+
+
+def on_ide(drive: DriveOptions) -> bool:
+    return drive.interface == "ide" or (drive.interface is None and drive.media == "cdrom")
 
 
 def refuse_twice(drives: Sequence[DriveOptions]) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from pyvmm.boards.ide_places import PlacedDrive
+    from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.config import MachineOptions
     from pyvmm.net.options import NetOptions
 
@@ -42,12 +42,11 @@ class Spec(MachineConfig):
     def check_together(self, values: dict[str, Any]) -> None:
         super().check_together(values)
         if values["machine"] is None:
-            on_pc = values["drives"] or values["firmware"] is not None or values["accel"] == "qtest"
-            values["machine"] = "pc" if on_pc else "microvm"
+            values["machine"] = "pc" if wants_pc(values) else "microvm"
         if values["drives"]:
-            from pyvmm.boards.ide_places import place
+            from pyvmm.boards.drive_places import place
 
-            values["drives"] = place(values["drives"])
+            values["drives"] = place(values["drives"], values["machine"], values["cpus"])
         if values["nets"]:
             from pyvmm.net.options import complete
 
@@ -76,6 +75,14 @@ class Spec(MachineConfig):
             if name not in cls.rows:
                 raise ConfigError(cls.unknown(name))
         return {name: cls.rows[name].kind.unplain(name, value, given) for name, value in data.items()}
+
+
+def wants_pc(values: dict[str, Any]) -> bool:
+    """Whether a machine of no kind in particular is a pc: where something is asked for that a microvm has not."""
+    if values["firmware"] is not None or values["accel"] == "qtest":
+        return True
+    bare = values["kernel"] is None and values["flat"] is None
+    return any(bare or drive.interface != "virtio" for drive in values["drives"])
 
 
 def specify(config: MachineConfig | None, options: MachineOptions) -> Spec:

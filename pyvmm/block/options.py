@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, near_match, option, split_commas, take_flag, text, whole, word
+from pyvmm.options import ON_OFF, Kind, Options, is_int, near_match, option, split_commas, take_flag, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+MOST_BLOCK_BYTES = 32768
 GEOMETRY = ("cyls", "heads", "secs")
 THROTTLES = tuple(f"throttle_{unit}{what}" for unit in ("bps", "iops") for what in ("", "_read", "_write"))
 
@@ -30,6 +31,15 @@ def take_path(name: str, value: Any) -> str | None:
     if not path:
         raise ConfigError(f"{name}={value!r}: give the path of an image")
     return path
+
+
+def take_block(name: str, value: Any) -> int | None:
+    """A block's size."""
+    if value is None:
+        return None
+    if not is_int(value) or value & (value - 1) or not 512 <= value <= MOST_BLOCK_BYTES:
+        raise ConfigError(f"{name}={value!r}: give a power of two from 512 to {MOST_BLOCK_BYTES}")
+    return int(value)
 
 
 def on_or_off(text: str) -> bool:
@@ -61,6 +71,8 @@ PLACE = whole(none=True, give="a whole number from 0, or None", from_text=count)
 RATE = whole(give="a whole number a second, 0 for no limit", from_text=count)
 GEOMETRY_NUMBER = whole(least=1, none=True, from_text=count)
 SAID = text(none=True, printable=True)
+BLOCK = Kind(take_block, metavar="BYTES", file=int, from_text=count)
+QUEUES = whole(least=1, most=64, none=True, from_text=count)
 
 
 def rate(what: str, words: str, maximum: bool = False) -> Any:
@@ -87,12 +99,15 @@ class DriveOptions(Options):
     format: str | None = option(
         word("raw", none=True), None, "raw: the image's bytes are the disk, whatever they look like; without it what"
         " looks like something else (qcow2, VMDK, VHD, gzip, ...) is refused", words="format")  # fmt: skip
-    interface: str = option(word("ide"), "ide", "the bus", words="if")
+    interface: str | None = option(
+        word("ide", "virtio", none=True), None, "the bus; without it ide on a pc, virtio on a microvm, which has no"
+        " other", words="if")  # fmt: skip
     index: int | None = option(
-        PLACE, None, "its place; on a pc 0 and 1 are primary master and slave, 2 and 3 secondary master and slave;"
-        " without it the next that is free", words="index")  # fmt: skip
-    bus: int | None = option(PLACE, None, "with unit the same in two numbers; on a pc the channel, 0 or 1", words="bus")
-    unit: int | None = option(PLACE, None, "on a pc 0, the master, or 1, the slave", words="unit")
+        PLACE, None, "its place; with if=ide 0 and 1 are primary master and slave, 2 and 3 secondary master and slave,"
+        " with if=virtio the order; without it the next that is free", words="index")  # fmt: skip
+    bus: int | None = option(
+        PLACE, None, "with if=ide and unit the same in two numbers: the channel, 0 or 1", words="bus")  # fmt: skip
+    unit: int | None = option(PLACE, None, "with if=ide 0, the master, or 1, the slave", words="unit")
     media: str = option(word("disk", "cdrom"), "disk", "a disk, or a CD-ROM drive", words="media")
     id: str | None = option(text(none=True), None, "its name; without one its place, as ide0-hd0", words="id")
     cache: str = option(
@@ -134,6 +149,15 @@ class DriveOptions(Options):
     trans: str = option(
         word("auto", "none", "lba", "large", "rechs"), "auto", "how the BIOS translates it; auto: by the geometry, and"
         " where that is not given by the partition table", words="trans bios-chs-trans")  # fmt: skip
+    logical_block_size: int | None = option(
+        BLOCK, None, "with if=virtio how small a request may be, in bytes; else 512", words="logical-block-size"
+        " logical_block_size")  # fmt: skip
+    physical_block_size: int | None = option(
+        BLOCK, None, "with if=virtio in what pieces the guest should write, in bytes; else the same", words=
+        "physical-block-size physical_block_size")  # fmt: skip
+    num_queues: int | None = option(
+        QUEUES, None, "with if=virtio how many queues, each with a thread of its own; without it on a pc one a"
+        " processor, up to 8, else one", words="num-queues")  # fmt: skip
     throttle_bps: int = rate("bytes a second, reads and writes together", "throttling.bps-total bps")
     throttle_bps_read: int = rate("bytes read a second", "throttling.bps-read bps_rd")
     throttle_bps_write: int = rate("bytes written a second", "throttling.bps-write bps_wr")
@@ -188,6 +212,7 @@ class DriveOptions(Options):
             raise ConfigError("a disk without an image: give file=PATH (only a CD drive may be empty)")
         if values["index"] is not None and (values["bus"], values["unit"]) != (None, None):
             raise ConfigError("drive option index beside bus or unit: give the one or the others")
+        check_blocks(values)
         check_geometry(values)
         check_throttles(values)
 
@@ -213,6 +238,15 @@ class DriveOptions(Options):
             if key == "force-share":
                 values[name] = not values[name]
         return cls(**values)
+
+
+def check_blocks(values: dict[str, Any]) -> None:
+    logical, physical = values["logical_block_size"], values["physical_block_size"]
+    if physical is not None and physical < (logical or 512):
+        raise ConfigError(
+            f"drive option physical_block_size={physical} is below logical_block_size={logical or 512}: give more, or"
+            " leave it out"
+        )
 
 
 def check_geometry(values: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Places of drives on a pc: two IDE channels, two drives on each; their names, and what ATA lets them say.
+"""Places of drives on IDE: two channels, two drives on each; their names, and what ATA lets them say.
 
-Nothing here opens anything: a Spec has its drives placed.
+Part of drive_places.py.
 """
 
 from __future__ import annotations
@@ -25,18 +25,9 @@ REVISION_CHARACTERS = 8  # words 23-26
 CD_REVISION_CHARACTERS = 4  # INQUIRY's field (SPC-2, 7.3.2)
 
 
-class PlacedDrive(DriveOptions):
-    """DriveOptions whose ``index``, ``id`` and ``serial`` are there."""
-
-    if TYPE_CHECKING:
-        index: int
-        id: str
-        serial: str
-
-
-def place(drives: Sequence[DriveOptions]) -> tuple[PlacedDrive, ...]:
-    """Each drive at the place it asks for, or the next that is free; in the order of places. ConfigError for a place
-    that there is none of, or twice, for two drives of one name, and for what an IDE drive can't say of itself.
+def place(drives: Sequence[DriveOptions]) -> list[tuple[DriveOptions, dict[str, object]]]:
+    """Each drive at the place it asks for, or the next that is free, and what follows from that; in the order of
+    places. ConfigError for a place that there is none of, or twice, and for what an IDE drive can't say of itself.
     """
     taken: dict[int, DriveOptions] = {}
     for drive in drives:
@@ -53,12 +44,7 @@ def place(drives: Sequence[DriveOptions]) -> tuple[PlacedDrive, ...]:
             if index is None:
                 raise ConfigError(f"drive {drive.file}: all {PLACES} places on the IDE channels are taken")
             taken[index] = drive
-    placed = tuple(placed_drive(index, drive) for index, drive in sorted(taken.items()))
-    names = [drive.id for drive in placed]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two drives are called {name}: give each an id of its own")
-    return placed
+    return [(drive, by_place(index, drive)) for index, drive in sorted(taken.items())]
 
 
 def asked_for(drive: DriveOptions) -> int | None:
@@ -75,14 +61,11 @@ def asked_for(drive: DriveOptions) -> int | None:
     return drive.index
 
 
-def placed_drive(index: int, drive: DriveOptions) -> PlacedDrive:
-    """Its name by its place where it has none, as in QEMU: index 2 is ide1-hd0 or ide1-cd0."""
+def by_place(index: int, drive: DriveOptions) -> dict[str, object]:
+    """What its place says of a drive; its name is as in QEMU: index 2 is ide1-hd0 or ide1-cd0."""
     kind = "cd" if drive.media == "cdrom" else "hd"
-    values = drive.given()
-    values.update(index=index, bus=None, unit=None)
-    values["id"] = drive.id if drive.id is not None else f"ide{index // 2}-{kind}{index % 2}"
-    values["serial"] = drive.serial if drive.serial is not None else f"PV{index + 1:05}"
-    return PlacedDrive(**values)
+    named = {"id": f"ide{index // 2}-{kind}{index % 2}", "serial": f"PV{index + 1:05}"}
+    return {"interface": "ide", "index": index, "bus": None, "unit": None, **named}
 
 
 def check_identity(drive: DriveOptions) -> None:

@@ -20,7 +20,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boards.ide_places import PlacedDrive
+    from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.boards.isa_checks import Ports
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.devices.ide.channel import IdeChannel
@@ -149,7 +149,8 @@ class Pc(IsaBoard):
 
         self.units: list[IdeDisk | AtapiDrive | None] = [None] * PLACES
         for drive in self.config.drives:
-            self.units[drive.index] = self._open_drive(drive)
+            if drive.interface == "ide":
+                self.units[drive.index] = self._open_drive(drive)
         made = []
         for n, (command, control, irq) in enumerate(layout.IDE_CHANNELS):
             units = (self.units[2 * n], self.units[2 * n + 1])

@@ -1,11 +1,11 @@
-"""What a guest finds at the places of a pc's drives (ide_places.py)."""
+"""What a guest finds at the places of a pc's drives (drive_places.py)."""
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.block.backend import BlockBackend
-    from pyvmm.boards.ide_places import PlacedDrive
+    from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.devices.ide.atapi import AtapiDrive
     from pyvmm.devices.ide.disk import IdeDisk
 

@@ -67,7 +67,7 @@ def boot_order(pc: IsaBoard) -> str:
 
 def boot_paths(pc: IsaBoard, order: str, kernel: str | None) -> list[str]:
     """Device paths of the drives, and of the kernel's option ROM, in ``order``."""
-    drives = [(drive.index, drive.media) for drive in pc.config.drives]
+    drives = [(drive.index, drive.media) for drive in pc.config.drives if drive.interface == "ide"]
     return firmware_files.boot_paths(drives, order, kernel=kernel)
 
 

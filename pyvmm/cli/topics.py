@@ -16,8 +16,8 @@ FORCE_SHARE = ("force-share=on|off", "the contrary of locking")
 
 DEVICE = """\
 There is no -device here; a board has its devices, and some options add one:
-  --drive SPEC      an IDE disk or CD-ROM drive
   --net SPEC        a virtio network card
+  --drive SPEC      an IDE disk or CD-ROM drive, or a virtio disk (if=virtio)
   --debug-exit PORT isa-debug-exit
   --debugcon WHERE  isa-debugcon, at port 0x402
   --testdev         pc-testdev

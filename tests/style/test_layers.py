@@ -130,7 +130,7 @@ def test_the_parser_sees_imports() -> None:
 def test_the_table_of_layers_is_read() -> None:
     assert LAYERS[0] == [f"pyvmm.{name}" for name in ("bundle", "bundle_build", "errors", "options", "x86.layout")]
     assert layer("pyvmm.errors") < layer("pyvmm.kvm.vm") < layer("pyvmm.devices.ide.disk") < layer("pyvmm.boards.pc")
-    assert layer("pyvmm.boards.ide_places") < layer("pyvmm.spec") < layer("pyvmm") < layer("pyvmm.cli.run")
+    assert layer("pyvmm.boards.drive_places") < layer("pyvmm.spec") < layer("pyvmm") < layer("pyvmm.cli.run")
     names = [name for names in LAYERS for name in names]
     assert len(names) == len(set(names))
 

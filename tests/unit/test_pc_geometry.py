@@ -11,8 +11,8 @@ import pytest
 
 from pyvmm import ConfigError, Machine
 from pyvmm.block.options import DriveOptions
+from pyvmm.boards.drive_places import place
 from pyvmm.boards.geometry import by_partition_table, guess
-from pyvmm.boards.ide_places import place
 
 SMALL, LARGE = 61440, 8388608  # the sectors of QEMU's hd-geo-test
 NONE, LBA, ECHS, RECHS = range(4)

@@ -20,6 +20,11 @@ HLT = b"\xf4"
 def test_the_board_is_chosen() -> None:
     assert Spec(flat=HLT).machine == "microvm"
     assert Spec(drives=["a.img"]).machine == "pc"
+    assert Spec(drives=["file=a.img,if=virtio"]).machine == "pc"
+    assert Spec(kernel="k", drives=["a.img"]).machine == "pc"
+    assert Spec(kernel="k", drives=["file=a.img,if=virtio"]).machine == "microvm"
+    assert Spec(kernel="k", firmware="bios.bin", drives=["file=a.img,if=virtio"]).machine == "pc"
+    assert Spec(kernel="k", drives=["file=a.img,if=virtio", "b.img"]).machine == "pc"
     assert Spec(firmware="bios.bin").machine == "pc"
     assert Spec(accel="qtest").machine == "pc"
     assert Spec(machine="pc", flat=HLT).machine == "pc"
@@ -153,7 +158,10 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"drives": ["x"] * 5}, "all 4 places"),
         ({"drives": ["file=x,serial=" + "s" * 21]}, "at most 20 characters"),
         ({"drives": ["file=x,id=a", "file=y,id=a"]}, "two drives are called a"),
-        ({"machine": "microvm", "drives": ["x"]}, "no IDE"),
+        ({"machine": "microvm", "drives": ["file=x,if=ide"]}, "no IDE"),
+        ({"machine": "microvm", "drives": ["file=x,media=cdrom"]}, "no IDE"),
+        ({"drives": ["file=x,if=virtio,bus=1"]}, "bus=1 with if=virtio"),
+        ({"drives": ["file=x,num-queues=2"]}, "num_queues=2 with if=ide"),
         ({"cpus": 5000}, "4096 processors at most here, ask for fewer"),
         ({"memory_mib": 0}, "at least 1"),
         ({"kernel": "k", "firmware": "f", "modules": [("m", "")], "flat": None}, "takes no modules"),

@@ -12,7 +12,7 @@ from pyvmm.errors import ConfigError
 
 def test_defaults() -> None:
     options = DriveOptions("x.img")
-    assert (options.file, options.format, options.media, options.interface) == ("x.img", None, "disk", "ide")
+    assert (options.file, options.format, options.media, options.interface) == ("x.img", None, "disk", None)
     assert (options.cache, options.aio, options.rerror, options.werror) == ("writeback", "threads", "report", "enospc")
     assert not options.read_only
     assert options.locking
@@ -64,7 +64,11 @@ def test_parse(text: str, values: dict[str, object]) -> None:
         ("file=x,frobnicate=1", "no option 'frobnicate': see DriveOptions"),
         ("file=x,cache=fast", "cache='fast': use writeback, none, writethrough, directsync or unsafe"),
         ("file=x,aio=native", "aio='native': use threads or io_uring"),
-        ("file=x,if=scsi", "interface='scsi': use ide"),
+        ("file=x,logical-block-size=1000", "give a power of two from 512 to 32768"),
+        ("file=x,logical-block-size=64k", "give a power of two from 512 to 32768"),
+        ("file=x,logical-block-size=4k,physical-block-size=512", "physical_block_size=512 is below logical_block_size"),
+        ("file=x,num-queues=0", "from 1 to 64"),
+        ("file=x,if=scsi", "interface='scsi': use ide or virtio"),
         ("file=x,format=qcow2", "format='qcow2': use raw"),
         ("file=x,rerror=enospc", "rerror='enospc': use report, ignore or stop"),
         ("file=x,werror=maybe", "werror='maybe': use enospc, report, ignore or stop"),

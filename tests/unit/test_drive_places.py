@@ -1,11 +1,11 @@
-"""Where a pc's drives go, what they are called, and what an IDE drive can't say of itself. Nothing is opened."""
+"""Where drives go, what they are called, and what a drive on IDE or on virtio can't be asked. Nothing is opened."""
 
 from __future__ import annotations
 
 import pytest
 
 from pyvmm.block import DriveOptions
-from pyvmm.boards.ide_places import place
+from pyvmm.boards.drive_places import place
 from pyvmm.errors import ConfigError
 
 
@@ -75,3 +75,64 @@ def test_what_can_not_be_placed_is_one_sentence(drives: list[str], message: str)
     with pytest.raises(ConfigError, match=message) as caught:
         place([DriveOptions.parse(f"file=x,{text}") for text in drives])
     assert "\n" not in str(caught.value)
+
+
+# -- virtio ------------------------------------------------------------------------------------------------------------
+
+
+def parsed(*texts: str) -> list[DriveOptions]:
+    return [DriveOptions.parse(f"file={chr(97 + n)},{text}") for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("machine", "texts", "places"),
+    [
+        ("pc", ["", "if=virtio", "media=cdrom"], ["ide 0 a", "ide 2 c", "virtio 0 b"]),
+        ("microvm", ["", "if=virtio"], ["virtio 0 a", "virtio 1 b"]),
+        ("microvm", ["", "index=0", "index=7"], ["virtio 0 b", "virtio 1 a", "virtio 7 c"]),
+        ("pc", ["if=ide", "if=virtio,index=0"], ["ide 0 a", "virtio 0 b"]),
+    ],
+)
+def test_a_drive_goes_to_the_boards_bus_or_to_the_one_it_names(
+    machine: str, texts: list[str], places: list[str]
+) -> None:
+    placed = place(parsed(*texts), machine)
+    assert [f"{drive.interface} {drive.index} {drive.file}" for drive in placed] == places
+    assert place(placed, machine) == placed
+
+
+def test_names_serial_numbers_and_queues_on_virtio() -> None:
+    plain, told = place(parsed("if=virtio", "if=virtio,id=data,serial=X,num-queues=3"), "pc", cpus=4)
+    assert (plain.id, plain.serial, plain.num_queues) == ("virtio0", "PVV00001", 4)
+    assert (told.id, told.serial, told.num_queues) == ("data", "X", 3)
+    assert place(parsed("if=virtio"), "pc", cpus=64)[0].num_queues == 8
+    assert place(parsed(""), "microvm", cpus=64)[0].num_queues == 1
+    assert place(parsed(""), "pc", cpus=4)[0].num_queues is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["index=3", "index=3"], "drives a and b both want index=3 of virtio"),
+        (["index=256"], "index=256: use 0 to 255"),
+        (["media=cdrom"], "virtio has no CD-ROM drive: use if=ide, or media=disk,read-only=on"),
+        (["bus=0"], "bus=0 with if=virtio: leave it out"),
+        (["unit=0"], "unit=0 with if=virtio"),
+        (["model=M"], "model='M' with if=virtio"),
+        (["ver=1"], "ver='1' with if=virtio"),
+        (["trans=lba"], "trans=lba with if=virtio"),
+        (["serial=123456789012345678901"], "at most 20 characters"),
+        (["cyls=1,heads=256,secs=63"], "heads=256: give a whole number from 1 to 255"),
+        (["id=a", "id=a"], "two drives are called a"),
+    ],
+)
+def test_what_virtio_can_not_be_asked_is_one_sentence(texts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        place(parsed(*(f"if=virtio,{text}" for text in texts)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["logical-block-size=4096", "physical_block_size=4096", "num-queues=2"])
+def test_what_ide_can_not_be_asked_names_the_bus_that_can(text: str) -> None:
+    with pytest.raises(ConfigError, match="with if=ide: use if=virtio, or leave it out"):
+        place(parsed(text))
