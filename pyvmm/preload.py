@@ -60,6 +60,8 @@ BUILDING = (
     "pyvmm.devices.serial",
     "pyvmm.devices.testdev",
     "pyvmm.devices.vga_text",
+    "pyvmm.devices.virtio.blk",
+    "pyvmm.devices.virtio.blk_fast",
     "pyvmm.devices.virtio.mmio",
     "pyvmm.devices.virtio.net",
     "pyvmm.devices.virtio.pci",

@@ -58,7 +58,8 @@ class Spec(MachineConfig):
     @property
     def wants_virtio(self) -> bool:
         """Whether any of its devices is one of virtio's."""
-        return self.rng or bool(self.nets)
+        on_virtio = any(drive.interface == "virtio" for drive in self.drives)
+        return on_virtio or self.rng or bool(self.nets)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pyvmm.address_space import AddressSpace
+    from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.chassis import Chassis
+    from pyvmm.clock import Clock
     from pyvmm.devices.pci.host import PciHost
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.guest_memory import GuestMemory
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
         config: Spec
         chassis: Chassis
+        clock: Clock
         memory: GuestMemory
         mmio: AddressSpace
         windows: Places
@@ -61,6 +64,9 @@ GSIS = (5, 10, 11, 12, 6, 7, 14, 15, 3, *range(layout.ISA_IRQS, layout.IOAPIC_PI
 
 def make_all(board: Board) -> None:
     """Every virtio device that the Spec asks for, in the order in which the guest finds them."""
+    for drive in board.config.drives:
+        if drive.interface == "virtio":
+            make_disk(board, drive)
     for net in board.config.nets:
         make_net(board, net)
     if board.config.rng:
@@ -76,6 +82,26 @@ def make_net(board: Board, options: NetOptions) -> None:
     backend = board.chassis.closers.add(open_net(options))
     address = bytes.fromhex(mac.replace(":", ""))
     board.add_virtio(name, VirtioNet(board.memory, backend, mac=address, mtu=options.mtu))
+
+
+def make_disk(board: Board, drive: PlacedDrive) -> None:
+    from pyvmm.block.open import open_drive
+    from pyvmm.boards.geometry import disk_geometry
+    from pyvmm.devices.virtio.blk import SECTOR_BYTES, VirtioBlk
+
+    chassis = board.chassis
+    backend = open_drive(drive, loop=chassis.loop, clock=board.clock, on_error=chassis.drives.failed)
+    chassis.drives.add(backend)
+    disk = VirtioBlk(
+        board.memory,
+        backend,
+        serial=drive.serial,
+        queues=drive.num_queues or 1,
+        logical_block_bytes=drive.logical_block_size or SECTOR_BYTES,
+        physical_block_bytes=drive.physical_block_size,
+        geometry=disk_geometry(drive, backend)[0],
+    )
+    board.add_virtio(f"blk{drive.index}", disk)
 
 
 def make_rng(board: Board) -> None:

@@ -144,7 +144,7 @@ def test_host_mistakes_are_one_sentence(tmp_path: Path, image: Path) -> None:
         ({"drives": [tmp_path / "none.img"]}, "none.img"),
         ({"drives": [tmp_path]}, "directory"),
         ({"firmware": odd}, "whole pages"),
-        ({"drives": [image], "machine": "microvm"}, "microvm"),
+        ({"drives": [f"file={image},if=ide"], "machine": "microvm"}, "microvm"),
         ({"drives": image}, "a list of drives"),
         ({"machine": "isapc"}, "use pc or microvm"),
         ({"boot": "x"}, "letters of c"),
