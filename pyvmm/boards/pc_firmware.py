@@ -10,6 +10,7 @@ from pyvmm.x86.boot_options import BootOptions
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from pyvmm.boards.isa import IsaBoard
 
@@ -68,7 +69,11 @@ def boot_order(pc: IsaBoard) -> str:
 def boot_paths(pc: IsaBoard, order: str, kernel: str | None) -> list[str]:
     """Device paths of the drives, and of the kernel's option ROM, in ``order``."""
     drives = [(drive.index, drive.media) for drive in pc.config.drives if drive.interface == "ide"]
-    return firmware_files.boot_paths(drives, order, kernel=kernel)
+    names = [f"blk{drive.index}.pci" for drive in pc.config.drives if drive.interface == "virtio"]
+    parts: dict[str, Any] = dict(pc.parts)
+    slots = {id(function): slot for slot, _, function in parts["pci"].devices}
+    virtio_slots = [slots[id(parts[name])] for name in names]
+    return firmware_files.boot_paths(drives, order, kernel=kernel, virtio_slots=virtio_slots)
 
 
 def after_first_boot(pc: IsaBoard) -> None:

@@ -1,4 +1,4 @@
-"""A stock Debian kernel with its root on a virtio disk: over mmio, with split and packed queues; fio with its
+"""A stock Debian kernel with its root on a virtio disk: over mmio and PCI, with split and packed queues; fio with its
 data verified, many requests in flight; and what is there afterwards."""
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def make_root(directory: Path) -> Path:
 @pytest.mark.lab
 @pytest.mark.slow
 @pytest.mark.parametrize("ring", ["split", "packed"])
-@pytest.mark.parametrize("machine", ["microvm"])
+@pytest.mark.parametrize("machine", ["microvm", "pc"])
 def test_root_on_a_virtio_disk(
     tmp_path: Path, guest_console: Callable[..., Console], machine: str, ring: str
 ) -> None:

@@ -11,10 +11,10 @@ from blk_bench import SECTOR, header
 from driver import TestDriver
 
 import pyvmm
+from pyvmm.boards.pc_firmware import boot_paths
 from pyvmm.devices.virtio import blk, mmio
 from pyvmm.devices.virtio.device import ACKNOWLEDGE, DRIVER, DRIVER_OK, F_VERSION_1, FEATURES_OK
-from pyvmm.errors import ConfigError
-from pyvmm.x86 import layout
+from pyvmm.x86 import firmware_files, layout
 
 LIMIT_S = 20.0
 
@@ -92,6 +92,11 @@ def test_two_disks_and_their_names(tmp_path: Path) -> None:
         assert {"blk0", "blk1"} <= set(m.devices)
 
 
-def test_a_pc_says_that_it_has_none_yet(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a pc has no virtio devices yet: use machine='microvm'"):
-        pyvmm.Machine(machine="pc", accel="qtest", drives=[f"file={tmp_path / 'a'},if=virtio"])
+def test_a_pc_names_its_disks_to_the_firmware(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(SECTOR))
+    drives = [f"file={tmp_path / 'a'},if=virtio", f"file={tmp_path / 'b'}"]
+    with pyvmm.Machine(machine="pc", accel="qtest", drives=drives) as m:
+        slots = [slot for slot, _, function in m.devices["pci"].devices if function is m.devices["blk0.pci"]]  # type: ignore[attr-defined]
+        paths = boot_paths(m.board, "c", None)  # type: ignore[arg-type]
+        assert paths == [firmware_files.ide_path(0), firmware_files.virtio_path(slots[0])]
