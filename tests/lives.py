@@ -20,6 +20,10 @@ LONG_LIFE_S = 2.0
 # MSR_KVM_SYSTEM_TIME and its newer number (Linux virt/kvm/x86/msr.rst): address of a pvclock_vcpu_time_info, bit 0 on.
 KVMCLOCK_MSRS = ("0x12", "0x4b564d01")
 KVMCLOCK_BYTES = 32
+# MSR_KVM_WALL_CLOCK and its newer number: address of a pvclock_wall_clock, which KVM fills at each write of the MSR, a
+# load's too, with the wall clock's time at which guest time was zero. That moves with every pause.
+WALL_CLOCK_MSRS = ("0x11", "0x4b564d00")
+WALL_CLOCK_BYTES = 12
 PAGE = 4096
 # HV_X64_MSR_VP_RUNTIME and HV_X64_MSR_TIME_REF_COUNT (Hyper-V TLFS), which KVM lists and counts for any guest.
 COUNTING_MSRS = ("0x40000010", "0x40000020")
@@ -147,13 +151,16 @@ def different_memory(one: dict[str, Any], other: dict[str, Any], name: str, cloc
 
 
 def kvmclocks(state: dict[str, Any]) -> set[int]:
-    """Addresses of the guest's copies of its clock."""
-    enabled = (
-        entry["state"]["msrs"].get(msr, 0)
-        for name, entry in state["parts"].items() if name.startswith("vCPU")
-        for msr in KVMCLOCK_MSRS
-    )  # fmt: skip
-    return {msr - 1 + at for msr in enabled if msr & 1 for at in range(KVMCLOCK_BYTES)}
+    """Addresses of the guest's copies of its clock, and of the time at which it began."""
+    found: set[int] = set()
+    for name, entry in state["parts"].items():
+        if name.startswith("vCPU"):
+            msrs = entry["state"]["msrs"]
+            for enabled in (msrs.get(msr, 0) for msr in KVMCLOCK_MSRS):
+                found.update(range(enabled - 1, enabled - 1 + KVMCLOCK_BYTES) if enabled & 1 else ())
+            for address in filter(None, (msrs.get(msr, 0) for msr in WALL_CLOCK_MSRS)):
+                found.update(range(address, address + WALL_CLOCK_BYTES))
+    return found
 
 
 def without_what_may_differ(state: dict[str, Any]) -> dict[str, Any]:
