@@ -38,6 +38,7 @@ def main() -> None:
     port, token = int(sys.argv[1]), sys.argv[2]
     stir_random(bytes.fromhex(sys.argv[3]))
     os.makedirs(COMMANDS, exist_ok=True)
+    write(f"{CGROUPS}/cgroup.subtree_control", "+cpuset")
     # Before everything else in the lab, so that a missing beat means that the lab stands still and not that it is busy.
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # all orphans of the lab end up here: the kernel reaps them
@@ -97,6 +98,11 @@ def resize(request: Mapping[str, Any]) -> None:
         set_size(terminal.fileno(), request["terminal"])
 
 
+def write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def set_size(fd: int, size: Iterable[int]) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("4H", *size, 0, 0))
 
@@ -118,6 +124,8 @@ class Command:
         self.bind(self.request["binds"])
         self.cgroup = f"{CGROUPS}/{os.getpid()}"
         os.mkdir(self.cgroup)
+        # A guest on processor 0 does not stay whole (docs/lab.md, "A word of processor 0").
+        write(f"{self.cgroup}/cpuset.cpus", f"1-{len(os.sched_getaffinity(0)) - 1}")
         if self.request["terminal"]:
             self.start_on_terminal()
         else:
@@ -168,8 +176,7 @@ class Command:
         if self.pid:
             return
         try:
-            with open(f"{self.cgroup}/cgroup.procs", "w") as file:
-                file.write("0")
+            write(f"{self.cgroup}/cgroup.procs", "0")
             os.setsid()
             for fd, source in enumerate(streams):
                 os.dup2(source, fd)
@@ -307,8 +314,7 @@ class Command:
 
     def kill_all(self) -> None:
         """The command and all that it started, also in sessions of their own (cgroup.kill, Linux 5.14)."""
-        with open(f"{self.cgroup}/cgroup.kill", "w") as file:
-            file.write("1")
+        write(f"{self.cgroup}/cgroup.kill", "1")
         with open(f"{self.cgroup}/cgroup.events") as file:
             poll = select.poll()
             poll.register(file, select.POLLPRI)

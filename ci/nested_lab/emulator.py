@@ -118,9 +118,10 @@ class Emulator:
 
     @staticmethod
     def arguments(cpus: int, memory_mib: int) -> list[str]:
-        """What makes the machine, and so a saved state of it."""
+        """What makes the machine, and so a saved state of it. `cpus` are those that commands run on."""
         # Without ERMS memory is copied and cleared in words: the emulator takes as long for each byte of a REP MOVSB.
-        arguments = ["-accel", "tcg,thread=multi", "-cpu", "max,-erms", "-smp", str(cpus), "-m", str(memory_mib)]
+        # Processor 0 is the agent's alone (docs/lab.md, "A word of processor 0").
+        arguments = ["-accel", "tcg,thread=multi", "-cpu", "max,-erms", "-smp", str(1 + cpus), "-m", str(memory_mib)]
         arguments += ["-nodefaults", "-no-reboot", "-display", "none"]
         arguments += ["-kernel", str(image.kernel()), "-initrd", str(image.initrd())]
         return [*arguments, "-append", image.KERNEL_COMMAND_LINE]

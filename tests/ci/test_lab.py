@@ -35,7 +35,7 @@ def run(lab: Lab, *argv: str, **options: object) -> subprocess.CompletedProcess[
 def test_a_command_sees_a_full_kvm_and_its_results_come_back(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text(
-        "ls /dev/kvm /dev/net/tun /dev/ptmx && pwd && grep -c -w svm /proc/cpuinfo\n"
+        "ls /dev/kvm /dev/net/tun /dev/ptmx && pwd && nproc\n"
         "echo \"$PYVMM_HERE\"; echo complaint >&2; cat\n"
         "head -c 3000000 /dev/zero | tr '\\0' x >$LAB_SCRATCH/many; touch /here-and-gone\n"
         "exit 7\n"
@@ -63,6 +63,13 @@ def test_a_command_sees_a_full_kvm_and_its_results_come_back(tmp_path: Path) -> 
 def test_what_the_emulator_does_wrong_is_off(parameter: str, lab: Lab) -> None:
     """docs/lab.md. The module is kvm-amd, its parameters on the command line are kvm_amd's."""
     assert run(lab, "cat", f"/sys/module/kvm_amd/parameters/{parameter}").stdout == b"0\n"
+
+
+def test_no_command_gets_to_processor_0(lab: Lab) -> None:
+    """docs/lab.md, "A word of processor 0". Nor does one that asks for it."""
+    said = run(lab, "sh", "-c", "taskset -pc $$").stdout
+    assert said.decode().split()[-1] in ("1,2", "1-2")
+    assert run(lab, "taskset", "-c", "0", "true").returncode == 1
 
 
 def test_an_interrupt_ends_qemu_too(tmp_path: Path) -> None:
