@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
     from pyvmm.snapshot import Snapshot
-    from pyvmm.snapshots import Saved
+    from pyvmm.machine_snapshot import Saved
     from pyvmm.spec import Spec
     from pyvmm.terminal import Terminal
 
@@ -338,7 +338,7 @@ class Machine:
         StateError for what can't be saved, as from ``save_state``; ConfigError and HostError for a path and a host that
         can't take it.
         """
-        from pyvmm.snapshots import save
+        from pyvmm.machine_snapshot import save
 
         state = self._all_state("save")
         return save(state, self.config, self._chassis.origin, os.fspath(path), base)
@@ -365,7 +365,7 @@ class Machine:
         ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
         """
         from pyvmm.snapshot import Snapshot
-        from pyvmm.snapshots import restored_spec
+        from pyvmm.machine_snapshot import restored_spec
 
         with path.hold() if isinstance(path, Snapshot) else Snapshot(os.fspath(path)) as origin:
             config = restored_spec(origin, options)
@@ -398,7 +398,7 @@ class Machine:
         as with ``restore``. Errors as from ``save`` and ``restore``; then there is none of them.
         """
         from pyvmm.origin import Origin
-        from pyvmm.snapshots import freeze
+        from pyvmm.machine_snapshot import freeze
 
         if not is_int(count) or count < 1:
             raise ConfigError(f"fork({count!r}): give how many machines, 1 or more")

@@ -106,12 +106,12 @@ RUNNING = (
     "pyvmm.exit_stats",
     "pyvmm.gsi_routes",  # MSIs and irqfds, as irqfd
     "pyvmm.irqfd",
-    "pyvmm.origin",  # forks, as snapshot, snapshots
+    "pyvmm.origin",  # forks, as snapshot, machine_snapshot
+    "pyvmm.machine_snapshot",
     "pyvmm.machine_state",
     "pyvmm.restart",
     "pyvmm.run_state",
     "pyvmm.snapshot",
-    "pyvmm.snapshots",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
     "pyvmm.x86.irqchip_state",  # resets, as pit_state

@@ -384,6 +384,12 @@ class Snapshot:
             if drive["name"] in names:
                 check_image(drive)
 
+    def is_file(self, status: os.stat_result) -> bool:
+        """Whether that is the file's. StateError where it is closed."""
+        if not self._holders:
+            raise StateError(f"snapshot {self.path} is closed: open it again")
+        return os.path.samestat(os.fstat(self._file.fd), status)
+
     def hold(self) -> Self:
         """One more who will call ``close``. StateError where it is closed."""
         with self._lock:

@@ -62,25 +62,16 @@ def load_fields(owner, fields, state, besides=()):
         put(owner, name, fields[name], value)
 
 
-# Tables by their identity, and whether they have times: each is looked at once. They are kept, so that no other one can
-# have that identity.
-_timed = {}
-
-
-def now(owner, fields):
+cdef object now(owner, fields):
     """Guest time, for a table that has times."""
-    known = _timed.get(id(fields))
-    if known is None or known[0] is not fields:
-        timed = any("moment" in flat(kind) or "timer" in flat(kind) for kind in fields.values())
-        if len(_timed) > 10_000:
-            _timed.clear()  # tables that are made anew each time
-        known = _timed[id(fields)] = fields, timed
-    return int(owner._clock.now_ns()) if known[1] else 0
+    for kind in fields.values():
+        if is_time(kind) or (isinstance(kind, tuple) and any(is_time(inner) for inner in kind)):
+            return int(owner._clock.now_ns())
+    return 0
 
 
-cdef tuple flat(kind):
-    """A kind, and the kind in it."""
-    return kind if isinstance(kind, tuple) else (kind,)
+cdef bint is_time(kind):
+    return isinstance(kind, str) and (kind == "moment" or kind == "timer")
 
 
 cpdef check_names(state, names):

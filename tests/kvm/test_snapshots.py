@@ -131,6 +131,26 @@ def test_differences_from_a_base(boot: Callable[..., Guest], tmp_path: Path) -> 
         Machine.restore(tmp_path / "third")
 
 
+def test_a_base_is_not_written_over(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Nor what it is based on, by whatever name; a snapshot that has nothing to do with it is."""
+    paths = [str(tmp_path / name) for name in ("first", "second", "third")]
+    machine = boot(COUNTER).machine
+    machine.save(paths[0])
+    machine.save(paths[2])
+    with Snapshot(paths[0]) as base:
+        machine.save(paths[1], base=base)
+    os.symlink(paths[0], tmp_path / "link")
+    with Snapshot(paths[1]) as base:
+        for path in (*paths[:2], tmp_path / "link"):
+            with pytest.raises(pyvmm.ConfigError, match="is the base, or one of its bases: save to another path"):
+                machine.save(path, base=base)
+        machine.save(paths[2], base=base)
+    with pytest.raises(StateError, match="is closed: open it again"):
+        machine.save(paths[2], base=base)
+    with Machine.restore(paths[2]) as m:
+        assert m.run(TIMEOUT_S) == PASSED
+
+
 def test_what_one_writes_no_other_one_sees(boot: Callable[..., Guest], tmp_path: Path) -> None:
     guest = boot(PAGES)
     guest.machine.save(tmp_path / "a")
@@ -272,7 +292,7 @@ def test_a_reset_starts_the_guest_again(boot: Callable[..., Guest], tmp_path: Pa
         assert m.run(TIMEOUT_S) == PASSED
 
 
-def test_a_hundred_machines_of_one_snapshot_share_its_memory(boot: Callable[..., Guest], tmp_path: Path) -> None:
+def test_machines_of_one_snapshot_share_its_memory(boot: Callable[..., Guest], tmp_path: Path) -> None:
     guest = boot(COUNTER, memory_mib=64)
     guest.machine.memory.write(0x800000, os.urandom(32 * MIB))
     guest.machine.save(tmp_path / "a")

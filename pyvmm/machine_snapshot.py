@@ -45,19 +45,39 @@ class Saved:
 def save(state: MachineState, config: Spec, origin: Origin | None, path: str, base: Snapshot | None) -> Saved:
     """Machine.save has what it does."""
     stood_ns = 0
+    check_apart(path, base)
     with SnapshotWriter(path) as file:
         saving = Saving(file, snapshot_of(origin), base)
+
+        def sync_images() -> None:
+            for image in image_paths(config).values():
+                sync_image(image)
 
         def stand() -> None:
             nonlocal stood_ns
             began_ns = monotonic_ns()
-            for image in image_paths(config).values():
-                sync_image(image)
+            sync_images()
             take(saving, state, config)
             stood_ns = monotonic_ns() - began_ns
 
+        sync_images()  # most of it while the guest runs
+
         state.while_it_stands("save", stand, STATES)
         return Saved(saving.commit(), stood_ns)
+
+
+def check_apart(path: str, base: Snapshot | None) -> None:
+    """ConfigError where the snapshot at ``path`` is the base, or one of those that it is based on itself: what is based
+    on a file can't take its place.
+    """
+    try:
+        there = os.stat(path)
+    except OSError:
+        return
+    while base is not None:
+        if base.is_file(there):
+            raise ConfigError(f"snapshot {path} is the base, or one of its bases: save to another path")
+        base = base.base
 
 
 def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
@@ -70,8 +90,9 @@ def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
             saving.commit()
             frozen = Snapshot.in_memory(file.committed())
             try:
-                frozen.share(state.ram())
+                # First: memory that is a mapping of it, in a part of it too, needs its file.
                 origin.take(frozen)
+                frozen.share(state.ram())
             except BaseException:
                 frozen.close()
                 raise
