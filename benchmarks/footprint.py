@@ -1,4 +1,5 @@
-"""What a VMM holds beyond its guest's RAM: resident memory (RSS), and that which is its alone (USS).
+"""What a VMM holds beyond its guest's RAM: resident memory (RSS), that which is its alone (USS), and its part of what
+it shares (PSS: a page that three processes have counts a third).
 
 Linux Documentation/filesystems/proc.rst: /proc/PID/smaps_rollup for the whole, /proc/PID/smaps for guest RAM.
 """
@@ -29,6 +30,7 @@ class Footprint(NamedTuple):
 
     rss_mib: float
     uss_mib: float
+    pss_mib: float
     guest_mib: float
 
 
@@ -79,4 +81,11 @@ def beyond_guest(pid: int, ram_mib: int) -> Footprint:
     private = ("Private_Clean", "Private_Dirty", "Private_Hugetlb")
     guest_rss = sum(total(each.kib, "Rss") for each in ram)
     guest_uss = sum(total(each.kib, *private) for each in ram)
-    return Footprint(total(whole, "Rss") - guest_rss, total(whole, *private) - guest_uss, guest_rss)
+    guest_pss = sum(total(each.kib, "Pss") for each in ram)
+    rss, uss, pss = total(whole, "Rss"), total(whole, *private), total(whole, "Pss")
+    return Footprint(rss - guest_rss, uss - guest_uss, pss - guest_pss, guest_rss)
+
+
+def mean(found: list[Footprint]) -> Footprint:
+    """Of several processes, each figure for itself."""
+    return Footprint(*(sum(values) / len(found) for values in zip(*found, strict=True)))

@@ -98,7 +98,10 @@ def main() -> int:
         setattr(owner, name, watch.timed(step, getattr(owner, name)))
     resume, wait = machine.Machine.resume, run_control.RunControl.wait
 
+    ran: list[machine.Machine] = []
+
     def resumed(self: "Any") -> None:
+        ran.append(self)
         stamps["resumed"] = monotonic_ns()
         watch.enter("guest")
         resume(self)
@@ -109,6 +112,7 @@ def main() -> int:
         finally:
             watch.leave()
             stamps["stopped"] = monotonic_ns()
+            stamps["first_exit"] = ran[0].first_exit_ns or 0
 
     machine.Machine.resume, run_control.RunControl.wait = resumed, waited  # type: ignore
     try:

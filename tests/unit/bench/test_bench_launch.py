@@ -12,7 +12,16 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import elf
-from pyvmm_benchmarks import cycles, footprint, launch, launch_guests, launch_plots, stopwatch
+from pyvmm_benchmarks import (
+    cycles,
+    footprint,
+    instructions,
+    launch,
+    launch_bench,
+    launch_guests,
+    launch_plots,
+    stopwatch,
+)
 from pyvmm_benchmarks.contenders import c_floor
 from pyvmm_benchmarks.contenders.launch_contender import Launcher
 from pyvmm_benchmarks.contenders.launch_others import CloudHypervisor, Firecracker, Kvmtool
@@ -54,9 +63,11 @@ class Fake(Launcher):
         return fake(*self.steps)
 
 
-def bench(directory: Path, *contenders: Launcher, **settings: Any) -> launch.Bench:
-    made = launch.Settings(**{"quick": True, "rounds": 2, "linux_rounds": 1, "sets": 1, "many": (1, 3), **settings})
-    return launch.Bench(directory, contenders, made, {})
+def bench(directory: Path, *contenders: Launcher, **settings: Any) -> launch_bench.Bench:
+    made = launch_bench.Settings(
+        **{"quick": True, "rounds": 2, "linux_rounds": 1, "sets": 1, "many": (1, 3), **settings}
+    )
+    return launch_bench.Bench(directory, contenders, made, {})
 
 
 def value(case: Case, name: str) -> float:
@@ -92,7 +103,7 @@ def test_a_launch_that_says_nothing() -> None:
     launched = stopwatch.launch(fake(["end", 0]), limit_s=LIMIT_S)
     assert (launched.first_ns, launched.said) == (None, b"")
     with pytest.raises(Failed, match="said nothing"):
-        launch.spoken(launched)
+        launch_bench.spoken(launched)
 
 
 def test_a_launch_that_hangs() -> None:
@@ -131,8 +142,9 @@ def test_many_at_once_of_whom_one_fails() -> None:
 def test_delays_come_out_as_they_are(tmp_path: Path) -> None:
     quick = Fake("qemu-pc", ["say", "!"], ["end", 0])
     slow = Fake("pyvmm", ["sleep", 0.3], ["say", "!"], ["sleep", 0.2], ["end", 0], ours=True)
-    first, gone = bench(tmp_path, quick, slow, Fake("kvmtool")).part("small")
+    first, gone, processor = bench(tmp_path, quick, slow, Fake("kvmtool")).part("small")
     assert value(first, "pyvmm") > 300
+    assert 0 < value(processor, "pyvmm") < value(gone, "pyvmm") - 400  # it slept
     assert value(gone, "pyvmm") - value(first, "pyvmm") > 195
     assert value(first, "pyvmm") - value(first, "qemu-pc") > 150  # the interpreter's start is both's
     ratio = first.results[1].ratio
@@ -148,14 +160,14 @@ def test_delays_come_out_as_they_are(tmp_path: Path) -> None:
 def test_who_fails_takes_part_no_more(tmp_path: Path, fails_from: int) -> None:
     good = Fake("qemu-pc", ["say", "!"])
     bad = Fake("qemu-microvm", ["say", "!"], fails_from=fails_from)
-    first, _ = bench(tmp_path, good, bad).part("small")
+    first, *_ = bench(tmp_path, good, bad).part("small")
     assert first.results[1].reason == "ended with status 3 and said nothing"
     assert not first.results[1].ran and first.results[0].ran
     assert bad.launched == fails_from
     assert launch.verdict([first]) == []
 
 
-def linux_bench(tmp_path: Path, *contenders: Launcher, full: bool = True, **settings: Any) -> launch.Bench:
+def linux_bench(tmp_path: Path, *contenders: Launcher, full: bool = True, **settings: Any) -> launch_bench.Bench:
     made = bench(tmp_path, *contenders, **settings)
     made._linux = Guest("linux", tmp_path, 512, Linux("bzImage", "initrd", "console=ttyS0", full, "vmlinux"))
     return made
@@ -172,21 +184,12 @@ def test_linux(tmp_path: Path) -> None:
     assert 0 < processor < gone
 
 
-def test_a_linux_that_hangs_gets_another_try(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(launch, "LINUX_LIMIT_S", 2.0)
-
-    class Wedged(Fake):
-        def command(self, guest: Guest) -> list[str]:
-            command = super().command(guest)
-            return fake(["say", "Linux version"], ["hang"]) if self.launched == 2 else command
-
-    guest = Wedged("qemu-pc", *BOOT)
-    cases = linux_bench(tmp_path, guest).part("linux")
-    assert cases[0].results[0].ran
-    assert guest.launched == 4
-    assert "qemu-pc: once more, after: not over after 2 s" in capsys.readouterr().out
+def test_a_linux_that_hangs_is_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_bench, "LINUX_LIMIT_S", 2.0)
+    hanging = Fake("qemu-pc", ["say", "Linux version"], ["hang"])
+    cases = linux_bench(tmp_path, hanging).part("linux")
+    assert cases[0].results[0].reason.startswith("not over after 2 s")
+    assert hanging.launched == 1
 
 
 def test_linux_on_software_kvm_goes_to_its_console_only(tmp_path: Path) -> None:
@@ -205,18 +208,30 @@ def test_linux_without_a_kernel(tmp_path: Path) -> None:
 
 
 def test_many(tmp_path: Path) -> None:
-    cases = bench(tmp_path, Fake("qemu-pc", ["sleep", 0.2], ["say", "!"], ["sleep", 0.2])).part("many")
-    assert [case.name for case in cases] == ["many_1", "many_1_gone", "many_3", "many_3_gone"]
-    for first, gone in ((cases[0], cases[1]), (cases[2], cases[3])):
+    class Vmm(Fake):
+        """Its guest waits where it is told to."""
+
+        def command(self, guest: Guest) -> list[str]:
+            command = super().command(guest)
+            return fake(["hold", 256], ["say", "!"], ["hang"]) if guest.name == "waiting" else command
+
+    cases = bench(tmp_path, Vmm("qemu-pc", ["sleep", 0.2], ["say", "!"], ["sleep", 0.2])).part("many")
+    assert [case.name for case in cases] == [
+        f"many_{count}{what}" for count in (1, 3) for what in ("", "_gone", "_pss")
+    ]
+    for first, gone, pss in (cases[:3], cases[3:]):
         assert value(first, "qemu-pc") > 200
         assert value(gone, "qemu-pc") - value(first, "qemu-pc") > 150
+        assert value(pss, "qemu-pc") > 1
+    # The interpreter's own code and data are shared by three.
+    assert value(cases[5], "qemu-pc") < value(cases[2], "qemu-pc")
 
 
 def test_many_need_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "available_mib", lambda: 250)
+    monkeypatch.setattr(launch_bench, "available_mib", lambda: 250)
     cases = bench(tmp_path, Fake("qemu-pc", ["say", "!"])).part("many")
     assert cases[0].results[0].ran
-    assert cases[2].results[0].reason == "3 at once want 300 MiB of free memory"
+    assert cases[3].results[0].reason == "3 at once want 300 MiB of free memory"
 
 
 def test_memory_beyond_the_guest_s(tmp_path: Path) -> None:
@@ -229,6 +244,30 @@ def test_memory_beyond_the_guest_s(tmp_path: Path) -> None:
     assert value(uss, "pyvmm") - value(uss, "qemu-pc") == pytest.approx(24, abs=3)
     assert value(uss, "qemu-pc") <= value(rss, "qemu-pc")
     assert rss.results[2].reason == "its memory can't be told apart: no mapping of 256 MiB"
+
+
+def test_instructions_are_counted(tmp_path: Path) -> None:
+    """An interpreter that starts and ends takes 20 to 40 million; a counter that lost a process would say none."""
+    count = instructions.counter()
+    assert count is not None
+    short = count([sys.executable, "-ISsc", "pass"], None, LIMIT_S)
+    assert 10 < short < 100
+    through_a_shell = count(["sh", "-c", f"exec {sys.executable} -ISsc pass"], None, LIMIT_S)
+    assert short * 0.99 < through_a_shell < short * 1.2
+    (case,) = bench(tmp_path, Fake("qemu-pc", ["say", "!"])).part("instructions")
+    assert value(case, "qemu-pc") > short
+
+
+def test_instructions_where_nothing_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (case,) = bench(tmp_path, Fake("qemu-pc", ["say", "!"])).part("instructions")
+    assert case.results[0].reason == "neither perf nor callgrind counts here (Debian: valgrind)"
+
+
+def test_starts_that_waited() -> None:
+    case = launch_bench.first_exits("first_exit_small", [0.3, 14.0, 0.4, 0.3])
+    assert "1 of 4 starts waited more than 5 ms" in case.title
+    assert value(case, "pyvmm") == pytest.approx(0.35)
 
 
 SMAPS = """\
@@ -252,6 +291,7 @@ def test_guest_ram_among_the_mappings() -> None:
     assert footprint.guest_ram(found, 256) == found[1:3]  # two neighbours
     assert footprint.guest_ram(found, 260) == [found[3]]
     assert footprint.guest_ram(found, 258) == [found[3]]  # with something more in it
+    assert footprint.mean([footprint.Footprint(4, 3, 2, 1), footprint.Footprint(8, 5, 4, 1)]) == (6, 4, 3, 1)
     with pytest.raises(footprint.NoGuestRam):
         footprint.guest_ram(found, 300)
 
@@ -293,7 +333,7 @@ def test_the_steps_of_a_trace_are_all_the_time_there_is() -> None:
     spent = {"imports": 20 * MS, "KVM": 10 * MS, "guest": 100 * MS, "closing": 5 * MS}
     told = {"born": 1010 * MS, "resumed": 1045 * MS, "stopped": 1145 * MS, "ended": 1150 * MS, "spent": spent}
     launched = Launch(60 * MS, {"console": 60 * MS, "init": 130 * MS}, 160 * MS, 0, 0, b"")
-    steps = launch.steps_of(1000 * MS, launched, told)
+    steps = launch_bench.steps_of(1000 * MS, launched, told)
     assert steps == {
         "interpreter": 10, "imports": 20, "KVM": 10, "between": 5,
         "guest to console": 15, "guest to first byte": 0, "guest to init": 70, "guest to end": 15,
@@ -304,15 +344,17 @@ def test_the_steps_of_a_trace_are_all_the_time_there_is() -> None:
 
 def test_a_trace_of_a_tracer_with_known_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def traced(self: Pyvmm, guest: Guest, fd: int) -> list[str]:
-        told = '{"born": 0, "resumed": 0, "stopped": 0, "ended": 0, "spent": {"imports": 3000000}}\n'
-        return fake(["say", "!"], ["tell", fd, told])
+        told = {"born": 0, "resumed": 0, "stopped": 0, "ended": 0, "first_exit": 7 * MS, "spent": {"imports": 3 * MS}}
+        return fake(["say", "!"], ["tell", fd, json.dumps(told) + "\n"])
 
     monkeypatch.setattr(Pyvmm, "traced", traced)
     made = bench(tmp_path)
     made.given = {"kernel": str(tmp_path / "none")}
-    (case,) = made.part("trace")
+    case, first_exit = made.part("trace")
     assert case.name == "trace_small"
     assert value(case, "imports") == 3
+    assert first_exit.name == "first_exit_small"
+    assert value(first_exit, "pyvmm") == 7
     assert all(result.ours for result in case.results)
 
 
@@ -485,7 +527,7 @@ def test_a_run_is_written_read_and_compared(
     assert launch.main([*words, "--json", path]) == 0
     assert "pyvmm takes" in capsys.readouterr().out
     old = Report.read(path, "launch")
-    assert [case.name for case in old.cases] == ["first_instruction", "small_gone"]
+    assert [case.name for case in old.cases] == ["first_instruction", "small_gone", "small_processor"]
     assert old.settings["rounds"] == 3
     assert launch.main(["--from", path, "--compare", path]) == 0
     # A pyvmm that has become four times as slow is a regression, wherever the noise is.
