@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
     from pyvmm.kvm_listener import KvmListener
+    from pyvmm.machine_snapshot import Saved
     from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
     from pyvmm.snapshot import Snapshot
-    from pyvmm.machine_snapshot import Saved
     from pyvmm.spec import Spec
     from pyvmm.terminal import Terminal
 
@@ -364,8 +364,8 @@ class Machine:
 
         ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
         """
-        from pyvmm.snapshot import Snapshot
         from pyvmm.machine_snapshot import restored_spec
+        from pyvmm.snapshot import Snapshot
 
         with path.hold() if isinstance(path, Snapshot) else Snapshot(os.fspath(path)) as origin:
             config = restored_spec(origin, options)
@@ -397,8 +397,8 @@ class Machine:
         writes to: give ``drives``. ``options`` are for all, ``each(n)`` gives further ones for one of them; ``prepare``
         as with ``restore``. Errors as from ``save`` and ``restore``; then there is none of them.
         """
-        from pyvmm.origin import Origin
         from pyvmm.machine_snapshot import freeze
+        from pyvmm.origin import Origin
 
         if not is_int(count) or count < 1:
             raise ConfigError(f"fork({count!r}): give how many machines, 1 or more")

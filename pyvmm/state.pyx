@@ -70,7 +70,7 @@ cdef object now(owner, fields):
     return 0
 
 
-cdef bint is_time(kind):
+cdef bint is_time(kind) noexcept:
     return isinstance(kind, str) and (kind == "moment" or kind == "timer")
 
 
