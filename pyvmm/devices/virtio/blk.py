@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from pyvmm.block import BlockBackend, Request
     from pyvmm.devices.virtio.blk_fast import FastBlk
-    from pyvmm.devices.virtio.ring import Chain, Virtqueue
+    from pyvmm.devices.virtio.chain import Chain
+    from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
 
 SECTOR_BYTES = 512  # the protocol's unit, whatever the block size (5.2.5)

@@ -3,7 +3,8 @@ from typing import Self
 from typing_extensions import disjoint_base
 
 from pyvmm.block.lane import Lane
-from pyvmm.devices.virtio.ring import Chain, Virtqueue
+from pyvmm.devices.virtio.chain import Chain
+from pyvmm.devices.virtio.ring import Virtqueue
 
 @disjoint_base
 class FastBlk:

@@ -11,7 +11,8 @@ from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from pyvmm.block.lane cimport LANE_READ, LANE_WRITE, Lane, iovec
-from pyvmm.devices.virtio.ring cimport VQ_NONE, Chain, Virtqueue, chain_free, chain_init, vq_chain, vq_seg
+from pyvmm.devices.virtio.chain cimport Chain, chain_free, chain_init, chain_move, vq_chain, vq_seg
+from pyvmm.devices.virtio.ring cimport VQ_NONE, Virtqueue
 
 cdef extern from * nogil:
     void pause "__builtin_ia32_pause" ()
@@ -114,11 +115,7 @@ cdef class FastBlk:
     cdef Chain chain_of(self, int n):
         """What ``vq_take`` has made, as an object."""
         cdef Chain chain = Chain.__new__(Chain)
-        cdef vq_chain *c = &self.asked[n].chain
-        chain.c = c[0]
-        if c.segs == c.few:
-            chain.c.segs = chain.c.few
-        chain_init(c)           # its memory is the object's now
+        chain_move(&chain.c, &self.asked[n].chain)
         chain.queue = self.queue
         chain.generation = self.queue.generation
         return chain

@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from pyvmm.devices.virtio.chain import Chain
     from pyvmm.devices.virtio.device import IoWatcher
-    from pyvmm.devices.virtio.ring import Chain, Virtqueue
+    from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.net.backend import NetBackend
 

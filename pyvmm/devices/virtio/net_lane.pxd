@@ -1,6 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from pyvmm.devices.virtio.ring cimport Virtqueue, vq_chain
+from pyvmm.devices.virtio.chain cimport vq_chain
+from pyvmm.devices.virtio.ring cimport Virtqueue
 from pyvmm.net.port cimport Port, iovec
 
 

@@ -18,7 +18,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from pyvmm.devices.virtio.ring cimport (VQ_NONE, Chain, Virtqueue, chain_free, chain_init, vq_chain, vq_seg)
+from pyvmm.devices.virtio.chain cimport (Chain, chain_free, chain_init, chain_move, chain_token, vq_chain, vq_seg)
+from pyvmm.devices.virtio.ring cimport VQ_NONE, Virtqueue
 from pyvmm.net.port cimport Port, iovec
 
 from pyvmm.devices.virtio.ring import RingError
@@ -221,40 +222,21 @@ cdef class Lane:
 
     def tokens(self):
         """What is to be saved of the hand: a token a chain, as Virtqueue.retake has them."""
-        cdef vq_chain *chain
-        cdef uint32_t n, at
-        found = []
-        if self.generation == self.queue.generation:
-            for n in range(self.hand_count):
-                chain = self.in_hand(n)
-                pairs = [[], []]
-                for at in range(chain.n_total):
-                    pairs[at >= chain.n_readable] += [chain.segs[at].gpa, chain.segs[at].len]
-                found.append([[chain.id, chain.slots, chain.sequence], *pairs])
-        return found
+        cdef uint32_t n
+        if self.generation != self.queue.generation:
+            return []
+        return [chain_token(self.in_hand(n)) for n in range(self.hand_count)]
 
     def retake(self, list tokens):
         """The hand as it was saved. RingError and StateError where it can't have been."""
         cdef Chain again
-        cdef vq_chain *chain
-        cdef vq_seg *segs
         self.forget()
         self.generation = self.queue.generation
         if len(tokens) > self.hand_room:
             raise StateError(f"a hand of {len(tokens)} chains, of a queue of {self.hand_room}")
         for token in tokens:
             again = self.queue.retake(token)
-            chain = self.in_hand(self.hand_count)
-            if again.c.n_total > chain.room:
-                segs = <vq_seg *>malloc(again.c.room * sizeof(vq_seg))
-                if segs == NULL:
-                    raise MemoryError
-                chain.segs = segs
-                chain.room = again.c.room
-            memcpy(chain.segs, again.c.segs, again.c.n_total * sizeof(vq_seg))
-            chain.n_readable, chain.n_total = again.c.n_readable, again.c.n_total
-            chain.readable_bytes, chain.writable_bytes = again.c.readable_bytes, again.c.writable_bytes
-            chain.id, chain.slots, chain.sequence = again.c.id, again.c.slots, again.c.sequence
+            chain_move(self.in_hand(self.hand_count), &again.c)
             self.hand_count += 1
 
 

@@ -1,31 +1,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyvmm.devices.virtio.chain cimport Chain, vq_chain
 from pyvmm.guest_memory cimport GuestMemory
-
-
-cdef struct vq_seg:
-    # A piece of a chain: guest memory, checked when the chain was taken.
-    uint8_t *hva
-    uint64_t gpa
-    uint32_t len
-
-
-cdef enum:
-    FEW_SEGS = 8
-
-
-cdef struct vq_chain:
-    # Copies of a chain's descriptors: first the ones that the device reads, then the ones that it writes.
-    vq_seg few[FEW_SEGS]
-    vq_seg *segs            # ``few``, or memory of its own
-    uint32_t room           # how many there is room for
-    uint32_t n_readable
-    uint32_t n_total
-    uint64_t readable_bytes
-    uint64_t writable_bytes
-    uint16_t id             # split: the head; packed: the buffer id
-    uint16_t slots          # packed: how many descriptors of the ring it takes
-    uint64_t sequence       # how many were taken before it
 
 
 cdef struct vq_used:
@@ -46,6 +22,14 @@ cdef struct vq_ram:
 cdef enum:
     VQ_NONE = 0
     VQ_TAKEN = 1
+
+
+cdef struct desc_t:
+    # struct virtq_desc (2.7.5) and struct pvirtq_desc (2.8.13): the same places, the last two by other names.
+    uint64_t addr
+    uint32_t len
+    uint16_t third          # split: flags; packed: id
+    uint16_t fourth         # split: next; packed: flags
 
 
 cdef class Virtqueue:
@@ -74,7 +58,6 @@ cdef class Virtqueue:
     cdef uint8_t *_device
     cdef uint16_t _avail, _used             # split: free-running indices; packed: places in the ring
     cdef bint _avail_wrap, _used_wrap
-    cdef uint16_t _signalled                # of ``_used``, at the last look at whether the guest wants to know
     cdef bint _kicks                        # whether the guest is to ring
     cdef vq_used *_pending                  # pushed, and not shown to the guest yet
     cdef uint32_t _pending_count, _pending_room
@@ -91,6 +74,7 @@ cdef class Virtqueue:
     cdef uint8_t *_host(self, uint64_t gpa, uint64_t size, bint write) noexcept nogil
     cdef int _take_split(self, vq_chain *chain) noexcept nogil
     cdef int _take_packed(self, vq_chain *chain) noexcept nogil
+    cdef int _add_desc(self, vq_chain *chain, const desc_t *desc, uint16_t flags) noexcept nogil
     cdef int _add(self, vq_chain *chain, uint64_t gpa, uint32_t size, bint write) noexcept nogil
     cdef int _add_table(self, vq_chain *chain, uint64_t gpa, uint32_t size) noexcept nogil
     cdef uint32_t _show_split(self, uint32_t count) noexcept nogil
@@ -99,15 +83,3 @@ cdef class Virtqueue:
     cdef uint32_t _in_order_count(self) noexcept nogil
     cdef void _want_kicks(self, bint wanted) noexcept nogil
     cdef _map_ram(self)
-
-
-cdef void chain_init(vq_chain *chain) noexcept nogil
-cdef void chain_free(vq_chain *chain) noexcept nogil
-
-
-cdef class Chain:
-    cdef vq_chain c
-    cdef readonly Virtqueue queue
-    cdef readonly uint64_t generation
-    cdef list _readable, _writable
-    cdef list _views(self, uint32_t first, uint32_t last)

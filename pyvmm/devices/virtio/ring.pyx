@@ -9,14 +9,12 @@ is checked (direction, length, number, inside of RAM), and from then on only the
 is a RingError, which its device turns into DEVICE_NEEDS_RESET.
 """
 
-from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memmove
 from posix.unistd cimport write
 
-from pyvmm.device cimport DeviceLock
+from pyvmm.devices.virtio.chain cimport Chain, chain_add, chain_empty, chain_init, vq_chain
 from pyvmm.guest_memory cimport RamRegion
 
 from pyvmm.device import DeviceLock as Lock
@@ -87,13 +85,6 @@ cdef extern from * nogil:
     int RELEASE "__ATOMIC_RELEASE"
     int SEQ_CST "__ATOMIC_SEQ_CST"
 
-cdef struct desc_t:
-    # struct virtq_desc (2.7.5) and struct pvirtq_desc (2.8.13): the same places, the last two by other names.
-    uint64_t addr
-    uint32_t len
-    uint16_t third      # split: flags; packed: id
-    uint16_t fourth     # split: next; packed: flags
-
 
 class RingError(Exception):
     """The driver has done what it must not do; a sentence says what."""
@@ -113,22 +104,6 @@ cdef desc_t read_desc(uint8_t *at) noexcept nogil:
 cdef inline bint need_event(uint16_t event, uint16_t new, uint16_t old) noexcept nogil:
     """Whether ``event`` was passed on the way from ``old`` to ``new`` (2.7.7.1, vring_need_event)."""
     return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
-
-
-# -- chains in C -----------------------------------------------------------------------------------------------------
-
-cdef void chain_init(vq_chain *chain) noexcept nogil:
-    """Before the first vq_take into it."""
-    chain.segs = chain.few
-    chain.room = FEW_SEGS
-    chain.n_readable = chain.n_total = 0
-    chain.readable_bytes = chain.writable_bytes = 0
-
-
-cdef void chain_free(vq_chain *chain) noexcept nogil:
-    if chain.segs != chain.few:
-        free(chain.segs)
-    chain_init(chain)
 
 
 cdef class Virtqueue:
@@ -163,7 +138,7 @@ cdef class Virtqueue:
         self._start_again()
 
     def _start_again(self):
-        self._avail = self._used = self._signalled = 0
+        self._avail = self._used = 0
         self._avail_wrap = self._used_wrap = True
         self._kicks = True
         self._pending_count = 0
@@ -272,8 +247,7 @@ cdef class Virtqueue:
     cdef int vq_take(self, vq_chain *chain) noexcept nogil:
         """One chain into ``chain``. VQ_TAKEN, VQ_NONE, or what the driver has done wrong."""
         cdef int rc
-        chain.n_readable = chain.n_total = 0
-        chain.readable_bytes = chain.writable_bytes = 0
+        chain_empty(chain)
         rc = self._take_packed(chain) if self._packed else self._take_split(chain)
         if rc == VQ_TAKEN:
             chain.sequence = self._sequence
@@ -299,13 +273,7 @@ cdef class Virtqueue:
         chain.slots = 1
         while True:
             desc = read_desc(self._desc + DESC_BYTES * at)
-            if desc.third & INDIRECT:
-                # 2.7.5.3.2: normal descriptors may come before one that is indirect, and none after it.
-                if not self._indirect or desc.third & NEXT:
-                    return BAD_INDIRECT
-                rc = self._add_table(chain, desc.addr, desc.len)
-            else:
-                rc = self._add(chain, desc.addr, desc.len, (desc.third & WRITE) != 0)
+            rc = self._add_desc(chain, &desc, desc.third)
             if rc < 0:
                 return rc
             steps += 1
@@ -328,12 +296,7 @@ cdef class Virtqueue:
             return VQ_NONE
         while True:
             desc = read_desc(self._desc + DESC_BYTES * at)
-            if desc.fourth & INDIRECT:
-                if not self._indirect or desc.fourth & NEXT:
-                    return BAD_INDIRECT
-                rc = self._add_table(chain, desc.addr, desc.len)
-            else:
-                rc = self._add(chain, desc.addr, desc.len, (desc.fourth & WRITE) != 0)
+            rc = self._add_desc(chain, &desc, desc.fourth)
             if rc < 0:
                 return rc
             steps += 1
@@ -350,6 +313,15 @@ cdef class Virtqueue:
             self._avail_wrap = not self._avail_wrap
         self._avail = <uint16_t>at
         return VQ_TAKEN
+
+    cdef int _add_desc(self, vq_chain *chain, const desc_t *desc, uint16_t flags) noexcept nogil:
+        """A descriptor of the ring itself: a buffer, or a table of them."""
+        if not flags & INDIRECT:
+            return self._add(chain, desc.addr, desc.len, (flags & WRITE) != 0)
+        # 2.7.5.3.2: normal descriptors may come before one that is indirect, and none after it.
+        if not self._indirect or flags & NEXT:
+            return BAD_INDIRECT
+        return self._add_table(chain, desc.addr, desc.len)
 
     cdef int _add_table(self, vq_chain *chain, uint64_t gpa, uint32_t size) noexcept nogil:
         """The descriptors of an indirect table: split, chained by ``next``; packed, one after the other (2.8.9)."""
@@ -390,7 +362,6 @@ cdef class Virtqueue:
                     return BAD_LOOP
 
     cdef int _add(self, vq_chain *chain, uint64_t gpa, uint32_t size, bint write) noexcept nogil:
-        cdef vq_seg *more
         cdef uint8_t *hva
         if size == 0:
             return BAD_EMPTY
@@ -403,24 +374,8 @@ cdef class Virtqueue:
             return BAD_ADDRESS
         if chain.readable_bytes + chain.writable_bytes + size >= <uint64_t>1 << 32:
             return BAD_TOTAL
-        if chain.n_total == chain.room:
-            more = <vq_seg *>malloc(2 * chain.room * sizeof(vq_seg))
-            if more == NULL:
-                return NO_MEMORY
-            memcpy(more, chain.segs, chain.n_total * sizeof(vq_seg))
-            if chain.segs != chain.few:
-                free(chain.segs)
-            chain.segs = more
-            chain.room *= 2
-        chain.segs[chain.n_total].hva = hva
-        chain.segs[chain.n_total].gpa = gpa
-        chain.segs[chain.n_total].len = size
-        chain.n_total += 1
-        if write:
-            chain.writable_bytes += size
-        else:
-            chain.n_readable += 1
-            chain.readable_bytes += size
+        if chain_add(chain, hva, gpa, size, write) < 0:
+            return NO_MEMORY
         return VQ_TAKEN
 
     # -- giving back -------------------------------------------------------------------------------------------------
@@ -677,110 +632,3 @@ cdef class Virtqueue:
         chain.queue = self
         chain.generation = self.generation
         return chain
-
-
-cdef class Chain:
-    """A chain of buffers, as it was when it was taken: first what the device reads, then what it may write."""
-
-    def __cinit__(self):
-        chain_init(&self.c)
-
-    def __dealloc__(self):
-        chain_free(&self.c)
-
-    @property
-    def readable_bytes(self):
-        return self.c.readable_bytes
-
-    @property
-    def writable_bytes(self):
-        return self.c.writable_bytes
-
-    @property
-    def readable(self):
-        """Views of guest memory, in order: for pwritev and the like."""
-        if self._readable is None:
-            self._readable = self._views(0, self.c.n_readable)
-        return self._readable
-
-    @property
-    def writable(self):
-        """Views of guest memory, in order: for preadv and the like."""
-        if self._writable is None:
-            self._writable = self._views(self.c.n_readable, self.c.n_total)
-        return self._writable
-
-    cdef list _views(self, uint32_t first, uint32_t last):
-        cdef uint32_t n
-        cdef Segment segment
-        views = []
-        for n in range(first, last):
-            segment = Segment.__new__(Segment)
-            segment.chain = self
-            segment.hva = self.c.segs[n].hva
-            segment.size = self.c.segs[n].len
-            segment.readonly = n < self.c.n_readable
-            views.append(memoryview(segment))
-        return views
-
-    def read(self, uint64_t offset, uint64_t size):
-        """A copy of ``size`` bytes from ``offset`` on of what the device reads; fewer where it ends."""
-        if offset >= self.c.readable_bytes:
-            return b""
-        size = min(size, self.c.readable_bytes - offset)
-        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
-        cdef char *to = PyBytes_AS_STRING(data)
-        cdef uint64_t length
-        cdef uint32_t n
-        for n in range(self.c.n_readable):
-            length = self.c.segs[n].len
-            if offset >= length:
-                offset -= length
-                continue
-            length = min(length - offset, size)
-            memcpy(to, self.c.segs[n].hva + offset, length)
-            to += length
-            size -= length
-            offset = 0
-            if size == 0:
-                break
-        return data
-
-    def write(self, uint64_t offset, data):
-        """Copy ``data`` into what the device may write, from ``offset`` on; how much of it there was room for."""
-        view = memoryview(data).cast("B")
-        cdef uint64_t done = 0
-        cdef uint64_t size = view.nbytes
-        for piece in self.writable:
-            length = piece.nbytes
-            if offset >= length:
-                offset -= length
-                continue
-            length = min(length - offset, size - done)
-            piece[offset:offset + length] = view[done:done + length]
-            done += length
-            offset = 0
-            if done == size:
-                break
-        return done
-
-    @property
-    def token(self):
-        """What to save of a chain that can't be pushed before the state is saved: Virtqueue.retake takes it."""
-        cdef uint32_t n
-        pairs = [[], []]
-        for n in range(self.c.n_total):
-            pairs[n >= self.c.n_readable] += [self.c.segs[n].gpa, self.c.segs[n].len]
-        return [[self.c.id, self.c.slots, self.c.sequence], *pairs]
-
-
-cdef class Segment:
-    """Exports the bytes of one piece; keeps the chain, and with it the memory."""
-
-    cdef Chain chain
-    cdef uint8_t *hva
-    cdef uint32_t size
-    cdef bint readonly
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.hva, self.size, self.readonly, flags)

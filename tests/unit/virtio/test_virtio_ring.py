@@ -12,7 +12,8 @@ from driver import AVAIL, INDIRECT, NEXT, USED, WRITE, TestDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm.devices.virtio.ring import F_EVENT_IDX, F_RING_PACKED, F_VERSION_1, Chain, RingError, Virtqueue
+from pyvmm.devices.virtio.chain import Chain
+from pyvmm.devices.virtio.ring import F_EVENT_IDX, F_RING_PACKED, F_VERSION_1, RingError, Virtqueue
 from pyvmm.errors import StateError
 from pyvmm.guest_memory import GuestMemory, RamRegion
 
