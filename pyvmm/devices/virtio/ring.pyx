@@ -5,8 +5,9 @@ buffers, pushes each with the number of bytes written to it, and flushes, which 
 it where it wants that.
 
 All of the rings is the guest's memory and may change at any moment. So a descriptor is read once, into a copy; the copy
-is checked (direction, length, number, inside of RAM), and from then on only the copy is used. What a driver does wrong
-is a RingError, which its device turns into DEVICE_NEEDS_RESET.
+is checked (direction, length, number, inside of RAM), and from then on only the copy is used. No more chains are out at
+a time than the queue has room for. What a driver does wrong is a RingError, which its device turns into
+DEVICE_NEEDS_RESET.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -62,7 +63,7 @@ cdef enum:
     NO_MEMORY = -11
 
 _WHY = {
-    BAD_AVAIL: "the available index is further ahead than the queue is long (2.7.6)",
+    BAD_AVAIL: "more is available, or was not given back yet, than the queue is long (2.7.6, 2.8.6)",
     BAD_HEAD: "a chain begins at a descriptor that there is none of (2.7.6)",
     BAD_LOOP: "a chain has more descriptors than a queue can have, or goes round in a circle (2.7.5.2)",
     BAD_ADDRESS: "a buffer is not inside of memory (2.7.5)",
@@ -212,6 +213,7 @@ cdef class Virtqueue:
         """Nothing is taken any more, and chains that were taken before can't be pushed."""
         self.ready = False
         self.generation += 1
+        self._pending_count = 0
 
     # -- taking ------------------------------------------------------------------------------------------------------
 
@@ -256,15 +258,16 @@ cdef class Virtqueue:
         return rc
 
     cdef int _take_split(self, vq_chain *chain) noexcept nogil:
-        cdef uint16_t ahead = load_u16(<uint16_t *>(self._driver + 2), ACQUIRE) - self._avail
+        cdef uint16_t index = load_u16(<uint16_t *>(self._driver + 2), ACQUIRE)
         cdef uint32_t mask = self.size - 1
         cdef uint32_t steps = 0
         cdef uint32_t at
         cdef desc_t desc
         cdef int rc
-        if ahead == 0:
+        if index == self._avail:
             return VQ_NONE
-        if ahead > self.size:
+        # A buffer is the device's until it is in the used ring: so all that there can be are between the two.
+        if <uint16_t>(index - self._avail) > self.size or <uint16_t>(index - self._used) > self.size:
             return BAD_AVAIL
         at = load_u16(<uint16_t *>(self._driver + 4 + 2 * (self._avail & mask)), RELAXED)
         if at >= self.size:
@@ -290,10 +293,13 @@ cdef class Virtqueue:
     cdef int _take_packed(self, vq_chain *chain) noexcept nogil:
         cdef uint32_t steps = 0
         cdef uint32_t at = self._avail
+        cdef uint32_t out = self._avail - self._used    # slots of chains that were not given back yet
         cdef desc_t desc
         cdef int rc
         if not self.vq_pending():
             return VQ_NONE
+        if self._avail_wrap != self._used_wrap:
+            out += self.size
         while True:
             desc = read_desc(self._desc + DESC_BYTES * at)
             rc = self._add_desc(chain, &desc, desc.fourth)
@@ -307,6 +313,8 @@ cdef class Virtqueue:
                 break
             if steps >= self.size:
                 return BAD_LOOP
+        if out > self.size or out + steps > self.size:
+            return BAD_AVAIL
         chain.id = desc.third   # 2.8.6: the last one's
         chain.slots = <uint16_t>steps
         if self._avail + steps >= self.size:
@@ -580,7 +588,7 @@ cdef class Virtqueue:
         check_names(state, list(kinds))
         values = {name: value_of(kind, state[name], name) for name, kind in kinds.items()}
         for number in values["pushed"]:
-            if number[1] >> 32 or number[2] >> 16 or not 0 < number[3] <= LARGEST_QUEUE:
+            if number[1] >> 32 or number[2] >> 16 or not 0 < number[3] <= values["size"]:
                 raise StateError(f"pushed is {number}, which no driver was given")
         self.disable()
         self._start_again()
@@ -592,6 +600,8 @@ cdef class Virtqueue:
         self._sequence, self._next_pushed = values["sequence"], values["next_pushed"]
         cdef vq_chain chain
         chain_init(&chain)
+        if len(values["pushed"]) > values["size"]:
+            raise StateError(f"pushed has {len(values['pushed'])} entries, of a queue of {values['size']}")
         chain.writable_bytes = 1 << 32
         for sequence, written, chain.id, chain.slots in values["pushed"]:
             chain.sequence = sequence

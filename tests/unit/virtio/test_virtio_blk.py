@@ -506,3 +506,15 @@ def test_several_queues_are_served_at_the_same_time(drive: Open, image: Path) ->
         expected = before[10 * queue * SECTOR :][:SECTOR]
         assert all(bench.data(number, queue)[:-1] == expected for number in numbers[queue])
     assert bench.backend.stats.read.operations == 150
+
+
+def test_what_a_driver_has_out_is_bounded() -> None:
+    """One that makes a buffer available again and again while it is not done."""
+    slow = Slow()
+    (driver,) = slow.bench.drivers
+    slow.read(0)
+    for n in range(2, 2 * driver.size):
+        driver.put(driver.driver + 2, 2, n)
+        slow.bench.serve()
+    assert slow.bench.disk.faults == 1
+    assert len(slow.driver.steps) == driver.size

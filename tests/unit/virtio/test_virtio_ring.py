@@ -205,7 +205,7 @@ RAM = 0x20_0000
 @pytest.mark.parametrize(
     ("set_up", "said"),
     [
-        (lambda d: offer(d, 0, 9), "further ahead than the queue is long"),
+        (lambda d: offer(d, 0, 9), "more is available, or was not given back yet"),
         (lambda d: offer(d, 8), "begins at a descriptor that there is none of"),
         (lambda d: desc(d, 0, RAM, 1, NEXT, 8), "goes on at a descriptor that there is none of"),
         (lambda d: desc(d, 0, RAM, 1, NEXT, 0), "goes round in a circle"),
@@ -283,6 +283,44 @@ def test_4_gib_in_one_chain() -> None:
     for n in range(1024):
         desc(driver, n, 0, 4 * MIB, NEXT if n < 1023 else 0, n + 1, base=RAM)
     desc(driver, 0, RAM, 16 * 1024, INDIRECT)
+@both_layouts
+def test_no_more_is_out_than_the_queue_holds(packed: bool) -> None:
+    """2.7.6, 2.8.6: a driver that makes buffers available again before they are used has no more out than its ring."""
+    driver, queue = pair(size=4, packed=packed)
+    for _ in range(4):
+        driver.add([b"x"])
+    held = queue.take()
+    assert len(held) == 4
+    queue.complete(held.pop(), 0)
+    for _ in driver.used():
+        driver.add([b"x"])
+    held += queue.take()
+    assert len(held) == 4
+    if packed:
+        at, wrap = driver._avail, driver._avail_wrap
+        driver.put(driver.desc + 16 * at + 14, 2, AVAIL if wrap else USED)
+    else:
+        driver.put(driver.driver + 2, 2, driver._avail + 1)
+    assert queue.pending()
+    with pytest.raises(RingError, match="was not given back yet"):
+        queue.take()
+
+
+def test_a_state_in_which_more_was_pushed_than_the_ring_holds() -> None:
+    """A place in a packed ring goes on by as many descriptors as a chain had: by too many, past its end."""
+    driver, queue = pair(packed=True, in_order=True)
+    for _ in range(2):
+        driver.add([b"x"])
+    queue.push(queue.take()[1], 0)
+    state = queue.save()
+    assert state["pushed"] == [[1, 0, 1, 1]]
+    too_many = [[n, 0, 0, 1] for n in range(9)]
+    for pushed in ([[1, 0, 1, 9]], [[1, 0, 1, 0]], too_many):
+        with pytest.raises(StateError, match="pushed"):
+            Virtqueue(driver.memory, 0, 256).load({**state, "pushed": pushed})
+    Virtqueue(driver.memory, 0, 256).load({**state, "pushed": [[1, 0, 1, 8]]})
+
+
     offer(driver, 0)
     with pytest.raises(RingError, match="more than 2\\^32 bytes"):
         queue.take()
