@@ -209,7 +209,11 @@ class VirtioBlk(VirtioDevice):
                 chains, more = (queue.take(), False) if serve is None else serve(0 if asked else POLL_NS)
                 for chain in chains:
                     self._start(queue, chain)
+                    if not self.live:  # broken, by this one or at another queue: the rest is not served (2.1.2)
+                        break
                 queue.flush()
+                if not self.live:
+                    return
                 if not more and not chains and not queue.enable_kicks():
                     return
         finally:

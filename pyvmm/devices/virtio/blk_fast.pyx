@@ -104,8 +104,7 @@ cdef class FastBlk:
             came = self.work(poll_ns)
         if self.call:
             self.call = False
-            if self.queue.on_call is not None:
-                self.queue.on_call()
+            self.queue.call()
         if came == LEFT:
             return [self.chain_of(n) for n in range(self.count) if not self.asked[n].done], True
         if came == WRONG:

@@ -191,6 +191,8 @@ class VirtioDevice(Device):
         """The queue was rung, or kicked: on its thread."""
         with queue.lock:
             if self.live and queue.ready:
+                if queue.owes_call:
+                    queue.call_again()
                 try:
                     self.handle(queue)
                 except RingError as error:

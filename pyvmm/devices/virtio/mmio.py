@@ -216,9 +216,15 @@ class VirtioMmio(Device):
             ]
 
     def after_load(self) -> None:
-        """An edge that was under way may have been lost: one too many finds nothing to do."""
-        if self._seen != self._acknowledged:
+        """An edge that was under way may have been lost: one too many finds nothing to do. It waits for the device's
+        thread, and so for the guest to run: the interrupt controllers get their state after the devices.
+        """
+        if self._seen == self._acknowledged:
+            return
+        if self.device.io is None:
             self._interrupt()
+        else:
+            self.device.io.call_soon(self._interrupt)
 
 
 def set_half(queue: Virtqueue, name: str, upper: int, value: int) -> None:

@@ -185,9 +185,7 @@ cdef class Lane:
                 outcome = self.turn(link_up)
             if self.calls:
                 self.calls = False
-                self.queue.notified += 1
-                if self.queue.on_call is not None:
-                    self.queue.on_call()
+                self.queue.call()
             if outcome == EMPTY:
                 if self.queue.enable_kicks():
                     self.queue.disable_kicks()

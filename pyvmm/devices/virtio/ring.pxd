@@ -48,6 +48,7 @@ cdef class Virtqueue:
     cdef readonly uint64_t generation
     cdef readonly uint64_t taken            # counts, for who asks what a queue has done
     cdef readonly uint64_t notified
+    cdef readonly bint owes_call            # since a load: whoever serves the queue calls ``call_again`` first
     cdef GuestMemory _memory
     cdef list _regions                      # whoever holds a view of memory keeps it
     cdef vq_ram *_ram

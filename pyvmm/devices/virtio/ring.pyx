@@ -211,7 +211,7 @@ cdef class Virtqueue:
 
     def disable(self):
         """Nothing is taken any more, and chains that were taken before can't be pushed."""
-        self.ready = False
+        self.ready = self.owes_call = False
         self.generation += 1
         self._pending_count = 0
 
@@ -421,12 +421,25 @@ cdef class Virtqueue:
         """Show the driver what was pushed, and interrupt it where it wants that: True."""
         if not self.ready or not self.vq_flush():
             return False
+        self.call()
+        return True
+
+    def call(self):
+        """Interrupt the driver, by ``call_fd`` or ``on_call``."""
         if self.call_fd >= 0:
             self.vq_call()
-        elif self.on_call is not None:
-            self.notified += 1
+            return
+        self.notified += 1
+        if self.on_call is not None:
             self.on_call()
-        return True
+
+    def call_again(self):
+        """What was shown before a state was saved may have been told by an irqfd that had not interrupted yet, and no
+        saved controller knows of it then. So once more, where the driver wanted to hear of what it has not seen.
+        """
+        self.owes_call = False
+        if self.ready and self._wants_call(self.size):
+            self.call()
 
     cdef void vq_call(self) noexcept nogil:
         """Interrupt the driver by ``call_fd``."""
@@ -587,6 +600,8 @@ cdef class Virtqueue:
                  "pushed": ("list", ("list", 63, 4), 0, LARGEST_QUEUE)}
         check_names(state, list(kinds))
         values = {name: value_of(kind, state[name], name) for name, kind in kinds.items()}
+        if len(values["pushed"]) > values["size"]:
+            raise StateError(f"pushed has {len(values['pushed'])} entries, of a queue of {values['size']}")
         for number in values["pushed"]:
             if number[1] >> 32 or number[2] >> 16 or not 0 < number[3] <= values["size"]:
                 raise StateError(f"pushed is {number}, which no driver was given")
@@ -600,8 +615,6 @@ cdef class Virtqueue:
         self._sequence, self._next_pushed = values["sequence"], values["next_pushed"]
         cdef vq_chain chain
         chain_init(&chain)
-        if len(values["pushed"]) > values["size"]:
-            raise StateError(f"pushed has {len(values['pushed'])} entries, of a queue of {values['size']}")
         chain.writable_bytes = 1 << 32
         for sequence, written, chain.id, chain.slots in values["pushed"]:
             chain.sequence = sequence
@@ -620,6 +633,7 @@ cdef class Virtqueue:
         except RingError:
             self.ready = False
             raise
+        self.owes_call = True
 
     def retake(self, token):
         """The chain whose ``token`` was saved with this queue's state. RingError where its buffers are not in memory."""

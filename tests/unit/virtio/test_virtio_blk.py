@@ -17,7 +17,7 @@ from blk_bench import IOERR, MEMORY_BYTES, OK, SECTOR, UNSUPP, BlkBench, header,
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 from pyvmm.block.coroutine import AioContext, Waiter
 from pyvmm.block.driver import FormatDriver
-from pyvmm.devices.virtio import blk
+from pyvmm.devices.virtio import blk, mmio
 from pyvmm.event_loop import EventLoop
 from pyvmm.guest_memory import GuestMemory
 
@@ -345,6 +345,30 @@ def test_a_request_without_header_or_status_breaks_the_device(
     bench.serve()
     assert number not in bench.used()
     assert bench.disk.faults
+
+
+def test_after_one_that_breaks_the_device_no_request_is_served(drive: Open, image: Path) -> None:
+    """But what a lane does, which keeps no order, and has done what it can when the device hears of the rest."""
+    bench = BlkBench(drive(**WAYS["throttle"]))
+    before = image.read_bytes()
+    bench.add([b"x"], [1])
+    bench.add([header(blk.T_OUT, 0), b"w" * SECTOR], [1])
+    bench.serve()
+    assert bench.disk.faults == 1
+    assert not bench.used()
+    assert image.read_bytes() == before
+
+
+def test_an_interrupt_without_an_eventfd_says_what_for(bench: BlkBench) -> None:
+    """4.2.2: InterruptStatus, by which the driver knows that it has to look at its rings."""
+    edges: list[int] = []
+    transport = mmio.VirtioMmio(bench.disk, lambda: edges.append(1))
+    for n in range(3):
+        assert isinstance(bench.read(n, 1), bytes)
+        assert len(edges) == n + 1
+        assert transport.read(mmio.INTERRUPT_STATUS, 4) == mmio.USED_BUFFER
+        transport.write(mmio.INTERRUPT_ACK, 4, mmio.USED_BUFFER)
+        assert transport.read(mmio.INTERRUPT_STATUS, 4) == 0
 
 
 # -- what waits --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from mmio_driver import MmioDriver
 
@@ -18,6 +21,9 @@ from pyvmm.devices.virtio.device import (
 )
 from pyvmm.devices.virtio.ring import Virtqueue
 from pyvmm.guest_memory import GuestMemory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "net"))
+from io_watcher import Watcher
 
 MIB = 1 << 20
 OWN_FEATURE = 1 << 5
@@ -303,6 +309,21 @@ def test_the_state_goes_on_in_another_device(bench: MmioDriver) -> None:
     assert other.read(mmio.INTERRUPT_STATUS) == mmio.USED_BUFFER
     other.write(mmio.INTERRUPT_ACK, mmio.USED_BUFFER)
     assert other.read(mmio.INTERRUPT_STATUS) == 0
+
+
+def test_an_interrupt_of_a_saved_state_waits_until_the_guest_runs(bench: MmioDriver) -> None:
+    """The interrupt controllers get their state after the devices: one that is there at once would be lost."""
+    bench.start(OWN_FEATURE)
+    bench.device.config_changed()
+    state = bench.transport.save()
+    other = MmioDriver(bench.memory, Echo(bench.memory))
+    other.device.io = io = Watcher()
+    other.transport.load(state)
+    other.transport.after_load()
+    assert other.edges == 0
+    io.settle()
+    assert other.edges == 1
+    assert other.read(mmio.INTERRUPT_STATUS) == mmio.CONFIG_CHANGE
 
 
 def test_a_state_with_rings_outside_of_memory_breaks_the_device(bench: MmioDriver) -> None:
