@@ -217,7 +217,10 @@ cdef class TapPort(Port):
 
     cdef Py_ssize_t receive_frame(self, const iovec *parts, int count) noexcept nogil:
         cdef iovec vectors[MOST_PARTS]
+        cdef const iovec *target = parts
+        cdef int target_count = count
         cdef size_t room = total(parts, count)
+        cdef size_t direct = room       # how much of it the call itself brings into its place
         cdef ssize_t done
         if self.waiting_bytes:
             if room < self.waiting_bytes:
@@ -230,16 +233,18 @@ cdef class TapPort(Port):
             return -ENOTCONN
         if room < MOST_BYTES:
             # The kernel does not tell that it has cut a frame: what is too long shows in a part after the guest's.
-            if count >= MOST_PARTS or not self.has_scratch():
+            if not self.has_scratch():
                 return -ENOBUFS
-            memcpy(vectors, parts, count * sizeof(iovec))
-            vectors[count].iov_base = self.scratch + room
-            vectors[count].iov_len = MOST_BYTES - room
-            parts = vectors
-            count += 1
+            if count == MOST_PARTS:     # a call takes no more of them: it all comes by way of the scratch
+                direct = target_count = 0
+            memcpy(vectors, parts, target_count * sizeof(iovec))
+            vectors[target_count].iov_base = self.scratch + direct
+            vectors[target_count].iov_len = MOST_BYTES - direct
+            target = vectors
+            target_count += 1
         while True:
             self.calls += 1
-            done = readv(self.fd, parts, count)
+            done = readv(self.fd, target, target_count)
             if done > 0:
                 break
             if done < 0 and errno == EINTR:
@@ -249,9 +254,11 @@ cdef class TapPort(Port):
             self.closed = True  # the interface is gone
             return -ENOTCONN
         if <size_t>done > room:
-            gather(self.scratch, room, parts)
+            gather(self.scratch, direct, parts)
             self.waiting_bytes = done
             return -EMSGSIZE
+        if direct < room:
+            scatter(self.scratch, done, parts, count)
         return self.took(done)
 
     cdef Py_ssize_t took(self, Py_ssize_t size) noexcept nogil:

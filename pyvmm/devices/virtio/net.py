@@ -441,8 +441,9 @@ class VirtioNet(VirtioDevice):
         hands = state.get("hands") if isinstance(state, dict) else None
         if not isinstance(hands, list) or len(hands) != len(self._lanes):
             raise StateError(f"hands is no list of {len(self._lanes)}: the state is of something else")
-        if not all(isinstance(hand, list) and len(hand) <= QUEUE_SIZE for hand in hands):
-            raise StateError("hands has more in one than a queue holds")
+        for lane, hand in zip(self._lanes, hands, strict=True):
+            if not isinstance(hand, list) or len(hand) > lane.queue.max_size:
+                raise StateError(f"hands has more than the {lane.queue.max_size} that a queue holds, or no list")
         super().load({name: value for name, value in state.items() if name != "hands"})
         if self._pairs > self._pairs_there:
             raise StateError(f"pairs is {self._pairs}, of {self._pairs_there}")
@@ -458,4 +459,7 @@ class VirtioNet(VirtioDevice):
         tokens, self._tokens = self._tokens, []
         for lane, hand in zip(self._lanes, tokens, strict=False):
             with lane.queue.lock:
-                lane.retake(hand)
+                try:
+                    lane.retake(hand)
+                except RingError as error:
+                    self.broken(str(error))

@@ -26,7 +26,7 @@ from pyvmm.devices.virtio.ring import RingError
 from pyvmm.errors import StateError
 
 cdef extern from "<errno.h>" nogil:
-    int EAGAIN, EMSGSIZE
+    int EAGAIN, EMSGSIZE, ENOBUFS
 
 cdef enum:
     FRAMES_A_TURN = 256
@@ -384,6 +384,9 @@ cdef class RxLane(Lane):
                 break
             elif size == -EAGAIN:
                 outcome = _DONE
+                break
+            elif size == -ENOBUFS:
+                outcome = NO_MEMORY
                 break
         self.show()
         return outcome

@@ -668,3 +668,38 @@ def test_a_state_that_is_none(bench: Make) -> None:
         other = bench("tap", pairs=2, take=ALL).card
         with pytest.raises(StateError):
             other.load({**state, **change})
+
+
+def test_a_state_whose_hand_is_not_in_memory_breaks_the_card(bench: Make, kind: str) -> None:
+    it = bench(kind)
+    it.give(2048)
+    state = it.card.save()
+    ((token,), _) = state["hands"]
+    token[2] = [1 << 60, 2048]
+    other = bench(kind).card
+    other.load(state)
+    other.after_load()
+    assert "not inside of memory" in other.fault
+    assert not other.live
+
+
+def test_a_hand_may_be_as_large_as_its_queue(bench: Make) -> None:
+    options = {"sizes": (512, 256), "mtu": 65535, "take": ALL & ~f.F_MQ}
+    it = bench("tap", **options)
+    it.give(*[64] * 512)
+    state = it.card.save()
+    assert len(state["hands"][0]) == 512
+    moved(it)
+    it.comes(frame(1, 5000))
+    assert [data for _, data in it.received()] == [frame(1, 5000)]
+
+
+def test_a_buffer_in_as_many_pieces_as_there_can_be(bench: Make, kind: str) -> None:
+    """A call of the kernel takes so many, and no more to see what was cut off."""
+    it = bench(kind, ring={"indirect": True}, take=ALL & ~f.F_MRG_RXBUF)
+    for n, size in enumerate((800, 2000, 900)):
+        it.given[0][it.rx[0].add([], [1] * 1024)] = None
+        it.serve(it.rx[0])
+        it.comes(frame(n, size))
+    assert [data for _, data in it.received()] == [frame(0, 800), frame(2, 900)]
+    assert it.card.stats["dropped"] == 1
