@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.clock import Clock
     from pyvmm.devices.pci.host import PciHost
     from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.io_thread import IoThread
     from pyvmm.irq import IrqLine
@@ -125,8 +126,8 @@ def wire_up(board: Board, name: str, device: VirtioDevice) -> None:
     own = threads.make() if device.own_thread or device.thread_per_queue else threads.shared
     device.io = own
     for queue in device.queues:
-        queue.kick_fd = fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        closing = Closing(fd)
+        queue.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        closing = Closing(queue)
         chassis.closers.call(closing, closing)
         watch(threads.make() if device.thread_per_queue and queue.index else own, device, queue.index)
     device.on_broken = lambda why: chassis.events.tell("device-broken", device=name, why=why)
@@ -134,13 +135,13 @@ def wire_up(board: Board, name: str, device: VirtioDevice) -> None:
 
 
 class Closing:
-    """Closes a descriptor, once."""
+    """Closes a queue's eventfd, once. Whoever kicks it later must not write into what has its number then."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, queue: Virtqueue) -> None:
+        self._queue = queue
 
     def __call__(self) -> None:
-        fd, self._fd = self._fd, -1
+        fd, self._queue.kick_fd = self._queue.kick_fd, -1
         if fd >= 0:
             os.close(fd)
 
