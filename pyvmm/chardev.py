@@ -18,6 +18,7 @@ from time import monotonic
 
 from pyvmm.errors import ConfigError, KindError, StateError, remedy
 from pyvmm.light import Lock
+from pyvmm.options import is_int
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ QUEUE_LIMIT_BYTES = 65536
 FLUSH_LIMIT_S = 1.0  # how long close() waits for a reader
 READ_BYTES = 4096
 LONGEST_INPUT_BYTES = 1 << 30  # of a saved state
+LARGEST_SCREEN = 0xFFFF  # columns, or lines, as virtio and the kernel's struct winsize have them
 
 BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at the other end (any more, or yet)
 
@@ -44,7 +46,10 @@ class Chardev:
     """
 
     can_write = True
+    size: tuple[int, int] | None = None
+    """Columns and lines of the screen at the other end, where that is one and its size is known."""
     _fed: Feed | None = None
+    _on_resize: Callable[[], None] | None = None
 
     def __init__(self) -> None:
         self._receive: Callable[[bytes], None] | None = None
@@ -134,6 +139,18 @@ class Chardev:
         """A break condition on the line (Linux: the next character is a SysRq command)."""
         if self._on_break is not None:
             self._on_break()
+
+    def resize(self, columns: int, lines: int) -> None:
+        """The screen at the other end has this size now: a device that can tells its guest. From any thread."""
+        if not all(is_int(number) and 0 < number <= LARGEST_SCREEN for number in (columns, lines)):
+            raise KindError(f"resize({columns!r}, {lines!r}): give columns and lines, from 1 to {LARGEST_SCREEN}")
+        self.size = columns, lines
+        if self._on_resize is not None:
+            self._on_resize()
+
+    def set_resized(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` when ``size`` has changed: with no lock held."""
+        self._on_resize = callback
 
     def set_writable(self, callback: Callable[[], None] | None) -> None:
         """Call ``callback`` when ``can_write`` turned True again: on the loop's thread, with no lock held."""

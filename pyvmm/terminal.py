@@ -50,6 +50,10 @@ class Console(CallableChardev):
         super().accept_input()
         self._terminal.accept_input()
 
+    def set_resized(self, callback: Callable[[], None] | None) -> None:
+        super().set_resized(callback)
+        self._terminal.watch_size()
+
     def room(self) -> int:
         """How many more bytes its device takes now."""
         return 0 if self._receive is None or self.fed_bytes else self._room()
@@ -113,6 +117,7 @@ class Terminal(FdChardev):
         self._shown = False  # the screen is
         self._show_lock = Lock()
         self._held = bytearray()
+        self._size_fd = -1  # an eventfd: somebody is to look at the size
         self.add_key("h", "this help", lambda: self.show(self._help()))
         self.add_key("x", "quit", on_quit or (lambda: None))
         self.add_key("b", "send a break", self._send_break)
@@ -121,6 +126,7 @@ class Terminal(FdChardev):
         """One more console. The first has the keyboard, until Ctrl-A c gives it to the next."""
         made = Console(name, self)
         made.can_write = self.can_write
+        made.size = self._size() if self._size_fd >= 0 else None
         self.consoles.append(made)
         if len(self.consoles) == 2:
             self.add_key("c", "give the keyboard to the next console", self._next_console)
@@ -260,6 +266,38 @@ class Terminal(FdChardev):
                 self._shown = True
             self._screen.show(self.write)
 
+    # -- its size -------------------------------------------------------------------------------------------
+
+    def watch_size(self) -> None:
+        """Consoles have its size from now on, where it is a terminal: what it is, and after each ``resized``."""
+        if self._size_fd >= 0 or self._closed:
+            return
+        for console in self.consoles:
+            console.size = self._size()
+        self._size_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._event_loop.add_reader(self._size_fd, self._look_at_size, edge=True)
+
+    def resized(self) -> None:
+        """It may have another size (SIGWINCH). Takes no lock: a signal handler may call it."""
+        if self._size_fd >= 0:
+            os.eventfd_write(self._size_fd, 1)
+
+    def _size(self) -> tuple[int, int] | None:
+        for fd in (self._out_fd, self._tty_fd):
+            try:
+                columns, lines = os.get_terminal_size(fd)
+            except OSError:
+                continue
+            if columns and lines:  # some have none, as a serial line
+                return columns, lines
+        return None
+
+    def _look_at_size(self) -> None:
+        size = self._size()
+        for console in self.consoles:
+            if size is not None and console.size != size:
+                console.resize(*size)
+
     # -- raw mode -------------------------------------------------------------------------------------------
 
     def enter_raw(self) -> None:
@@ -310,10 +348,14 @@ class Terminal(FdChardev):
         if self._shown:
             self.toggle_screen()
         self._event_loop.remove_hang_up(self._out_fd)
+        self._event_loop.remove_reader(self._size_fd)
         super().close()
 
     def _release(self) -> None:
         self.leave_raw()
+        fd, self._size_fd = self._size_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def in_foreground(fd: int) -> bool:

@@ -30,7 +30,8 @@ ENDING = tuple(
 
 class Signals:
     """A context: a signal that would end the process raises SystemExit(128 + number) in the main thread, and a stop
-    from the keyboard's side (SIGTSTP) gives ``terminal`` back until SIGCONT. What was ignored before stays ignored.
+    from the keyboard's side (SIGTSTP) gives ``terminal`` back until SIGCONT; SIGWINCH has it look at its size. What was
+    ignored before stays ignored.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Signals:
             self._take(number, self._end)
         self._take(signal.SIGTSTP, self._stop)
         self._take(signal.SIGCONT, self._continue)
+        self._take(signal.SIGWINCH, self._resized)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -69,3 +71,8 @@ class Signals:
         """After SIGTSTP, after a SIGSTOP that nobody heard of, and where a shell brings us into the foreground."""
         if self.terminal is not None:
             self.terminal.enter_raw()
+            self.terminal.resized()  # of that, too, only a shell has heard meanwhile
+
+    def _resized(self, _number: int, _frame: object) -> None:
+        if self.terminal is not None:
+            self.terminal.resized()

@@ -503,3 +503,38 @@ def test_in_the_background_the_terminal_is_left_alone(
     terminal.close()  # the shell has set the modes it wants
     assert termios.tcgetattr(program) == raw
     termios.tcsetattr(program, termios.TCSANOW, before)
+
+
+# -- its size ----------------------------------------------------------------------------------------------------------
+
+
+def test_consoles_have_its_size(loop: EventLoop, pseudo_terminal: tuple[int, int]) -> None:
+    _, slave = pseudo_terminal
+    termios.tcsetwinsize(slave, (25, 80))
+    terminal = Terminal(loop, in_fd=slave, out_fd=slave)
+    console, other = terminal.console("hvc0"), terminal.console("serial")
+    assert console.size is None  # nobody has asked
+    heard = threading.Event()
+    console.set_resized(heard.set)
+    assert console.size == other.size == terminal.console("hvc1").size == (80, 25)
+    terminal.resized()
+    settle(loop)
+    assert not heard.is_set()  # it is what it was
+    termios.tcsetwinsize(slave, (50, 132))
+    terminal.resized()
+    assert heard.wait(LIMIT_S)
+    assert console.size == (132, 50)
+    terminal.close()
+    terminal.resized()
+    console.set_resized(heard.set)
+
+
+def test_no_terminal_has_no_size(loop: EventLoop, pipe: tuple[int, int]) -> None:
+    in_fd, out_fd = pipe
+    terminal = Terminal(loop, in_fd=in_fd, out_fd=out_fd)
+    console = terminal.console("hvc0")
+    console.set_resized(lambda: None)
+    terminal.resized()
+    settle(loop)
+    assert console.size is None
+    terminal.close()
