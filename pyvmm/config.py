@@ -6,23 +6,24 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.console_words import CONSOLE
 from pyvmm.errors import ConfigError, remedy_for_path
-from pyvmm.options import FLAG, Kind, Options, number, option, take_flag, take_text, text, whole, word
+from pyvmm.options import FLAG, GIVEN, Kind, Options, number, option, take_flag, take_text, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from typing_extensions import Buffer, TypedDict, Unpack
 
     from pyvmm.block.options import DriveOptions
-    from pyvmm.chardev import Chardev
+    from pyvmm.console_options import ConsoleOptions
+    from pyvmm.console_words import HostEnd
     from pyvmm.net.options import NetOptions
 
     # A file by its path, or its content.
     Image = str | os.PathLike[str] | Buffer
-    Serial = str | Chardev | Callable[[bytes], object] | None
 
     class MachineOptions(TypedDict, total=False):
         """What ``Machine(**options)`` takes: MachineConfig's docstring says what each is."""
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
         cpus: int
         cpu: str
         irqchip: str
-        serial: Serial
-        debugcon: Serial
+        serial: HostEnd
+        consoles: Sequence[ConsoleOptions | HostEnd]
+        debugcon: HostEnd
         vga: str | None
         debug_exit: int | None
         testdev: bool
@@ -66,7 +68,6 @@ if TYPE_CHECKING:
 MAX_CPUS = 0x1000
 # isa-debug-exit's port as kvm-unit-tests expect it.
 DEBUG_EXIT_PORT = 0xF4
-GIVEN = "given"  # in a Spec that was written down: what only the process had that wrote it
 
 
 # -- kinds of values ---------------------------------------------------------------------------------------------------
@@ -246,37 +247,29 @@ CPU = Kind(take_cpu, metavar="SPEC")
 INTERNAL = Kind(take_flag, file=None, metavar="")  # for the code that makes the machine: no file says it
 
 
-def take_console(name: str, value: Any) -> Any:
-    """The host's side of a console."""
-    if value is None or (callable(value) and not isinstance(value, type)):
-        return value
-    if isinstance(value, str):
-        is_file = value.startswith("file:") and len(value) > len("file:")
-        if not is_file and value not in ("none", "stdio", "pty"):
-            raise ConfigError(f"{name} {value!r}: use none, stdio, pty or file:PATH")
-        return None if value == "none" else value
-    from pyvmm.chardev import Chardev
+def take_consoles(name: str, value: Any) -> tuple[ConsoleOptions, ...]:
+    """ConsoleOptions, the words of --console, or what a serial port may have as its host's end."""
+    if isinstance(value, (list, tuple)) and not value:
+        return ()
+    from pyvmm.console_options import console_options
 
-    if isinstance(value, type):
-        raise ConfigError(f"{name}={value!r} is a class: give an instance of it, or a function that takes bytes")
-    if not isinstance(value, Chardev):
-        raise ConfigError(f"{name}={value!r}: use none, stdio, pty, file:PATH, a function of bytes, or a Chardev")
-    return value
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ConfigError(f"{name}={value!r}: give a list of consoles")
+    return tuple(console_options(console) for console in value)
 
 
-def unplain_console(name: str, data: Any, given: Mapping[str, Any]) -> Any:
-    if not isinstance(data, dict):
-        return data
-    if given.get(name) is None:
-        raise ConfigError(f"{name} was an object of the process: give a function of bytes, a Chardev or a word")
-    return given[name]
+def unplain_consoles(name: str, data: Any, given: Mapping[str, Any]) -> list[ConsoleOptions]:
+    from pyvmm.console_options import unplain
+
+    return unplain(name, data, given)
 
 
-CONSOLE = Kind(
-    take_console,
-    metavar="WHERE",
-    plain=lambda console: console if console is None or isinstance(console, str) else {GIVEN: "object"},
-    unplain=unplain_console,
+CONSOLES = Kind(
+    take_consoles,
+    file=list[str],
+    metavar="SPEC",
+    plain=lambda consoles: [console.plain() for console in consoles],
+    unplain=unplain_consoles,
 )
 
 
@@ -390,11 +383,15 @@ class MachineConfig(Options):
     irqchip: str = option(
         word("kernel", "off"), "kernel", "interrupt controllers and PIT in KVM, or (off, for one vCPU) in Python",
         cli="--irqchip", metavar="kernel|off")  # fmt: skip
-    serial: Serial = option(
+    serial: HostEnd = option(
         CONSOLE, None, "COM1: stdio (the default of pyvmm run), none, pty, file:PATH", cli="--serial", own_words=True,
         one="a second serial port is not there yet, give one",
         python="; in Python also a function that takes bytes, or a Chardev")  # fmt: skip
-    debugcon: Serial = option(
+    consoles: Sequence[ConsoleOptions | HostEnd] = option(
+        CONSOLES, (), "virtio consoles, each none, stdio, pty or file:PATH: hvc0, hvc1, ... for the kernel, or with"
+        " ,name=NAME the guest's /dev/virtio-ports/NAME", cli="--console", many=True, own_words=True,
+        python="; in Python also ConsoleOptions, and as serial")  # fmt: skip
+    debugcon: HostEnd = option(
         CONSOLE, None, "debug console at port 0x402: none, stdio, pty, file:PATH", cli="--debugcon", own_words=True,
         python="; in Python as serial")  # fmt: skip
     vga: str | None = option(

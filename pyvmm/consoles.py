@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from pyvmm.chardev import Chardev
     from pyvmm.closers import Closers
-    from pyvmm.config import Serial
+    from pyvmm.console_words import HostEnd
     from pyvmm.event_loop import EventLoop
     from pyvmm.screen import Frame
     from pyvmm.terminal import Terminal
@@ -51,14 +51,14 @@ class Consoles:
         self.terminal: Terminal | None = None
         self.screen: TerminalScreen | None = None
 
-    def open(self, spec: Serial, name: str) -> Chardev:
+    def open(self, spec: HostEnd, name: str) -> Chardev:
         """The host's side of the console ``name``. ConfigError for words that mean nothing."""
         opened = self.by_name[name] = self._open(spec, name)
         if opened is not spec:
             self.made.append(self._closers.add(opened))
         return opened
 
-    def _open(self, spec: Serial, name: str) -> Chardev:
+    def _open(self, spec: HostEnd, name: str) -> Chardev:
         from pyvmm import chardev as c
 
         if spec is None or spec == "none":

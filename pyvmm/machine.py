@@ -66,7 +66,7 @@ class Machine:
 
     ``pio`` and ``mmio`` are its address spaces (``m.pio.map(0x510, 2, device)``), ``memory`` its RAM, ``cpus`` its
     vCPUs, ``irqchip`` its interrupt controllers, ``devices`` the board's devices by name, ``backends`` its drives by
-    name, ``clock`` guest time. ``consoles`` are the host's ends of "serial" and "debugcon":
+    name, ``clock`` guest time. ``consoles`` are the host's ends of "serial", "debugcon", "hvc0", ...:
     ``m.consoles["serial"].feed(b"root\\n")`` types. ``events`` tells what happens to it. ``board``, a kind of Board,
     takes the place of the one that the option ``machine`` names. Raises ConfigError for what is asked wrongly and
     KvmError for what the host refuses.
@@ -404,12 +404,15 @@ class Machine:
             raise ConfigError(f"fork({count!r}): give how many machines, 1 or more")
         state = self._all_state("fork")
         made: list[Machine] = []
+        quiet: MachineOptions = {"serial": None, "debugcon": None}
+        if self.config.consoles:
+            quiet["consoles"] = [console.changed(where=None) for console in self.config.consoles]
         if self._chassis.origin is None:
             self._chassis.origin = self._chassis.closers.add(Origin(None))
         with freeze(state, self.config, self._chassis.origin) as frozen:
             try:
                 for n in range(count):
-                    own: MachineOptions = {"serial": None, "debugcon": None, **options, **(each(n) if each else {})}
+                    own: MachineOptions = {**quiet, **options, **(each(n) if each else {})}
                     made.append(Machine.restore(frozen, board=type(self.board), prepare=prepare, **own))
             except BaseException:
                 for machine in made:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
 WIDTH = 118  # of help
+GIVEN = "given"  # in a Spec that was written down: what only the process had that wrote it
 ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 

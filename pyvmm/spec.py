@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.config import MachineOptions
+    from pyvmm.console_options import ConsoleOptions
     from pyvmm.net.options import NetOptions
 
 
@@ -33,6 +34,7 @@ class Spec(MachineConfig):
         machine: str
         drives: tuple[PlacedDrive, ...]
         nets: tuple[NetOptions, ...]
+        consoles: tuple[ConsoleOptions, ...]
         firmware: str | Buffer | None
         kernel: str | Buffer | None
         initrd: str | Buffer | None
@@ -51,6 +53,10 @@ class Spec(MachineConfig):
             from pyvmm.net.options import complete
 
             values["nets"] = complete(values["nets"], values["uuid"])
+        if values["consoles"]:
+            from pyvmm.console_options import numbered
+
+            numbered(values["consoles"])
         bare = values["machine"] == "microvm" and values["kernel"] is None and values["flat"] is None
         if bare and values["accel"] == "kvm":
             raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
@@ -59,7 +65,7 @@ class Spec(MachineConfig):
     def wants_virtio(self) -> bool:
         """Whether any of its devices is one of virtio's."""
         on_virtio = any(drive.interface == "virtio" for drive in self.drives)
-        return on_virtio or self.rng or bool(self.nets)
+        return on_virtio or self.rng or bool(self.nets) or bool(self.consoles)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:

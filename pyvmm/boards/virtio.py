@@ -72,6 +72,8 @@ def make_all(board: Board) -> None:
         make_net(board, net)
     if board.config.rng:
         make_rng(board)
+    if board.config.consoles:
+        make_console(board)
 
 
 def make_net(board: Board, options: NetOptions) -> None:
@@ -109,6 +111,19 @@ def make_rng(board: Board) -> None:
     from pyvmm.devices.virtio.rng import VirtioRng
 
     board.add_virtio("rng", VirtioRng(board.memory))
+
+
+def make_console(board: Board) -> None:
+    """One device, whose ports are the consoles."""
+    from pyvmm.console_options import numbered
+    from pyvmm.devices.virtio.console import VirtioConsole
+
+    consoles = board.chassis.consoles
+    places = numbered(board.config.consoles)
+    ends = [(number, consoles.open(each.where, label), each.name) for number, label, each in places]
+    console = VirtioConsole(board.memory, ends)
+    consoles.add_flush(console.flush)
+    board.add_virtio("console", console)
 
 
 # -- what all of them have -------------------------------------------------------------------------------------------

@@ -317,6 +317,10 @@ def device(text: str) -> list[str]:
         raise ConfigError(f"-device {name}: {NET_INSTEAD}")
     if name.startswith("virtio-blk"):
         raise ConfigError(f"-device {name}: use --drive file=...,if=virtio with what it is to have: num-queues=, ...")
+    if name.startswith("virtio-serial") or name in ("virtconsole", "virtserialport"):
+        raise ConfigError(f"-device {name}: use --console stdio, pty or file:PATH, with name=NAME for a port")
+    if name.startswith("virtio-rng"):
+        raise ConfigError(f"-device {name}: use --rng")
     if name == "isa-debugcon":
         raise ConfigError(f"-device {name}: use --debugcon stdio, pty or file:PATH; it is at port 0x402")
     raise ConfigError(f"-device {text}: that is not there yet: `pyvmm run --help device` tells what there is")

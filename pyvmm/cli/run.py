@@ -91,8 +91,17 @@ def configure(given: dict[str, Any]) -> MachineConfig:
     join_boot_words(given)
     if "fw_cfg" in given:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}
-    given.setdefault("serial", "stdio")
+    given.setdefault("serial", "none" if has_console(given) else "stdio")
     return MachineConfig(raw_terminal=True, **given)
+
+
+def has_console(given: dict[str, Any]) -> bool:
+    """Whether a virtio console has the terminal: then the serial port has it only where that is said."""
+    if "consoles" not in given:
+        return False
+    from pyvmm.console_options import on_terminal
+
+    return on_terminal(given["consoles"])
 
 
 def restored(path: str, given: dict[str, Any]) -> Machine:
@@ -108,6 +117,11 @@ def restored(path: str, given: dict[str, Any]) -> Machine:
     with Snapshot(path) as snapshot:
         if isinstance(snapshot.spec.get("serial"), dict):
             given.setdefault("serial", "stdio")
+        if "consoles" not in given and snapshot.spec.get("consoles"):
+            from pyvmm.console_options import with_terminal
+
+            consoles = with_terminal(snapshot.spec["consoles"])
+            given |= {} if consoles is None else {"consoles": consoles}
         return Machine.restore(snapshot, raw_terminal=True, **given)
 
 

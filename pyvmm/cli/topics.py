@@ -18,6 +18,8 @@ DEVICE = """\
 There is no -device here; a board has its devices, and some options add one:
   --net SPEC        a virtio network card
   --drive SPEC      an IDE disk or CD-ROM drive, or a virtio disk (if=virtio)
+  --console SPEC    a virtio console, or a port for the guest's programs
+  --rng             a virtio entropy device
   --debug-exit PORT isa-debug-exit
   --debugcon WHERE  isa-debugcon, at port 0x402
   --testdev         pc-testdev
@@ -34,6 +36,7 @@ def topic_text(topic: str, options: Sequence[Option]) -> str:
     more: dict[str, Callable[[], str]] = {
         "drive": drive_text,
         "net": net_text,
+        "console": console_text,
         "cpu": cpu_text,
         "device": lambda: DEVICE,
     }
@@ -69,6 +72,16 @@ def net_text() -> str:
         if row.words and row.name not in ("tap", "path", "fd"):
             others = ", ".join(row.words[1:])
             lines += wrapped(f"  {row.words[0]}={row.metavar}  ", 32, row.help + (f" [{others}]" if others else ""))
+    return "\n".join(lines) + "\n"
+
+
+def console_text() -> str:
+    from pyvmm.console_options import ConsoleOptions
+
+    rows = ConsoleOptions.rows
+    lines = ["", "Of a console, with a comma between them, the host's end first:"]
+    lines += wrapped("  none|stdio|pty|file:PATH  ", 32, rows["where"].help)
+    lines += wrapped("  name=NAME  ", 32, rows["name"].help)
     return "\n".join(lines) + "\n"
 
 

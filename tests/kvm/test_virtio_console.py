@@ -1,0 +1,225 @@
+"""A guest on a virtio console, natively: it sends back what it hears, on virtio-mmio and on virtio-pci; and the size of
+the terminal that `pyvmm run` has.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import asm
+import pytest
+from console import Console
+from guests import PASSED, TIMEOUT_S, Guest
+
+# Queue 0 receives and queue 1 sends; each has one buffer, which is offered again and again. No interrupts.
+QUEUES = """
+    .set QUEUE_SIZE, 8
+    .set RX, 0x20000
+    .set TX, 0x21000
+    .set AVAIL, 0x80
+    .set USED, 0x100
+    .set BUFFER, 0x30000
+    .set BUFFER_BYTES, 64
+    .macro clear queue
+    movl    $0, \\queue + AVAIL
+    movl    $0, \\queue + USED
+    .endm
+    .macro offer queue, flags           # descriptor 0, once more
+    movl    $\\flags, \\queue + 12
+    movzwl  \\queue + AVAIL + 2, %eax
+    and     $QUEUE_SIZE - 1, %eax
+    movw    $0, \\queue + AVAIL + 4(, %rax, 2)
+    incw    \\queue + AVAIL + 2
+    .endm
+    .macro await queue                  # EAX: how many were used
+8:  pause
+    movzwl  \\queue + USED + 2, %eax
+    cmp     %ax, \\queue + AVAIL + 2
+    jne     8b
+    .endm
+    clear   RX
+    clear   TX
+"""
+ECHO = """
+again:
+    movq    $BUFFER, RX
+    movl    $BUFFER_BYTES, RX + 8
+    offer   RX, 2
+    ring    0
+    await   RX
+    dec     %eax
+    and     $QUEUE_SIZE - 1, %eax
+    mov     RX + USED + 8(, %rax, 8), %ecx
+    movq    $BUFFER, TX
+    mov     %ecx, TX + 8
+    offer   TX, 0
+    ring    1
+    cmpb    $'.', BUFFER - 1(%rcx)      # the last one: it does not wait until that has gone out
+    je      end
+    await   TX
+    jmp     again
+end:
+    finish
+failed:
+    finish  9
+"""
+MMIO = QUEUES + """
+    .set VIRTIO, 0xfeb00000
+    .macro register offset, value
+    movl    $\\value, \\offset(%rbp)
+    .endm
+    .macro ring queue
+    movl    $\\queue, 0x50(%rbp)
+    .endm
+    .macro set_up number, queue
+    register 0x30, \\number
+    register 0x38, QUEUE_SIZE
+    register 0x80, \\queue
+    register 0x90, \\queue + AVAIL
+    register 0xa0, \\queue + USED
+    register 0x44, 1
+    .endm
+    mov     $VIRTIO, %ebp
+    cmpl    $3, 8(%rbp)                 # a console
+    jne     failed
+    register 0x70, 1
+    register 0x70, 3
+    register 0x24, 1
+    register 0x20, 1                    # VERSION_1 and nothing else
+    register 0x70, 11
+    set_up  0, RX
+    set_up  1, TX
+    register 0x70, 15
+"""
+PCI = QUEUES + """
+    .macro config register
+    mov     $0x80001000 + (\\register & 0xfc), %eax   # slot 2
+    mov     $0xcf8, %edx
+    outl    %eax, %dx
+    mov     $0xcfc, %edx
+    .endm
+    .macro ring queue
+    movw    $\\queue, 0x3000 + 4 * \\queue(%rbp)
+    .endm
+    .macro set_up number, queue
+    movw    $\\number, 22(%rbp)
+    movw    $QUEUE_SIZE, 24(%rbp)
+    movl    $\\queue, 32(%rbp)
+    movl    $\\queue + AVAIL, 40(%rbp)
+    movl    $\\queue + USED, 48(%rbp)
+    movw    $1, 28(%rbp)
+    .endm
+    config  0
+    inl     %dx, %eax
+    cmp     $0x10031af4, %eax           # the transitional console
+    jne     failed
+    config  0x20                        # BAR 4
+    inl     %dx, %eax
+    and     $~15, %eax
+    mov     %eax, %ebp
+    movb    $1, 20(%rbp)
+    movb    $3, 20(%rbp)
+    movl    $1, 8(%rbp)
+    movl    $1, 12(%rbp)
+    movb    $11, 20(%rbp)
+    set_up  0, RX
+    set_up  1, TX
+    movb    $15, 20(%rbp)
+"""
+BOTH = pytest.mark.parametrize(("machine", "source"), [("microvm", MMIO), ("pc", PCI)], ids=["mmio", "pci"])
+TEXT = b"".join(b"line %d of what is typed\n" % n for n in range(150)) + b"."
+
+
+class Listener:
+    """``said`` is what the guest has sent, over all machines it was on."""
+
+    def __init__(self) -> None:
+        self.said = bytearray()
+        self._changed = threading.Condition()
+
+    def hear(self, data: bytes) -> None:
+        with self._changed:
+            self.said += data
+            self._changed.notify_all()
+
+    def wait_for(self, text: bytes) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: text in self.said, TIMEOUT_S), self.said
+
+
+@BOTH
+def test_what_is_typed_comes_back(boot: Callable[..., Guest], machine: str, source: str) -> None:
+    listener = Listener()
+    guest = boot(source + ECHO, machine=machine, consoles=[listener.hear])
+    guest.start()
+    console = guest.machine.consoles["hvc0"]
+    console.feed(b"hello\n")
+    listener.wait_for(b"hello\n")
+    console.feed(TEXT)
+    guest.wait()
+    assert guest.machine.status == PASSED
+    assert listener.said == b"hello\n" + TEXT  # all of it: also what the guest did not wait for
+
+
+@BOTH
+def test_it_goes_on_elsewhere_from_any_moment(boot: Callable[..., Guest], machine: str, source: str) -> None:
+    listener = Listener()
+    guest = boot(source + ECHO, machine=machine, consoles=[listener.hear])
+    guest.machine.consoles["hvc0"].feed(TEXT)
+    moves = 0
+    while True:
+        guest.start()
+        if guest.machine.wait(0.005 + 0.001 * (moves % 7)):
+            break
+        guest.machine.pause()
+        if guest.machine.status != 12:  # it has ended meanwhile
+            break
+        state = guest.machine.save_state()
+        guest.close()
+        guest = boot(source + ECHO, machine=machine, consoles=[listener.hear])
+        guest.machine.load_state(state)
+        moves += 1
+        assert moves < 1000
+    assert guest.machine.status == PASSED
+    assert listener.said == TEXT
+    assert moves > 1
+
+
+# Says on the serial port that it is there, and waits until the screen has 100 columns.
+WAIT_FOR_SIZE = """
+    mov     $0xfeb00000, %ebp
+    mov     0x100(%rbp), %eax           # columns and lines
+    cmp     $80 | 25 << 16, %eax
+    jne     1f
+    mov     $0x3f8, %dx
+    mov     $'!', %al
+    outb    %al, %dx
+2:  mov     0x100(%rbp), %eax
+    cmp     $100 | 50 << 16, %eax
+    jne     2b
+    finish
+1:  finish  9
+"""
+
+
+def test_the_size_of_the_commands_terminal(tmp_path: Path) -> None:
+    program = asm.assemble(WAIT_FOR_SIZE, "long64", None)
+    image = tmp_path / "guest.bin"
+    image.write_bytes(program.image)
+    # The size is there before the command is: stty sets it.
+    command = " ".join(
+        (
+            f"stty cols 80 rows 25; exec {sys.executable} -m pyvmm run --flat {image} --flat-mode long64",
+            f"--flat-address {program.address:#x} --memory 4 --machine microvm --serial stdio --console stdio",
+        )
+    )
+    with Console("/bin/sh", "-c", command) as console:
+        console.expect("!", TIMEOUT_S)
+        termios.tcsetwinsize(console.master, (50, 100))
+        console.process.send_signal(signal.SIGWINCH)
+        assert console.wait(TIMEOUT_S) == PASSED
