@@ -10,7 +10,10 @@ cdef class RamRegion:
     cdef readonly bint readonly
     cdef readonly int fd
     cdef readonly bint from_file    # a ``source`` was given
+    cdef bint reserved              # in huge pages that the host has set aside
+    cdef bint file_behind           # a page that is given back is a file's again
     cdef readonly str name
+    cdef bint give_back(self, uint64_t offset, uint64_t size) noexcept nogil
 
 
 cdef class GuestMemory:

@@ -19,7 +19,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *, unsigned int)
     int madvise(void *, size_t, int)
     unsigned int MFD_CLOEXEC
-    int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP
+    int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DONTNEED, MADV_REMOVE
 
 cdef extern from "<linux/memfd.h>" nogil:
     unsigned int MFD_HUGETLB, MFD_HUGE_2MB, MFD_HUGE_1GB
@@ -79,8 +79,9 @@ cdef class RamRegion:
         self.length = length
         self.readonly = readonly
         self.name = name
-        self.from_file = source is not None
+        self.from_file = self.file_behind = source is not None
         cdef unsigned int huge = _HUGE[huge_pages]
+        self.reserved = huge != 0
         cdef int flags
         cdef int file = -1
         cdef uint64_t start = 0
@@ -153,6 +154,11 @@ cdef class RamRegion:
                 start) == MAP_FAILED:
             raise ConfigError(f"{self.name}: can't map {size >> 10} KiB of a file: "
                               + remedy(OSError(errno, os.strerror(errno)), "raise /proc/sys/vm/max_map_count"))
+        self.file_behind = True
+
+    cdef bint give_back(self, uint64_t offset, uint64_t size) noexcept nogil:
+        """Whole pages to the host; whether it took them. It may refuse: mlock(2), a sealed memfd."""
+        return madvise(self.hva + offset, size, MADV_REMOVE if self.fd >= 0 else MADV_DONTNEED) == 0
 
     @property
     def size_bytes(self):
@@ -247,6 +253,27 @@ cdef class GuestMemory:
         # The way of QEMU's pc-testdev: taking the rights away and giving them back goes through KVM's MMU notifier.
         if mprotect(page, PAGE_BYTES, PROT_NONE) < 0 or mprotect(page, PAGE_BYTES, PROT_READ | PROT_WRITE) < 0:
             raise OSError(errno, os.strerror(errno))
+
+    def discard(self, uint64_t gpa, uint64_t size, *, bint zeros=False):
+        """Give ``size`` bytes of whole pages at ``gpa`` back to the host, until they are touched again: how many bytes it
+        took. What was in them is lost: they read as zeros, or where memory is a snapshot's or a fork's as its file has it.
+
+        ``zeros``: leave those last as they are. Reserved huge pages stay too: the next access might find none left, and
+        that would be a SIGBUS. BusError where it is not whole pages inside of one region of RAM.
+        """
+        cdef RamRegion region
+        cdef bint taken
+        if not size or gpa % PAGE_BYTES or size % PAGE_BYTES:
+            raise BusError(f"{size:#x} bytes at guest-physical {gpa:#x} are not whole pages")
+        for region in self.ram:
+            if not region.readonly and gpa >= region.gpa and gpa - region.gpa < <uint64_t>region.length \
+                    and size <= <uint64_t>region.length - (gpa - region.gpa):
+                if region.reserved or zeros and region.file_behind:
+                    return 0
+                with nogil:
+                    taken = region.give_back(gpa - region.gpa, size)
+                return size if taken else 0
+        raise BusError(f"{size:#x} bytes at guest-physical {gpa:#x} are not inside RAM")
 
     def close(self):
         """Let go of the mappings; each is unmapped when the last view of it is gone."""

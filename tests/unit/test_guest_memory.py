@@ -352,3 +352,76 @@ for make in (
         raise SystemExit("not refused")
 """
     subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL)
+
+
+# -- pages that are given back -----------------------------------------------------------------------------------------
+
+
+def resident_bytes(region: RamRegion) -> int:
+    """Of its mapping, as the kernel counts them (proc_pid_smaps(5)); a shared one's are its file's."""
+    if region.fd >= 0:
+        return os.fstat(region.fd).st_blocks * 512
+    found, inside = 0, False
+    end = region.host_address + region.size_bytes
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (head := line.split(maxsplit=1)[0]) and "-" in head and not head.endswith(":"):
+            first, last = (int(part, 16) for part in head.split("-"))
+            inside = first < end and last > region.host_address
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pages_are_given_back_and_read_as_zeros(shared: bool) -> None:
+    memory = GuestMemory(16 * MIB, shared=shared)
+    (region,) = memory.ram
+    memory.write(0, b"\x5a" * (16 * MIB))
+    before = resident_bytes(region)
+    assert memory.discard(MIB, 10 * MIB) == 10 * MIB
+    assert before - resident_bytes(region) >= 10 * MIB
+    assert memory.read(MIB, 10 * MIB) == bytes(10 * MIB)
+    assert memory.read(MIB - 1, 1) == memory.read(11 * MIB, 1) == b"\x5a"
+    memory.write(2 * MIB, b"again")
+    assert memory.read(2 * MIB, 5) == b"again"
+    assert memory.discard(0, PAGE_BYTES, zeros=True) == PAGE_BYTES
+
+
+def test_pages_that_are_a_files_are_the_files_again(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(b"f" * (2 * MIB))
+    with path.open("rb") as file:
+        memory = GuestMemory(2 * MIB, sources={0: (file.fileno(), 0)})
+    memory.write(0, b"guest")
+    assert memory.discard(0, PAGE_BYTES, zeros=True) == 0
+    assert memory.read(0, 5) == b"guest"
+    assert memory.discard(0, PAGE_BYTES) == PAGE_BYTES
+    assert memory.read(0, 5) == b"fffff"
+
+
+def test_so_are_those_that_are_made_one(tmp_path: Path) -> None:
+    """As a fork does with the memory it was taken of."""
+    memory = GuestMemory(2 * MIB)
+    path = tmp_path / "memory"
+    path.write_bytes(b"f" * (2 * MIB))
+    with path.open("rb") as file:
+        memory.ram[0].overlay(0, 2 * MIB, (file.fileno(), 0))
+    assert memory.discard(0, 2 * MIB, zeros=True) == 0
+    assert memory.read(0, 1) == b"f"
+
+
+@given(gpa=st.integers(0, MASK_64), size=st.integers(0, MASK_64))
+@settings(max_examples=200)
+def test_what_can_not_be_given_back(gpa: int, size: int) -> None:
+    memory = GuestMemory(MIB)
+    if gpa + size <= MIB and gpa % PAGE_BYTES == 0 and size % PAGE_BYTES == 0 and size:
+        return
+    with pytest.raises(BusError):
+        memory.discard(gpa, size)
+
+
+def test_a_rom_is_not_given_back() -> None:
+    memory = GuestMemory(MIB)
+    memory.add(RamRegion(8 * MIB, PAGE_BYTES, readonly=True, name="rom"))
+    with pytest.raises(BusError, match="not inside RAM"):
+        memory.discard(8 * MIB, PAGE_BYTES)
