@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, Protocol
 
-    from pyvmm.devices.virtio.ring import Chain, Virtqueue
+    from pyvmm.devices.virtio.chain import Chain
+    from pyvmm.devices.virtio.ring import Virtqueue
 
     class HostEnd(Protocol):
         """What of a port's host end is told."""

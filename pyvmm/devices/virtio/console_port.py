@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.chardev import Chardev
-    from pyvmm.devices.virtio.ring import Chain, Virtqueue
+    from pyvmm.devices.virtio.chain import Chain
+    from pyvmm.devices.virtio.ring import Virtqueue
 
 BATCH = 64  # buffers of output in the hand, at most
 PIECE_BYTES = 1 << 16  # of output in one write
