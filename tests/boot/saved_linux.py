@@ -25,10 +25,11 @@ import pyvmm
 APPEND = "console=ttyS0 panic=-1"
 FILES = 4
 LIMIT_S = 3600.0
-# The kernel's own words for time that went wrong, or a processor that did nothing for too long.
+# The kernel's own words for time that went wrong, or a processor that did nothing for too long. ("Marking TSC unstable
+# due to TSCs unsynchronized" is no such: it says so of every AMD processor without an invariant TSC, as the lab's is.)
 COMPLAINTS = (
-    *("soft lockup", "rcu_sched", "rcu_preempt detected stalls", "unstable", "timed out", "hung_task"),
-    "exception Emask",
+    *("soft lockup", "rcu_sched", "rcu_preempt detected stalls", "watchdog on CPU", "check_tsc_sync_source failed"),
+    *("timed out", "hung_task", "exception Emask"),
 )
 
 
@@ -57,6 +58,7 @@ def lives(wanted: int, directory: Path) -> int:
         count, guest_s = guest.count, guest.machine.clock.now_ns() / 1e9
     output = line.output
     said = {text.strip() for text in output.splitlines()}
+    print(f"{count} lives, {guest_s:.1f} s of guest time in {time.monotonic() - began:.0f} s", flush=True)
     assert status == 0, output[-3000:]
     assert sums("dma", FILES) <= said, output[-3000:]
     assert "errors: 0" in said, output[-3000:]
@@ -65,7 +67,7 @@ def lives(wanted: int, directory: Path) -> int:
     last = [text for text in output.splitlines() if text.startswith("[")][-1]
     kernel_s = float(last[1 : last.index("]")])
     assert abs(guest_s - kernel_s) < 5, f"guest time {guest_s:.1f} s, the kernel says {last!r}"
-    print(f"{count} lives, {guest_s:.1f} s of guest time in {time.monotonic() - began:.0f} s; the kernel: {last!r}")
+    print(f"the kernel: {last!r}")
     return count
 
 
