@@ -350,6 +350,7 @@ class Machine:
         *,
         board: type[Board] | None = None,
         prepare: Callable[[Machine], object] | None = None,
+        twin: bool = True,
         **options: Unpack[MachineOptions],
     ) -> Machine:
         """The machine of a snapshot, paused where it stood; ``resume`` or ``run`` next.
@@ -358,7 +359,8 @@ class Machine:
         process. So the time this takes does not depend on how much there is, and machines of one snapshot share it; the
         file must not change as long as one of them lives. ``options`` take the place of those that were saved: consoles
         that were objects have to be given again, drives should be (``drives=``), since the images must be as they were.
-        ``prepare`` gets the machine before its state: to add devices of your own that the first one had.
+        ``prepare`` gets the machine before its state: to add devices of your own that the first one had. The guest is
+        told that it is a ``twin`` (vmgenid.py), unless it is to go on as the very machine that was saved.
         A snapshot names the files and consoles that it opens, as a configuration does: look at one that a stranger has
         made (``Snapshot.spec``), or give all of them.
 
@@ -377,6 +379,8 @@ class Machine:
                 state = self._all_state("restore")
                 origin.fill(state.memory())
                 state.load(origin.state)
+                if twin:
+                    self.board.new_generation()
             except BaseException:
                 self.close()
                 raise

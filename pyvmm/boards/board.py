@@ -260,6 +260,9 @@ class Board:
     def woken(self, events: int) -> None:
         """Tell the guest that it was, and by what: bits of PM1's status."""
 
+    def new_generation(self) -> None:
+        """The guest goes on as a twin of another machine: tell it."""
+
     # -- the embedder's hands ------------------------------------------------------------------------------------
 
     def press_power_button(self) -> None:

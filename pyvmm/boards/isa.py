@@ -48,11 +48,14 @@ class IsaBoard(Board):
         return True
 
     def make_isa_devices(self) -> None:
-        """COM1, ACPI's PM block, the reset register, fw_cfg, RTC, i8042, port 0x92, POST codes; and what is asked for.
+        """COM1, ACPI's PM block and events, the generation's number, the reset register, fw_cfg, RTC, i8042, port 0x92,
+        POST codes; and what is asked for.
         """
+        from pyvmm.devices.acpi_gpe import GpeBlock
         from pyvmm.devices.acpi_pm import AcpiPm
         from pyvmm.devices.fw_cfg import FwCfg
         from pyvmm.devices.reset_control import ResetControl
+        from pyvmm.devices.vmgenid import ID_BYTES, VmGenId
 
         power = self.chassis.power
         self.serial = self.add_serial()
@@ -66,6 +69,10 @@ class IsaBoard(Board):
             on_wake=power.wake,
         )
         self.pm = self.add("acpi_pm", pm)
+        gpe = self.gpe = self.add("gpe0", GpeBlock(pm.general_event))
+        self.map_ports(layout.PORT_GPE0, layout.PORT_GPE0_BYTES, gpe, "gpe0")
+        self.vmgenid = self.add("vmgenid", VmGenId(lambda: gpe.happen(layout.GPE_VM_GENERATION)))
+        self.mmio.map(layout.VM_GENERATION_ID, ID_BYTES, self.vmgenid, name="vmgenid")
         why = f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"
         self.reset_control = self.add("reset_control", ResetControl(lambda: power.reset(by=why)))
         self.fw_cfg = self.add("fw_cfg", FwCfg(self.memory))
@@ -100,6 +107,7 @@ class IsaBoard(Board):
         self.rtc, self.i8042, self.port92 = self.add("rtc", rtc), self.add("i8042", i8042), self.add("port92", port92)
         self.describe(rtc_aml)
         self.describe(keyboard_aml)
+        self.describe(generation_aml)
         self.map_ports(layout.PORT_RTC, 2, rtc, "rtc")
         self.map_ports(layout.PORT_I8042_DATA, 1, i8042, "i8042.data")
         self.map_ports(layout.PORT_I8042_COMMAND, 1, i8042.command, "i8042.command")
@@ -166,6 +174,9 @@ class IsaBoard(Board):
 
             make_all(self)
 
+    def new_generation(self) -> None:
+        self.vmgenid.change()
+
     # -- wake-up -----------------------------------------------------------------------------------------------
 
     def waking_state(self) -> BootState | None:
@@ -188,6 +199,12 @@ def rtc_aml() -> bytes:
     from pyvmm.x86 import acpi
 
     return acpi.rtc()
+
+
+def generation_aml() -> bytes:
+    from pyvmm.x86 import acpi
+
+    return acpi.vm_generation_id()
 
 
 def keyboard_aml() -> bytes:

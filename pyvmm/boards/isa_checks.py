@@ -34,6 +34,7 @@ LEGACY: tuple[Ports, ...] = (
     (layout.PORT_PIC_ELCR, 2, "the PIC"),
     (layout.PORT_FW_CFG, 2, "fw_cfg"),
     (layout.PORT_FW_CFG_DMA, 8, "fw_cfg"),
+    (layout.PORT_GPE0, layout.PORT_GPE0_BYTES, "ACPI's general-purpose events"),
 )
 MICROVM: tuple[Ports, ...] = (
     (layout.PORT_PM, layout.PM_BYTES, "ACPI's PM block"),
@@ -42,7 +43,6 @@ MICROVM: tuple[Ports, ...] = (
 PC: tuple[Ports, ...] = (
     (layout.PORT_PCI, 8, "PCI's configuration"),
     (layout.PORT_APM, 2, "the chipset's APM"),
-    (layout.PORT_GPE0, 4, "the chipset's GPE block"),
     *((command, 8, "an IDE channel") for command, _control, _irq in layout.IDE_CHANNELS),
     *((control, 1, "an IDE channel") for _command, control, _irq in layout.IDE_CHANNELS),
 )

@@ -141,7 +141,6 @@ class Pc(IsaBoard):
         self.ports.take(layout.PORT_PM, layout.PM_BYTES, "acpi_pm")
         self.map_ports(layout.PORT_PCI, layout.PORT_PCI_BYTES, host, "pci")
         self.map_ports(layout.PORT_APM, 2, pm.apm, "apm")
-        self.map_ports(layout.PORT_GPE0, layout.PORT_GPE0_BYTES, pm.gpe, "gpe0")
 
     def _make_ide(self) -> tuple[IdeChannel, IdeChannel]:
         """Both channels at the ports that ATA has on every PC, whatever is on them."""

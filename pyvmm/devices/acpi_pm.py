@@ -90,6 +90,7 @@ class AcpiPm(Device):
         self._asleep = False
         self._sci_en = SCI_EN if self._starts_in_acpi_mode else 0
         self._toggle = self._next_toggle()
+        self._general = False
 
     def _ticks(self) -> int:
         """The PM timer, not yet cut to its width."""
@@ -147,13 +148,16 @@ class AcpiPm(Device):
         if self._ticks() >= self._toggle:
             self._status |= TMR
             self._toggle = self._next_toggle()
-        self._sci.set(int(self._sci_en and self._status & self._enable != 0))
+        self._drive_sci()
         if self._enable & ~self._status & TMR:
             ticks = self._toggle - self._ticks_offset
             self._timer.arm(-(-ticks * NS_PER_SECOND // PM_TIMER_HZ))
         else:
             self._timer.disarm()
         self._end_sleep()
+
+    def _drive_sci(self) -> None:
+        self._sci.set(int(self._sci_en and (self._general or self._status & self._enable != 0)))
 
     def _on_timer(self) -> None:
         with self.lock:
@@ -166,6 +170,12 @@ class AcpiPm(Device):
         with self.lock:
             self._sci_en = SCI_EN if on else 0
             self._update()
+
+    def general_event(self, pending: bool) -> None:
+        """Whether one of the general-purpose events (acpi_gpe.py) wants an SCI. From any thread."""
+        with self.lock:
+            self._general = pending
+            self._drive_sci()
 
     def press(self) -> None:
         """The power button, pressed and let go. From any thread. The guest decides what to do about it."""
@@ -212,5 +222,5 @@ class AcpiPm(Device):
 
     def after_load(self) -> None:
         with self.lock:
-            self._sci.set(int(self._sci_en and self._status & self._enable != 0))
+            self._drive_sci()
             self._timer.go_on()

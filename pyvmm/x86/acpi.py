@@ -52,6 +52,8 @@ ACPI_ENABLE = 0xF1
 ACPI_DISABLE = 0xF0
 PROFILE_UNSPECIFIED = 0
 
+DEVICE_CHANGED = 0x80  # a notification whose meaning is the device's own
+
 SYSTEM_IO = 1  # address space of a Generic Address Structure
 BYTE_ACCESS = 1
 WORD_ACCESS = 2
@@ -115,7 +117,7 @@ def build(
     terms = dsdt(cpus, devices, s3=s3)
 
     def make_fadt(facs: int, dsdt: int) -> bytes:
-        return fadt(facs, dsdt, vga=vga)
+        return fadt(facs, dsdt, gpe0=layout.PORT_GPE0, gpe0_bytes=layout.PORT_GPE0_BYTES, vga=vga)
 
     return arrange(terms, make_fadt, others, cpus=cpus, rsdp=rsdp, base=base, end=end)
 
@@ -305,6 +307,22 @@ def virtio_mmio(uid: int, base: int, gsi: int) -> bytes:
         aml.name("_CCA", 1),
         aml.name("_CRS", aml.resources(registers, aml.interrupt(gsi, edge=True))),
     )
+
+
+def vm_generation_id() -> bytes:
+    """By the names of Microsoft's specification: where the number is; and that it has changed, by the event that says
+    so. Its paths are absolute, so that it can stand within any device.
+    """
+    address = aml.package(layout.VM_GENERATION_ID & 0xFFFF_FFFF, layout.VM_GENERATION_ID >> 32)
+    device = aml.device(
+        "VGEN",
+        aml.name("_HID", "PYVM0001"),
+        aml.name("_CID", "VM_Gen_Counter"),
+        aml.name("_DDN", "VM_Gen_Counter"),
+        aml.name("ADDR", address),
+    )
+    happened = aml.method(f"_E{layout.GPE_VM_GENERATION:02X}", aml.notify("\\_SB.VGEN", DEVICE_CHANGED))
+    return aml.scope("\\_SB", device) + aml.scope("\\_GPE", happened)
 
 
 def _isa(path: str, hid: str, crs: bytes, uid: int | None = None) -> bytes:

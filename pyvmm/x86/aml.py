@@ -39,6 +39,7 @@ ARG0 = b"\x68"
 STORE_OP = 0x70
 AND_OP = 0x7B
 OR_OP = 0x7D
+NOTIFY_OP = 0x86
 CREATE_DWORD_FIELD_OP = 0x8A
 IF_OP = 0xA0
 ELSE_OP = 0xA1
@@ -154,6 +155,11 @@ def method(path: str, *terms: bytes, args: int = 0, serialized: bool = False) ->
 def returns(what: Value) -> bytes:
     """Return (constant)"""
     return bytes((RETURN_OP,)) + value(what)
+
+
+def notify(path: str, what: int) -> bytes:
+    """Notify (path, constant)"""
+    return bytes((NOTIFY_OP,)) + name_string(path) + value(what)
 
 
 def eisa_id(text: str) -> bytes:

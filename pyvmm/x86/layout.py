@@ -106,6 +106,9 @@ KVM_TSS = 0xFEFF_D000
 KVM_PAGES = KVM_IDENTITY_MAP
 KVM_PAGES_BYTES = 4 * PAGE_BYTES
 
+# The number of this life of the machine (devices/vmgenid.py): registers, in no memory map.
+VM_GENERATION_ID = 0xFEFF_B000
+
 # pc-testdev's memory (QEMU hw/misc/pc-testdev.c): kvm-unit-tests read and write code there.
 TESTDEV_MEMORY = 0xFF00_0000
 TESTDEV_MEMORY_BYTES = 0x1_0000
@@ -149,6 +152,7 @@ PORT_TESTDEV_IRQ = 0x2000  # pc-testdev: 0x2000 + n drives interrupt line n
 
 PORT_GPE0 = 0xAFE0  # general purpose events, where QEMU's PIIX4 has them
 PORT_GPE0_BYTES = 4
+GPE_VM_GENERATION = 5  # which of them tells of another generation; QEMU's number, too
 PORT_BUS_MASTER = 0xC000  # IDE's, where a directly booted kernel finds it: SeaBIOS gives out I/O BARs from here on
 PORT_PCI_BARS = 0xC100  # other functions' I/O BARs, and their memory, where a kernel is booted without firmware
 LAST_PORT = 0xFFFF

@@ -18,6 +18,7 @@ import pyvmm
 from pyvmm import Machine, StateError
 from pyvmm.cli.demo import NOTEBOOK_IRQ, NOTEBOOK_MMIO, NOTEBOOK_PORT, Notebook
 from pyvmm.snapshot import Snapshot
+from pyvmm.x86 import layout
 
 MIB = 1 << 20
 
@@ -35,7 +36,7 @@ def test_the_demo_guest_at_random_moments(irqchip: str, tmp_path: Path) -> None:
         said = bytearray()
 
         def restore(path: Path, said: bytearray = said) -> Machine:
-            return Machine.restore(path, prepare=add_notebook, serial=said.extend)
+            return Machine.restore(path, prepare=add_notebook, twin=False, serial=said.extend)
 
         def make(said: bytearray = said) -> Machine:
             return demo_machine(said, irqchip)
@@ -221,6 +222,27 @@ def refuse_the_third(n: int) -> pyvmm.MachineOptions:
     if n == 2:
         raise pyvmm.ConfigError("the third is wrong")
     return {}
+
+
+def test_twins_have_another_generation(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """What the guest knows its random numbers by: the saved machine's own in one that takes its place, else a new one,
+    which it is told of.
+    """
+    machine = boot(COUNTER).machine
+
+    def seen(m: Machine) -> tuple[int, int]:
+        return m.mmio.read(layout.VM_GENERATION_ID, 8), m.pio.read(layout.PORT_GPE0, 2)
+
+    machine.save(tmp_path / "a")
+    with Machine.restore(tmp_path / "a", twin=False) as same, Machine.restore(tmp_path / "a") as twin:
+        copies = machine.fork(2)
+        try:
+            assert seen(same) == seen(machine)
+            assert [seen(m)[1] for m in (machine, twin, *copies)] == [0, *[1 << layout.GPE_VM_GENERATION] * 3]
+            assert len({seen(m)[0] for m in (machine, twin, *copies)}) == 4
+        finally:
+            for m in copies:
+                m.close()
 
 
 def test_forks_have_consoles_of_their_own(boot: Callable[..., Guest]) -> None:

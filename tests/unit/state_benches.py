@@ -10,6 +10,7 @@ from pyvmm.address_space import AddressSpace
 from pyvmm.chardev import CallableChardev
 from pyvmm.clock import VirtualClock
 from pyvmm.device import Device
+from pyvmm.devices.acpi_gpe import GpeBlock
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.devices.debugcon import DebugCon
 from pyvmm.devices.fw_cfg import FwCfg
@@ -257,7 +258,7 @@ class KeyboardBench(Bench):
 
 
 class AcpiBench(Bench):
-    ports = range(0x600, 0x60C)
+    ports = (*range(0x600, 0x60C), *range(0xAFE0, 0xAFE4))
     sizes = (1, 2, 4)
     longest_ns = 2000 * SECOND
 
@@ -270,13 +271,17 @@ class AcpiBench(Bench):
             on_wake=self.hears("wake"),
         )
         self.pio.map(0x600, 12, self.pm)
+        self.gpe = GpeBlock(self.pm.general_event)
+        self.pio.map(0xAFE0, 4, self.gpe)
         self.add("acpi_pm", self.pm)
+        self.add("gpe0", self.gpe)
 
     @classmethod
     def own_step(cls, r: Random) -> Step:
         return r.choice(
             (
                 ("event", r.choice(("press", "rtc_alarm"))),
+                ("general_event", r.randrange(16)),
                 ("out", 0x604, 2, 0x2400),
                 ("out", 0x602, 2, r.choice((1, 0x501, r.getrandbits(16)))),
             )
@@ -284,6 +289,9 @@ class AcpiBench(Bench):
 
     def event(self, name: str) -> None:
         getattr(self.pm, name)()
+
+    def general_event(self, number: int) -> None:
+        self.gpe.happen(number)
 
 
 class FwCfgBench(Bench):

@@ -2,7 +2,6 @@
 
 Intel 82371AB (PIIX4) data sheet, function 3: configuration (PMBASE, DEVACTB, PMREGMISC, SMBBA, SMBHSTCFG), the APM
 ports (APMC, APMS) and the SMBus host registers. The command values for APMC are QEMU's; a guest has them from the FADT.
-The general-purpose event block is ACPI 6.5, 4.8.4.1; it lies where QEMU's pc has it, and no event is wired to it.
 """
 
 from __future__ import annotations
@@ -79,24 +78,6 @@ class Apm(Device):
             self._acpi.set_acpi_mode(value == ACPI_ENABLE)
 
 
-class GpeBlock(Device):
-    """Sixteen general-purpose events: status (a one written clears) and enable, 2 bytes each."""
-
-    impl_sizes = (1, 1)
-    STATE = {"registers": ("bytes", 4)}
-
-    __slots__ = ("registers",)
-
-    def __init__(self) -> None:
-        self.registers = bytearray(4)
-
-    def read(self, offset: int, size: int) -> int:
-        return self.registers[offset]
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        self.registers[offset] = value if offset >= 2 else self.registers[offset] & ~value
-
-
 class SmbusHost(Device):
     """An SMBus host controller with nobody on its bus: each transfer ends at once, with "no device answered".
 
@@ -141,9 +122,9 @@ class SmbusHost(Device):
 
 
 class Piix4Pm(PciDevice):
-    """Moves ``acpi``'s block: do not map that elsewhere. Map ``apm`` (2 ports) at 0xb2 and ``gpe`` (4) at 0xafe0.
+    """Moves ``acpi``'s block: do not map that elsewhere. Map ``apm`` (2 ports) at 0xb2.
 
-    Reset, save and load of ``apm``, ``gpe`` and the SMBus host are this one's; those of ``acpi`` its own.
+    Reset, save and load of ``apm`` and the SMBus host are this one's; those of ``acpi`` its own.
     """
 
     def __init__(self, acpi: AcpiPm, pio: AddressSpace) -> None:
@@ -156,9 +137,8 @@ class Piix4Pm(PciDevice):
             interrupt_pin=1,
         )
         self.apm = Apm(acpi)
-        self.gpe = GpeBlock()
         self.smbus = SmbusHost()
-        self._blocks: tuple[Apm | GpeBlock | SmbusHost, ...] = (self.apm, self.gpe, self.smbus)
+        self._blocks: tuple[Apm | SmbusHost, ...] = (self.apm, self.smbus)
         self._pm = self.add_window(pio, [(0, lambda: MemoryRegion(BLOCK_BYTES, acpi, name="acpi_pm"))])
         self._smb = self.add_window(pio, [(0, lambda: MemoryRegion(SMBUS_BYTES, self.smbus, name="smbus"))])
         self.define(PMBASE, 4, IO_SPACE, PMBASE_ADDRESS)
@@ -203,4 +183,5 @@ class Piix4Pm(PciDevice):
                 with block.lock:
                     block.registers[:] = bytes(len(block.registers))
 
-    STATE = {**PciDevice.STATE, "apm": "part", "gpe": "part", "smbus": "part"}
+    STATE = {**PciDevice.STATE, "apm": "part", "smbus": "part"}
+    STATE_VERSION = 2

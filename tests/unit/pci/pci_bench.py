@@ -103,7 +103,6 @@ class Board(Bus):
         }
         self.pio.map(ADDRESS, 8, self.host)
         self.pio.map(0xB2, 2, self.pm.apm)
-        self.pio.map(0xAFE0, 4, self.pm.gpe)
 
     def _count_reset(self) -> None:
         self.resets += 1

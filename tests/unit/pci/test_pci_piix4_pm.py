@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pci_bench import COMMAND, IO, PM, Board
 
 PMBASE, DEVACTB, PMREGMISC, SMBBA, SMBHSTCFG = 0x40, 0x58, 0x80, 0x90, 0xD2
-APMC, GPE0 = 0xB2, 0xAFE0
+APMC = 0xB2
 SMBUS = 0x700
 STATUS, CONTROL, ADDRESS = SMBUS, SMBUS + 2, SMBUS + 4
 START, KILL, DEV_ERR, FAILED, BUSY = 0x40, 0x02, 0x04, 0x10, 0x01
@@ -76,15 +76,6 @@ def test_events_make_an_sci_in_acpi_mode_only(board: Board) -> None:
     assert board.sci.level == 0
 
 
-def test_gpe_block(board: Board) -> None:
-    pio = board.pio
-    assert pio.read(GPE0, 4) == 0
-    pio.write(GPE0, 4, 0x1234_FFFF)
-    assert pio.read(GPE0, 4) == 0x1234_0000
-    board.pm.reset()
-    assert pio.read(GPE0, 4) == 0
-
-
 def test_the_smbus_host_needs_all_three_switches(board: Board) -> None:
     for register, value, size in ((SMBBA, 0x0701, 4), (SMBHSTCFG, 1, 1), (COMMAND, IO, 2)):
         assert board.mapped() == {}
@@ -124,12 +115,11 @@ def test_the_smbus_host_is_never_busy(writes: list[tuple[int, int, int]]) -> Non
 def test_save_and_load(board: Board) -> None:
     board.pm.post_firmware(0x600, 0x700, 9)
     board.pio.write(APMC, 2, 0x12F1)
-    board.pio.write(GPE0 + 2, 2, 0x0002)
     board.pio.write(ADDRESS, 1, 0xA0)
     board.pio.write(CONTROL, 1, START)
     other = Board()
     other.load(board.save())
     assert other.config(PM) == board.config(PM)
     assert other.mapped() == {"acpi_pm": 0x600, "smbus": SMBUS}
-    for port, size in ((APMC, 2), (GPE0, 4), (ADDRESS, 1), (STATUS, 1), (0x604, 2)):
+    for port, size in ((APMC, 2), (ADDRESS, 1), (STATUS, 1), (0x604, 2)):
         assert other.pio.read(port, size) == board.pio.read(port, size) != 0

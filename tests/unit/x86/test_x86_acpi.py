@@ -157,6 +157,18 @@ def test_what_the_dsdt_says(tmp_path: Path) -> None:
     assert "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive" in virtio
 
 
+def test_where_the_generation_s_number_is_and_how_another_one_is_told(tmp_path: Path) -> None:
+    """By the names of Microsoft's specification, 2.3; the same within any device."""
+    for devices in ([acpi.vm_generation_id()], [aml.device("ISA", aml.name("_ADR", 1), acpi.vm_generation_id())]):
+        dsdt = body(acpi.build(1, devices=devices), "DSDT")
+        text = disassemble(tmp_path, "dsdt", dsdt)
+        assert text.count('"VM_Gen_Counter"') == 2
+        assert re.search(r"Name \(ADDR, Package \(0x02\)\s+\{\s+0xFEFFB000,\s+Zero\s+\}\)", text), text
+        assert re.search(r"Scope \(\\_GPE\)\s+\{\s+Method \(_E05, 0, NotSerialized\)", text), text
+        assert "Notify (\\_SB.VGEN, 0x80)" in text
+        assert recompile(tmp_path, dsdt)[36:] == dsdt[36:]
+
+
 def test_s5_is_what_the_power_management_block_is_given() -> None:
     """The package's first number goes to PM1a control's SLP_TYP, the same the board tells its AcpiPm."""
     s5 = aml.name("_S5", aml.package(layout.SLP_TYP_S5, 0, 0, 0))
