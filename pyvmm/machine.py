@@ -360,7 +360,7 @@ class Machine:
         file must not change as long as one of them lives. ``options`` take the place of those that were saved: consoles
         that were objects have to be given again, drives should be (``drives=``), since the images must be as they were.
         ``prepare`` gets the machine before its state: to add devices of your own that the first one had. The guest is
-        told that it is a ``twin`` (vmgenid.py), unless it is to go on as the very machine that was saved.
+        told that it is a ``twin`` (devices/vmgenid.py), unless it is to go on as the very machine that was saved.
         A snapshot names the files and consoles that it opens, as a configuration does: look at one that a stranger has
         made (``Snapshot.spec``), or give all of them.
 
