@@ -107,11 +107,66 @@ class Ends:
             self.epoll, self.wake_fd = None, -1
 
 
+class Watches:
+    """Which descriptors are watched, and who is called for each: what EventLoop and IoThread (io_thread.py) both are.
+    Every method may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._readers: dict[int, Callable[[], object]] = {}
+        self._writers: dict[int, Callable[[], object]] = {}
+        self._edge: set[int] = set()  # descriptors watched edge-triggered
+
+    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> None:
+        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former one.
+
+        ``edge``: only when readiness changes (EPOLLET), and once after each call of ``add_reader``. A callback may find
+        nothing to read: the readiness it was called for may be gone. OSError where the descriptor is no good.
+        """
+        with self._lock:
+            self._start_locked()
+            (self._edge.add if edge else self._edge.discard)(fd)
+            self._readers[fd] = callback
+            self._watch_locked(fd)
+
+    def add_writer(self, fd: int, callback: Callable[[], object]) -> None:
+        """Call ``callback`` while ``fd`` takes output or is in error; it takes the place of a former one."""
+        with self._lock:
+            self._start_locked()
+            self._writers[fd] = callback
+            self._watch_locked(fd)
+
+    def remove_reader(self, fd: int) -> bool:
+        """Whether there was one. A callback that began before may still be running on return."""
+        with self._lock:
+            self._edge.discard(fd)
+            return self._remove_locked(self._readers, fd)
+
+    def remove_writer(self, fd: int) -> bool:
+        """As ``remove_reader``."""
+        with self._lock:
+            return self._remove_locked(self._writers, fd)
+
+    def _remove_locked(self, table: dict[int, Callable[[], object]], fd: int) -> bool:
+        if table.pop(fd, None) is None:
+            return False
+        self._watch_locked(fd)
+        return True
+
+    def _start_locked(self) -> None:
+        """Something is about to be watched."""
+
+    def _watch_locked(self, fd: int) -> None:
+        """Tell epoll what the tables now say about ``fd``; nothing where there is none any more."""
+        raise NotImplementedError
+
+
 class Forked(BaseException):
     """A callback has forked, and this is the child: it has this thread only, and the loop is its parent's."""
 
 
-class EventLoop:
+class EventLoop(Watches):
     """Runs callbacks for one machine on one thread. Every method may be called from any thread.
 
     ``on_error(exc)`` is called on the loop's thread with whatever a callback raised. A descriptor whose callback raised
@@ -119,16 +174,13 @@ class EventLoop:
     """
 
     def __init__(self, on_error: Callable[[BaseException], None]) -> None:
+        super().__init__()
         self._on_error = on_error
-        self._lock = Lock()
         self._timer_done = Condition(self._lock)
         self._in_timer = False
         self._timers = TimerQueue(self._lock, self._on_earliest_timer)
         self._calls: deque[Callable[[], None]] = deque()
-        self._readers: dict[int, Callable[[], None]] = {}
-        self._writers: dict[int, Callable[[], None]] = {}
-        self._hang_ups: dict[int, Callable[[], None]] = {}
-        self._edge: set[int] = set()  # descriptors watched edge-triggered
+        self._hang_ups: dict[int, Callable[[], object]] = {}
         self._watched: dict[int, int] = {}  # what epoll was told: descriptor -> events
         self._always_ready: set[int] = set()  # descriptors epoll refuses: regular files
         self._gone: set[int] = set()  # no longer watched, but perhaps in the batch under way
@@ -141,25 +193,6 @@ class EventLoop:
         self.clock = LoopClock(self)
 
     # -- registration ---------------------------------------------------------------------------------------
-
-    def add_reader(self, fd: int, callback: Callable[[], None], *, edge: bool = False) -> None:
-        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former one.
-
-        ``edge``: only when readiness changes (EPOLLET), and once after each call of ``add_reader``. A callback may find
-        nothing to read: the readiness it was called for may be gone. OSError where the descriptor is no good.
-        """
-        with self._lock:
-            self._start_locked()
-            (self._edge.add if edge else self._edge.discard)(fd)
-            self._readers[fd] = callback
-            self._watch_locked(fd)
-
-    def add_writer(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call ``callback`` while ``fd`` takes output or is in error; it takes the place of a former one."""
-        with self._lock:
-            self._start_locked()
-            self._writers[fd] = callback
-            self._watch_locked(fd)
 
     def add_hang_up(self, fd: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, when nobody is at the other end of ``fd`` any more: a pipe without its reader, a
@@ -174,17 +207,6 @@ class EventLoop:
         """As ``remove_reader``."""
         with self._lock:
             return self._remove_locked(self._hang_ups, fd)
-
-    def remove_reader(self, fd: int) -> bool:
-        """Whether there was one. A callback that began before may still be running on return."""
-        with self._lock:
-            self._edge.discard(fd)
-            return self._remove_locked(self._readers, fd)
-
-    def remove_writer(self, fd: int) -> bool:
-        """As ``remove_reader``."""
-        with self._lock:
-            return self._remove_locked(self._writers, fd)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once on the loop's thread, in the order of asking; dropped after ``close``."""
@@ -273,7 +295,7 @@ class EventLoop:
         """Tell epoll what the tables now say about ``fd``."""
         epoll = self._ends.epoll
         if epoll is None:
-            raise StateError("the event loop is closed")
+            return
         events = select.EPOLLIN if fd in self._readers else 0
         events |= select.EPOLLOUT if fd in self._writers else 0
         if events and fd in self._edge:
@@ -309,13 +331,6 @@ class EventLoop:
                 self._edge.discard(fd)
                 raise
             # Taking out one that was closed already is no error: the kernel has forgotten it by itself.
-
-    def _remove_locked(self, table: dict[int, Callable[[], None]], fd: int) -> bool:
-        if table.pop(fd, None) is None:
-            return False
-        if self._ends.epoll is not None:
-            self._watch_locked(fd)
-        return True
 
     # -- the thread -----------------------------------------------------------------------------------------
 
@@ -407,7 +422,7 @@ class EventLoop:
             self._timer_done.notify_all()
         return True
 
-    def _call(self, callback: Callable[[], None]) -> bool:
+    def _call(self, callback: Callable[[], object]) -> bool:
         """Whether it returned. What it raised goes to on_error; what that raises, to threading.excepthook."""
         if self._closed:
             return True

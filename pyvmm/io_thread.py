@@ -20,6 +20,7 @@ from _weakref import ref
 
 from pyvmm.address_space import Held
 from pyvmm.errors import HOST_LIMITS, HostError, StateError, remedy
+from pyvmm.event_loop import READ_EVENTS, WRITE_EVENTS, Watches
 from pyvmm.light import Lock, Thread, deque
 
 TYPE_CHECKING = False
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     Callback = Callable[[], object]
     Ready = list[tuple[int, int]]
 
-READ_EVENTS = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
-WRITE_EVENTS = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+CANT_WAIT = "a queue's thread can't wait for itself: ask for the pause by Machine.pause()"
 
 
 class Ends:
@@ -53,6 +53,11 @@ class Ends:
                 raise HostError(remedy(error, "")) from None
             raise
 
+    def wake(self) -> None:
+        """End the thread's sleep. Nobody closes them meanwhile."""
+        if self.wake_fd >= 0:
+            os.eventfd_write(self.wake_fd, 1)
+
     def close(self) -> None:
         fd, self.wake_fd = self.wake_fd, -1
         if fd >= 0:
@@ -60,7 +65,7 @@ class Ends:
             os.close(fd)
 
 
-class IoThread:
+class IoThread(Watches):
     """Every method may be called from any thread. A callback may be called once too often, with nothing to do.
 
     ``on_error(exc)`` is called on the thread with whatever a callback raised; the descriptor it was called for is no
@@ -68,11 +73,8 @@ class IoThread:
     """
 
     def __init__(self, on_error: Callable[[BaseException], object]) -> None:
+        super().__init__()
         self._on_error = on_error
-        self._lock = Lock()
-        self._readers: dict[int, Callback] = {}
-        self._writers: dict[int, Callback] = {}
-        self._edge: set[int] = set()
         self._watched: set[int] = set()  # what epoll knows
         self._calls: deque[Callback] = deque()
         self._pausing = Lock()  # one pause or resume at a time
@@ -84,40 +86,12 @@ class IoThread:
         self._thread: Thread | None = None
         self._ends = Ends()
 
-    # -- what is watched ---------------------------------------------------------------------------------------
-
-    def add_reader(self, fd: int, callback: Callback, *, edge: bool = False) -> None:
-        """Call ``callback`` while ``fd`` is readable, at its end or in error; it takes the place of a former one.
-
-        ``edge``: once for each change to readable, and where it is readable now. OSError where the descriptor is no
-        good, or a regular file.
-        """
-        with self._lock:
-            (self._edge.add if edge else self._edge.discard)(fd)
-            self._readers[fd] = callback
-            self._watch_locked(fd)
-
-    def add_writer(self, fd: int, callback: Callback) -> None:
-        """Call ``callback`` while ``fd`` takes output or is in error; it takes the place of a former one."""
-        with self._lock:
-            self._writers[fd] = callback
-            self._watch_locked(fd)
-
-    def remove_reader(self, fd: int) -> bool:
-        """Whether there was one. A callback that began before may still be running on return."""
-        with self._lock:
-            self._edge.discard(fd)
-            return self._remove_locked(self._readers, fd)
-
-    def remove_writer(self, fd: int) -> bool:
-        """As ``remove_reader``."""
-        with self._lock:
-            return self._remove_locked(self._writers, fd)
-
     def call_soon(self, callback: Callback) -> None:
         """Call ``callback`` once on the thread, in the order of asking; dropped after ``close``."""
-        self._calls.append(callback)
-        self._wake()
+        with self._lock:  # or the number of a descriptor that was closed might be somebody else's by now
+            if not self._closed:
+                self._calls.append(callback)
+                self._ends.wake()
 
     @property
     def on_own_thread(self) -> bool:
@@ -132,7 +106,7 @@ class IoThread:
         The caller holds no lock that a callback may want.
         """
         if self.on_own_thread:
-            raise StateError("a queue's thread can't wait for itself: ask for the pause by Machine.pause()")
+            raise StateError(CANT_WAIT)
         with self._pausing:
             if not self._pauses:
                 self._gate.acquire()
@@ -143,14 +117,18 @@ class IoThread:
         with self._pausing:
             if self._closed:
                 return
+            if self._pauses == 1:
+                self._start()
+                self._gate.release()
             self._pauses -= 1
-            if self._pauses:
-                return
-            if self._thread is None:
-                me, ends, gate = ref(self), self._ends, self._gate
-                self._thread = Thread(lambda: main(me, ends, gate))
-                self._thread.start()
-            self._gate.release()
+
+    def _start(self) -> None:
+        """The thread, the first time: it waits at the gate."""
+        if self._thread is None:
+            me, ends, gate = ref(self), self._ends, self._gate
+            thread = Thread(lambda: main(me, ends, gate))
+            thread.start()
+            self._thread = thread
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -159,14 +137,16 @@ class IoThread:
         with self._pausing:
             if self._closed:
                 return
-            self._closed = True
+            with self._lock:
+                self._closed = True
+                self._calls.clear()
+                self._ends.wake()
             if self._pauses:
                 self._gate.release()
-        self._calls.clear()
-        self._wake()
         if self._thread is not None:
             self._thread.join()
-        self._ends.close()
+        with self._lock:
+            self._ends.close()
         self._readers.clear()  # and with them whom they call
         self._writers.clear()
 
@@ -186,14 +166,9 @@ class IoThread:
             return
         if self._pauses:
             self._gate.release()
-        self._wake()
+        self._ends.wake()
 
     # -- the thread --------------------------------------------------------------------------------------------
-
-    def _wake(self) -> None:
-        fd = self._ends.wake_fd
-        if fd >= 0:
-            os.eventfd_write(fd, 1)
 
     def _watch_locked(self, fd: int) -> None:
         """Tell epoll what the tables say about ``fd``."""
@@ -218,16 +193,11 @@ class IoThread:
         except OSError:
             self._watched.discard(fd)
             if events:
+                self._edge.discard(fd)
                 self._readers.pop(fd, None)
                 self._writers.pop(fd, None)
                 raise
             # One that was closed already: the kernel has forgotten it by itself.
-
-    def _remove_locked(self, table: dict[int, Callback], fd: int) -> bool:
-        if table.pop(fd, None) is None:
-            return False
-        self._watch_locked(fd)
-        return True
 
     def turn(self, ready: Ready) -> bool:
         """On the thread, which holds the gate: call for what is ready. False: it is closed."""
@@ -315,18 +285,27 @@ class IoThreads:
         return any(thread.on_own_thread for thread in self._threads)
 
     def pause(self) -> None:
-        """As IoThread.pause, of all."""
+        """As IoThread.pause, of all: StateError in a callback of any."""
+        if self.inside:  # before the lock: whoever has it may wait for this very callback
+            raise StateError(CANT_WAIT)
         with self._lock:
             for thread in self._threads if not self._pauses else ():
                 thread.pause()
             self._pauses += 1
 
     def resume(self) -> None:
-        """As IoThread.resume."""
+        """As IoThread.resume. ThreadError where the host has no room for one of them; all are paused then."""
         with self._lock:
+            resumed: list[IoThread] = []
+            try:
+                for thread in self._threads if self._pauses == 1 else ():
+                    thread.resume()
+                    resumed.append(thread)
+            except BaseException:
+                for thread in resumed:
+                    thread.pause()
+                raise
             self._pauses -= 1
-            for thread in self._threads if not self._pauses else ():
-                thread.resume()
 
     @property
     def paused(self) -> Held:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.errors import StateError
+from pyvmm.errors import StateError, ThreadError
 from pyvmm.io_thread import IoThread, IoThreads
+from pyvmm.light import Thread
 
 LIMIT_S = 20
 
@@ -122,6 +124,59 @@ def test_pause_waits_for_a_callback_under_way(bench: Bench) -> None:
     go_on.set()
     pausing.join(LIMIT_S)
     assert over == ["callback", "paused"]
+
+
+def test_a_callback_cant_pause_the_threads_of_its_machine() -> None:
+    """And nothing has been paused by trying: the other threads go on."""
+    errors: list[BaseException] = []
+    threads = IoThreads(errors.append)
+    other, own = threads.make(), threads.make()
+    threads.resume()
+    try:
+        for thread, call in ((own, threads.pause), (other, lambda: None)):
+            done = threading.Event()
+            thread.call_soon(call)
+            thread.call_soon(done.set)
+            assert done.wait(LIMIT_S)
+        assert [type(error) for error in errors] == [StateError]
+    finally:
+        threads.close()
+
+
+def test_where_a_thread_can_not_be_started_all_stay_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = IoThreads(lambda error: None)
+    first, second = threads.make(), threads.make()
+    really = Thread.start
+
+    def start(thread: Thread) -> None:
+        if first._thread is not None:
+            raise ThreadError("no room")
+        really(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", start)
+        with pytest.raises(ThreadError):
+            threads.resume()
+    done = threading.Event()
+    first.call_soon(done.set)
+    assert not done.wait(0.05)
+    with threads.paused:
+        pass
+    threads.resume()
+    assert done.wait(LIMIT_S)
+    done.clear()
+    second.call_soon(done.set)
+    assert done.wait(LIMIT_S)
+    threads.close()
+
+
+def test_after_the_end_nothing_is_kept(bench: Bench) -> None:
+    bench.thread.resume()
+    bench.thread.close()
+    callback = bench.called.release
+    before = sys.getrefcount(callback)
+    bench.thread.call_soon(callback)
+    assert sys.getrefcount(callback) == before
 
 
 def test_a_callback_cant_pause_its_own_thread(bench: Bench) -> None:
