@@ -10,9 +10,9 @@ Compiled units are in one shared object, `pyvmm/units.<ABI tag>.so`, for the sam
 
 The .py files are what counts. A module comes from the bundle only if its source has the size and the time of
 modification for which it was made; where only the time differs (installed, copied, checked out again), if it has the
-same contents. Else, and where the bundle is missing, for another Python or broken, the interpreter's own finders load
-the file, as they do with -O, with PYTHONPYCACHEPREFIX, and with -X pyvmm_files. Modules are as importlib makes them
-(`__file__`, `__spec__`, source lines, reload).
+same contents. Else, and where the bundle is missing, for another Python, broken, or made anew since the process began,
+the interpreter's own finders load the file, as they do with -O, with PYTHONPYCACHEPREFIX, and with -X pyvmm_files.
+Modules are as importlib makes them (`__file__`, `__spec__`, source lines, reload).
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def read(path: str, offset: int, count: int) -> bytes:
         close_fd(fd)
 
 
-def read_index(path: str) -> tuple[Index, tuple[str, ...], int, int]:
-    """The entries; the names of those that are run ahead, with the place of their bytecode. ValueError, OSError."""
+def read_index(path: str) -> tuple[Index, tuple[str, ...], int, int, bytes]:
+    """The entries; the names of those that are run ahead, with the place of their bytecode; the hash of all that.
+    ValueError, OSError.
+    """
     data = read(path, 0, FIRST_READ_BYTES)
     if not data.startswith(HEAD):
         raise ValueError("made by another version")
@@ -69,12 +71,13 @@ def read_index(path: str) -> tuple[Index, tuple[str, ...], int, int]:
     index = data[INDEX_AT : INDEX_AT + length]
     if len(index) < length:
         index = read(path, INDEX_AT, length)
-    if hash_of(index) != data[len(HEAD) : len(HEAD) + HASH_BYTES]:
+    index_hash = hash_of(index)
+    if index_hash != data[len(HEAD) : len(HEAD) + HASH_BYTES]:
         raise ValueError("broken")
     size_bytes, *rest = loads(index)
     if stat(path).st_size != size_bytes:
         raise ValueError("cut off")
-    return tuple(rest)
+    return (*rest, index_hash)
 
 
 class Loader(SourceFileLoader):
@@ -100,13 +103,14 @@ class Bundle:
         self.entries: Index = {}
         self.ahead: tuple[str, ...] = ()
         self._ahead_at = (0, 0)
+        self.made = b""  # the index's hash: one that was made anew meanwhile has another, and its bytecode elsewhere
         # The times of modification of files that were looked into and found the same: bundle_build.note_times.
         self.times_ns: dict[str, int] = {}
         if sys.flags.optimize or sys.pycache_prefix is not None or "pyvmm_files" in sys._xoptions:
             self.problem = "not asked for"
             return
         try:
-            self.entries, self.ahead, *at = read_index(self.path)
+            self.entries, self.ahead, *at, self.made = read_index(self.path)
             self._ahead_at = (at[0], at[1])
         except (OSError, ValueError, EOFError, TypeError) as error:
             self.problem = str(error)
@@ -132,7 +136,14 @@ class Bundle:
             return None
         *_, at, length = self.entries[name]
         try:
-            return self._placed(name, loads(read(self.path, at, length)))
+            fd = open_fd(self.path, O_RDONLY)
+            try:
+                if pread(fd, HASH_BYTES, len(HEAD)) != self.made:
+                    return None
+                data = pread(fd, length, at)
+            finally:
+                close_fd(fd)
+            return self._placed(name, loads(data))
         except (OSError, ValueError, EOFError, TypeError):
             return None
 
@@ -187,6 +198,8 @@ class Bundle:
         try:
             with mmap(fd, 0, access=ACCESS_READ) as mapped, memoryview(mapped) as data:
                 at, length = self._ahead_at
+                if data[len(HEAD) : len(HEAD) + HASH_BYTES] != self.made:
+                    raise ValueError("made anew meanwhile")
                 with data[at : at + length] as part:
                     codes: tuple[CodeType | None, ...] = loads(part)
         finally:

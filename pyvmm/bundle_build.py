@@ -68,8 +68,8 @@ def build(directory: str) -> str:
     return made
 
 
-def write(path: str, entries: Index, ahead: tuple[str, ...], ahead_code: bytes, blobs: bytes) -> None:
-    """``entries`` with places in ``blobs``."""
+def write(path: str, entries: Index, ahead: tuple[str, ...], ahead_code: bytes, blobs: bytes) -> bytes:
+    """``entries`` with places in ``blobs``. The index's hash."""
 
     def index_for(base: int, size_bytes: int) -> bytes:
         placed = {name: (*entry[:5], base + len(ahead_code) + entry[5], entry[6]) for name, entry in entries.items()}
@@ -79,8 +79,10 @@ def write(path: str, entries: Index, ahead: tuple[str, ...], ahead_code: bytes, 
     base = bundle.INDEX_AT + len(index_for(0, 0))
     size_bytes = base + len(ahead_code) + len(blobs)
     index = index_for(base, size_bytes)
-    head = bundle.HEAD + bundle.hash_of(index) + len(index).to_bytes(bundle.LENGTH_BYTES, "little")
+    made = bundle.hash_of(index)
+    head = bundle.HEAD + made + len(index).to_bytes(bundle.LENGTH_BYTES, "little")
     replace(path, head + index + ahead_code + blobs)
+    return made
 
 
 def note_times(read: Bundle) -> None:
@@ -90,7 +92,7 @@ def note_times(read: Bundle) -> None:
     if sys.dont_write_bytecode:
         return
     try:
-        entries, ahead, at, length = bundle.read_index(read.path)
+        entries, ahead, at, length, made = bundle.read_index(read.path)
         with open(read.path, "rb") as file:
             data = file.read()
         base = at + length
@@ -98,7 +100,9 @@ def note_times(read: Bundle) -> None:
             name: (*entry[:4], read.times_ns.get(name, entry[4]), entry[5] - base, entry[6])
             for name, entry in entries.items()
         }
-        write(read.path, noted, ahead, data[at:base], data[base:])
+        written = write(read.path, noted, ahead, data[at:base], data[base:])
+        if read.made == made:  # its bytecode is where it was
+            read.made = written
     except (OSError, ValueError):
         return
 

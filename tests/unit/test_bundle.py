@@ -179,6 +179,25 @@ def test_a_broken_one_is_left_aside(package: Path) -> None:
     assert "SourceFileLoader1 SourceFileLoader4" in run(package, AHEAD_TOO + "\n" + TELL)
 
 
+def test_one_that_is_made_anew_while_a_process_runs(package: Path) -> None:
+    """Another module's bytecode stands then where one's stood: what the process still wants comes from the files."""
+    (package / "broken.py").write_text(f"TEXT = {'x' * 1000!r}\n")
+    (package / "late.py").write_text(f"VALUE, TEXT = 4, {'y' * 300!r}\n")
+    (package / "lazy.py").write_text("VALUE = 5\n")
+    bundle_build.build(str(package))
+    *_, length = bundle.Bundle(str(package)).entries["pyvmm.late"]
+    shorter = f"TEXT = {'x' * (1000 - length)!r}\n"
+    told = run(package, f"""
+with open(f"{{sys.modules['pyvmm'].__path__[0]}}/broken.py", "w") as file:
+    file.write({shorter!r})
+from pyvmm.bundle_build import build
+build(sys.modules["pyvmm"].__path__[0])
+import pyvmm.late
+print(pyvmm.late.VALUE)
+""")  # fmt: skip
+    assert told == "4"
+
+
 def test_a_module_that_raises_is_not_there_after(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_build, "AHEAD", (*AHEAD, "pyvmm.broken"))
     bundle_build.build(str(package))
