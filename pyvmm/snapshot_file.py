@@ -138,13 +138,15 @@ class SnapshotWriter(Writer):
             raise ConfigError(f"snapshot {self.path}: {why}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
-                self._fd, fd = fd, -1
         except BlockingIOError:
-            pass  # another writer has found it before it was locked, and removes it: once more
-        finally:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)  # another writer has found it before it was locked, and removes it: once more
+            return
+        except OSError:
+            pass  # a file system without locks: there nobody removes what was left, either
+        if os.fstat(fd).st_nlink:
+            self._fd = fd
+        else:
+            os.close(fd)
 
     def _remove_left_ones(self) -> None:
         import fcntl
@@ -190,14 +192,16 @@ class SnapshotWriter(Writer):
 
 def sync_directory(path: str) -> None:
     """The rename itself reaches the disk. Some file systems can't, and need not."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = -1
     try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         os.fsync(fd)
     except OSError as error:
         if error.errno not in (EINVAL, EOPNOTSUPP):
             raise HostError(f"folder {path}: {remedy(error, 'write the snapshot elsewhere')}") from None
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from errno import EACCES, ENOLCK
 from pathlib import Path
 from zlib import crc32
 
@@ -99,6 +100,35 @@ def test_a_file_that_somebody_writes_is_not_taken_for_a_left_one(tmp_path: Path)
         slow.commit({"who": "slow"})
     with SnapshotFile(str(path)) as file:
         assert file.manifest == {"who": "slow"}
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(ENOLCK, os.strerror(ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    other = SnapshotWriter(str(tmp_path / "a.snap"))
+    write(tmp_path / "a.snap", {0: b"x"})
+    other.commit(MANIFEST)
+    other.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.snap"]
+    with SnapshotFile(str(tmp_path / "a.snap")) as file:
+        assert file.manifest == MANIFEST
+
+
+def test_a_folder_that_can_not_be_synced_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = os.open
+
+    def refuse(path: str, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECTORY:
+            raise PermissionError(EACCES, os.strerror(EACCES))
+        return real_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(HostError, match=f"folder {tmp_path}: "):
+        write(tmp_path / "a.snap", {0: b"x"})
 
 
 def test_any_byte_that_is_not_memory_is_covered(tmp_path: Path) -> None:
