@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_benches import BENCHES, Bench, SerialBench
+from virtio_benches import VIRTIO_BENCHES
 
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import StateError
@@ -29,7 +30,7 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, bytes | str)
 
 
-@pytest.mark.parametrize("kind", BENCHES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", (*BENCHES, *VIRTIO_BENCHES), ids=lambda kind: kind.__name__)
 @given(seed=st.integers(0, 1 << 32), lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
 @settings(max_examples=100, deadline=None)
 def test_another_one_goes_on_as_this_one(kind: type[Bench], seed: int, lengths: tuple[int, int]) -> None:
@@ -52,7 +53,7 @@ def test_another_one_goes_on_as_this_one(kind: type[Bench], seed: int, lengths: 
     assert one.save() == other.save() == untouched.save()
 
 
-@pytest.mark.parametrize("kind", BENCHES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", (*BENCHES, *VIRTIO_BENCHES), ids=lambda kind: kind.__name__)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_hostile_state_is_refused_or_harmless(kind: type[Bench], data: st.DataObject) -> None:
