@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from errno import ENXIO
 
 import pytest
-from guests import PASSED, Guest
+from guests import PASSED, Guest, Recorder
 
 from pyvmm import KvmError
 from pyvmm.irqchip import LOSE_TICKS_AFTER_S, KvmPit
@@ -129,10 +128,11 @@ def test_when_it_is_made(boot: Callable[..., Guest], accesses: list[Access], mad
 
 
 def test_a_reset_and_a_saved_state(boot: Callable[..., Guest]) -> None:
-    guest = boot("outb %al, $0x80\n mov $0x34, %al\n outb %al, $0x43\n outb %al, $0x40\n 1: jmp 1b")
+    guest = boot("mov $0x34, %al\n outb %al, $0x43\n outb %al, $0x40\n outb %al, $0xf2\n 1: jmp 1b")
+    written = Recorder()
+    guest.machine.pio.map(0xF2, 1, written)
     guest.start()
-    while not any(row.address == 0x40 for row in guest.machine.exit_stats()):
-        time.sleep(0.001)
+    written.wait_for(1)
     guest.machine.pause()
     state = guest.machine.save_state()
     assert not has_pit(guest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from pyvmm.guest_memory import GuestMemory
 from pyvmm.spec import specify
 
 LONG_S = 600.0
+LIMIT_S = 20.0
 
 
 @pytest.fixture
@@ -56,14 +58,19 @@ def test_the_end_does_not_wait_for_what_was_to_begin_later(chassis: Chassis) -> 
 
 def test_what_is_under_way_is_over_before_the_end(chassis: Chassis) -> None:
     done: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
 
     def work() -> None:
-        time.sleep(0.05)
+        begun.set()
+        assert go_on.wait(LIMIT_S)
         done.append("over")
 
+    chassis.closers.call(lambda: done.append("the rest"))
     chassis.in_background(work)
+    chassis.closers.call(go_on.set)
+    assert begun.wait(LIMIT_S)
     chassis.closers.close()
-    assert done == ["over"]
+    assert done == ["over", "the rest"]
 
 
 def test_after_a_while(chassis: Chassis) -> None:
