@@ -134,7 +134,9 @@ class VirtioDevice(Device):
         return True
 
     def driver_ok(self) -> None:
-        """Buffers may be used: the driver has set DRIVER_OK, or a state has been loaded in which it had."""
+        """Buffers may be used from its return on: the driver has set DRIVER_OK, or a state has been loaded in which it
+        had.
+        """
 
     def handle(self, queue: Virtqueue) -> None:
         """Serve ``queue``: take, work, push, flush. On its thread, with ``queue.lock`` held, while ``live``.
@@ -259,10 +261,13 @@ class VirtioDevice(Device):
         with self.notice:
             self.status |= new
             begins = bool(new & DRIVER_OK) and not self.status & NEEDS_RESET
-            self.live = self.live or begins
-        if begins:
-            self.driver_ok()
-            self.kick_all()
+        if not begins:
+            return
+        # Before anything is served: a driver that has rung already has the queue's thread look at any moment.
+        self.driver_ok()
+        with self.notice:
+            self.live = not self.status & NEEDS_RESET
+        self.kick_all()
 
     def kick_all(self) -> None:
         """Serve every queue: what was made available before counts too."""

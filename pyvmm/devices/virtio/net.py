@@ -156,11 +156,12 @@ class VirtioNet(VirtioDevice):
             self._link_changed()
 
     def _link_changed(self) -> None:
-        status = (S_LINK_UP if self.link_up else 0) | (S_ANNOUNCE if self._announce else 0)
-        before = int.from_bytes(self.config[STATUS:MAX_PAIRS], "little")
-        if status != before:
-            self.config[STATUS:MAX_PAIRS] = status.to_bytes(2, "little")
-            self.config_changed()
+        with self.notice:  # from any thread: of two changes the later one must not be written first
+            status = (S_LINK_UP if self.link_up else 0) | (S_ANNOUNCE if self._announce else 0)
+            before = int.from_bytes(self.config[STATUS:MAX_PAIRS], "little")
+            if status != before:
+                self.config[STATUS:MAX_PAIRS] = status.to_bytes(2, "little")
+                self.config_changed()
 
     @property
     def _thread(self) -> IoWatcher:
@@ -249,9 +250,10 @@ class VirtioNet(VirtioDevice):
         self.filter.reset(by_vlan=False)
         self._pairs = 1
         self._guest_offloads = 0
-        self._announce = False
         self.config[:MAC_BYTES] = self._mac_at_power_on
-        self.config[STATUS:MAX_PAIRS] = (S_LINK_UP if self.link_up else 0).to_bytes(2, "little")
+        with self.notice:
+            self._announce = False
+            self.config[STATUS:MAX_PAIRS] = (S_LINK_UP if self.link_up else 0).to_bytes(2, "little")
 
     # -- the queues -------------------------------------------------------------------------------------------------
 
@@ -418,8 +420,9 @@ class VirtioNet(VirtioDevice):
         return True
 
     def announced(self) -> None:
-        self._announce = False
-        self.config[STATUS] &= ~S_ANNOUNCE & 0xFF
+        with self.notice:
+            self._announce = False
+            self.config[STATUS] &= ~S_ANNOUNCE & 0xFF
 
     # -- state ------------------------------------------------------------------------------------------------------
 

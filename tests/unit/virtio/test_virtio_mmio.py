@@ -202,6 +202,25 @@ def test_nothing_is_served_before_driver_ok(bench: MmioDriver) -> None:
     assert bench.edges == 0
 
 
+def test_nothing_is_served_before_the_device_has_heard_of_driver_ok(bench: MmioDriver) -> None:
+    """A driver may ring before: then the queue's thread looks while the device takes up what was negotiated."""
+    bench.negotiate(OWN_FEATURE)
+    driver = bench.driver()
+    driver.add([b"early"], [8])
+    device = echo(bench)
+    in_between: list[object] = []
+
+    def driver_ok() -> None:
+        device.serve(device.queues[0])
+        in_between.extend(driver.used())
+
+    device.driver_ok = driver_ok  # type: ignore[method-assign]
+    bench.status = READY
+    assert in_between == []
+    device.serve(device.queues[0])
+    assert len(driver.used()) == 1
+
+
 def test_a_driver_sets_status_bits_and_clears_none(bench: MmioDriver) -> None:
     bench.start()
     bench.status = ACKNOWLEDGE
