@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.console_options import ConsoleOptions
     from pyvmm.console_words import HostEnd
     from pyvmm.net.options import NetOptions
+    from pyvmm.vsock.options import VsockOptions
 
     # A file by its path, or its content.
     Image = str | os.PathLike[str] | Buffer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         machine: str | None
         drives: Sequence[DriveOptions | str | os.PathLike[str]]
         nets: Sequence[NetOptions | str]
+        vsock: VsockOptions | str | None
         firmware: Image | None
         boot: str
         uuid: str | None
@@ -210,6 +212,33 @@ NETS = Kind(
 )
 
 
+def take_vsock(name: str, value: Any) -> VsockOptions | None:
+    """VsockOptions, or the words of --vsock; "none" asks for nothing."""
+    if value is None or value == "none":
+        return None
+    from pyvmm.vsock.options import VsockOptions
+
+    if isinstance(value, str):
+        return VsockOptions.parse(value)
+    if not isinstance(value, VsockOptions):
+        raise ConfigError(f"{name}={value!r}: give VsockOptions, or 'cid=3,path=/run/vm.sock'")
+    return value
+
+
+def unplain_vsock(name: str, data: Any, given: Mapping[str, Any]) -> VsockOptions | None:
+    from pyvmm.vsock.options import VsockOptions
+
+    return None if data is None else VsockOptions(**data)
+
+
+VSOCK = Kind(
+    take_vsock,
+    metavar="SPEC",
+    plain=lambda vsock: None if vsock is None else vsock.plain(),
+    unplain=unplain_vsock,
+)
+
+
 def take_boot(name: str, value: Any) -> str:
     from pyvmm.x86.boot_options import BootOptions
 
@@ -342,6 +371,10 @@ class MachineConfig(Options):
     nets: Sequence[NetOptions | str] = option(
         NETS, (), "network cards: tap=NAME, passt or unix=PATH, with mac=..,mtu=..,queues=N,forward=HOST:GUEST; or"
         " none", cli="--net", many=True, own_words=True, python="; in Python also NetOptions")  # fmt: skip
+    vsock: VsockOptions | str | None = option(
+        VSOCK, None, "a virtio socket device, which joins ports of the guest's to Unix sockets of the host's:"
+        " cid=N,path=PATH, or none", cli="--vsock", own_words=True, one="a guest has one address, give one",
+        python="; in Python also VsockOptions")  # fmt: skip
     firmware: Image | None = option(
         FILE, None, "a BIOS image for a pc; without it this host's SeaBIOS, where there is neither kernel nor flat"
         " binary", cli="--firmware", python=": a path, or its bytes")  # fmt: skip

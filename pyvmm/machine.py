@@ -397,9 +397,10 @@ class Machine:
         """``count`` machines that go on from where this one is, paused; it goes on itself, if it ran.
 
         It stands for as long as its memory is copied once; from then on all of them have each page once, until one of
-        them writes it. They have no console but those given, and may not write to the image of a drive that this one
-        writes to: give ``drives``. ``options`` are for all, ``each(n)`` gives further ones for one of them; ``prepare``
-        as with ``restore``. Errors as from ``save`` and ``restore``; then there is none of them.
+        them writes it. They have no console but those given, and nobody at the host's end of their vsock device; they
+        may not write to the image of a drive that this one writes to: give ``vsock`` and ``drives``. ``options`` are
+        for all, ``each(n)`` gives further ones for one of them; ``prepare`` as with ``restore``. Errors as from
+        ``save`` and ``restore``; then there is none of them.
         """
         from pyvmm.machine_snapshot import freeze
         from pyvmm.origin import Origin
@@ -408,21 +409,27 @@ class Machine:
             raise ConfigError(f"fork({count!r}): give how many machines, 1 or more")
         state = self._all_state("fork")
         made: list[Machine] = []
-        quiet: MachineOptions = {"serial": None, "debugcon": None}
-        if self.config.consoles:
-            quiet["consoles"] = [console.changed(where=None) for console in self.config.consoles]
         if self._chassis.origin is None:
             self._chassis.origin = self._chassis.closers.add(Origin(None))
         with freeze(state, self.config, self._chassis.origin) as frozen:
             try:
                 for n in range(count):
-                    own: MachineOptions = {**quiet, **options, **(each(n) if each else {})}
+                    own: MachineOptions = {**self._unshared(), **options, **(each(n) if each else {})}
                     made.append(Machine.restore(frozen, board=type(self.board), prepare=prepare, **own))
             except BaseException:
                 for machine in made:
                     machine.close()
                 raise
         return made
+
+    def _unshared(self) -> MachineOptions:
+        """What a fork of it has in the place of what one machine only can have."""
+        own: MachineOptions = {"serial": None, "debugcon": None}
+        if self.config.consoles:
+            own["consoles"] = [console.changed(where=None) for console in self.config.consoles]
+        if self.config.vsock is not None:
+            own["vsock"] = self.config.vsock.changed(path=None)
+        return own
 
     def _all_state(self, call: str) -> MachineState:
         from pyvmm.machine_state import MachineState

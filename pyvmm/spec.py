@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.config import MachineOptions
     from pyvmm.console_options import ConsoleOptions
     from pyvmm.net.options import NetOptions
+    from pyvmm.vsock.options import VsockOptions
 
 
 class Spec(MachineConfig):
@@ -35,6 +36,7 @@ class Spec(MachineConfig):
         drives: tuple[PlacedDrive, ...]
         nets: tuple[NetOptions, ...]
         consoles: tuple[ConsoleOptions, ...]
+        vsock: VsockOptions | None
         firmware: str | Buffer | None
         kernel: str | Buffer | None
         initrd: str | Buffer | None
@@ -65,7 +67,8 @@ class Spec(MachineConfig):
     def wants_virtio(self) -> bool:
         """Whether any of its devices is one of virtio's."""
         on_virtio = any(drive.interface == "virtio" for drive in self.drives)
-        return on_virtio or self.rng or bool(self.nets) or bool(self.consoles)
+        others = (*self.nets, *self.consoles)
+        return on_virtio or self.rng or self.vsock is not None or bool(others)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:

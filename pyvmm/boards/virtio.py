@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyvmm.places import Places
     from pyvmm.platform import Platform
     from pyvmm.spec import Spec
+    from pyvmm.vsock.options import VsockOptions
 
     class Board(Protocol):
         """What of a board (board.py) is needed here."""
@@ -70,6 +71,8 @@ def make_all(board: Board) -> None:
             make_disk(board, drive)
     for net in board.config.nets:
         make_net(board, net)
+    if board.config.vsock is not None:
+        make_vsock(board, board.config.vsock)
     if board.config.rng:
         make_rng(board)
     if board.config.consoles:
@@ -85,6 +88,17 @@ def make_net(board: Board, options: NetOptions) -> None:
     backend = board.chassis.closers.add(open_net(options))
     address = bytes.fromhex(mac.replace(":", ""))
     board.add_virtio(name, VirtioNet(board.memory, backend, mac=address, mtu=options.mtu))
+
+
+def make_vsock(board: Board, options: VsockOptions) -> None:
+    from pyvmm.devices.virtio.vsock import VirtioVsock
+    from pyvmm.vsock.host import HostEnd
+
+    closers = board.chassis.closers
+    host = closers.add(HostEnd(options.path))
+    device = VirtioVsock(board.memory, host, cid=options.cid, connections=options.connections)
+    board.add_virtio("vsock", device)
+    closers.add(device)  # before its queues' descriptors go
 
 
 def make_disk(board: Board, drive: PlacedDrive) -> None:

@@ -321,6 +321,8 @@ def device(text: str) -> list[str]:
         raise ConfigError(f"-device {name}: use --console stdio, pty or file:PATH, with name=NAME for a port")
     if name.startswith("virtio-rng"):
         raise ConfigError(f"-device {name}: use --rng")
+    if name.startswith("vhost-vsock"):
+        raise ConfigError(f"-device {name}: use --vsock cid=N,path=PATH, which joins the guest's ports to Unix sockets")
     if name == "isa-debugcon":
         raise ConfigError(f"-device {name}: use --debugcon stdio, pty or file:PATH; it is at port 0x402")
     raise ConfigError(f"-device {text}: that is not there yet: `pyvmm run --help device` tells what there is")

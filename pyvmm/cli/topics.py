@@ -17,6 +17,7 @@ FORCE_SHARE = ("force-share=on|off", "the contrary of locking")
 DEVICE = """\
 There is no -device here; a board has its devices, and some options add one:
   --net SPEC        a virtio network card
+  --vsock SPEC      a virtio socket device
   --drive SPEC      an IDE disk or CD-ROM drive, or a virtio disk (if=virtio)
   --console SPEC    a virtio console, or a port for the guest's programs
   --rng             a virtio entropy device
@@ -37,6 +38,7 @@ def topic_text(topic: str, options: Sequence[Option]) -> str:
         "drive": drive_text,
         "net": net_text,
         "console": console_text,
+        "vsock": vsock_text,
         "cpu": cpu_text,
         "device": lambda: DEVICE,
     }
@@ -82,6 +84,16 @@ def console_text() -> str:
     lines = ["", "Of a console, with a comma between them, the host's end first:"]
     lines += wrapped("  none|stdio|pty|file:PATH  ", 32, rows["where"].help)
     lines += wrapped("  name=NAME  ", 32, rows["name"].help)
+    return "\n".join(lines) + "\n"
+
+
+def vsock_text() -> str:
+    from pyvmm.vsock.options import VsockOptions
+
+    lines = ["", "Of the socket device, with commas between them; a comma in a value is written twice:"]
+    for row in VsockOptions.rows.values():
+        others = ", ".join(row.words[1:])
+        lines += wrapped(f"  {row.words[0]}={row.metavar}  ", 32, row.help + (f" [{others}]" if others else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,93 @@
+"""What a user may say about a vsock device: the rows of VsockOptions, and the way to write them, ``--vsock``."""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+from pyvmm.options import Kind, Options, near_match, option, split_commas, whole
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# virtio 1.2, 5.10.4: 0, 1 and the last are reserved, 2 is the host.
+LEAST_CID, MOST_CID = 3, 0xFFFF_FFFE
+MOST_CONNECTIONS = 4096
+# sockaddr_un's 107, less an underscore and the longest number of a port.
+MOST_PATH_BYTES = 96
+
+
+def take_path(name: str, value: Any) -> str | None:
+    """Of a Unix socket, with room for a port behind it."""
+    if value is None:
+        return None
+    import os
+
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{name}={value!r}: give a path")
+    path = os.fsdecode(value)
+    if not path or "\0" in path:
+        raise ConfigError(f"{name}={value!r}: give the path of a socket")
+    if len(os.fsencode(path)) > MOST_PATH_BYTES:
+        raise ConfigError(f"{name}={path}: ports are put behind it, so give one of {MOST_PATH_BYTES} bytes at most")
+    return path
+
+
+PATH = Kind(take_path, metavar="PATH")
+
+
+def number(text: str) -> int:
+    try:
+        return int(text, 10)
+    except ValueError:
+        raise ValueError("give a number") from None
+
+
+class VsockOptions(Options):
+    """A virtio socket device. An object does not change: ``changed`` makes another one.
+
+    ``VsockOptions(3, "/run/vm.sock")``. Without a path nobody is at the host's end, and connections are refused.
+    """
+
+    noun = "vsock option "
+    frozen = True
+
+    cid: int = option(
+        whole(least=LEAST_CID, most=MOST_CID, give=f"the guest's address, a number from {LEAST_CID} to {MOST_CID}: 2 is"
+        " the host", from_text=number), LEAST_CID, "the guest's address, from 3", words="cid guest-cid")  # fmt: skip
+    path: str | None = option(
+        PATH, None, "the Unix socket that leads into the guest: a client says CONNECT PORT on a line, and behind the"
+        " answer OK it has the stream; for the guest's connections to port N of the host a program listens at PATH_N",
+        words="path")  # fmt: skip
+    connections: int = option(
+        whole(least=1, most=MOST_CONNECTIONS, from_text=number), 256, f"as many at a time, 1 to {MOST_CONNECTIONS}:"
+        " each has a descriptor, and holds what the host does not take at once, up to 256 KiB",
+        words="connections")  # fmt: skip
+
+    def __init__(self, cid: int = LEAST_CID, path: Any = None, **values: Any) -> None:
+        super().__init__(cid=cid, path=path, **values)
+
+    @classmethod
+    def unknown(cls, name: str, known: Any = None) -> str:
+        near = near_match(name, known or cls.rows) or ": there are cid, path and connections"
+        return f"a vsock device has no option {name!r}{near}"
+
+    @classmethod
+    def parse(cls, text: str) -> VsockOptions:
+        """From "cid=3,path=/run/vm.sock". A comma in a value is written twice. ConfigError for what is wrong."""
+        names = {word: name for name, row in cls.rows.items() for word in row.words}
+        values: dict[str, Any] = {}
+        for item in split_commas(text):
+            key, equals, value = item.partition("=")
+            name = names.get(key)
+            if name is None:
+                raise ConfigError(cls.unknown(key, names))
+            if not equals:
+                raise ConfigError(f"vsock option {item!r} has no value: write {item}=VALUE")
+            try:
+                values[name] = cls.rows[name].kind.from_text(value)
+            except ValueError as error:
+                raise ConfigError(f"vsock option {key}={value}: {error}") from None
+        for name, example in (("cid", "cid=3"), ("path", "path=/run/vm.sock")):
+            if name not in values:
+                raise ConfigError(f"vsock {text!r} has no {name}: write {example}")
+        return cls(**values)
