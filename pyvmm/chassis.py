@@ -58,6 +58,8 @@ class Chassis:
         self.clock = make_clock(self.loop)
         self.origin: Origin | None = None
         """Where its memory came from, if it came from a snapshot."""
+        self.saving = Lock()
+        """Held by whoever makes a snapshot: one at a time, for it watches what is written to memory."""
         self.kvm_clock: KvmClock | None = None
         """What KVM keeps of guest time, where it does."""
         self.drives = Drives(self.control, self.events, closers)

@@ -328,8 +328,9 @@ class Machine:
 
     def save(self, path: str | os.PathLike[str], *, base: Snapshot | None = None) -> Saved:
         """Write a snapshot to the file ``path``: all that ``save_state`` gives, with memory, and what the machine is
-        made of. ``Machine.restore`` goes on from there, any number of times. A machine that runs stands meanwhile and
-        then goes on; ``Saved`` tells for how long it stood.
+        made of. ``Machine.restore`` goes on from there, any number of times. Of a machine that runs most of its memory
+        is written while it does (Linux 6.7 or newer, and without ``base``); it stands for the rest and then goes on.
+        ``Saved`` tells for how long it stood.
 
         With ``base``, an open Snapshot of the same guest, only what differs from that is written, and the base is
         needed to go on. Nothing is at ``path`` until all of it is on the disk; a snapshot that was there stays whole
@@ -341,7 +342,8 @@ class Machine:
         from pyvmm.machine_snapshot import save
 
         state = self._all_state("save")
-        return save(state, self.config, self._chassis.origin, os.fspath(path), base)
+        with self._chassis.saving:
+            return save(state, self.config, self._chassis.origin, os.fspath(path), base)
 
     @classmethod
     def restore(
@@ -411,7 +413,9 @@ class Machine:
         made: list[Machine] = []
         if self._chassis.origin is None:
             self._chassis.origin = self._chassis.closers.add(Origin(None))
-        with freeze(state, self.config, self._chassis.origin) as frozen:
+        with self._chassis.saving:
+            frozen = freeze(state, self.config, self._chassis.origin)
+        with frozen:
             try:
                 for n in range(count):
                     own: MachineOptions = {**self._unshared(), **options, **(each(n) if each else {})}

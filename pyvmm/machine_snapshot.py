@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from time import monotonic_ns
 
 from pyvmm.block.open import image_path
 from pyvmm.config import INTERNAL
 from pyvmm.errors import ConfigError, StateError, VmmError, describe
+from pyvmm.memory_rounds import MemoryWhileItRuns
 from pyvmm.run_control import ALIVE, RESUMABLE
 from pyvmm.snapshot import Saving, Snapshot, image_identity, sync_image
 from pyvmm.snapshot_file import MemoryWriter, SnapshotWriter
@@ -44,26 +44,22 @@ class Saved:
 
 def save(state: MachineState, config: Spec, origin: Origin | None, path: str, base: Snapshot | None) -> Saved:
     """Machine.save has what it does."""
-    stood_ns = 0
     check_apart(path, base)
+    images = image_paths(config).values()
     with SnapshotWriter(path) as file:
         saving = Saving(file, snapshot_of(origin), base)
+        for image in images:
+            sync_image(image)  # most of it while the guest runs
+        with MemoryWhileItRuns(saving, state, whole=base is None) as the_rest:
 
-        def sync_images() -> None:
-            for image in image_paths(config).values():
-                sync_image(image)
+            def stand() -> None:
+                the_rest()
+                for image in images:
+                    sync_image(image)
+                take(saving, state, config)
 
-        def stand() -> None:
-            nonlocal stood_ns
-            began_ns = monotonic_ns()
-            sync_images()
-            take(saving, state, config)
-            stood_ns = monotonic_ns() - began_ns
-
-        sync_images()  # most of it while the guest runs
-
-        state.while_it_stands("save", stand, STATES)
-        return Saved(saving.commit(), stood_ns)
+            state.while_it_stands("save", stand, STATES)
+        return Saved(saving.commit(), state.stood_ns)
 
 
 def check_apart(path: str, base: Snapshot | None) -> None:
@@ -84,21 +80,23 @@ def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
     """A snapshot in memory, of which the machine's own memory is a mapping from here on."""
     with MemoryWriter() as file:
         saving = Saving(file, snapshot_of(origin), None)
+        with MemoryWhileItRuns(saving, state) as the_rest:
 
-        def stand() -> Snapshot:
-            take(saving, state, config)
-            saving.commit()
-            frozen = Snapshot.in_memory(file.committed())
-            try:
-                # First: memory that is a mapping of it, in a part of it too, needs its file.
-                origin.take(frozen)
-                frozen.share(state.ram())
-            except BaseException:
-                frozen.close()
-                raise
-            return frozen
+            def stand() -> Snapshot:
+                the_rest()
+                take(saving, state, config)
+                saving.commit()
+                frozen = Snapshot.in_memory(file.committed())
+                try:
+                    # First: memory that is a mapping of it, in a part of it too, needs its file.
+                    origin.take(frozen)
+                    frozen.share(state.ram())
+                except BaseException:
+                    frozen.close()
+                    raise
+                return frozen
 
-        return state.while_it_stands("fork", stand, STATES)
+            return state.while_it_stands("fork", stand, STATES)
 
 
 def snapshot_of(origin: Origin | None) -> Snapshot | None:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from time import monotonic_ns
+
 from pyvmm.errors import StateError
 from pyvmm.run_control import RESUMABLE
 from pyvmm.run_state import RunState
@@ -59,6 +61,11 @@ class MachineState:
         self._chassis = chassis
         self._board = board
         self._platform = platform
+        self.stood_ns = 0
+        """For how long the machine stood in the last ``while_it_stands``."""
+
+    def runs(self) -> bool:
+        return self._chassis.control.state is RunState.RUNNING
 
     def holders(self) -> list[tuple[str, Holder]]:
         """Guest time first, for all others count from it. Devices before the interrupt controllers, since they drive
@@ -90,6 +97,7 @@ class MachineState:
         control = self._chassis.control
 
         def request() -> None:
+            began_ns = monotonic_ns()
             try:
                 if control.state not in states:
                     raise StateError(f"{call}() of a machine in state {control.state}: pause() it first")
@@ -100,6 +108,7 @@ class MachineState:
                     outcome.append((work(), None))
             except BaseException as error:
                 outcome.append((None, error))
+            self.stood_ns = monotonic_ns() - began_ns
 
         control.request(call, request, control.carry_on, wait=True)
         if not outcome:

@@ -116,10 +116,12 @@ RUNNING = (
     "pyvmm.origin",  # forks, as snapshot, machine_snapshot
     "pyvmm.machine_snapshot",
     "pyvmm.machine_state",
+    "pyvmm.memory_rounds",
     "pyvmm.restart",
     "pyvmm.run_state",
     "pyvmm.snapshot",
     "pyvmm.state",  # saving and loading, as machine_state
+    "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
     "pyvmm.x86.irqchip_state",  # resets, as pit_state
     "pyvmm.x86.pit_state",

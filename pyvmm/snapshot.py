@@ -203,14 +203,35 @@ def write_piece(file: Writer, region: RamRegion, origin: Piece | None, base: Pie
 
 
 class Saving:
-    """One snapshot in the making. ``take`` while the machine stands, then ``commit``, while it may go on."""
+    """One snapshot in the making. ``take`` while the machine stands, then ``commit``, while it may go on.
+
+    Where there is no base its memory can be written before: ``write_memory`` while the machine runs, then ``rewrite``
+    what has been written since, at last while it stands.
+    """
 
     def __init__(self, file: Writer, origin: Snapshot | None, base: Snapshot | None) -> None:
         self._origin = origin
         self._base = base
         self._file = file
+        self._pieces: dict[int, dict[str, Any]] = {}  # by gpa
         self._manifest: dict[str, Any] = {}
         self.id = os.urandom(ID_BYTES)
+
+    def write_memory(self, regions: Sequence[RamRegion]) -> None:
+        for region in regions:
+            origin, base = piece_of(self._origin, region), piece_of(self._base, region)
+            self._pieces[region.gpa] = write_piece(self._file, region, origin, base)
+
+    def rewrite(self, region: RamRegion, runs: Iterable[Run]) -> int:
+        """These pages of a memory that stands in the file already: how many bytes they are."""
+        offset: int = self._pieces[region.gpa]["offset"]
+        written_bytes = 0
+        with memoryview(region) as memory:
+            for start, size in runs:
+                with memory[start : start + size] as view:
+                    self._file.write(offset + start, view)
+                written_bytes += size
+        return written_bytes
 
     def take(
         self, regions: Sequence[RamRegion], machine: dict[str, Any], parts: dict[str, Any], spec: dict[str, Any],
@@ -220,7 +241,8 @@ class Saving:
         base = self._base
         if base is not None and base.machine != machine:
             raise StateError(f"snapshot {base.path} is of another machine: save without it as the base")
-        pieces = [write_piece(self._file, r, piece_of(self._origin, r), piece_of(base, r)) for r in regions]
+        if not self._pieces:
+            self.write_memory(regions)
         self._manifest = {
             "pyvmm": version(),
             "id": self.id,
@@ -228,7 +250,7 @@ class Saving:
             "spec": spec,
             "machine": machine,
             "parts": parts,
-            "memory": pieces,
+            "memory": [self._pieces[region.gpa] for region in regions],
             "base": None if base is None else {"id": base.id, "path": os.path.abspath(base.path)},
             "images": {name: self._image(memoryview(image).cast("B")) for name, image in images.items()},
             "drives": drives,

@@ -97,6 +97,27 @@ def is_consistent(m: Machine) -> int:
     return last
 
 
+def test_saved_again_and_again_while_it_runs(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Most of it is written while the guest goes on; each time it is the memory of one moment."""
+    first = boot(PAGES, memory_mib=64)
+    first.machine.memory.write(0x1000000, os.urandom(16 * MIB))
+    first.start()
+    while first.machine.memory.read(0x2FF000, 8) == bytes(8):
+        pass
+    count = 0
+    for n in range(5):
+        saved = first.machine.save(tmp_path / f"{n}")
+        assert saved.written_bytes > 16 * MIB
+        with Machine.restore(tmp_path / f"{n}") as m:
+            assert is_consistent(m) > count
+            count = is_consistent(m)
+            assert m.memory.read(0x1000000, 16 * MIB) == first.machine.memory.read(0x1000000, 16 * MIB)
+    copies = first.machine.fork(2)
+    for m in copies:
+        assert is_consistent(m) > count
+        m.close()
+
+
 def test_differences_from_a_base(boot: Callable[..., Guest], tmp_path: Path) -> None:
     first = boot(PAGES, memory_mib=64)
     first.start()

@@ -1,0 +1,70 @@
+"""Rounds: a machine's memory is written down while its guest runs, so that it stands for the rest only.
+
+All of it once, then what has been written meanwhile, again and again until that is little, or does not get less: as
+live migration does it (QEMU's migration/ram.c). But what is written is told by the kernel's page tables (write_log.pyx)
+and not by KVM's dirty log, which knows nothing of what devices write.
+"""
+
+from __future__ import annotations
+
+from pyvmm.write_log import WriteLog
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
+    from pyvmm.machine_state import MachineState
+    from pyvmm.snapshot import Saving
+
+# For so much the guest may stand: that is a few milliseconds, into the page cache.
+REST_BYTES = 2 << 20
+MOST_ROUNDS = 16
+# A round that finds more than this part of what the one before found will not be followed by a better one.
+LEAST_GAIN = 0.8
+
+
+class MemoryWhileItRuns:
+    """``with MemoryWhileItRuns(saving, state) as the_rest``: most of it is written as the block begins, and
+    ``the_rest()`` writes what has changed since: call it while the machine stands. Where it does not run, where the
+    kernel can't tell what is written, and where it is differences from a base and not the ``whole``, that writes
+    nothing and all is left for ``saving.take``.
+    """
+
+    def __init__(self, saving: Saving, state: MachineState, *, whole: bool = True) -> None:
+        self._saving = saving
+        self._regions = state.memory()
+        self._log: WriteLog | None = None
+        if whole and state.runs():
+            try:
+                self._log = WriteLog(self._regions)
+            except OSError:
+                pass
+
+    def __enter__(self) -> Self:
+        try:
+            self._run()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _run(self) -> None:
+        if self._log is None:
+            return
+        self._saving.write_memory(self._regions)
+        before = sum(region.size_bytes for region in self._regions)
+        for _ in range(MOST_ROUNDS):
+            found = self()
+            if found <= REST_BYTES or found > LEAST_GAIN * before:
+                return
+            before = found
+
+    def __call__(self) -> int:
+        """Write what has changed since the last time: how many bytes that is."""
+        if self._log is None:
+            return 0
+        return sum(self._saving.rewrite(region, self._log.take(region)) for region in self._regions)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._log is not None:
+            self._log.close()
