@@ -15,6 +15,10 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzz.from_files import run_from_files
+
+run_from_files()
+
 with atheris.instrument_imports(include=["pyvmm.devices", "pyvmm.block", "pyvmm.memory_map", "pyvmm.clock"]):
     # Imported inside of functions otherwise, too late to be instrumented.
     from fuzz.guest import BytesChoices, Guest, NoMoreChoices

@@ -15,6 +15,10 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzz.from_files import run_from_files
+
+run_from_files()
+
 with atheris.instrument_imports(include=["pyvmm.devices.virtio", "pyvmm.block"]):
     from fuzz.virtio_blk import Target
 

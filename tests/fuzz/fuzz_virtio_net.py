@@ -14,6 +14,10 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzz.from_files import run_from_files
+
+run_from_files()
+
 with atheris.instrument_imports(include=["pyvmm.devices.virtio", "pyvmm.net"]):
     from fuzz.virtio_net import Target, one_input
 

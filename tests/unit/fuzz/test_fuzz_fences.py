@@ -126,10 +126,9 @@ def test_other_bytes_on_the_disk_are_noticed(board: FencedBoard) -> None:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris has no build for this Python")
-def test_the_atheris_target(tmp_path: Path) -> None:
-    # From the files: what comes out of the bundle of modules is not instrumented.
-    command = [sys.executable, "-X", "pyvmm_files", "tests/fuzz/fuzz_board.py", "-runs=300", "-seed=1"]
-    command += ["-max_len=500", f"{tmp_path}/"]
+@pytest.mark.parametrize("target", ["board", "virtio_blk", "virtio_net"])
+def test_the_atheris_targets(tmp_path: Path, target: str) -> None:
+    command = [sys.executable, f"tests/fuzz/fuzz_{target}.py", "-runs=300", "-seed=1", "-max_len=500", f"{tmp_path}/"]
     command.append(f"-artifact_prefix={tmp_path}/")
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
