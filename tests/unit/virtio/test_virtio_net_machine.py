@@ -1,0 +1,107 @@
+"""A network card in a whole machine without a vCPU: on both boards, both rings, its peer a socket of the test's."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from machine_guest import MachineGuest
+from net_bench import HEADER_BYTES, MAC, frame
+
+import pyvmm
+from pyvmm.devices.virtio.net import VirtioNet
+from pyvmm.devices.virtio.net_features import F_MAC, F_MRG_RXBUF, F_STATUS
+from pyvmm.devices.virtio.ring import F_RING_PACKED
+from pyvmm.net.options import NetOptions
+
+BOARDS = pytest.mark.parametrize("board", ["microvm", "pc"])
+RINGS = pytest.mark.parametrize("ring", ["split", "packed"])
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def cable() -> Iterator[Callable[[], tuple[NetOptions, socket.socket]]]:
+    """A card's options, and the other end of what it is joined to."""
+    ends: list[socket.socket] = []
+
+    def make() -> tuple[NetOptions, socket.socket]:
+        ends.extend(socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+        ends[-1].settimeout(LIMIT_S)
+        return NetOptions("fd", fd=ends[-2].fileno(), mac=MAC.hex(":")), ends[-1]
+
+    yield make
+    for end in ends:
+        end.close()
+
+
+def machine(board: str, net: NetOptions, ring: str) -> pyvmm.Machine:
+    return pyvmm.Machine(machine=board, accel="qtest", memory_mib=16, nets=[net], virtio_ring=ring)
+
+
+def put(peer: socket.socket, data: bytes) -> None:
+    peer.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def taken(peer: socket.socket) -> bytes:
+    """The next frame."""
+    size = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")
+    return peer.recv(size, socket.MSG_WAITALL)
+
+
+def send(guest: MachineGuest, data: bytes) -> None:
+    chain = guest.drivers[1].add([bytes(HEADER_BYTES), data])
+    guest.notify(1)
+    assert guest.used(1) == [(chain, 0)]
+
+
+@BOARDS
+@RINGS
+def test_frames_both_ways_and_in_another_machine(
+    board: str, ring: str, cable: Callable[[], tuple[NetOptions, socket.socket]]
+) -> None:
+    packed = ring == "packed"
+    net, peer = cable()
+    with machine(board, net, ring) as m:
+        card = m.devices["net0"]
+        assert isinstance(card, VirtioNet)
+        guest = MachineGuest(m, "net0")
+        guest.start(F_MAC | F_STATUS | F_MRG_RXBUF | (F_RING_PACKED if packed else 0), 0, 1, packed=packed)
+        assert guest.config(0, 4).to_bytes(4, "little") + guest.config(4, 2).to_bytes(2, "little") == MAC
+        assert guest.config(6, 2) == 1  # the link is up
+        send(guest, frame(1))
+        assert taken(peer) == frame(1)
+        chains = [guest.drivers[0].add([], [2048]) for _ in range(4)]
+        guest.notify(0)
+        put(peer, frame(2, 1500))
+        ((chain, written),) = guest.used(0)
+        assert (chain, written) == (chains[0], HEADER_BYTES + 1500)
+        assert guest.drivers[0].data(chain)[HEADER_BYTES:written] == frame(2, 1500)
+        assert (card.stats["sent"], card.stats["received"]) == (1, 1)
+        state = m.save_state()
+    net, peer = cable()
+    with machine(board, net, ring) as m:
+        m.load_state(state)
+        card = m.devices["net0"]
+        assert isinstance(card, VirtioNet)
+        for n, driver in guest.drivers.items():
+            driver.memory, driver.queue = m.memory, card.queues[n]
+        guest.machine = m
+        put(peer, frame(3, 1000))
+        assert guest.used(0) == [(chains[1], HEADER_BYTES + 1000)]
+        send(guest, frame(4))
+        assert taken(peer) == frame(4)
+        card.link_up = False
+        assert guest.config(6, 2) == 0
+
+
+def test_two_cards_of_a_pc_have_slots_and_addresses_of_their_own(
+    cable: Callable[[], tuple[NetOptions, socket.socket]],
+) -> None:
+    nets = [cable()[0].changed(mac=None) for _ in range(2)]
+    with pyvmm.Machine(machine="pc", accel="qtest", memory_mib=16, nets=nets) as m:
+        cards = [m.devices["net0"], m.devices["net1"]]
+        functions = [m.devices["net0.pci"], m.devices["net1.pci"]]
+        slots = {slot for slot, _, function in m.devices["pci"].devices if function in functions}  # type: ignore[attr-defined]
+        assert len(slots) == 2
+        assert len({card.mac for card in cards if isinstance(card, VirtioNet)}) == 2
