@@ -34,9 +34,14 @@ def connected(path: str) -> int:
 
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
-            end.connect(path)
             end.setblocking(False)
+            end.connect(path)
             return end.detach()
+    except BlockingIOError:
+        raise ConfigError(
+            f"net unix={path}: who listens there takes no more, and others wait already: end one of them, or give"
+            " another path"
+        ) from None
     except OSError as error:
         why = remedy(error, "nobody listens there: start the other end first, or give server=on to be that")
         raise ConfigError(f"net unix={path}: {why}") from None

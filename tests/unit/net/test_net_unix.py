@@ -94,3 +94,23 @@ def test_an_open_socket_stays_the_callers_own() -> None:
             os.fstat(b.fileno())
     with socket.socket() as alone, pytest.raises(ConfigError, match="give a socket that is connected"):
         net(f"fd={alone.fileno()}")
+
+
+def test_a_listener_that_takes_no_more_is_told_at_once(tmp_path: Path) -> None:
+    """Connecting would wait until it takes one, which may be never."""
+    path = str(tmp_path / "lan")
+    waiting: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        try:
+            while True:
+                waiting.append(socket.socket(socket.AF_UNIX))
+                waiting[-1].setblocking(False)
+                waiting[-1].connect(path)
+        except BlockingIOError:
+            pass
+        with pytest.raises(ConfigError, match="takes no more"):
+            open_net(NetOptions.parse(f"unix={path}"))
+    for end in waiting:
+        end.close()
