@@ -13,7 +13,7 @@ builder.py calls the steps in the order in which they stand here; restart.py tho
 
 from __future__ import annotations
 
-from pyvmm.errors import StateError
+from pyvmm.errors import ConfigError, StateError
 from pyvmm.images import image_name
 from pyvmm.memory_map import MemoryMap
 from pyvmm.places import Places
@@ -127,7 +127,11 @@ class Board:
         """Make the devices, ``add`` each of them, and map it."""
 
     def add(self, name: str, device: Made) -> Made:
-        """``device`` is part of the board: it is reset with it, and Machine.devices has it by this name."""
+        """``device`` is part of the board: it is reset with it, and Machine.devices has it by this name. ConfigError
+        where another one has that.
+        """
+        if any(name == other for other, _ in self.parts):
+            raise ConfigError(f"two devices with the name {name}: give the one that you have named another id")
         self.parts.append((name, device))
         return device
 

@@ -13,6 +13,7 @@ import pyvmm
 from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.devices.virtio.net_features import F_MAC, F_MRG_RXBUF, F_STATUS
 from pyvmm.devices.virtio.ring import F_RING_PACKED
+from pyvmm.errors import ConfigError
 from pyvmm.net.options import NetOptions
 
 BOARDS = pytest.mark.parametrize("board", ["microvm", "pc"])
@@ -105,3 +106,16 @@ def test_two_cards_of_a_pc_have_slots_and_addresses_of_their_own(
         slots = {slot for slot, _, function in m.devices["pci"].devices if function in functions}  # type: ignore[attr-defined]
         assert len(slots) == 2
         assert len({card.mac for card in cards if isinstance(card, VirtioNet)}) == 2
+
+
+@BOARDS
+@pytest.mark.parametrize("name", ["serial", "rng", "net1.mmio", "net1.pci"])
+def test_a_card_with_the_name_of_another_device(
+    board: str, name: str, cable: Callable[[], tuple[NetOptions, socket.socket]]
+) -> None:
+    """What is saved and found by name would be one of the two."""
+    if name.endswith("mmio" if board == "pc" else "pci"):
+        name = "net1"
+    nets = [cable()[0].changed(id=name, mac=None), cable()[0].changed(id="net1", mac=None)]
+    with pytest.raises(ConfigError, match=name):
+        pyvmm.Machine(machine=board, accel="qtest", memory_mib=16, nets=nets, rng=True)
