@@ -12,7 +12,7 @@ from pyvmm.options import FLAG, GIVEN, Kind, Options, number, option, take_flag,
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from typing_extensions import Buffer, TypedDict, Unpack
@@ -142,74 +142,68 @@ MODULES = Kind(
 )
 
 
-def take_drives(name: str, value: Any) -> tuple[DriveOptions, ...]:
+def list_of(options: Callable[[], Any], take: Callable[[Any], Any], things: str) -> Kind:
+    """A row with objects of the class ``options()``, which is imported when there is one; ``take(value)`` makes one of
+    what a user gives, or None of what asks for nothing.
+    """
+
+    def take_all(name: str, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, (list, tuple)) and not value:
+            return ()
+        if isinstance(value, (str, bytes, os.PathLike, options())) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{name}={value!r}: give a list of {things}")
+        return tuple(taken for each in value if (taken := take(each)) is not None)
+
+    def unplain(name: str, data: Any, given: Mapping[str, Any]) -> list[Any]:
+        return [options()(**each) for each in data]
+
+    return Kind(
+        take_all,
+        file=list[str],
+        metavar="SPEC",
+        plain=lambda taken: [each.plain() for each in taken],
+        unplain=unplain,
+    )
+
+
+def drive_options() -> type[DriveOptions]:
+    from pyvmm.block.options import DriveOptions
+
+    return DriveOptions
+
+
+def take_drive(value: Any) -> DriveOptions:
     """DriveOptions, QEMU's words for one, or a path. A string with a ``=`` in it is QEMU's -drive, another a path."""
-    if isinstance(value, (list, tuple)) and not value:
-        return ()
-    from pyvmm.block.options import DriveOptions
-
-    if isinstance(value, (str, bytes, os.PathLike, DriveOptions)) or not hasattr(value, "__iter__"):
-        raise ConfigError(f"{name}={value!r}: give a list of drives")
-    drives = []
-    for drive in value:
-        if isinstance(drive, DriveOptions):
-            drives.append(drive)
-        elif isinstance(drive, str) and "=" in drive:
-            drives.append(DriveOptions.parse(drive))
-        elif isinstance(drive, (str, os.PathLike)):
-            drives.append(DriveOptions(drive))
-        else:
-            raise ConfigError(f"{drive!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
-    return tuple(drives)
+    options = drive_options()
+    if isinstance(value, options):
+        return value
+    if isinstance(value, str) and "=" in value:
+        return options.parse(value)
+    if isinstance(value, (str, os.PathLike)):
+        return options(value)
+    raise ConfigError(f"{value!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
 
 
-def unplain_drives(name: str, data: Any, given: Mapping[str, Any]) -> list[DriveOptions]:
-    from pyvmm.block.options import DriveOptions
-
-    return [DriveOptions(**drive) for drive in data]
+DRIVES = list_of(drive_options, take_drive, "drives")
 
 
-DRIVES = Kind(
-    take_drives,
-    file=list[str],
-    metavar="SPEC",
-    plain=lambda drives: [drive.plain() for drive in drives],
-    unplain=unplain_drives,
-)
+def net_options() -> type[NetOptions]:
+    from pyvmm.net.options import NetOptions
+
+    return NetOptions
 
 
-def take_nets(name: str, value: Any) -> tuple[NetOptions, ...]:
+def take_net(value: Any) -> NetOptions | None:
     """NetOptions, or the words of --net; "none" asks for nothing."""
-    if isinstance(value, (list, tuple)) and not value:
-        return ()
-    from pyvmm.net.options import NetOptions
-
-    if isinstance(value, (str, NetOptions)) or not hasattr(value, "__iter__"):
-        raise ConfigError(f"{name}={value!r}: give a list of network cards")
-    nets = []
-    for net in value:
-        if isinstance(net, NetOptions):
-            nets.append(net)
-        elif not isinstance(net, str):
-            raise ConfigError(f"{net!r} is no network card: give NetOptions, or 'tap=NAME,..', 'passt', 'unix=PATH'")
-        elif net != "none":
-            nets.append(NetOptions.parse(net))
-    return tuple(nets)
+    options = net_options()
+    if isinstance(value, options):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f"{value!r} is no network card: give NetOptions, or 'tap=NAME,..', 'passt', 'unix=PATH'")
+    return None if value == "none" else options.parse(value)
 
 
-def unplain_nets(name: str, data: Any, given: Mapping[str, Any]) -> list[NetOptions]:
-    from pyvmm.net.options import NetOptions
-
-    return [NetOptions(**net) for net in data]
-
-
-NETS = Kind(
-    take_nets,
-    file=list[str],
-    metavar="SPEC",
-    plain=lambda nets: [net.plain() for net in nets],
-    unplain=unplain_nets,
-)
+NETS = list_of(net_options, take_net, "network cards")
 
 
 def take_vsock(name: str, value: Any) -> VsockOptions | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pyvmm.console_words import CONSOLE, unplain_console
 from pyvmm.errors import ConfigError
-from pyvmm.options import Kind, Options, near_match, option, split_commas
+from pyvmm.options import Kind, Options, option, split_commas
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class ConsoleOptions(Options):
     """
 
     noun = "console option "
+    thing = "a console"
     frozen = True
 
     where: HostEnd = option(
@@ -62,11 +63,6 @@ class ConsoleOptions(Options):
 
     def __init__(self, where: HostEnd = None, **values: Any) -> None:
         super().__init__(where=where, **values)
-
-    @classmethod
-    def unknown(cls, name: str) -> str:
-        near = near_match(name, cls.rows) or ": there is name=NAME"
-        return f"a console has no option {name!r}{near}"
 
     @classmethod
     def parse(cls, text: str) -> ConsoleOptions:

@@ -216,6 +216,7 @@ class Options:
 
     rows: dict[str, Row] = {}
     noun = ""  # what comes before an option's name in messages
+    thing = ""  # what has them, in messages
     frozen = False
 
     def __init_subclass__(cls) -> None:
@@ -246,9 +247,12 @@ class Options:
         self.__dict__[name] = value
 
     @classmethod
-    def unknown(cls, name: str) -> str:
-        """The sentence for an option that there is none of."""
-        return f"there is no option {name!r}{near_match(name, cls.rows)}"
+    def unknown(cls, name: str, known: Iterable[str] | None = None) -> str:
+        """The sentence for an option that there is none of; ``known``: the words for those there are."""
+        near = near_match(name, cls.rows if known is None else known)
+        if not cls.thing:
+            return f"there is no option {name!r}{near}"
+        return f"{cls.thing} has no option {name!r}{near or f': see {cls.__name__} for those there are'}"
 
     def taken(self) -> dict[str, Any]:
         """Every option's value in its one form, each checked by itself. The object stays as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, is_int, near_match, option, split_commas, take_flag, text, whole, word
+from pyvmm.options import ON_OFF, Kind, Options, is_int, option, split_commas, take_flag, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class DriveOptions(Options):
     """
 
     noun = "drive option "
+    thing = "a drive"
     frozen = True
 
     file: str | None = option(
@@ -177,11 +178,6 @@ class DriveOptions(Options):
 
     def __init__(self, file: str | os.PathLike[str] | None = None, **values: Any) -> None:
         super().__init__(file=file, **values)
-
-    @classmethod
-    def unknown(cls, name: str, known: Any = None) -> str:
-        near = near_match(name, known or cls.rows) or ": see DriveOptions for those there are"
-        return f"a drive has no option {name!r}{near}"
 
     @property
     def name(self) -> str:

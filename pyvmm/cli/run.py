@@ -8,7 +8,7 @@ import os
 from pyvmm.cli.options import Option, from_rows, parse, usage
 from pyvmm.cli.say import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
 from pyvmm.cli.signals import Signals
-from pyvmm.config import MachineConfig, take_drives
+from pyvmm.config import DRIVES, MachineConfig
 from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path
 from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
@@ -129,7 +129,7 @@ def join_drives(given: dict[str, Any]) -> None:
     """--drive, --cdrom and what is given by a path alone are the drives, --snapshot is for each of them."""
     drives = [*given.get("drives", ()), *images(given.pop("images", ()), given.pop("cdrom", None))]
     if given.pop("snapshot", False):
-        drives = [drive.changed(snapshot=True) for drive in take_drives("drives", drives)]
+        drives = [drive.changed(snapshot=True) for drive in DRIVES.take("drives", drives)]
     given["drives"] = drives
 
 

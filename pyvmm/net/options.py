@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, near_match, option, split_commas, take_flag, text, whole, word
+from pyvmm.options import ON_OFF, Kind, Options, option, split_commas, take_flag, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class NetOptions(Options):
     """
 
     noun = "net option "
+    thing = "a network card"
     frozen = True
 
     kind: str = option(
@@ -181,11 +182,6 @@ class NetOptions(Options):
 
     def __init__(self, kind: str = "passt", **values: Any) -> None:
         super().__init__(kind=kind, **values)
-
-    @classmethod
-    def unknown(cls, name: str, known: Any = None) -> str:
-        near = near_match(name, known or cls.rows) or ": see NetOptions for those there are"
-        return f"a network card has no option {name!r}{near}"
 
     @property
     def name(self) -> str:
