@@ -8,9 +8,9 @@ from pathlib import Path
 import disk_images
 import pytest
 from console import SerialLine, pyvmm_run
-from disk_images import GRUB2_PROMPT, GRUB_LEGACY_PROMPT, HELLO, SECTOR
+from disk_images import GRUB2_PROMPT, GRUB_LEGACY_PROMPT, HELLO
 from test_firmware_loaders import BOOT_S, COMMAND_S, NOISE, add_vga_text, run_firmware, typed
-from test_firmware_writes import CHS, EDD, LIMIT_S, SOURCE_SECTOR, SOURCE_SECTORS, copying
+from test_firmware_writes import CHS, EDD, LIMIT_S, copying_disk, with_written
 
 import pyvmm
 
@@ -61,23 +61,11 @@ def test_grub_2_reads_a_file_by_the_bios(tmp_path: Path, firmware: Path) -> None
 @pytest.mark.parametrize("engine", ["threads", "io_uring"])
 def test_what_a_guest_writes_by_the_bios_is_in_the_image(tmp_path: Path, firmware: Path, engine: str) -> None:
     disk = tmp_path / "disk.img"
-    noise = disk_images.seeded("to be copied", SOURCE_SECTORS * SECTOR)
-    jobs, expected, source, destination = [], {}, SOURCE_SECTOR, 1000
-    for read, write, count in JOBS:
-        jobs.append((read, write, count, source, destination))
-        at = (source - SOURCE_SECTOR) * SECTOR
-        expected[destination] = noise[at : at + count * SECTOR]
-        source, destination = source + count, destination + count + 5
-    assert source <= SOURCE_SECTOR + SOURCE_SECTORS
-    disk_images.program(disk, copying(jobs))
-    disk_images.write_at(disk, SOURCE_SECTOR, noise)
-    whole = bytearray(disk.read_bytes())
-    for sector, data in expected.items():
-        whole[sector * SECTOR : sector * SECTOR + len(data)] = data
+    whole = with_written(disk, copying_disk(disk, JOBS))
 
     with pyvmm_run(
         *on_virtio(disk, f",aio={engine}"), "--firmware", str(firmware), "--timeout", str(LIMIT_S)
     ) as console:
         assert "failed" not in console.expect("copied", LIMIT_S)
         assert console.wait(LIMIT_S) == 0
-    assert hashlib.sha256(disk.read_bytes()).hexdigest() == hashlib.sha256(whole).hexdigest()
+    assert hashlib.sha256(disk.read_bytes()).hexdigest() == whole
