@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer, TypedDict, Unpack
 
+    from pyvmm.balloon_options import BalloonOptions
     from pyvmm.block.options import DriveOptions
     from pyvmm.console_options import ConsoleOptions
     from pyvmm.console_words import HostEnd
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         debug_exit: int | None
         testdev: bool
         rng: bool
+        balloon: BalloonOptions | int | str | None
         fw_cfg: Mapping[str, bytes]
         no_reboot: bool
         no_s3: bool
@@ -230,6 +232,29 @@ VSOCK = Kind(
     metavar="SPEC",
     plain=lambda vsock: None if vsock is None else vsock.plain(),
     unplain=unplain_vsock,
+)
+
+
+def take_balloon(name: str, value: Any) -> BalloonOptions | None:
+    if value is None:
+        return None
+    from pyvmm.balloon_options import balloon_options
+
+    return balloon_options(name, value)
+
+
+def unplain_balloon(name: str, data: Any, given: Mapping[str, Any]) -> BalloonOptions | None:
+    from pyvmm.balloon_options import BalloonOptions
+
+    return None if data is None else BalloonOptions(**data)
+
+
+BALLOON = Kind(
+    take_balloon,
+    file=int | str,
+    metavar="SIZE",
+    plain=lambda balloon: None if balloon is None else balloon.plain(),
+    unplain=unplain_balloon,
 )
 
 
@@ -431,6 +456,10 @@ class MachineConfig(Options):
     testdev: bool = option(FLAG, False, "the registers of QEMU's pc-testdev", cli="--testdev")
     rng: bool = option(
         FLAG, False, "a virtio entropy device, filled by the host's generator", cli="--rng")  # fmt: skip
+    balloon: BalloonOptions | int | str | None = option(
+        BALLOON, None, "a virtio memory balloon that takes so much of the guest's memory at first, 0 or 512M, with"
+        " deflate-on-oom=on, free-page-reporting=on; Machine.set_balloon changes how much", cli="--balloon",
+        own_words=True, python="; in Python a number of MiB or BalloonOptions")  # fmt: skip
     fw_cfg: Mapping[str, bytes] = option(
         FILES, {}, "more fw_cfg files", cli="--fw-cfg", many=True, own_words=True,
         python=": {name: bytes}")  # fmt: skip
@@ -481,6 +510,10 @@ class MachineConfig(Options):
             raise ConfigError("machine='microvm' has no firmware: use machine='pc'")
         if values["machine"] == "microvm" and any(on_ide(drive) for drive in values["drives"]):
             raise ConfigError("machine='microvm' has no IDE: use if=virtio for a disk, or machine='pc'")
+        if values["balloon"] is not None:
+            from pyvmm.balloon_options import check_balloon
+
+            check_balloon(values["balloon"], values["memory_mib"], values["huge_pages"])
         refuse_twice(values["drives"])
 
 

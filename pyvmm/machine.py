@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from pyvmm.address_space import AddressSpace
+    from pyvmm.balloon import Balloon
     from pyvmm.block.backend import BlockBackend
     from pyvmm.boards.board import Board
     from pyvmm.chardev import Chardev
@@ -278,6 +279,34 @@ class Machine:
         if not is_int(cpu) or not 0 <= cpu < len(self.cpus):
             raise ConfigError(f"nmi({cpu!r}): give the number of a vCPU, from 0; there are {len(self.cpus)}")
         self.control.request("nmi", self.cpus[cpu].vcpu.nmi, self.control.carry_on, wait=True)
+
+    def set_balloon(self, mib: int) -> None:
+        """Ask the guest to give ``mib`` MiB of its memory to its balloon, or to take back what is above that.
+
+        It does so at its own pace, or not at all: event "balloon" has what it has given. From any thread. ConfigError
+        for what it can't be asked, StateError on a machine without a balloon (``balloon=0``).
+        """
+        self._usable("set_balloon")
+        self._balloon("set_balloon").set(mib)
+
+    def balloon_stats(self, timeout_s: float = 5.0) -> dict[str, int]:
+        """What the guest says of its memory, asked for now: "total_bytes", "free_bytes", "available_bytes" and others,
+        as far as it knows them; "target_bytes" and "actual_bytes" of its balloon.
+
+        TimeoutError where it does not say so within that time, as one that is paused or has no driver. StateError
+        without a balloon, and in a handler or a callback of this machine.
+        """
+        self._usable("balloon_stats")
+        self._not_from_inside("balloon_stats")
+        limit_s = timeout_or_none(timeout_s)
+        if limit_s is None:
+            raise ConfigError("balloon_stats(None): give a number of seconds, a guest may never answer")
+        return self._balloon("balloon_stats").stats(limit_s)
+
+    def _balloon(self, call: str) -> Balloon:
+        if self.board.balloon is None:
+            raise StateError(f"{call}(): the machine has no balloon, give it balloon=0")
+        return self.board.balloon
 
     def stop(self, status: int = states.STATUS_STOPPED, reason: str = "stopped") -> None:
         """End the run with ``status``; callable from devices' handlers. What ``run`` returns.

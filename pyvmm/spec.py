@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from pyvmm.balloon_options import BalloonOptions
     from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.config import MachineOptions
     from pyvmm.console_options import ConsoleOptions
@@ -37,6 +38,7 @@ class Spec(MachineConfig):
         nets: tuple[NetOptions, ...]
         consoles: tuple[ConsoleOptions, ...]
         vsock: VsockOptions | None
+        balloon: BalloonOptions | None
         firmware: str | Buffer | None
         kernel: str | Buffer | None
         initrd: str | Buffer | None
@@ -67,8 +69,8 @@ class Spec(MachineConfig):
     def wants_virtio(self) -> bool:
         """Whether any of its devices is one of virtio's."""
         on_virtio = any(drive.interface == "virtio" for drive in self.drives)
-        others = (*self.nets, *self.consoles)
-        return on_virtio or self.rng or self.vsock is not None or bool(others)
+        one_of_a_kind = self.rng or self.vsock is not None or self.balloon is not None
+        return on_virtio or one_of_a_kind or bool(self.nets or self.consoles)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from pyvmm.balloon import Balloon
     from pyvmm.chassis import Chassis
     from pyvmm.device import Device
     from pyvmm.devices.serial import Serial
@@ -53,6 +54,7 @@ class Board:
     window = range(0)
     """Addresses at which the guest can have the board show RAM, ROM or the bus."""
     vga: VgaText | None = None
+    balloon: Balloon | None = None
 
     def __init__(self, config: Spec, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:
         self.config = config

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pyvmm.address_space import AddressSpace
+    from pyvmm.balloon import Balloon
+    from pyvmm.balloon_options import BalloonOptions
     from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.chassis import Chassis
     from pyvmm.clock import Clock
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         mmio: AddressSpace
         windows: Places
         irqchip: Irqchip
+        balloon: Balloon | None
 
         def add(self, name: str, device: Any) -> Any: ...
         def add_virtio(self, name: str, device: VirtioDevice) -> None: ...
@@ -77,6 +80,8 @@ def make_all(board: Board) -> None:
         make_rng(board)
     if board.config.consoles:
         make_console(board)
+    if board.config.balloon is not None:
+        make_balloon(board, board.config.balloon)
 
 
 def make_net(board: Board, options: NetOptions) -> None:
@@ -138,6 +143,22 @@ def make_console(board: Board) -> None:
     console = VirtioConsole(board.memory, ends)
     consoles.add_flush(console.flush)
     board.add_virtio("console", console)
+
+
+def make_balloon(board: Board, options: BalloonOptions) -> None:
+    from pyvmm.balloon import PAGES_A_MIB, Balloon
+    from pyvmm.devices.virtio.balloon import VirtioBalloon
+
+    balloon = VirtioBalloon(
+        board.memory,
+        target_pages=options.mib * PAGES_A_MIB,
+        deflate_on_oom=options.deflate_on_oom,
+        free_page_reporting=options.free_page_reporting,
+    )
+    events = board.chassis.events
+    balloon.on_actual = lambda pages: events.tell("balloon", actual_bytes=pages * layout.PAGE_BYTES)
+    board.add_virtio("balloon", balloon)
+    board.balloon = Balloon(balloon)
 
 
 # -- what all of them have -------------------------------------------------------------------------------------------

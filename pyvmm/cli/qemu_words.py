@@ -319,6 +319,8 @@ def device(text: str) -> list[str]:
         raise ConfigError(f"-device {name}: use --drive file=...,if=virtio with what it is to have: num-queues=, ...")
     if name.startswith("virtio-serial") or name in ("virtconsole", "virtserialport"):
         raise ConfigError(f"-device {name}: use --console stdio, pty or file:PATH, with name=NAME for a port")
+    if name.startswith("virtio-balloon"):
+        raise ConfigError(f"-device {name}: use --balloon 0 with what it is to have: deflate-on-oom=, ...")
     if name.startswith("virtio-rng"):
         raise ConfigError(f"-device {name}: use --rng")
     if name.startswith("vhost-vsock"):

@@ -20,6 +20,7 @@ There is no -device here; a board has its devices, and some options add one:
   --vsock SPEC      a virtio socket device
   --drive SPEC      an IDE disk or CD-ROM drive, or a virtio disk (if=virtio)
   --console SPEC    a virtio console, or a port for the guest's programs
+  --balloon SIZE    a virtio memory balloon
   --rng             a virtio entropy device
   --debug-exit PORT isa-debug-exit
   --debugcon WHERE  isa-debugcon, at port 0x402
@@ -39,6 +40,7 @@ def topic_text(topic: str, options: Sequence[Option]) -> str:
         "net": net_text,
         "console": console_text,
         "vsock": vsock_text,
+        "balloon": balloon_text,
         "cpu": cpu_text,
         "device": lambda: DEVICE,
     }
@@ -94,6 +96,15 @@ def vsock_text() -> str:
     for row in VsockOptions.rows.values():
         others = ", ".join(row.words[1:])
         lines += wrapped(f"  {row.words[0]}={row.metavar}  ", 32, row.help + (f" [{others}]" if others else ""))
+    return "\n".join(lines) + "\n"
+
+
+def balloon_text() -> str:
+    from pyvmm.balloon_options import BalloonOptions
+
+    lines = ["", "Of the balloon, with commas between them, its size first:"]
+    for name, row in BalloonOptions.rows.items():
+        lines += wrapped("  SIZE  " if name == "mib" else f"  {row.words[0]}={row.metavar}  ", 32, row.help)
     return "\n".join(lines) + "\n"
 
 
