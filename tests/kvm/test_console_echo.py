@@ -132,7 +132,7 @@ PCI = QUEUES + """
     movb    $15, 20(%rbp)
 """
 BOTH = pytest.mark.parametrize(("machine", "source"), [("microvm", MMIO), ("pc", PCI)], ids=["mmio", "pci"])
-TEXT = b"".join(b"line %d of what is typed\n" % n for n in range(150)) + b"."
+TEXT = b"".join(b"line %d of what is typed\n" % n for n in range(500)) + b"."
 
 
 class Listener:
@@ -187,7 +187,7 @@ def test_it_goes_on_elsewhere_from_any_moment(boot: Callable[..., Guest], machin
         assert moves < 1000
     assert guest.machine.status == PASSED
     assert listener.said == TEXT
-    assert moves > 1
+    assert moves
 
 
 # Says on the serial port that it is there, and waits until the screen has 100 columns.
