@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, is_int, near_match, option, split_commas, take_flag, whole
+from pyvmm.options import ON_OFF, Kind, Options, is_int, option, split_commas, take_flag, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class BalloonOptions(Options):
     """
 
     noun = "balloon option "
+    thing = "the balloon"
     frozen = True
 
     mib: int = option(
@@ -48,11 +49,6 @@ class BalloonOptions(Options):
 
     def __init__(self, mib: int = 0, **values: Any) -> None:
         super().__init__(mib=mib, **values)
-
-    @classmethod
-    def unknown(cls, name: str, known: Any = None) -> str:
-        near = near_match(name, known or cls.rows) or ": see BalloonOptions for those there are"
-        return f"the balloon has no option {name!r}{near}"
 
     @classmethod
     def parse(cls, text: str) -> BalloonOptions:
