@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import Kind, Options, near_match, option, split_commas, whole
+from pyvmm.options import Kind, Options, option, split_commas, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class VsockOptions(Options):
     """
 
     noun = "vsock option "
+    thing = "a vsock device"
     frozen = True
 
     cid: int = option(
@@ -65,11 +66,6 @@ class VsockOptions(Options):
 
     def __init__(self, cid: int = LEAST_CID, path: Any = None, **values: Any) -> None:
         super().__init__(cid=cid, path=path, **values)
-
-    @classmethod
-    def unknown(cls, name: str, known: Any = None) -> str:
-        near = near_match(name, known or cls.rows) or ": there are cid, path and connections"
-        return f"a vsock device has no option {name!r}{near}"
 
     @classmethod
     def parse(cls, text: str) -> VsockOptions:

@@ -39,7 +39,7 @@ def test_words() -> None:
         ("cid=3,path", "vsock option 'path' has no value: write path=VALUE"),
         ("cid=3,path=", "vsock option path='': give the path of a socket"),
         ("cid=3,pth=/x", "a vsock device has no option 'pth': did you mean path?"),
-        ("cid=3,colour=red", "a vsock device has no option 'colour': there are cid, path and connections"),
+        ("cid=3,colour=red", "a vsock device has no option 'colour': see VsockOptions for those there are"),
         (f"cid=3,path=/{'x' * 96}", "ports are put behind it, so give one of 96 bytes at most"),
         ("cid=3,path=x,connections=0", "connections=0: give a whole number from 1 to 4096"),
     ],
