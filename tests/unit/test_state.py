@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_benches import BENCHES, Bench, SerialBench
-from virtio_benches import VIRTIO_BENCHES
+from virtio_benches import VIRTIO_BENCHES, VsockBench
 
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import StateError
@@ -53,7 +53,7 @@ def test_another_one_goes_on_as_this_one(kind: type[Bench], seed: int, lengths: 
     assert one.save() == other.save() == untouched.save()
 
 
-@pytest.mark.parametrize("kind", (*BENCHES, *VIRTIO_BENCHES), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", (*BENCHES, *VIRTIO_BENCHES, VsockBench), ids=lambda kind: kind.__name__)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_hostile_state_is_refused_or_harmless(kind: type[Bench], data: st.DataObject) -> None:

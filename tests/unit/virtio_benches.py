@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import sys
+import tempfile
 from errno import EIO
 from pathlib import Path
 from random import Random
@@ -27,15 +28,19 @@ from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.devices.virtio.net_features import F_CTRL_VQ, F_MRG_RXBUF
 from pyvmm.devices.virtio.ring import F_EVENT_IDX, F_RING_PACKED, F_VERSION_1, Virtqueue
 from pyvmm.devices.virtio.rng import VirtioRng
+from pyvmm.devices.virtio.vsock import VirtioVsock
+from pyvmm.devices.virtio.vsock_packet import HEADER, HOST_CID
 from pyvmm.guest_memory import GuestMemory
 from pyvmm.net.backend import StreamBackend
+from pyvmm.vsock.host import HostEnd
 
 sys.path.insert(0, str(Path(__file__).parent / "net"))
-from io_watcher import Watcher
+from io_watcher import EdgeWatcher, Watcher
 
 MMIO = 0xD000_0000
 MEMORY_BYTES = 0x2_0000
 MAC = bytes.fromhex("020000000001")
+CID, PORT = 3, 80
 NEXT, WRITE = 1, 2
 DATA_BYTES = 0x800  # of each chain's two buffers
 CHAINS = 4
@@ -134,7 +139,7 @@ class VirtioBench(Bench):
     def make(self) -> None:
         ram = Ram()
         self.memory = ram.memory
-        self.io = Watcher()
+        self.io: Watcher = Watcher()
         self.device = self.make_device()
         self.device.ring_features &= ~F_RING_PACKED
         self.device.io = self.io
@@ -402,6 +407,36 @@ class NetBench(VirtioBench):
         self.settle()
         self.rings[1].collect()
         return self.peer.recv(1 << 16)
+
+
+class VsockBench(VirtioBench):
+    """One that is loaded does not go on as the saved one does: its connections are gone, and its driver is told so."""
+
+    def make_device(self) -> VirtioDevice:
+        self.io = EdgeWatcher()
+        self.folder = tempfile.TemporaryDirectory()
+        path = f"{self.folder.name}/vm.sock"
+        self.program = socket.socket(socket.AF_UNIX)
+        self.program.bind(f"{path}_{PORT}")
+        self.program.listen()
+        self.vsock = VirtioVsock(self.memory, HostEnd(path), cid=CID, connections=4)
+        return self.vsock
+
+    def __del__(self) -> None:
+        self.vsock.close()
+        self.program.close()
+        self.folder.cleanup()
+
+    @classmethod
+    def own_step(cls, r: Random) -> Step:
+        what = r.randrange(10)
+        if what < 3:
+            return "ask", 0, b"", r.choice((44, 500, DATA_BYTES))
+        if what < 9:
+            op, data = r.randrange(1, 8), bytes(r.choice((0, 10, 1000)))
+            header = HEADER.pack(CID, HOST_CID, r.randrange(3), PORT, len(data), 1, op, r.randrange(4), 1 << 18, 0)
+            return "ask", 1, header + data, 0
+        return "ask", 2, b"", r.choice((4, 4, 4, 3))
 
 
 VIRTIO_BENCHES: tuple[type[Bench], ...] = (RngBench, BlkBench, NetBench)

@@ -880,24 +880,6 @@ def test_a_reset_ends_every_connection(bench: Make, ring: dict[str, bool]) -> No
     guest_echo(it, 100_000)
 
 
-def moved(it: VsockBench, path: Path, cid: int = CID) -> list[socket.socket]:
-    """It is saved, and goes on in another device with other sockets."""
-    state = it.device.save()
-    assert state == it.device.save()
-    old = it.device, it.io
-    it.path = path
-    it.options["cid"] = cid
-    it.device = it.make()
-    it.device.load(state)
-    it.device.after_load()
-    for driver, queue in zip((it.rx, it.tx, it.events), it.device.queues, strict=True):
-        driver.queue = queue
-    it.io.settle()
-    old[0].close()
-    old[1].epoll.close()
-    return []
-
-
 def test_a_guest_goes_on_elsewhere_without_its_connections(bench: Make, ring: dict[str, bool], tmp_path: Path) -> None:
     it = bench(ring=ring)
     end = joined(it)
@@ -905,7 +887,7 @@ def test_a_guest_goes_on_elsewhere_without_its_connections(bench: Make, ring: di
     it.io.turn()
     it.add(p.OP_RW, PORT, GUEST_PORT, b"under way")
     before = len(it.given)
-    moved(it, tmp_path / "other.sock", cid=9)
+    it.move(tmp_path / "other.sock", cid=9)
     assert end.recv(100) == b""
     assert it.event_ids() == [bytes(4)]  # TRANSPORT_RESET
     assert it.device.read_config(0, 8) == 9
@@ -930,7 +912,7 @@ def test_every_buffer_of_the_guests_is_used_after_a_load(bench: Make, ring: dict
     with joined(it) as end:
         end.sendall(b"some are in the device's hand now")
         it.packets(refill=False)
-    moved(it, tmp_path / "other.sock")
+    it.move(tmp_path / "other.sock")
     it.event_ids()
     drain_buffers(it)
     it.give(BUFFER)
@@ -939,14 +921,14 @@ def test_every_buffer_of_the_guests_is_used_after_a_load(bench: Make, ring: dict
 
 def test_the_event_waits_for_a_buffer(bench: Make, tmp_path: Path) -> None:
     it = bench()
-    moved(it, tmp_path / "a.sock")
+    it.move(tmp_path / "a.sock")
     assert len(it.event_ids()) == 1
     for name in ("b", "c", "d"):
-        moved(it, tmp_path / name)
+        it.move(tmp_path / name)
         assert len(it.event_ids()) == 1
-    moved(it, tmp_path / "e")
+    it.move(tmp_path / "e")
     assert it.event_ids() == []
-    moved(it, tmp_path / "f")
+    it.move(tmp_path / "f")
     assert it.event_ids() == []
     it.give_events(1)
     assert it.event_ids() == [bytes(4)]
@@ -960,12 +942,12 @@ def test_the_event_waits_for_a_buffer(bench: Make, tmp_path: Path) -> None:
 def test_a_buffer_for_events_without_room(bench: Make, tmp_path: Path) -> None:
     it = bench()
     for _ in range(4):
-        moved(it, tmp_path / "a")
+        it.move(tmp_path / "a")
         it.event_ids()
         it.path.unlink()
     it.events.add([], [3])
     it.kick(it.events)
-    moved(it, tmp_path / "b")
+    it.move(tmp_path / "b")
     assert it.device.faults == 1
     assert "5.10.6.7" in it.device.fault
 
@@ -990,7 +972,7 @@ def test_a_device_without_a_driver_is_saved(bench: Make, tmp_path: Path) -> None
     it = bench()
     with it.device.lock:
         it.device.write_status(0)
-    moved(it, tmp_path / "other.sock", cid=77)
+    it.move(tmp_path / "other.sock", cid=77)
     assert it.device.read_config(0, 8) == 77
     it.start()
     assert it.event_ids() == []

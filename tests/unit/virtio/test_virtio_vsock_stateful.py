@@ -64,7 +64,7 @@ class Streams(RuleBasedStateMachine):
         self.listener = self.it.listen(PORT)
         self.listener.setblocking(False)
         self.streams: dict[tuple[int, int], Stream] = {}
-        self.count = 0
+        self.count = self.moves = 0
 
     def teardown(self) -> None:
         for stream in self.streams.values():
@@ -212,6 +212,23 @@ class Streams(RuleBasedStateMachine):
         elif op == p.OP_RST:
             stream.over = True
             self.hear([])
+
+    @rule()
+    def it_goes_on_elsewhere(self) -> None:
+        """At any moment, in a fresh device with another socket. No stream comes with it, and its driver is told so."""
+        it = self.it
+        self.listener.close()
+        self.moves += 1
+        buffers = len(it.given)
+        it.move(Path(self.folder.name) / f"vm{self.moves}.sock")
+        assert it.event_ids() == [bytes(4)]
+        it.give_events(1)
+        for stream in self.streams.values():
+            stream.over = True
+        self.hear(it.packets())
+        assert (len(it.given), it.device.connections) == (buffers, 0)
+        self.listener = it.listen(PORT)
+        self.listener.setblocking(False)
 
     @invariant()
     def it_stands(self) -> None:

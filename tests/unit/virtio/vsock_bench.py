@@ -200,9 +200,30 @@ class VsockBench:
         assert end.recv(100) == b"OK %d\n" % request.src_port
         return end, request.src_port
 
+    # -- the machine's side ------------------------------------------------------------------------------------------
+
+    def move(self, path: Path, cid: int = CID) -> None:
+        """It is saved, and goes on in another device with a socket and an address of its own."""
+        state = self.device.save()
+        assert state == self.device.save()
+        old, old_io = self.device, self.io
+        self.path = path
+        self.options["cid"] = cid
+        self.device = self.make()
+        self.device.load(state)
+        self.device.after_load()
+        for driver, queue in zip((self.rx, self.tx, self.events), self.device.queues, strict=True):
+            driver.queue = queue
+        self.io.settle()
+        self.end(old, old_io)
+
     def close(self) -> None:
-        self.device.close()
-        for queue in self.device.queues:
-            self.io.remove_reader(queue.kick_fd)
+        self.end(self.device, self.io)
+
+    @staticmethod
+    def end(device: VirtioVsock, io: EdgeWatcher) -> None:
+        device.close()
+        for queue in device.queues:
+            io.remove_reader(queue.kick_fd)
             os.close(queue.kick_fd)
-        self.io.epoll.close()
+        io.epoll.close()
