@@ -270,7 +270,7 @@ class Messages:
         """None where there is to be none, or no more can be had: then each message is a call."""
         try:
             return self._irqchip.irqfd(message, name=self._name) if self._by_fd else None
-        except ConfigError:
+        except (ConfigError, OSError):  # no number, no descriptor, or KVM takes no more: the guest is not to blame
             return None
 
 

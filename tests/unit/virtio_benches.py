@@ -47,6 +47,13 @@ CHAINS = 4
 SIZE = 2 * CHAINS
 # Of a queue's memory; the rings have the names of virtio-mmio's registers.
 PLACES = {"desc_gpa": 0, "driver_gpa": 0x100, "device_gpa": 0x200, "seen": 0x300, "busy": 0x302, "data": 0x1000}
+REGISTERS = tuple(
+    MMIO + register
+    for register in (
+        *(mmio.DEVICE_FEATURES_SEL, mmio.DRIVER_FEATURES_SEL, mmio.DRIVER_FEATURES, mmio.QUEUE_SEL, mmio.QUEUE_SIZE),
+        *(mmio.QUEUE_READY, mmio.QUEUE_DESC, mmio.QUEUE_DRIVER + 4, mmio.QUEUE_DEVICE, mmio.QUEUE_RESET, mmio.STATUS),
+    )
+)
 QUEUE_BYTES = 0x1000 + 2 * CHAINS * DATA_BYTES
 
 
@@ -165,9 +172,11 @@ class VirtioBench(Bench):
             return super().step(r)
         if what == 1:
             return ("start",)
-        if what < 6:
+        if what < 4:
+            return "out", r.choice(REGISTERS), 4, r.choice((0, 1, 2, 3, 8, 0xFFFF_FFFF, r.getrandbits(32)))
+        if what < 7:
             return "in", r.choice(cls.ports), 4
-        if what < 8:
+        if what < 9:
             return ("interrupted",)
         return cls.own_step(r)
 

@@ -60,7 +60,9 @@ MOST_SEGMENTS = 32
 MOST_SECTORS = 0x3FFFFF  # a segment's; what is below 2 GiB, as in QEMU
 
 POLL_NS = 0  # how long a queue's thread looks for more, after the last request
-ROUNDS = 64  # of taking what is there, before other queues of the thread have their turn
+# Of taking what is there, before other queues of the thread have their turn, and whoever waits for this one's lock: a
+# vCPU that changes a vector, or resets. blk_fast.pyx has as many chains in one of them as fit into some milliseconds.
+ROUNDS = 4
 
 
 class Asked:

@@ -166,7 +166,7 @@ class VirtioMmio(Device):
         elif queue.ready:
             return  # 4.2.2.2: not while it is in use
         elif offset == QUEUE_SIZE:
-            queue.size = value & 0xFFFF_FFFF
+            queue.size = min(value, 0xFFFF)  # which is too much for any queue, and as much as a queue's size may be
         elif (name := ADDRESSES.get(offset & ~7)) is not None and offset & 7 in (0, 4):
             set_half(queue, name, offset & 4, value)
 

@@ -330,6 +330,16 @@ def test_the_state_goes_on_in_another_device(bench: MmioDriver) -> None:
     assert other.read(mmio.INTERRUPT_STATUS) == 0
 
 
+def test_any_size_that_a_driver_has_written_can_be_saved(bench: MmioDriver) -> None:
+    bench.negotiate()
+    bench.write(mmio.QUEUE_SIZE, 0xFFFF_FFFF)
+    other = MmioDriver(bench.memory, Echo(bench.memory))
+    other.device.load(bench.device.save())
+    other.device.after_load()
+    other.write(mmio.QUEUE_READY, 1)
+    assert other.status & NEEDS_RESET
+
+
 def test_an_interrupt_of_a_saved_state_waits_until_the_guest_runs(bench: MmioDriver) -> None:
     """The interrupt controllers get their state after the devices: one that is there at once would be lost."""
     bench.start(OWN_FEATURE)

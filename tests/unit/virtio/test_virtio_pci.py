@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from errno import EMFILE, ENOSPC
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ import pyvmm
 from pyvmm.devices.virtio import pci
 from pyvmm.devices.virtio.device import F_VERSION_1, NEEDS_RESET, VirtioDevice
 from pyvmm.devices.virtio.ring import Virtqueue
+from pyvmm.errors import ConfigError, KvmError
 
 SLOT = 2
 BAR4, BAR1, BAR0 = 0xFE00_4000, 0xFE00_2000, 0xC100
@@ -303,3 +305,18 @@ def test_any_accesses_at_all(seed: int) -> None:
         chain = driver.add([b"x"])
         bench.put(0x3000, 2, 0)
         assert bench.served(driver) == [(chain, 0)]
+
+
+def test_a_host_without_descriptors_sends_messages_by_calls() -> None:
+    """The guest that has enabled a vector is not to blame."""
+    from pyvmm.boards.virtio import Messages
+
+    class Irqchip:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def irqfd(self, target: object, *, name: str) -> object:
+            raise self.error
+
+    for error in (ConfigError("no GSI"), OSError(EMFILE, "no descriptor"), KvmError("KVM_IRQFD", ENOSPC)):
+        assert Messages(Irqchip(error), "x", True).irqfd(None) is None  # type: ignore[arg-type]
