@@ -46,9 +46,11 @@ class BlkBench:
         self.memory = GuestMemory(MEMORY_BYTES)
         self.backend = backend
         self.disk = VirtioBlk(self.memory, backend, queues=queues, **options)
+        self._came = threading.Condition()
+        for queue in self.disk.queues:
+            queue.on_call = self.interrupt
         self.drivers = self.start(take, **(ring or {}))
         self._used: list[dict[int, int]] = [{} for _ in self.drivers]
-        self._came = threading.Condition()
 
     def start(self, take: int, **ring: bool) -> list[TestDriver]:
         """As a driver does it (3.1.1)."""
@@ -90,14 +92,16 @@ class BlkBench:
         self._used[queue].update(self.drivers[queue].used())
         return self._used[queue]
 
+    def interrupt(self) -> None:
+        """What a transport does: whoever waits looks again."""
+        with self._came:
+            self._came.notify_all()
+
     def wait(self, number: int, queue: int = 0) -> int:
         """Its status, when it has come back."""
-        end = threading.Event()
-        for _ in range(int(LIMIT_S * 1000)):
-            if number in self.used(queue):
-                return self.data(number, queue)[-1]
-            end.wait(0.001)
-        raise AssertionError(f"chain {number} never came back")
+        with self._came:
+            assert self._came.wait_for(lambda: number in self.used(queue), LIMIT_S), f"chain {number} never came back"
+        return self.data(number, queue)[-1]
 
     def data(self, number: int, queue: int = 0) -> bytes:
         """All of the chain that the device may write."""

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from blk_bench import SECTOR, header
 from driver import TestDriver
+from machine_guest import wait_for
 
 import pyvmm
 from pyvmm.boards.pc_firmware import boot_paths
 from pyvmm.devices.virtio import blk, mmio
 from pyvmm.devices.virtio.device import ACKNOWLEDGE, DRIVER, DRIVER_OK, F_VERSION_1, FEATURES_OK
 from pyvmm.x86 import firmware_files, layout
-
-LIMIT_S = 20.0
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    never = threading.Event()
-    for _ in range(int(LIMIT_S * 1000)):
-        if condition():
-            return
-        never.wait(0.001)
-    raise AssertionError("it never came")
 
 
 class Guest:
