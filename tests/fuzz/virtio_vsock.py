@@ -115,7 +115,7 @@ class Target:
         bench.io.settle()
         assert bench.io.turn() == 0
         assert device.connections <= LIMIT
-        assert len(device._line) <= LIMIT
+        assert len(device._line) <= len(device._connections) <= 2 * LIMIT
         assert len(device._replies) <= MOST_REPLIES + BATCH + LIMIT
         assert len(device._callers) <= MOST_CALLERS
         for connection in (*device._connections.values(), *device._lingering.values()):

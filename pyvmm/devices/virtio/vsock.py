@@ -9,6 +9,7 @@ have into the guest's buffers, both without a copy of ours. Rules that keep it w
   are kept by themselves, and where they have become MOST_REPLIES nothing more is taken from the guest until it takes
   some (5.10.6.1).
 - There are ``connections`` of them at most, whoever opens them, and MOST_CALLERS clients that have not said where to.
+  Those that the host has left, and that the guest has not yet answered, are as many again: the first of more is reset.
 
 ``_gate``, the receive queue's lock, protects all of it. Everything is done on the device's thread, but for what a vCPU
 does: resets. Where the transmit queue's lock is held too, that was taken first.
@@ -88,6 +89,7 @@ class VirtioVsock(VirtioDevice):
         self._connections: dict[tuple[int, int], Connection] = {}  # by host's and guest's port
         self._callers: dict[int, Caller] = {}
         self._lingering: dict[int, Connection] = {}  # ended, but the host has yet to take what is kept
+        self._left: dict[Connection, None] = {}  # by the host, and the guest has yet to say that it knows
         self._listening = False
         self._next_port = FIRST_HOST_PORT
         self._line: deque[Connection] = deque()  # those that have something to say to the guest
@@ -106,7 +108,7 @@ class VirtioVsock(VirtioDevice):
     @property
     def connections(self) -> int:
         """How many are open, or on their way to that."""
-        return len(self._connections)
+        return len(self._connections) - len(self._left)
 
     @property
     def _thread(self) -> IoWatcher:
@@ -317,7 +319,7 @@ class VirtioVsock(VirtioDevice):
 
     @property
     def _full(self) -> bool:
-        return len(self._connections) + len(self._lingering) >= self._most
+        return self.connections + len(self._lingering) >= self._most
 
     def _open(self, port: int, guest_port: int, room: int, forwarded: int) -> None:
         """The guest asks for a connection (5.10.6.5)."""
@@ -345,6 +347,7 @@ class VirtioVsock(VirtioDevice):
     def _forget(self, connection: Connection, *, linger: bool = False) -> None:
         """It is no connection any more. ``linger``: the host still gets what is kept."""
         del self._connections[connection.host_port, connection.guest_port]
+        self._left.pop(connection, None)
         connection.to_say = 0
         if connection.listed:
             self._line.remove(connection)
@@ -373,14 +376,29 @@ class VirtioVsock(VirtioDevice):
 
     def _host_shuts(self, connection: Connection, flags: int) -> None:
         """The host does not send, or not receive any more: the guest gets to know, behind all data."""
-        if flags & ~connection.host_shut:
-            connection.host_shut |= flags
-            self._say(connection, SHUTDOWN)
+        if not flags & ~connection.host_shut:
+            return
+        connection.host_shut |= flags
+        self._say(connection, SHUTDOWN)
+        if connection.host_shut == p.BOTH_WAYS:
+            self._leave(connection)
+
+    def _leave(self, connection: Connection) -> None:
+        """The host is gone, and its socket too. 5.10.6.5: the guest resets the connection when it knows; where it does
+        not, in time, that is done for it: here, when as many others have come and gone.
+        """
+        self._close(connection)
+        self._left[connection] = None
+        if len(self._left) > self._most:
+            self._reset(next(iter(self._left)))
+        self._listen()
 
     def _stop_reading(self, connection: Connection) -> None:
         """Nothing more comes from the host: what is left to hear is that it closes its end."""
         connection.to_say &= ~DATA
         connection.starved = False
+        if connection.fd < 0:
+            return
         connection.watched = True
         self._thread.add_reader(
             connection.fd, lambda: self._guarded(lambda: self._look_whether_gone(connection)), edge=True
@@ -649,7 +667,9 @@ class VirtioVsock(VirtioDevice):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    STATE: dict[str, Any] = {}
+    # Of connections only this: a socket of the guest's that has lost its own still has the name, as Linux has it, and
+    # would refuse a new one that is called alike.
+    STATE = {"_next_port": range(FIRST_HOST_PORT, FIRST_HOST_PORT + HOST_PORTS)}
 
     def save(self) -> dict[str, Any]:
         """Connections are not in it: their other ends are this process's."""

@@ -190,5 +190,7 @@ class Connection:
             self.deaf = True  # nobody is there
 
     def close(self) -> None:
-        """Again is fine."""
+        """What is kept and what still comes from the guest goes nowhere. Again is fine."""
+        self.deaf = True
+        self.drain()
         self._socket.close()

@@ -19,7 +19,7 @@ from vsock_bench import BUFFER, CID, ROOM, Packet, VsockBench, header
 
 from pyvmm.devices.virtio import vsock_packet as p
 from pyvmm.devices.virtio.device import NEEDS_RESET
-from pyvmm.devices.virtio.vsock import F_STREAM, MOST_CALLERS, MOST_REPLIES, RX, TX
+from pyvmm.devices.virtio.vsock import F_STREAM, FIRST_HOST_PORT, MOST_CALLERS, MOST_REPLIES, RX, TX
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES
 from pyvmm.errors import StateError
 
@@ -410,6 +410,29 @@ def test_what_the_guest_has_sent_gets_there_after_its_end(bench: Make) -> None:
         assert found == sent
         assert end.recv(100) == b""
         assert not it.io.writers
+
+
+def test_a_guest_that_never_answers_an_end_is_not_waited_for(bench: Make) -> None:
+    """5.10.6.5: a RST comes in its place; and nothing of the host's is held until then."""
+    it = bench(connections=3)
+    left = []
+    before = len(os.listdir("/proc/self/fd"))
+    for n in range(10):
+        end, port = it.called(22)
+        end.close()
+        left.append(port)
+        told = {(packet.op, packet.flags, packet.src_port) for packet in it.packets()}
+        resets = [(p.OP_RST, 0, left[n - 3])] if n >= 3 else []
+        assert told == {(p.OP_SHUTDOWN, p.BOTH_WAYS, port), *resets}
+        assert it.device.connections == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+    # What the guest has to say still is taken, and goes nowhere.
+    packets = it.send(p.OP_RW, left[-1], 22, bytes(BUFFER_BYTES))
+    assert [(packet.op, packet.fwd_cnt) for packet in packets] == [(p.OP_CREDIT_UPDATE, BUFFER_BYTES)]
+    assert it.send(p.OP_SHUTDOWN, left[-1], 22, flags=p.NO_RECEIVE) == []
+    assert ops(it.send(p.OP_SHUTDOWN, left[-1], 22, flags=p.NO_SEND)) == [p.OP_RST]
+    assert it.send(p.OP_RST, left[-2], 22) == []
+    assert ops(it.send(p.OP_RST, left[-4], 22)) == []
 
 
 # -- who is refused ----------------------------------------------------------------------------------------------------
@@ -882,6 +905,8 @@ def test_a_reset_ends_every_connection(bench: Make, ring: dict[str, bool]) -> No
 
 def test_a_guest_goes_on_elsewhere_without_its_connections(bench: Make, ring: dict[str, bool], tmp_path: Path) -> None:
     it = bench(ring=ring)
+    it.called(22)[0].close()
+    it.packets()
     end = joined(it)
     end.sendall(bytes(10_000))
     it.io.turn()
@@ -899,6 +924,7 @@ def test_a_guest_goes_on_elsewhere_without_its_connections(bench: Make, ring: di
     it.give_events(1)
     (request,) = it.packets()
     assert (request.op, request.dst_cid, request.dst_port) == (p.OP_REQUEST, 9, 22)
+    assert request.src_port == FIRST_HOST_PORT + 1  # the guest may still have a socket that was joined to the first
     it.send(p.OP_RESPONSE, request.src_port, 22, cid=9)
     assert client.recv(100) == b"OK %d\n" % request.src_port
     # Its connections of before are gone: what it says of them from its old address, or from its new one.
@@ -1004,6 +1030,26 @@ def test_a_state_that_can_not_be(bench: Make, tmp_path: Path, hands: object) -> 
         return
     assert device.faults == 1
     assert "not inside of memory" in device.fault
+
+
+@pytest.mark.parametrize("port", [0, FIRST_HOST_PORT - 1, 1 << 31, -1, None, "x"])
+def test_a_port_that_can_not_be_the_next(bench: Make, port: object) -> None:
+    it = bench()
+    state = it.device.save()
+    state["_next_port"] = port
+    with pytest.raises(StateError, match="_next_port"):
+        it.device.load(state)
+
+
+def test_the_hosts_ports_go_round(bench: Make) -> None:
+    it = bench()
+    it.device._next_port = (1 << 31) - 1
+    with it.call(22), it.call(22), it.call(23):
+        packets = it.packets()
+        assert [packet.src_port for packet in packets] == [(1 << 31) - 1, FIRST_HOST_PORT, FIRST_HOST_PORT + 1]
+        it.device._next_port = FIRST_HOST_PORT
+        with it.call(22):  # one that is in use is passed over
+            assert [packet.src_port for packet in it.packets()] == [FIRST_HOST_PORT + 1]
 
 
 def test_a_ring_that_is_reset(bench: Make) -> None:

@@ -235,7 +235,7 @@ class Streams(RuleBasedStateMachine):
         device = self.it.device
         assert device.faults == 0
         assert device.connections <= LIMIT
-        assert len(device._line) <= LIMIT
+        assert len(device._line) <= len(device._connections) <= 2 * LIMIT
         for connection in device._connections.values():
             assert len(connection._kept) <= BUFFER_BYTES
         self.it.io.settle()
