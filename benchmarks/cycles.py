@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyvmm_benchmarks import sampling
@@ -78,7 +78,12 @@ def floor(directory: Path) -> Path | None:
 
 def measure(directory: Path, irqchip: str, rounds: int) -> Cycles:
     """A set: fresh processes, that many rounds after a warm-up. {contender: [its two turns, a round]}."""
-    makers = {name: Maker(command) for name, command in commands(directory, irqchip).items()}
+    return take_turns(commands(directory, irqchip), rounds)
+
+
+def take_turns(by_name: Mapping[str, Sequence[str]], rounds: int) -> Cycles:
+    """The same of any such processes."""
+    makers = {name: Maker(command) for name, command in by_name.items()}
     try:
         for _ in range(WARM_UP):
             for maker in makers.values():
