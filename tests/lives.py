@@ -37,7 +37,7 @@ class Lives:
 
     With ``restore``, each goes on from a snapshot at the path ``by``: ``restore(by)`` gives the next one.
 
-    A life is at most ``longest_s`` long, and LONG_LIFE_S once there were MOMENTS of them, so that the guest gets to its
+    A life is at most ``longest_s`` long, and ``long_life_s`` once there were MOMENTS of them, so that the guest gets to its
     end: each life begins with cold page tables.
     """
 
@@ -47,6 +47,7 @@ class Lives:
         seed: int,
         longest_s: float = 0.02,
         *,
+        long_life_s: float = LONG_LIFE_S,
         by: Path | None = None,
         restore: Callable[[Path], pyvmm.Machine] | None = None,
     ) -> None:
@@ -55,6 +56,7 @@ class Lives:
         self._restore = restore
         self._random = random.Random(seed)
         self._longest_s = longest_s
+        self._long_life_s = long_life_s
         self.machine = make()
         self.count = 0
         self.ended: ExitStatus | None = None
@@ -63,7 +65,7 @@ class Lives:
         """One life more. False where the guest has come to its end in it."""
         machine = self.machine
         machine.resume()
-        machine.wait(self._random.uniform(0, self._longest_s) if self.count < MOMENTS else LONG_LIFE_S)
+        machine.wait(self._random.uniform(0, self._longest_s) if self.count < MOMENTS else self._long_life_s)
         machine.pause()
         if machine.state in (pyvmm.RunState.SHUTDOWN, pyvmm.RunState.INTERNAL_ERROR):
             if machine.error is not None:
