@@ -9,6 +9,8 @@ reset          it has been reset: ``guest``, whether by itself, and ``by`` what
 suspend        it has suspended itself to RAM
 wakeup         it is awake again: ``events``, bits of PM1's status
 io-error       a drive's request failed: ``drive``, ``operation``, ``errno``, ``action`` (stop, report, ignore)
+console-port   a program of the guest's has opened a port of its virtio console, or closed it: ``console``, its
+               name, and ``open``
 balloon        the guest has given memory to its balloon or taken some back: ``actual_bytes`` are in it now
 device-broken  a driver has broken a virtio device, which waits to be reset: ``device``, and ``why``
 =============  =============================================================================================
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
 
     Listener = Callable[["Event"], object]
 
-NAMES = ("resume", "stop", "shutdown", "reset", "suspend", "wakeup", "io-error", "balloon", "device-broken")
+NAMES = (
+    *("resume", "stop", "shutdown", "reset", "suspend", "wakeup"),
+    *("io-error", "console-port", "balloon", "device-broken"),
+)
 # A guest can reset itself faster than a slow listener listens: what is not told is counted.
 WAITING_MAX = 1000
 

@@ -141,8 +141,16 @@ def make_console(board: Board) -> None:
     places = numbered(board.config.consoles)
     ends = [(number, consoles.open(each.where, label), each.name) for number, label, each in places]
     console = VirtioConsole(board.memory, ends)
+    for port in console.ports:
+        if port.name is not None:
+            port.on_open = tells_of_port(board, port.name)
     consoles.add_flush(console.flush)
     board.add_virtio("console", console)
+
+
+def tells_of_port(board: Board, name: str) -> Callable[[bool], object]:
+    events = board.chassis.events
+    return lambda is_open: events.tell("console-port", console=name, open=is_open)
 
 
 def make_balloon(board: Board, options: BalloonOptions) -> None:

@@ -190,6 +190,27 @@ def test_it_goes_on_elsewhere_from_any_moment(boot: Callable[..., Guest], machin
     assert moves
 
 
+@BOTH
+def test_a_fork_has_a_console_of_its_own_or_none(boot: Callable[..., Guest], machine: str, source: str) -> None:
+    listener, other = Listener(), Listener()
+    guest = boot(source + ECHO, machine=machine, consoles=[listener.hear])
+    guest.start()
+    guest.machine.consoles["hvc0"].feed(b"before\n")
+    listener.wait_for(b"before\n")
+    quiet, heard = guest.machine.fork(2, each=lambda n: {"consoles": [other.hear]} if n else {})
+    try:
+        for made, text in ((quiet, b"nobody hears it."), (heard, b"to another one.")):
+            made.consoles["hvc0"].feed(text)
+            assert made.run(TIMEOUT_S) == PASSED
+    finally:
+        quiet.close()
+        heard.close()
+    guest.machine.consoles["hvc0"].feed(b"after.")
+    guest.wait()
+    assert listener.said == b"before\nafter."
+    assert other.said == b"to another one."
+
+
 # Says on the serial port that it is there, and waits until the screen has 100 columns.
 WAIT_FOR_SIZE = """
     mov     $0xfeb00000, %ebp

@@ -20,8 +20,12 @@ from state_benches import Bench, Step
 from pyvmm.block import BlockBackend, DriveOptions
 from pyvmm.block.coroutine import AioContext
 from pyvmm.block.driver import FormatDriver
+from pyvmm.chardev import Chardev
 from pyvmm.devices.virtio import blk, mmio
+from pyvmm.devices.virtio import console_control as control
+from pyvmm.devices.virtio.balloon import F_PAGE_REPORTING, F_STATS_VQ, STAT, VirtioBalloon
 from pyvmm.devices.virtio.blk import VirtioBlk
+from pyvmm.devices.virtio.console import F_MULTIPORT, F_SIZE, VirtioConsole
 from pyvmm.devices.virtio.device import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, VirtioDevice
 from pyvmm.devices.virtio.mmio import VirtioMmio
 from pyvmm.devices.virtio.net import VirtioNet
@@ -448,4 +452,120 @@ class VsockBench(VirtioBench):
         return "ask", 2, b"", r.choice((4, 4, 4, 3))
 
 
-VIRTIO_BENCHES: tuple[type[Bench], ...] = (RngBench, BlkBench, NetBench)
+class End(Chardev):
+    """The host's end of a console: it takes output while ``can_write``, which the host changes. A holder of state."""
+
+    STATE = {**Chardev.STATE, "can_write": "flag"}
+
+    def __init__(self, say: Any) -> None:
+        super().__init__()
+        self.write = say
+
+    def hold(self, held: bool) -> None:
+        self.can_write = not held
+        if self._on_writable is not None:
+            self._on_writable()
+
+
+class ConsoleBench(VirtioBench):
+    """A console of the kernel's and a port for a program."""
+
+    features = VirtioBench.features | F_SIZE | F_MULTIPORT
+
+    def make_device(self) -> VirtioDevice:
+        self.ends = [End(self.hears(f"said {n}")) for n in range(2)]
+        console = VirtioConsole(self.memory, [(0, self.ends[0], None), (1, self.ends[1], "agent")])
+        for queue in console.queues:
+            queue.kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
+            self.io.add_reader(queue.kick_fd, lambda queue=queue: self.rung(console, queue))
+        return console
+
+    def rung(self, console: VirtioConsole, queue: Virtqueue) -> None:
+        os.eventfd_read(queue.kick_fd)
+        console.serve(queue)
+
+    def __del__(self) -> None:
+        for queue in self.device.queues:
+            os.close(queue.kick_fd)
+
+    def make(self) -> None:
+        super().make()
+        self.holders += [(f"end {n}", end) for n, end in enumerate(self.ends)]
+
+    @classmethod
+    def own_step(cls, r: Random) -> Step:
+        what, n = r.randrange(10), r.randrange(2)
+        if what < 3:
+            return "request", 4 * n + 1, r.randbytes(r.randrange(1, DATA_BYTES)), 0
+        if what == 3:
+            return "request", 4 * n, b"", r.choice((1, 100, DATA_BYTES))
+        if what == 4:
+            return "feed", n, r.randbytes(r.randrange(1, 3000))
+        if what == 5:
+            return "hold", n, r.randrange(2)
+        if what == 6:
+            return "request", 2, b"", r.choice((8, 12, 100))
+        event = r.choice((control.DEVICE_READY, control.PORT_READY, control.PORT_OPEN, control.PORT_OPEN))
+        return "request", 3, control.MESSAGE.pack(n, event, r.choice((0, 1, 1, 1))), 0
+
+    def request(self, n: int, readable: bytes, writable: int) -> object:
+        if self.running:
+            self.rings[n].add(readable, writable)
+        return self.collected()
+
+    def feed(self, n: int, data: bytes) -> object:
+        self.ends[n].feed(data)
+        return self.collected()
+
+    def hold(self, n: int, held: int) -> object:
+        self.ends[n].hold(bool(held))
+        return self.collected()
+
+    def collected(self) -> object:
+        """Of all queues: what is done in one leads to something in another."""
+        self.settle()
+        return [ring.collect() for ring in self.rings] if self.running else None
+
+
+class BalloonBench(VirtioBench):
+    """The last pages of its memory are nobody's: they go and come."""
+
+    features = VirtioBench.features | F_STATS_VQ | F_PAGE_REPORTING
+
+    def make_device(self) -> VirtioDevice:
+        balloon = VirtioBalloon(self.memory, free_page_reporting=True)
+        balloon.on_actual = self.hears("actual")
+        return balloon
+
+    @classmethod
+    def own_step(cls, r: Random) -> Step:
+        what = r.randrange(8)
+        if what < 2:
+            pages = [r.choice((26, 27, 28, 31, 32, 1 << 20)) for _ in range(r.randrange(1, 5))]
+            return "ask", what, struct.pack(f"<{len(pages)}I", *pages), 0
+        if what < 4:
+            stats = [STAT.pack(r.randrange(12), r.getrandbits(64)) for _ in range(r.randrange(1, 4))]
+            return "ask", 2, b"".join(stats), 0
+        if what == 4:
+            return "ask", 4, b"", DATA_BYTES
+        if what == 5:
+            return "touch", r.randrange(26, 32), r.randrange(256)
+        return ("poll",) if what == 6 else ("target", r.randrange(100))
+
+    def touch(self, page: int, value: int) -> bytes:
+        """What was there, and something else from now on."""
+        before = self.memory.read(page * 4096, 1)
+        self.memory.write(page * 4096, bytes((value,)))
+        return before
+
+    def poll(self) -> object:
+        """The host asks for statistics."""
+        self.device.ask_stats()  # type: ignore[attr-defined]
+        self.settle()
+        return self.rings[2].collect() if self.running else None
+
+    def target(self, pages: int) -> None:
+        self.device.set_target(pages)  # type: ignore[attr-defined]
+
+
+VIRTIO_BENCHES: tuple[type[Bench], ...] = (RngBench, BlkBench, NetBench, ConsoleBench, BalloonBench)

@@ -55,6 +55,8 @@ class ConsolePort:
         self.chardev = chardev
         self.open = False
         """The guest reads it."""
+        self.on_open: Callable[[bool], object] | None = None
+        """Hears when that changes, on whatever thread; it may call nothing of the device."""
         self._kick = kick
         self._hand: deque[Chain] = deque()
         self._sent = 0  # bytes of the first of them
@@ -172,10 +174,13 @@ class ConsolePort:
     def set_open(self, is_open: bool) -> None:
         """The guest has opened or closed it. What it did not read is there when it opens it again."""
         with self._lock:
+            changed = is_open != self.open
             self.open = is_open
+        if changed and self.on_open is not None:
+            self.on_open(is_open)
         if is_open:
             self._accept()
-            self._kick(self.receives)
+        self._kick(self.receives)  # whether the driver is to ring for it is another matter now
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,8 @@ def test_a_console_and_a_port(board: str, ring: str) -> None:
     said: list[bytes] = []
     with machine(board, ConsoleOptions(said.append, name="agent"), "none", ring=ring) as m:
         assert {"hvc0", "agent"} <= set(m.consoles)
+        heard: list[dict[str, object]] = []
+        m.events.listen(lambda event: heard.append(event.data), "console-port")
         guest = start(m, F_SIZE | F_MULTIPORT, *range(6), ring=ring)
         assert guest.config(4, 4) == 2
         control_in = [guest.drivers[2].add([], [64]) for _ in range(8)]
@@ -79,6 +81,9 @@ def test_a_console_and_a_port(board: str, ring: str) -> None:
         guest.notify(4)
         m.consoles["agent"].feed(b"freeze")
         assert guest.used(4) == [(chain, 6)]
+        wait_for(lambda: heard == [{"console": "agent", "open": True}])
+        guest.set_status(0)
+        wait_for(lambda: heard[1:] == [{"console": "agent", "open": False}])
 
 
 @BOARDS
@@ -156,3 +161,20 @@ def test_where_a_callable_raises_the_machine_ends() -> None:
         guest.notify(1)
         wait_for(lambda: m.error is not None)
         assert "no more" in str(m.error) or "no more" in getattr(m.error, "dump", "")
+
+
+@BOARDS
+def test_last_words_are_out_before_anybody_hears_of_the_end(board: str) -> None:
+    """What a guest has rung for, and the device's thread has not served yet, goes out as the machine comes to rest."""
+    said: list[bytes] = []
+    with machine(board, said.append) as m:
+        guest = start(m, 0, 0, 1)
+        chassis = m.board.chassis
+        with chassis.io_threads.paused:
+            guest.drivers[1].add([b"last words"])
+            guest.notify(1)
+            assert said == []
+            chassis.consoles.flush()
+            assert said == [b"last words"]
+        guest.used(1)
+        assert said == [b"last words"]
