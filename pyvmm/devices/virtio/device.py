@@ -141,7 +141,8 @@ class VirtioDevice(Device):
     def handle(self, queue: Virtqueue) -> None:
         """Serve ``queue``: take, work, push, flush. On its thread, with ``queue.lock`` held, while ``live``.
 
-        It may be called with nothing to do. RingError may come out.
+        It may be called with nothing to do, and leaves with ``queue.enable_kicks()`` having been False; or it kicks
+        itself. RingError may come out.
         """
 
     def quiesce(self) -> None:
