@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from pyvmm_benchmarks import exit_guests
-from pyvmm_benchmarks.mailbox import LOOK_S, TURN, WORD, Hung, Mailbox
+from pyvmm_benchmarks.mailbox import Hung, Mailbox
 
 MEMORY_MIB = 128
 IMAGE_MIB = 256
@@ -76,13 +75,7 @@ def rom() -> bytes:
 def take(mailbox: Mailbox, case: DiskCase, count: int, limit_s: float, alive: Callable[[], bool]) -> Answer:
     """One turn. Hung where its end does not come within ``limit_s``, or the process is gone."""
     mailbox.put(PLAN_AT, case.plan(count))
-    number = mailbox.word(TURN) + 1
-    mailbox.put(TURN, WORD.pack(number))
-    end = time.monotonic() + limit_s
-    while mailbox.word(TURN + 4) != number:
-        if time.monotonic() > end or not alive():
-            raise Hung(f"no end of a turn within {limit_s:g} s" if alive() else "its process has ended")
-        time.sleep(LOOK_S)
+    mailbox.turn(limit_s, alive)
     answer = Answer(*RESULT.unpack(mailbox.memory.read(mailbox.base + 0x18_0000 + RESULT_AT, RESULT.size)))
     if answer.errors:
         raise Hung(f"{answer.errors} of {count} requests failed")

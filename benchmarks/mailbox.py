@@ -107,7 +107,6 @@ class Mailbox:
     def __init__(self, memory: Memory, base: int) -> None:
         self.memory = memory
         self.base = base
-        self._turn = 0
 
     def word(self, offset: int) -> int:
         value: int = WORD.unpack(self.memory.read(self.base + MAILBOX + offset, WORD.size))[0]
@@ -126,16 +125,22 @@ class Mailbox:
         value: int = QUAD.unpack(self.memory.read(at, QUAD.size))[0]
         return value
 
-    def take(self, plan: Plan, limit_s: float, alive: Callable[[], bool] = lambda: True) -> Ticks:
-        """One turn. Hung where its end does not come within ``limit_s``, or the process is gone (``alive`` false)."""
-        self.put(WARM_UP, PLAN.pack(*plan))
-        self._turn += 1
-        self.put(TURN, WORD.pack(self._turn))
+    def turn(self, limit_s: float, alive: Callable[[], bool]) -> None:
+        """Have the guest do what it was told. Hung where its end does not come within ``limit_s``, or the process is
+        gone (``alive`` false). The memory of another process tells nobody that it has changed: it is looked at.
+        """
+        number = self.word(TURN) + 1
+        self.put(TURN, WORD.pack(number))
         end = time.monotonic() + limit_s
-        while self.word(DONE) != self._turn:
+        while self.word(DONE) != number:
             if time.monotonic() > end or not alive():
                 raise Hung(f"no end of a turn within {limit_s:g} s" if alive() else "its process has ended")
             time.sleep(LOOK_S)
+
+    def take(self, plan: Plan, limit_s: float, alive: Callable[[], bool] = lambda: True) -> Ticks:
+        """One turn, as ``turn``."""
+        self.put(WARM_UP, PLAN.pack(*plan))
+        self.turn(limit_s, alive)
         count = 2 * plan.pairs + plan.singles
         ticks = struct.unpack(f"<{count}I", self.memory.read(self.base + SAMPLES, WORD.size * count))
         blocks = ticks[: 2 * plan.pairs]
