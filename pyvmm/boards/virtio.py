@@ -244,7 +244,13 @@ def edge(board: Board, name: str) -> tuple[int, Callable[[], object], int]:
         return gsi, irqfd.signal, irqfd.fd
     if gsi is None:
         gsi = GSIS[0]  # shared with whoever has it, as the test device has all: its handler finds no cause
-    return gsi, board.irq_line(gsi, name).pulse, -1
+    try:
+        return gsi, board.irq_line(gsi, name).pulse, -1
+    except ConfigError:  # an irqfd has it for itself, as all others
+        raise ConfigError(
+            f"no interrupt is left for {name}: a microvm has {len(GSIS)} for its virtio devices: leave one out, or"
+            " give machine=pc or virtio_irqfd=off"
+        ) from None
 
 
 # -- virtio-pci ------------------------------------------------------------------------------------------------------

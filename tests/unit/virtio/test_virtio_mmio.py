@@ -364,3 +364,23 @@ def test_a_state_with_rings_outside_of_memory_breaks_the_device(bench: MmioDrive
     other.device.after_load()
     assert other.status == READY | NEEDS_RESET
     assert not other.device.live
+
+
+def test_where_no_interrupt_is_left_one_sentence_says_what_to_do() -> None:
+    from pyvmm.boards.virtio import edge
+    from pyvmm.errors import ConfigError
+
+    class Irqchip:
+        in_kernel = True
+
+        def free_gsi(self, candidates: object) -> None:
+            return None
+
+    class Board:
+        irqchip = Irqchip()
+
+        def irq_line(self, gsi: int, name: str) -> None:
+            raise ConfigError(f"GSI {gsi} is for net0 alone")
+
+    with pytest.raises(ConfigError, match=r"no interrupt is left for net17: .*machine=pc"):
+        edge(Board(), "net17")  # type: ignore[arg-type]
