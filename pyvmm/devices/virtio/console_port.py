@@ -130,7 +130,7 @@ class ConsolePort:
 
     def _room(self) -> int:
         with self._lock:
-            room = INPUT_BYTES - len(self._input) if self.open else 0
+            room = max(0, INPUT_BYTES - len(self._input)) if self.open else 0
             self._refused = self._refused or not room
             return room
 
@@ -184,7 +184,8 @@ class ConsolePort:
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    STATE = {"open": "flag", "_input": ("bytes", 0, INPUT_BYTES), "_sent": 32}
+    # Who types and who feeds may have found the same room, each for his own.
+    STATE = {"open": "flag", "_input": ("bytes", 0, 2 * INPUT_BYTES), "_sent": 32}
 
     def save(self) -> dict[str, Any]:
         from pyvmm.state import save_fields

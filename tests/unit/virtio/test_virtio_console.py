@@ -157,6 +157,25 @@ def test_much_input_waits_at_the_host(benches: Benches, ring: dict[str, bool]) -
     assert got == data
 
 
+def test_two_who_found_the_same_room(benches: Benches) -> None:
+    """A reader of a descriptor, and a thread that feeds: all of it comes, and what follows too."""
+    end = SlowEnd()
+    bench = benches(end)
+    port = bench.device.ports[0]
+    rooms = [end._room(), end._room()]
+    for byte, room in zip(b"ab", rooms, strict=True):
+        assert end._receive is not None
+        end._receive(bytes((byte,)) * room)
+    assert end._room() == 0
+    device = bench.make([(SlowEnd(), None)])
+    device.load(bench.device.save())
+    bench.give(*[INPUT_BYTES] * 3)
+    end.feed(b"more")
+    bench.io.settle()
+    assert bench.heard() == b"a" * INPUT_BYTES + b"b" * INPUT_BYTES + b"more"
+    assert port.chardev.fed_bytes == 0
+
+
 def test_input_comes_when_there_is_a_driver(benches: Benches) -> None:
     end = SlowEnd()
     bench = benches(end)
@@ -549,7 +568,7 @@ def test_a_screen_of_another_size_elsewhere(benches: Benches) -> None:
         (lambda state: {**state, "control": {"added": {}}}, "control"),
         (lambda state: {**state, "more": 1}, "'more' is unknown"),
         (lambda state: port_with(state, sent=1 << 32), "sent is"),
-        (lambda state: port_with(state, input=bytes(INPUT_BYTES + 1)), "input has"),
+        (lambda state: port_with(state, input=bytes(2 * INPUT_BYTES + 1)), "input has"),
         (lambda state: port_with(state, hand=5), "hand is no list"),
         (lambda state: port_with(state, hand=[0] * (BATCH + 1)), "hand is no list"),
         (lambda state: port_with(state, open=2), "open is 2"),
