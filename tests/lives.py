@@ -37,8 +37,8 @@ class Lives:
 
     With ``restore``, each goes on from a snapshot at the path ``by``: ``restore(by)`` gives the next one.
 
-    A life is at most ``longest_s`` long, and ``long_life_s`` once there were MOMENTS of them, so that the guest gets to its
-    end: each life begins with cold page tables.
+    A life is at most ``longest_s`` long, and ``long_life_s`` once there were MOMENTS of them, so that the guest gets to
+    its end: each life begins with cold page tables.
     """
 
     def __init__(
