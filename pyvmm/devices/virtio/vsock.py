@@ -204,6 +204,13 @@ class VirtioVsock(VirtioDevice):
             queue.flush()
             self._event = TOLD
 
+    @property
+    def _drops_connections(self) -> bool:
+        """Whether the driver has the event before it, or is about to. One without a buffer for events has no such plan.
+        """
+        about = bool(self._events) or self.queues[EVENT].pending()
+        return self._event == TOLD or (self._event == DUE and about)
+
     # -- packets from the guest ----------------------------------------------------------------------------------------
 
     def _transmit(self, queue: Virtqueue) -> None:
@@ -412,7 +419,7 @@ class VirtioVsock(VirtioDevice):
 
     def _listen(self) -> None:
         """Take clients, where that may be now."""
-        if self._listening or self._ended or self._event != QUIET or not self.live:
+        if self._listening or self._ended or self._drops_connections or not self.live:
             return
         if self.host.fd >= 0 and not self._full:
             self._listening = True
