@@ -33,6 +33,7 @@ QUEUE_LIMIT_BYTES = 65536
 FLUSH_LIMIT_S = 1.0  # how long close() waits for a reader
 READ_BYTES = 4096
 LONGEST_INPUT_BYTES = 1 << 30  # of a saved state
+PTMX = os.makedev(5, 2)  # Linux Documentation/admin-guide/devices.txt
 LARGEST_SCREEN = 0xFFFF  # columns, or lines, as virtio and the kernel's struct winsize have them
 
 BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at the other end (any more, or yet)
@@ -239,7 +240,8 @@ class FdChardev(Chardev):
     """Common to those on descriptors: the output queue, reading with room in mind, an orderly end.
 
     A descriptor may be shared with other processes, so it stays blocking: before each write it is asked
-    whether it takes some, and never gets more than a write is then sure to take.
+    whether it takes some, and never gets more than a write is then sure to take. Of a terminal that is one byte: so a
+    terminal is opened once more, where it can be, by a descriptor of its own that does not block.
     """
 
     def __init__(self, loop: EventLoop | None, *, in_fd: int = -1, out_fd: int = -1) -> None:
@@ -253,6 +255,7 @@ class FdChardev(Chardev):
         self._closed = False
         self._out_poll: select.poll | None = None  # None: a regular file, which takes everything
         self._chunk = QUEUE_LIMIT_BYTES
+        self._own_fd = -1  # of a terminal
         self._edge = False
         self.lost_bytes = 0
         """Output dropped because the queue was full."""
@@ -265,10 +268,12 @@ class FdChardev(Chardev):
                 self._out_fd = -1
             else:
                 if not stat.S_ISREG(mode):
+                    self._out_fd, self._own_fd = own_terminal(out_fd)
                     self._out_poll = select.poll()
-                    self._out_poll.register(out_fd, select.POLLOUT)
+                    self._out_poll.register(self._out_fd, select.POLLOUT)
                     # POLLOUT promises PIPE_BUF bytes on a pipe, but on a terminal no more than one.
-                    self._chunk = 1 if os.isatty(out_fd) else select.PIPE_BUF
+                    shared_terminal = os.isatty(out_fd) and os.get_blocking(self._out_fd)
+                    self._chunk = 1 if shared_terminal else select.PIPE_BUF
 
     # -- output ---------------------------------------------------------------------------------------------
 
@@ -433,17 +438,39 @@ class FdChardev(Chardev):
                 self._loop.remove_reader(self._in_fd)
                 self._loop.remove_writer(self._out_fd)
             self._flush(FLUSH_LIMIT_S)
-            self._release()
-            self._in_fd = self._out_fd = -1
+            self._end()
 
     def abandon(self) -> None:
         if not self._closed:
             self._closed = True
-            self._release()
-            self._in_fd = self._out_fd = -1
+            self._end()
+
+    def _end(self) -> None:
+        self._release()
+        if self._own_fd >= 0:
+            os.close(self._own_fd)
+        self._in_fd = self._out_fd = self._own_fd = -1
 
     def _release(self) -> None:
         """Close what is the chardev's own. The lock is held; no callback uses the descriptors any more."""
+
+
+def own_terminal(fd: int) -> tuple[int, int]:
+    """(the descriptor to write to, the same again where it is to be closed): where ``fd`` is a terminal, and may block,
+    another descriptor of it that does not, and that nobody shares. There is none, and that is -1, of another user's
+    terminal, of one in another mount namespace, and of the other end of a pseudo-terminal: that one's name makes a new
+    one.
+    """
+    if not os.isatty(fd) or not os.get_blocking(fd) or os.fstat(fd).st_rdev == PTMX:
+        return fd, -1
+    try:
+        own = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return fd, -1
+    if os.fstat(own).st_rdev != os.fstat(fd).st_rdev:  # its name is another's here
+        os.close(own)
+        return fd, -1
+    return own, own
 
 
 class PtyChardev(FdChardev):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from chardev_port import LIMIT_S, Port, read_exactly, settle, turns_of
 
-from pyvmm.chardev import READ_BYTES
+from pyvmm.chardev import READ_BYTES, FileChardev
 from pyvmm.event_loop import EventLoop
 from pyvmm.terminal import TYPED_LIMIT_BYTES, Console, Screen, Terminal
 
@@ -503,6 +503,66 @@ def test_in_the_background_the_terminal_is_left_alone(
     terminal.close()  # the shell has set the modes it wants
     assert termios.tcgetattr(program) == raw
     termios.tcsetattr(program, termios.TCSANOW, before)
+
+
+# -- a descriptor of its own -------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_takes_many_bytes_at_a_time(
+    loop: EventLoop, pseudo_terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a descriptor that does not block; the one that others share stays as it is."""
+    master, slave = pseudo_terminal
+    tty.setraw(slave)
+    terminal = Terminal(loop, in_fd=slave, out_fd=slave)
+    console = terminal.console("serial")
+    sizes: list[int] = []
+    write = os.write
+
+    def counted(fd: int, data: bytes) -> int:
+        sizes.append(len(data))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", counted)
+    console.write(b"x" * 2000)
+    monkeypatch.undo()
+    assert sizes == [2000]
+    assert read_exactly(master, 2000) == b"x" * 2000
+    assert os.get_blocking(slave)
+    terminal.close()
+    assert os.get_blocking(slave)
+    os.write(slave, b"still there")
+
+
+def test_a_terminal_that_is_stopped_holds_output_back(loop: EventLoop, pseudo_terminal: tuple[int, int]) -> None:
+    master, slave = pseudo_terminal
+    tty.setraw(slave)
+    terminal = Terminal(loop, in_fd=slave, out_fd=slave)
+    console = terminal.console("hvc0")
+    told = threading.Event()
+    console.set_writable(told.set)
+    termios.tcflow(slave, termios.TCOOFF)
+    sent = b""
+    while console.can_write:
+        data = b"%07d\n" % len(sent) * 500
+        console.write(data)
+        sent += data
+    termios.tcflow(slave, termios.TCOON)
+    assert read_exactly(master, len(sent)) == sent
+    assert told.wait(LIMIT_S)
+    terminal.close()
+
+
+def test_the_other_end_of_a_pseudo_terminal_is_written_to_as_it_is(pseudo_terminal: tuple[int, int]) -> None:
+    """Its name, /dev/ptmx, would make a new one."""
+    master, slave = pseudo_terminal
+    tty.setraw(slave)
+    before = len(os.listdir("/dev/pts"))
+    chardev = FileChardev(master)
+    chardev.write(b"in")
+    assert len(os.listdir("/dev/pts")) == before
+    assert os.read(slave, 10) == b"in"
+    chardev.close()
 
 
 # -- its size ----------------------------------------------------------------------------------------------------------
