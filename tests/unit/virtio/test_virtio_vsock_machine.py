@@ -39,8 +39,9 @@ def wait_for(condition: Callable[[], object]) -> Any:
     raise AssertionError("it never came")
 
 
-def machine(kind: str, path: Path, cid: int = 3, **options: Any) -> pyvmm.Machine:
-    return pyvmm.Machine(machine=kind, accel="qtest", memory_mib=16, vsock=f"cid={cid},path={path}", **options)
+def machine(kind: str, path: Path, cid: int = 3, connections: int = 256, **options: Any) -> pyvmm.Machine:
+    words = f"cid={cid},path={path},connections={connections}"
+    return pyvmm.Machine(machine=kind, accel="qtest", memory_mib=16, vsock=words, **options)
 
 
 class Guest:
@@ -270,3 +271,55 @@ def test_twins_have_nobody_at_the_hosts_end_but_those_given(tmp_path: Path) -> N
 def test_a_machine_without_it_has_none() -> None:
     with pyvmm.Machine(machine="microvm", accel="qtest", vsock="none") as m:
         assert "vsock" not in m.devices
+
+
+@pytest.mark.parametrize("kind", BOARDS)
+def test_resets_while_streams_run(tmp_path: Path, kind: str) -> None:
+    """The driver resets the device from its own thread, at any moment of what clients and the device's thread do."""
+    path = tmp_path / "vm.sock"
+    over = threading.Event()
+
+    def clients() -> None:
+        while not over.is_set():
+            with socket.socket(socket.AF_UNIX) as end:
+                end.settimeout(LIMIT_S)
+                try:
+                    end.connect(str(path))
+                    end.sendall(b"CONNECT 22\n" + bytes(20_000))
+                    while end.recv(1 << 16):
+                        pass
+                except OSError:  # it was cut off, or there is nobody yet
+                    over.wait(0.001)
+
+    threads = [threading.Thread(target=clients) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        with machine(kind, path, connections=8, virtio_ring="packed") as m:  # offered: the driver may have either
+            device = m.devices["vsock"]
+            assert isinstance(device, vsock.VirtioVsock)
+            for n in range(40):
+                guest = Guest(m, bool(n % 2))
+                before = device.stats["opened"]
+                while device.stats["opened"] == before:
+                    answer(guest, guest.hear())
+                for _ in range(n % 5):
+                    answer(guest, guest.packets())
+                with device.lock:
+                    device.write_status(0)
+                assert device.connections == 0
+            assert (m.error, device.faults) == (None, 0)
+    finally:
+        over.set()
+    for thread in threads:
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+
+
+def answer(guest: Guest, packets: list[Packet]) -> None:
+    """Each client is accepted, and has its data back."""
+    for packet in packets:
+        if packet.op == p.OP_REQUEST:
+            guest.send(p.OP_RESPONSE, packet.src_port, packet.dst_port)
+        elif packet.op == p.OP_RW and guest.drivers[vsock.TX].free > 2:
+            guest.send(p.OP_RW, packet.src_port, packet.dst_port, packet.data)
