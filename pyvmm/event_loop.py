@@ -165,6 +165,15 @@ class Watches:
 class Forked(BaseException):
     """A callback has forked, and this is the child: it has this thread only, and the loop is its parent's."""
 
+    def tell(self) -> None:
+        """Print what the callback has raised, if it has. No lock is taken, and nothing is closed: the process ends with
+        this, its only thread.
+        """
+        if self.__cause__ is not None:
+            import traceback
+
+            traceback.print_exception(self.__cause__)
+
 
 class EventLoop(Watches):
     """Runs callbacks for one machine on one thread. Every method may be called from any thread.
@@ -461,11 +470,7 @@ def main(me: ref[EventLoop], lock: LockType, ends: Ends, epoll: select.epoll) ->
                 break
             events = wait(epoll, sleep_ns)
     except Forked as forked:
-        # No lock is taken, and nothing is closed: the process ends with this, its only thread.
-        if forked.__cause__ is not None:
-            import traceback
-
-            traceback.print_exception(forked.__cause__)
+        forked.tell()
         return
     except BaseException:
         over(me, lock, ends)

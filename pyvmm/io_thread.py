@@ -20,7 +20,7 @@ from _weakref import ref
 
 from pyvmm.address_space import Held
 from pyvmm.errors import HOST_LIMITS, HostError, StateError, remedy
-from pyvmm.event_loop import READ_EVENTS, WRITE_EVENTS, Watches
+from pyvmm.event_loop import READ_EVENTS, WRITE_EVENTS, Forked, Watches
 from pyvmm.light import Lock, Thread, deque
 
 TYPE_CHECKING = False
@@ -222,14 +222,20 @@ class IoThread(Watches):
     def _call(self, callback: Callback, table: dict[int, Callback] | None, fd: int) -> None:
         if self._closed:
             return
+        pid = os.getpid()
         try:
             callback()
         except BaseException as error:
+            if os.getpid() != pid:
+                raise Forked from error
             if table is not None:
                 with self._lock:
                     if table.get(fd) is callback:
                         self._remove_locked(table, fd)
             self._on_error(error)
+        else:
+            if os.getpid() != pid:
+                raise Forked
 
 
 def main(me: ref[IoThread], ends: Ends, gate: LockType) -> None:
@@ -238,16 +244,19 @@ def main(me: ref[IoThread], ends: Ends, gate: LockType) -> None:
     """
     ready: Ready = []
     epoll = ends.epoll
-    while True:
-        with gate:
-            thread = None if ends.dropped else me()
-            if thread is None:
-                ends.close()
-                return
-            if not thread.turn(ready):
-                return
-            thread = None
-        ready = epoll.poll()
+    try:
+        while True:
+            with gate:
+                thread = None if ends.dropped else me()
+                if thread is None:
+                    ends.close()
+                    return
+                if not thread.turn(ready):
+                    return
+                thread = None
+            ready = epoll.poll()
+    except Forked as forked:
+        forked.tell()  # and end, with the process: what is ready is its parent's to find
 
 
 class IoThreads:

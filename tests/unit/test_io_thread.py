@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -196,6 +197,38 @@ def test_a_descriptor_whose_callback_raised_is_no_longer_watched(bench: Bench) -
     bench.settle()
     bench.settle()
     assert [str(error) for error in bench.errors] == ["no good"]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_child_of_a_callback_serves_nothing(bench: Bench, raises: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """It has the epoll of its parent, which would miss what it finds."""
+    children: list[int] = []
+
+    def fork() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child:
+            children.append(child)
+        elif raises:
+            raise ValueError("of the child")
+
+    def ring() -> None:
+        os.write(1, b"rung by %d\n" % os.getpid())
+        bench.called.release()
+
+    bench.thread.add_reader(bench.fd, ring, edge=True)
+    bench.thread.resume()
+    bench.thread.call_soon(fork)
+    bench.settle()
+    for _ in range(3):
+        os.eventfd_write(bench.fd, 1)
+        bench.wait()
+    assert os.waitpid(children[0], 0)[0] == children[0]
+    out, err = capfd.readouterr()
+    assert out == f"rung by {os.getpid()}\n" * 3
+    assert ("ValueError: of the child" in err) == raises
+    assert bench.errors == []
 
 
 def test_close_ends_one_that_is_paused_or_never_ran() -> None:
