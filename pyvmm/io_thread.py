@@ -37,9 +37,10 @@ CANT_WAIT = "a queue's thread can't wait for itself: ask for the pause by Machin
 class Ends:
     """A thread's own descriptors. The thread has them too, and closes them where nobody else is there to do so."""
 
-    __slots__ = ("dropped", "epoll", "wake_fd")
+    __slots__ = ("dropped", "epoll", "lock", "wake_fd")
 
     def __init__(self) -> None:
+        self.lock = Lock()  # the thread may close them while whoever drops it wakes it
         self.dropped = False  # nobody refers to the IoThread any more
         self.wake_fd = -1
         try:
@@ -54,11 +55,17 @@ class Ends:
             raise
 
     def wake(self) -> None:
-        """End the thread's sleep. Nobody closes them meanwhile."""
-        if self.wake_fd >= 0:
-            os.eventfd_write(self.wake_fd, 1)
+        """End the thread's sleep; nothing where they are closed."""
+        with self.lock:
+            if self.wake_fd >= 0:
+                os.eventfd_write(self.wake_fd, 1)
 
     def close(self) -> None:
+        with self.lock:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """In a child of fork: the same, without the lock."""
         fd, self.wake_fd = self.wake_fd, -1
         if fd >= 0:
             self.epoll.close()
@@ -88,7 +95,7 @@ class IoThread(Watches):
 
     def call_soon(self, callback: Callback) -> None:
         """Call ``callback`` once on the thread, in the order of asking; dropped after ``close``."""
-        with self._lock:  # or the number of a descriptor that was closed might be somebody else's by now
+        with self._lock:
             if not self._closed:
                 self._calls.append(callback)
                 self._ends.wake()
@@ -153,7 +160,7 @@ class IoThread(Watches):
     def abandon(self) -> None:
         """In a child of fork, which has no such thread: close the descriptors. Takes no lock."""
         self._closed = True
-        self._ends.close()
+        self._ends.abandon()
 
     def __del__(self) -> None:
         # The thread is to end, and to close its descriptors. A weak reference still gives the object while this runs:

@@ -247,6 +247,7 @@ def test_close_ends_one_that_is_paused_or_never_ran() -> None:
         os.close(bench.fd)
 
 
+@pytest.mark.filterwarnings("error")  # what __del__ raises is a warning
 @pytest.mark.parametrize("paused", [False, True])
 def test_one_that_is_dropped_ends_its_thread(paused: bool) -> None:
     gc.collect()  # what other tests have left
