@@ -68,7 +68,7 @@ class ConsoleOptions(Options):
     def parse(cls, text: str) -> ConsoleOptions:
         """From "stdio", "pty,name=agent" or "file:PATH". A comma in a value is written twice. ConfigError."""
         where, *rest = split_commas(text) or [""]
-        values: dict[str, Any] = {"where": where}
+        values: dict[str, Any] = {"where": CONSOLE.take("console", where)}
         for item in rest:
             key, equals, value = item.partition("=")
             if not equals:

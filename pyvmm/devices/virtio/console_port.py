@@ -198,13 +198,13 @@ class ConsolePort:
         from pyvmm.errors import StateError
         from pyvmm.state import load_fields
 
+        self.forget()
         with self._lock:
             load_fields(self, self.STATE, state, besides=("hand",))
         assert isinstance(state, dict)
         hand = state["hand"]
         if not isinstance(hand, list) or len(hand) > BATCH:
             raise StateError(f"hand is no list of at most {BATCH} chains")
-        self.forget()
         self._tokens = hand
 
     def retake(self) -> None:

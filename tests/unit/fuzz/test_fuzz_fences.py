@@ -126,7 +126,9 @@ def test_other_bytes_on_the_disk_are_noticed(board: FencedBoard) -> None:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris has no build for this Python")
-@pytest.mark.parametrize("target", ["board", "virtio_blk", "virtio_net", "virtio_ring", "virtio_vsock"])
+@pytest.mark.parametrize(
+    "target", ["board", "virtio_blk", "virtio_console", "virtio_net", "virtio_ring", "virtio_vsock"]
+)
 def test_the_atheris_targets(tmp_path: Path, target: str) -> None:
     command = [sys.executable, f"tests/fuzz/fuzz_{target}.py", "-runs=300", "-seed=1", "-max_len=500", f"{tmp_path}/"]
     command.append(f"-artifact_prefix={tmp_path}/")

@@ -134,6 +134,31 @@ class ConsoleBench:
         assert device.live
         self.io.settle()
 
+    def move(self, ends: Sequence[SlowEnd]) -> list[SlowEnd]:
+        """The same guest with another device, whose ends have room again: those."""
+        state = self.device.save()
+        assert self.device.save() == state
+        saved = [end.save() for end in ends]
+        others = [SlowEnd(end.limit) for end in ends]
+        for end, other in zip(ends, others, strict=True):
+            other.said += end.said + end.data
+        self.close()
+        self.kick_fds.clear()
+        self.io.calls.clear()
+        names = [port.name for port in self.device.ports if port.announced]
+        device = self.make(list(zip(others, names, strict=True)))
+        device.load(state)
+        for other, what in zip(others, saved, strict=True):
+            other.load(what)
+        device.after_load()
+        assert device.save() == state
+        for other in others:
+            other.after_load()
+        self.device = device
+        for driver, queue in zip(self.drivers, device.queues, strict=False):
+            driver.queue = queue
+        return others
+
     def close(self) -> None:
         for fd in self.kick_fds:
             self.io.remove_reader(fd)

@@ -11,7 +11,7 @@ from console_bench import LAYOUTS, ConsoleBench, SlowEnd
 
 from pyvmm.chardev import Chardev, NullChardev
 from pyvmm.devices.virtio import console_control as control
-from pyvmm.devices.virtio.console import EMERG_WRITE, F_EMERG_WRITE, F_MULTIPORT, F_SIZE, VirtioConsole
+from pyvmm.devices.virtio.console import EMERG_WRITE, F_EMERG_WRITE, F_MULTIPORT, F_SIZE
 from pyvmm.devices.virtio.console_port import BATCH, INPUT_BYTES, PIECE_BYTES, TURN_BYTES
 from pyvmm.devices.virtio.device import DRIVER_OK, NEEDS_RESET
 from pyvmm.errors import StateError
@@ -451,32 +451,6 @@ def test_any_messages_and_buffers_at_all(benches: Benches, seed: int) -> None:
 # -- state -------------------------------------------------------------------------------------------------------------
 
 
-def moved(bench: ConsoleBench, ends: list[SlowEnd]) -> tuple[VirtioConsole, list[SlowEnd]]:
-    """The same guest with another device, whose ends are as full."""
-    state = bench.device.save()
-    assert bench.device.save() == state
-    saved = [end.save() for end in ends]
-    others = [SlowEnd(end.limit) for end in ends]
-    for end, other in zip(ends, others, strict=True):
-        other.said += end.said + end.data
-    for fd in bench.kick_fds:
-        bench.io.remove_reader(fd)
-    names = [port.name for port in bench.device.ports]
-    bench.io.calls.clear()
-    device = bench.make(list(zip(others, names, strict=True)))
-    device.load(state)
-    for other, what in zip(others, saved, strict=True):
-        other.load(what)
-    assert device.save() == state
-    device.after_load()
-    for other in others:
-        other.after_load()
-    bench.device = device
-    for driver, queue in zip(bench.drivers, device.queues, strict=False):
-        driver.queue = queue
-    return device, others
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_it_goes_on_elsewhere_from_any_moment(benches: Benches, ring: dict[str, bool], seed: int) -> None:
     """No byte is lost, none comes twice, either way; no message is."""
@@ -494,7 +468,7 @@ def test_it_goes_on_elsewhere_from_any_moment(benches: Benches, ring: dict[str, 
         n = r.randrange(2)
         what = r.randrange(6)
         if what == 0:
-            _, ends = moved(bench, ends)
+            ends = bench.move(ends)
         elif what == 1 and bench.sending(n).free > 6:
             texts = [r.randbytes(r.randrange(1, 200)) for _ in range(3)]
             said[n] += b"".join(texts)
@@ -535,6 +509,21 @@ def test_it_goes_on_elsewhere_from_any_moment(benches: Benches, ring: dict[str, 
         (1, control.PORT_NAME, 1, b"agent"),
     ]
     assert not bench.device.faults
+
+
+def test_the_middle_of_a_long_buffer_is_where_it_goes_on(benches: Benches, ring: dict[str, bool]) -> None:
+    end = SlowEnd(room=1000)
+    bench = benches(end, ring=ring)
+    text = Random(1).randbytes(5 * PIECE_BYTES)
+    bench.say(text)
+    ends = [end]
+    for n in range(5):
+        assert ends[0].said + ends[0].data == text[: (n + 1) * PIECE_BYTES]
+        assert bench.device.ports[0].save()["sent"] == (n + 1) % 5 * PIECE_BYTES
+        ends = bench.move(ends)
+        bench.io.settle()
+    assert ends[0].said + ends[0].data == text
+    assert len(bench.sending().used()) == 1
 
 
 def test_a_screen_of_another_size_elsewhere(benches: Benches) -> None:

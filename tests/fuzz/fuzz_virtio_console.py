@@ -1,0 +1,32 @@
+"""The atheris target of virtio_console.py.
+
+    python tests/fuzz/fuzz_virtio_console.py [libFuzzer options] [corpus directory]
+
+for example ``-runs=1000000 -max_len=400``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fuzz.from_files import run_from_files
+
+run_from_files()
+
+with atheris.instrument_imports(include=["pyvmm.devices.virtio"]):
+    from fuzz.virtio_console import Target, one_input
+
+
+def main() -> None:
+    target = Target(event_idx=True)
+    atheris.Setup(sys.argv, lambda data: one_input(target, data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
