@@ -404,9 +404,11 @@ class VirtioNet(VirtioDevice):
             self.backend.enable_pairs(pairs)
         except OSError:  # the host takes no more
             return False
-        self._pairs = pairs
+        before, self._pairs = self._pairs, pairs
         for pair in range(pairs, self._pairs_there):
             self._unwatch(pair)
+        for pair in range(before, pairs):
+            self.kick(self._tx[pair].queue)  # it may have been rung for while it was not in use, and is not again
         self._watch()
         return True
 

@@ -562,6 +562,19 @@ def reset(it: NetBench) -> None:
     it.io.settle()
 
 
+def test_a_pair_that_was_rung_for_while_it_was_not_in_use(bench: Make, ring: dict[str, bool]) -> None:
+    """As of a driver that goes to fewer of them and back under load: with an event index it would not ring again."""
+    it = bench("tap", pairs=2, take=ALL, ring=ring)
+    for pairs, n in ((2, 0), (1, 1), (2, 2)):
+        assert it.command(4, 0, pairs.to_bytes(2, "little")) == 0
+        if n == 2:
+            assert it.went(1) == [NO_HEADER + frame(1)]
+        it.tx[1].add([NO_HEADER + frame(n)])
+        if it.tx[1].is_to_kick():
+            it.serve(it.tx[1])
+        assert it.went(1) == ([] if pairs == 1 else [NO_HEADER + frame(n)])
+
+
 def test_after_a_reset_nothing_of_the_guests_is_touched(bench: Make, ring: dict[str, bool], kind: str) -> None:
     it = bench(kind, ring=ring)
     it.give(*[2048] * 50)
