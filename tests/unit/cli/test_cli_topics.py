@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from pyvmm.balloon_options import BalloonOptions
 from pyvmm.block.options import DriveOptions
 from pyvmm.cli import main
 from pyvmm.cli.topics import drive_words
+from pyvmm.console_options import ConsoleOptions
+from pyvmm.options import Options
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,19 @@ def test_any_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
     shown = capsys.readouterr().out
     assert shown.startswith("  -")
     assert len(shown.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("option", "options"), [("console", ConsoleOptions), ("balloon", BalloonOptions)], ids=["console", "balloon"]
+)
+def test_what_has_words_of_its_own(
+    capsys: pytest.CaptureFixture[str], option: str, options: type[Options]
+) -> None:
+    assert main(["run", f"--{option}", "help"]) == 0
+    shown = capsys.readouterr().out
+    for row in options.rows.values():
+        assert " ".join(row.help.split()) in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 120
 
 
 def test_devices_and_features(capsys: pytest.CaptureFixture[str]) -> None:
