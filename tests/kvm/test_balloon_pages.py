@@ -198,9 +198,9 @@ def test_pages_go_and_come_back(boot: Callable[..., Guest], machine: str, source
     guest.start()
     actual.wait_for([PAGES * 4096, 0])
     said = [guest.machine.balloon_stats(TIMEOUT_S) for _ in range(3)]
-    first = said[0]["free_bytes"]
-    assert first in (0, 1)  # what it has said of itself at the start may have been on its way
-    assert said == [{"target_bytes": 0, "actual_bytes": 0, "free_bytes": first + n} for n in range(3)]
+    assert all((stats["target_bytes"], stats["actual_bytes"]) == (0, 0) for stats in said)
+    # What it says of itself at the start may be on its way, and answers the first question: so not each by one.
+    assert 0 <= said[0]["free_bytes"] < said[1]["free_bytes"] < said[2]["free_bytes"] <= 4
     guest.machine.set_balloon(1)
     guest.wait()
     assert guest.machine.status == PASSED
@@ -220,7 +220,7 @@ def test_it_goes_on_elsewhere(boot: Callable[..., Guest], machine: str, source: 
     guest = boot(source, machine=machine, balloon=0, memory_mib=16)
     guest.machine.load_state(state)
     guest.start()
-    assert guest.machine.balloon_stats(TIMEOUT_S)["free_bytes"] == said + 1
+    assert guest.machine.balloon_stats(TIMEOUT_S)["free_bytes"] > said
     guest.machine.set_balloon(1)
     guest.wait()
     assert guest.machine.status == PASSED
