@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 FORMAT = 1
+FEW, LONGEST_NAME = 8, 32  # of names in a message
 
 
 class Run:
@@ -144,6 +145,7 @@ class MachineState:
             "cpus": len(self._platform.cpus),
             "irqchip": "kernel" if self._platform.irqchip.in_kernel else "off",
             "cpu": config.cpu,
+            "features": self._platform.cpu_features(),
             "memory": [f"{r.size_bytes:#x} bytes at {r.gpa:#x}" for r in self.memory()],
             "ROMs": [f"{crc32(r):#x} at {r.gpa:#x}" for r in self._board.memory.ram if r.readonly],
         }
@@ -163,33 +165,40 @@ class MachineState:
         assert isinstance(state, dict)
         if state["format"] != FORMAT:
             raise StateError(f"the state has format {shown(state['format'])}, this pyvmm reads {FORMAT}")
-        self._check_description(state["machine"])
+        surplus = self._check_description(state["machine"])
         holders = self.holders()
         check_holders(holders, state["parts"])
         memory = self._checked_memory(state["memory"])
         self._chassis.join_background()
         then = control.loaded if self._platform.cpus else None
-        control.request("load", lambda: self._load(holders, state["parts"], memory), then, wait=True)
+        control.request("load", lambda: self._load(holders, state["parts"], memory, surplus), then, wait=True)
         if control.state is RunState.INTERNAL_ERROR and control.error is not None:
             raise control.error
 
-    def _load(self, holders: list[tuple[str, Holder]], parts: object, memory: list[tuple[RamRegion, Any]]) -> None:
+    def _load(
+        self, holders: list[tuple[str, Holder]], parts: object, memory: list[tuple[RamRegion, Any]], surplus: list[str]
+    ) -> None:
         """A request; what it raises ends the machine."""
         with self._chassis.io_threads.paused:
             for region, content in memory:
                 memoryview(region)[:] = content
+            if surplus:
+                self._platform.hide(surplus)
             load_all(holders, parts)
 
-    def _check_description(self, saved: object) -> None:
+    def _check_description(self, saved: object) -> list[str]:
+        """The features that this machine's processors show, and those of the saved one do not."""
         mine = self.description()
         check_names(saved, list(mine))
         assert isinstance(saved, dict)
+        features = mine.pop("features")
         for name, value in mine.items():
             if saved[name] != value:
                 raise StateError(
                     f"the state is of a machine with {name} {shown(saved[name])}, this one has {shown(value)}:"
                     " give it the same configuration"
                 )
+        return surplus_features(saved["features"], features)
 
     def _checked_memory(self, saved: object) -> list[tuple[RamRegion, Any]]:
         """Which region gets which bytes; none where the state was saved without memory."""
@@ -203,3 +212,20 @@ class MachineState:
             if not isinstance(content, (bytes, bytearray, memoryview)) or len(content) != region.size_bytes:
                 raise StateError(f"memory at {name} is {shown(content)}, not {region.size_bytes} bytes")
         return [(region, saved[name]) for name, region in regions.items()]
+
+
+def surplus_features(saved: object, mine: list[str]) -> list[str]:
+    """A guest has looked at its processor once: it has to find there what it found, and is to find no more. What has to
+    be hidden; StateError where something is missing.
+    """
+    if saved == mine:
+        return []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise StateError(f"features is {shown(saved)}, no list of names")
+    if missing := sorted(set(saved) - set(mine)):
+        few = ", ".join(name[:LONGEST_NAME] for name in missing[:FEW]) + (", ..." if missing[FEW:] else "")
+        raise StateError(
+            f"the guest has seen features of its processor that there are none of here: {few}: save it from a machine"
+            " that hides them (--cpu host,-NAME)"
+        )
+    return sorted(set(mine) - set(saved))

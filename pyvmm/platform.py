@@ -17,6 +17,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from pyvmm.address_space import AddressSpace
@@ -84,6 +85,13 @@ class Platform:
         """What a guest's inventory says of its processors. None without one."""
         return None
 
+    def cpu_features(self) -> list[str]:
+        """The features that the guest's processors show, by cpu_features.py's names; in order."""
+        return []
+
+    def hide(self, features: Iterable[str]) -> None:
+        """Show these no more. Before the guest runs."""
+
     @property
     def gathers_ports(self) -> bool:
         """Whether writes to ports can be gathered (KVM's coalesced PIO)."""
@@ -125,6 +133,7 @@ class KvmPlatform(Platform):
     def __init__(self, config: Spec, memory_map: MemoryMap, chassis: Chassis) -> None:
         super().__init__()
         self._config = config
+        self._cpu = config.cpu
         closers = chassis.closers
         self._kvm = Kvm()
         closers.call(self._kvm.close, self._kvm.close)
@@ -214,8 +223,16 @@ class KvmPlatform(Platform):
 
         return cpuid.identity(self._cpuid(0))
 
+    def cpu_features(self) -> list[str]:
+        return features_of(self.cpus[0].cpuid)
+
+    def hide(self, features: Iterable[str]) -> None:
+        self._cpu = ",".join([self._cpu, *(f"-{name}" for name in features)])
+        for cpu in self.cpus:
+            cpu.cpuid = cpu.vcpu.cpuid = self._cpuid(cpu.index)
+
     def _cpuid(self, index: int) -> list[CpuidEntry]:
-        return cpuid_table(self._kvm, self._config, self.irqchip.in_kernel, index)
+        return cpuid_table(self._kvm, self._config, self._cpu, self.irqchip.in_kernel, index)
 
     def _vendor(self) -> str:
         """The host's CPUID vendor string: whose exit codes a hardware exit reason is."""
@@ -302,18 +319,21 @@ def check_limits(kvm: Kvm, cpus: int) -> None:
 
 
 # What cpuid.build made, by its arguments: it takes longer than making the vCPU. Nothing in it is of one machine.
+MOST_TABLES = 1024
 _cpuid_tables: dict[tuple[object, ...], list[CpuidEntry]] = {}
 
 
-def cpuid_table(kvm: Kvm, config: Spec, irqchip: bool, index: int) -> list[CpuidEntry]:
-    key = (kvm.device, config.cpu, config.cpus, irqchip, index)
+def cpuid_table(kvm: Kvm, config: Spec, cpu: str, irqchip: bool, index: int) -> list[CpuidEntry]:
+    key = (kvm.device, cpu, config.cpus, irqchip, index)
     if key not in _cpuid_tables:
         from pyvmm.x86 import cpuid
 
+        if len(_cpuid_tables) >= MOST_TABLES:
+            _cpuid_tables.clear()
         deadline = irqchip and bool(kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
         _cpuid_tables[key] = cpuid.build(
             kvm.supported_cpuid(),
-            spec=config.cpu,
+            spec=cpu,
             apic_id=index,
             cpus=config.cpus,
             irqchip=irqchip,
@@ -321,3 +341,18 @@ def cpuid_table(kvm: Kvm, config: Spec, irqchip: bool, index: int) -> list[Cpuid
             brand=[kvm.host_cpuid(function) for function in cpuid.BRAND_STRING],
         )
     return _cpuid_tables[key]
+
+
+# The names of what a table shows, with the table: so that no other one can have its identity.
+_features: dict[int, tuple[list[CpuidEntry], list[str]]] = {}
+
+
+def features_of(table: list[CpuidEntry]) -> list[str]:
+    found = _features.get(id(table))
+    if found is None:
+        from pyvmm.x86.cpu_features import present
+
+        if len(_features) >= MOST_TABLES:
+            _features.clear()
+        found = _features[id(table)] = table, present(table)
+    return found[1]

@@ -91,6 +91,7 @@ BUILDING = (
     "pyvmm.x86.acpi",
     "pyvmm.x86.acpi_pc",
     "pyvmm.x86.boot_options",
+    "pyvmm.x86.cpu_features",
     "pyvmm.x86.cpuid",
     "pyvmm.x86.linuxboot",
     "pyvmm.x86.mptable",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     # (function, index, register, bit); registers count eax, ebx, ecx, edx from 0.
     Bit = tuple[int, int, int, int]
 
@@ -219,6 +221,18 @@ def table() -> dict[str, list[Bit]]:
 def bits(name: str) -> list[Bit]:
     """Where a feature is; empty where there is none of that name."""
     return table().get(canonical(name), [])
+
+
+def present(entries: Iterable[tuple[int, ...]]) -> list[str]:
+    """The canonical names of the features that a CPUID table, of (function, index, flags, eax, ebx, ecx, edx), shows.
+    """
+    leaves = {(function, index): registers for function, index, _flags, *registers in entries}
+    none = [0, 0, 0, 0]
+    return sorted(
+        name
+        for name, places in table().items()
+        if any(leaves.get((function, index), none)[register] >> bit & 1 for function, index, register, bit in places)
+    )
 
 
 def with_dependents(name: str) -> set[str]:

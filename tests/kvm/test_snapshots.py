@@ -245,6 +245,47 @@ def refuse_the_third(n: int) -> pyvmm.MachineOptions:
     return {}
 
 
+# EDX and ECX of CPUID's leaf 1, and out.
+SHOW = """
+        mov     $1, %eax
+        cpuid
+        mov     %edx, edx
+        mov     %ecx, ecx
+        finish
+        .balign 4
+    edx: .long  0
+    ecx: .long  0
+"""
+SSE2, CX16 = 1 << 26, 1 << 13  # of EDX, of ECX (SDM vol. 2A, CPUID)
+
+
+def test_the_processor_is_the_one_that_the_guest_has_seen(boot: Callable[..., Guest]) -> None:
+    """On a host with more it shows no more, also after a reset; where something is missing it does not go on."""
+    state = boot(SHOW).machine.save_state()
+    features = state["machine"]["features"]
+    assert {"sse2", "cx16", "hypervisor"} <= set(features)
+
+    def loaded(names: object) -> Guest:
+        guest = boot(SHOW)
+        guest.machine.load_state({**state, "machine": {**state["machine"], "features": names}})
+        return guest
+
+    same = loaded(features)
+    assert same.run() == PASSED
+    assert same.value("ecx") & CX16 and same.value("edx") & SSE2
+    less = loaded([name for name in features if name != "cx16"])
+    for _ in range(2):
+        assert less.run() == PASSED
+        assert not less.value("ecx") & CX16 and less.value("edx") & SSE2
+        less.machine.reset()
+        assert "cx16" not in less.machine.save_state()["machine"]["features"]
+    with pytest.raises(StateError, match="features of its processor that there are none of here: avx1024, telepathy:"):
+        loaded([*features, "telepathy", "avx1024"])
+    for names in (None, [1], "sse2"):
+        with pytest.raises(StateError, match="no list of names"):
+            loaded(names)
+
+
 def test_twins_have_another_generation(boot: Callable[..., Guest], tmp_path: Path) -> None:
     """What the guest knows its random numbers by: the saved machine's own in one that takes its place, else a new one,
     which it is told of.

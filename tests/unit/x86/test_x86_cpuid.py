@@ -355,3 +355,16 @@ def test_a_name_that_kvm_gives_stays() -> None:
 def test_where_the_host_has_no_name_nothing_is_added() -> None:
     table = cpuid.build(supported(AMD), apic_id=0, cpus=1, brand=[(0, 0, 0, 0)] * 3)
     assert table == cpuid.build(supported(AMD), apic_id=0, cpus=1)
+
+
+@pytest.mark.parametrize("vendor", [INTEL, AMD])
+def test_the_names_of_what_a_table_shows(vendor: tuple[int, int, int]) -> None:
+    """What is hidden by its name is missing there by its name, with what can't be without it."""
+    table = cpuid.build(supported(vendor), apic_id=0, cpus=1)
+    shown = cpu_features.present(table)
+    assert shown == sorted(set(shown))
+    assert {"sse2", "cx16", "hypervisor", "xsave", "avx"} <= set(shown)
+    less = cpu_features.present(cpuid.build(supported(vendor), spec="host,-xsave,-cx16", apic_id=0, cpus=1))
+    assert set(shown) - set(less) >= {"xsave", "avx", "cx16"}
+    assert set(less) < set(shown)
+    assert cpu_features.present([]) == []
