@@ -153,6 +153,8 @@ class VirtioConsole(VirtioDevice):
                             break
                     except RingError as error:
                         self.broken(str(error))
+            else:
+                self.kick(queue)  # the rest is for the thread, when it goes on
 
     # -- coming to rest ----------------------------------------------------------------------------------------------
 

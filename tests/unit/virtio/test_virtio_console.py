@@ -11,7 +11,7 @@ from console_bench import LAYOUTS, ConsoleBench, SlowEnd
 
 from pyvmm.chardev import Chardev, NullChardev
 from pyvmm.devices.virtio import console_control as control
-from pyvmm.devices.virtio.console import EMERG_WRITE, F_EMERG_WRITE, F_MULTIPORT, F_SIZE
+from pyvmm.devices.virtio.console import EMERG_WRITE, F_EMERG_WRITE, F_MULTIPORT, F_SIZE, FLUSH_TURNS
 from pyvmm.devices.virtio.console_port import BATCH, INPUT_BYTES, PIECE_BYTES, TURN_BYTES
 from pyvmm.devices.virtio.device import DRIVER_OK, NEEDS_RESET
 from pyvmm.errors import StateError
@@ -122,6 +122,18 @@ def test_a_flood_is_taken_in_pieces_and_turns(benches: Benches) -> None:
     assert end.data == big + big
     assert most == PIECE_BYTES
     assert len(driver.used()) == 1
+
+
+def test_what_goes_out_before_the_machine_stands_is_bounded(benches: Benches) -> None:
+    """The rest follows when it goes on, without another ring of the driver's."""
+    end = SlowEnd()
+    bench = benches(end)
+    big = bytes(range(256)) * 6000
+    bench.sending().add([big])
+    bench.device.flush()
+    assert len(end.data) == FLUSH_TURNS * TURN_BYTES < len(big)
+    bench.io.settle()
+    assert end.data == big
 
 
 def test_input(benches: Benches, ring: dict[str, bool]) -> None:
