@@ -132,6 +132,7 @@ class Ring:
         while seen != self.get(self.at["device_gpa"] + 2):
             entry = self._memory.read(self.at["device_gpa"] + 4 + 8 * (seen % SIZE), 8)
             head, written = struct.unpack("<II", entry)
+            head %= SIZE
             seen = seen + 1 & 0xFFFF
             self.put(self.at["busy"], self.get(self.at["busy"]) & ~(1 << head // 2))
             found.append(self._memory.read(self.at["data"] + head // 2 * 2 * DATA_BYTES + DATA_BYTES, written))
@@ -210,11 +211,11 @@ class VirtioBench(Bench):
         self.settle()
         return self.get(mmio.STATUS)
 
-    def interrupted(self) -> int:
-        """What the driver's handler does first."""
+    def interrupted(self) -> object:
+        """What the driver's handler does: it acknowledges, and looks at its rings."""
         status = self.get(mmio.INTERRUPT_STATUS)
         self.put(mmio.INTERRUPT_ACK, status)
-        return status
+        return status, [ring.collect() for ring in self.rings] if status & mmio.USED_BUFFER else []
 
     @property
     def running(self) -> bool:

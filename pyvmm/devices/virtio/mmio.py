@@ -100,7 +100,7 @@ class VirtioMmio(Device):
         device = self.device
         if offset == INTERRUPT_STATUS:
             self._seen = self._causes()
-            return self._interrupt_status
+            return self._status_of(self._seen)
         if offset == STATUS:
             return device.status
         if offset == CONFIG_GENERATION:
@@ -176,10 +176,10 @@ class VirtioMmio(Device):
         """How often there was one: a change of the configuration, then a queue's buffers, each queue."""
         return [self._config_changes, *(queue.notified for queue in self.device.queues)]
 
-    @property
-    def _interrupt_status(self) -> int:
+    def _status_of(self, causes: list[int]) -> int:
+        """InterruptStatus, if there have been those."""
         config, *queues = self._acknowledged
-        config_now, *queues_now = self._seen
+        config_now, *queues_now = causes
         return (USED_BUFFER if queues != queues_now else 0) | (CONFIG_CHANGE if config != config_now else 0)
 
     def _acknowledge(self, value: int) -> None:
@@ -198,28 +198,30 @@ class VirtioMmio(Device):
 
     def save(self) -> dict[str, Any]:
         with self.device.lock:
-            seen, self._seen = self._seen, self._causes()
-            status, self._seen = self._interrupt_status, seen
-            return {"interrupt_status": status}
+            return {"interrupt_status": self._status_of(self._causes()), "seen": self._status_of(self._seen)}
 
     def load(self, state: dict[str, Any]) -> None:
         from pyvmm.state import check_names, value_of
 
-        check_names(state, ["interrupt_status"])
-        status = value_of(2, state["interrupt_status"], "interrupt_status")
+        check_names(state, ["interrupt_status", "seen"])
+        status, seen = (value_of(2, state[name], name) for name in ("interrupt_status", "seen"))
         with self.device.lock:
-            self._seen = self._causes()
-            config, *queues = self._seen
-            self._acknowledged = [
-                config - 1 if status & CONFIG_CHANGE else config,
-                *(notified - 1 if status & USED_BUFFER else notified for notified in queues),
-            ]
+            self._acknowledged = self._causes_before(status)
+            self._seen = self._causes_before(status & ~seen)
+
+    def _causes_before(self, status: int) -> list[int]:
+        """As if what is in ``status`` had not been there yet."""
+        config, *queues = self._causes()
+        return [
+            config - 1 if status & CONFIG_CHANGE else config,
+            *(notified - 1 if status & USED_BUFFER else notified for notified in queues),
+        ]
 
     def after_load(self) -> None:
         """An edge that was under way may have been lost: one too many finds nothing to do. It waits for the device's
         thread, and so for the guest to run: the interrupt controllers get their state after the devices.
         """
-        if self._seen == self._acknowledged:
+        if self._causes() == self._acknowledged:
             return
         if self.device.io is None:
             self._interrupt()

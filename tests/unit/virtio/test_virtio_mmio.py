@@ -330,6 +330,23 @@ def test_the_state_goes_on_in_another_device(bench: MmioDriver) -> None:
     assert other.read(mmio.INTERRUPT_STATUS) == 0
 
 
+def test_what_comes_between_a_look_and_a_save_is_not_acknowledged_after_the_load(bench: MmioDriver) -> None:
+    bench.start(OWN_FEATURE)
+    bench.device.config_changed()
+    assert bench.read(mmio.INTERRUPT_STATUS) == mmio.CONFIG_CHANGE
+    bench.write(mmio.INTERRUPT_ACK, mmio.CONFIG_CHANGE)
+    assert bench.read(mmio.INTERRUPT_STATUS) == 0
+    bench.device.config_changed()
+    other = MmioDriver(bench.memory, Echo(bench.memory))
+    other.transport.load(bench.transport.save())
+    for each in (bench, other):
+        each.write(mmio.INTERRUPT_ACK, mmio.CONFIG_CHANGE)  # of the look before
+        assert each.read(mmio.INTERRUPT_STATUS) == mmio.CONFIG_CHANGE
+        assert each.transport.save() == {"interrupt_status": mmio.CONFIG_CHANGE, "seen": mmio.CONFIG_CHANGE}
+        each.write(mmio.INTERRUPT_ACK, mmio.CONFIG_CHANGE)
+        assert each.read(mmio.INTERRUPT_STATUS) == 0
+
+
 def test_any_size_that_a_driver_has_written_can_be_saved(bench: MmioDriver) -> None:
     bench.negotiate()
     bench.write(mmio.QUEUE_SIZE, 0xFFFF_FFFF)
