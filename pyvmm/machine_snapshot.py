@@ -17,12 +17,13 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from typing import Any
 
     from typing_extensions import Buffer
 
     from pyvmm.machine_state import MachineState
+    from pyvmm.net.options import NetOptions
     from pyvmm.origin import Origin
 
 STATES = (*RESUMABLE, *ALIVE)  # in which a machine can be saved
@@ -152,6 +153,15 @@ def absolute(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
+def check_nets(nets: Iterable[NetOptions]) -> None:
+    """ConfigError for a card at a descriptor: in this process it may be anything, or that of the machine itself."""
+    for net in nets:
+        if net.fd is not None:
+            raise ConfigError(
+                f"{net.id} was at descriptor {net.fd} of the process that saved it: give nets=, with a new end for it"
+            )
+
+
 def is_internal(name: str) -> bool:
     """Whether an option is for the code that makes the machine."""
     return name in Spec.rows and Spec.rows[name].kind is INTERNAL
@@ -176,6 +186,8 @@ def restored_spec(origin: Snapshot, options: Mapping[str, Any]) -> Spec:
     if config.memory_mib * layout.MIB != origin.memory_bytes:
         mib = origin.memory_bytes // layout.MIB
         raise StateError(f"snapshot {origin.path} has {mib} MiB of memory: leave memory_mib out")
+    if "nets" not in options:
+        check_nets(config.nets)
     if "drives" not in options:
         origin.check_drives([drive.name for drive in config.drives])
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from test_saved_state import COUNTER, NOTEBOOK_BYTES, demo_machine
 import pyvmm
 from pyvmm import Machine, StateError
 from pyvmm.cli.demo import NOTEBOOK_IRQ, NOTEBOOK_MMIO, NOTEBOOK_PORT, Notebook
+from pyvmm.net.options import NetOptions
 from pyvmm.snapshot import Snapshot
 from pyvmm.x86 import layout
 
@@ -315,6 +317,21 @@ def test_forks_have_consoles_of_their_own(boot: Callable[..., Guest]) -> None:
             assert copy.run(TIMEOUT_S) == PASSED
             assert said[n] == (b"x" if n else b"")
     assert said[3] == b""
+
+
+def test_a_card_at_a_descriptor_wants_another_one(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Two machines would write into one stream; and in another process that number is something else."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        machine = boot(COUNTER, nets=[NetOptions("fd", fd=ours.fileno())]).machine
+        machine.save(tmp_path / "a")
+        wanted = f"net0 was at descriptor {ours.fileno()} of the process that saved it: give nets="
+        with pytest.raises(pyvmm.ConfigError, match=wanted):
+            Machine.restore(tmp_path / "a")
+        with pytest.raises(pyvmm.ConfigError, match=wanted):
+            machine.fork()
+        with Machine.restore(tmp_path / "a", nets=[NetOptions("fd", fd=theirs.fileno())]) as other:
+            assert other.run(TIMEOUT_S) == PASSED
 
 
 def test_a_disk_has_one_writer(boot: Callable[..., Guest], tmp_path: Path) -> None:
