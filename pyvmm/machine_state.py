@@ -68,6 +68,10 @@ class MachineState:
     def runs(self) -> bool:
         return self._chassis.control.state is RunState.RUNNING
 
+    def loses_pages(self) -> bool:
+        """Whether memory may become zeros without being written: a balloon gives pages back to the host."""
+        return self._board.config.balloon is not None
+
     def holders(self) -> list[tuple[str, Holder]]:
         """Guest time first, for all others count from it. Devices before the interrupt controllers, since they drive
         their lines; consoles after those, since input may raise one anew.

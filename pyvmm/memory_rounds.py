@@ -25,16 +25,18 @@ LEAST_GAIN = 0.8
 
 class MemoryWhileItRuns:
     """``with MemoryWhileItRuns(saving, state) as the_rest``: most of it is written as the block begins, and
-    ``the_rest()`` writes what has changed since: call it while the machine stands. Where it does not run, where the
-    kernel can't tell what is written, and where it is differences from a base and not the ``whole``, that writes
-    nothing and all is left for ``saving.take``.
+    ``the_rest()`` writes what has changed since: call it while the machine stands. Where it does not run, where what
+    is changed can't be told (an older kernel, a balloon), and where it is differences from a base and not the
+    ``whole``, that writes nothing and all is left for ``saving.take``.
     """
 
     def __init__(self, saving: Saving, state: MachineState, *, whole: bool = True) -> None:
         self._saving = saving
         self._regions = state.memory()
         self._log: WriteLog | None = None
-        if whole and state.runs():
+        # A page that is given back is zeros afterwards, and that is no write: the log would not tell, and the guest may
+        # count on the zeros (free page reporting, OASIS virtio 1.2, 5.5.6.7).
+        if whole and state.runs() and not state.loses_pages():
             try:
                 self._log = WriteLog(self._regions)
             except OSError:

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from test_saved_state import COUNTER, NOTEBOOK_BYTES, demo_machine
 import pyvmm
 from pyvmm import Machine, StateError
 from pyvmm.cli.demo import NOTEBOOK_IRQ, NOTEBOOK_MMIO, NOTEBOOK_PORT, Notebook
+from pyvmm.machine_state import MachineState
+from pyvmm.memory_rounds import MemoryWhileItRuns
 from pyvmm.net.options import NetOptions
-from pyvmm.snapshot import Snapshot
+from pyvmm.snapshot import Saving, Snapshot
+from pyvmm.snapshot_file import MemoryWriter
 from pyvmm.x86 import layout
 
 MIB = 1 << 20
@@ -118,6 +122,42 @@ def test_saved_again_and_again_while_it_runs(boot: Callable[..., Guest], tmp_pat
     for m in copies:
         assert is_consistent(m) > count
         m.close()
+
+
+def test_with_a_balloon_it_stands(boot: Callable[..., Guest]) -> None:
+    """A page that goes back to the host is zeros then, and was not written: no log of writes tells of it."""
+    for balloon, live in ((None, True), (0, False)):
+        guest = boot(PAGES, memory_mib=64, balloon=balloon)
+        guest.start()
+        state = MachineState(guest.machine.board.chassis, guest.machine.board, guest.machine.board.platform)
+        with MemoryWriter() as file, MemoryWhileItRuns(Saving(file, None, None), state) as the_rest:
+            assert (file.written_bytes > 0) is live
+            guest.machine.pause()
+            the_rest()
+            assert (file.written_bytes > 0) is live
+
+
+def test_closed_while_it_is_saved(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Memory stays until nobody reads it any more; nothing is left of the file."""
+    guest = boot(PAGES, memory_mib=64)
+    guest.start()
+    raised: list[BaseException] = []
+
+    def save() -> None:
+        try:
+            while True:
+                guest.machine.save(tmp_path / "a")
+        except StateError as error:
+            raised.append(error)
+
+    saving = threading.Thread(target=save)
+    saving.start()
+    while not (tmp_path / "a").exists():
+        pass
+    guest.machine.close()
+    saving.join(TIMEOUT_S)
+    assert "closed" in str(raised[0])
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_differences_from_a_base(boot: Callable[..., Guest], tmp_path: Path) -> None:
