@@ -41,6 +41,7 @@ def main(directory: str, memory_mib: str, mb_per_s: str) -> None:
     with Machine(memory_mib=int(memory_mib), flat=code, flat_mode="long64") as machine:
         machine.memory.write(END, os.urandom(32 * MIB))
         machine.resume()
+        # Once round, so that all of it is there. A guest's memory signals nobody.
         while not machine.memory.read(END - PAGE_BYTES, 8).strip(b"\0"):
             time.sleep(0.01)
         while sys.stdin.readline():

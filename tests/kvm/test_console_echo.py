@@ -70,20 +70,7 @@ failed:
 """
 MMIO = QUEUES + """
     .set VIRTIO, 0xfeb00000
-    .macro register offset, value
-    movl    $\\value, \\offset(%rbp)
-    .endm
-    .macro ring queue
-    movl    $\\queue, 0x50(%rbp)
-    .endm
-    .macro set_up number, queue
-    register 0x30, \\number
-    register 0x38, QUEUE_SIZE
-    register 0x80, \\queue
-    register 0x90, \\queue + AVAIL
-    register 0xa0, \\queue + USED
-    register 0x44, 1
-    .endm
+    .include "virtio_mmio64.inc"
     mov     $VIRTIO, %ebp
     cmpl    $3, 8(%rbp)                 # a console
     jne     failed
@@ -97,28 +84,12 @@ MMIO = QUEUES + """
     register 0x70, 15
 """
 PCI = QUEUES + """
-    .macro config register
-    mov     $0x80001000 + (\\register & 0xfc), %eax   # slot 2
-    mov     $0xcf8, %edx
-    outl    %eax, %dx
-    mov     $0xcfc, %edx
-    .endm
-    .macro ring queue
-    movw    $\\queue, 0x3000 + 4 * \\queue(%rbp)
-    .endm
-    .macro set_up number, queue
-    movw    $\\number, 22(%rbp)
-    movw    $QUEUE_SIZE, 24(%rbp)
-    movl    $\\queue, 32(%rbp)
-    movl    $\\queue + AVAIL, 40(%rbp)
-    movl    $\\queue + USED, 48(%rbp)
-    movw    $1, 28(%rbp)
-    .endm
-    config  0
+    .include "virtio_pci64.inc"
+    pci_config 0
     inl     %dx, %eax
     cmp     $0x10031af4, %eax           # the transitional console
     jne     failed
-    config  0x20                        # BAR 4
+    pci_config 0x20                     # BAR 4
     inl     %dx, %eax
     and     $~15, %eax
     mov     %eax, %ebp
