@@ -32,7 +32,7 @@ from measure import interval, median, quantile
 sys.path.insert(0, str(measure.ROOT / "tests"))
 import boot_assets
 import disk_images
-import qemu
+import qemu_pc
 
 LIMIT_S = 180.0
 S_PER_NS = 1e-9
@@ -50,7 +50,7 @@ CONTENDERS = ("qemu", "pyvmm")
 def command(contender: str, image: Path, media: str, directory: Path) -> list[str]:
     firmware = boot_assets.firmware()
     if contender == "qemu":
-        return qemu.command(image, directory / "sercon-port", media=media, firmware=firmware)
+        return qemu_pc.command(image, directory / "sercon-port", media=media, firmware=firmware)
     script = Path(sys.executable).with_name("pyvmm")
     start = [str(script)] if script.exists() else [sys.executable, "-m", "pyvmm"]
     put_in = [str(image)] if media == "disk" else ["--cdrom", str(image)]

@@ -219,6 +219,11 @@ class Cpu:
         """Whether the caller runs on this vCPU's thread: a device's handler, say."""
         return self._thread is not None and self._thread.is_current
 
+    @property
+    def thread_id(self) -> int:
+        """The kernel's number of its thread, to pin it or to look at it; 0 until the machine has first run."""
+        return 0 if self._thread is None else self._thread.native_id
+
     def start(self) -> None:
         """Start the thread, once; it parks until the machine runs."""
         if self._thread is None:

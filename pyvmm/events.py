@@ -13,6 +13,10 @@ console-port   a program of the guest's has opened a port of its virtio console,
                name, and ``open``
 balloon        the guest has given memory to its balloon or taken some back: ``actual_bytes`` are in it now
 device-broken  a driver has broken a virtio device, which waits to be reset: ``device``, and ``why``
+powerdown      its power button has been pressed, by the host
+tray           the tray of a CD drive has opened or closed: ``drive``, ``open``
+panic          the guest's kernel says that it has panicked (devices/pvpanic.py)
+rx-filter      the guest has changed what its network card lets through: ``device``
 =============  =============================================================================================
 
 Listeners are called on the event loop's thread, one event after the other, in the order in which they happened and with
@@ -21,6 +25,8 @@ nobody but the next event. `close` waits until all have been told.
 """
 
 from __future__ import annotations
+
+from time import time_ns
 
 from pyvmm.errors import ConfigError, HostError, KindError
 from pyvmm.light import BEGIN_LIMIT_S, Condition, Lock, deque
@@ -34,20 +40,21 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("resume", "stop", "shutdown", "reset", "suspend", "wakeup"),
-    *("io-error", "console-port", "balloon", "device-broken"),
+    *("io-error", "console-port", "balloon", "device-broken", "powerdown", "tray", "panic", "rx-filter"),
 )
 # A guest can reset itself faster than a slow listener listens: what is not told is counted.
 WAITING_MAX = 1000
 
 
 class Event:
-    """``name`` is one of NAMES, ``data`` what belongs to it."""
+    """``name`` is one of NAMES, ``data`` what belongs to it, ``time_ns`` when it happened, by the host's clock."""
 
-    __slots__ = ("data", "name")
+    __slots__ = ("data", "name", "time_ns")
 
     def __init__(self, name: str, data: dict[str, Any]) -> None:
         self.name = name
         self.data = data
+        self.time_ns = time_ns()
 
     def __repr__(self) -> str:
         return f"<Event {self.name} {self.data}>"

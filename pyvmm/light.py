@@ -142,6 +142,7 @@ class Thread:
         self._ended = Lock()
         self._ended.acquire()
         self.ident = 0
+        self.native_id = 0  # the kernel's number of it, once it has begun
 
     def start(self) -> None:
         """Start it, once. ThreadError where the host has no room for one more."""
@@ -159,6 +160,7 @@ class Thread:
             return
         try:
             self.ident = get_ident()
+            self.native_id = _thread.get_native_id()
             self.follow_threading()
             self._target()
         finally:

@@ -59,6 +59,7 @@ STATUS_RESET = states.STATUS_RESET
 STATUS_IO_ERROR = states.STATUS_IO_ERROR
 __all__ = ["STATUS_IO_ERROR", "STATUS_READER_GONE", "STATUS_RESET", "STATUS_SHUTDOWN", "Machine"]
 
+CLIENTS_WAITING = 512  # a Unix socket refuses who comes beyond them
 ReadOnly = type(type.__dict__)  # types.MappingProxyType, whose module nothing else needs
 
 
@@ -258,6 +259,7 @@ class Machine:
         """Press the ACPI power button: a guest that listens shuts itself down."""
         self._usable("powerdown")
         self.board.press_power_button()
+        self.events.tell("powerdown")
 
     def wakeup(self) -> None:
         """Wake a guest that has suspended to RAM, as by its power button. StateError where it has not.
@@ -307,6 +309,28 @@ class Machine:
         if self.board.balloon is None:
             raise StateError(f"{call}(): the machine has no balloon, give it balloon=0")
         return self.board.balloon
+
+    def serve_qmp(self, path: str | os.PathLike[str], *, at_once: bool = True) -> None:
+        """Let clients drive and watch the machine by QMP, as they do QEMU: at the Unix socket ``path``, which only this
+        user may connect to, until the machine is closed. Any number of times, with other paths.
+
+        ``at_once=False``: clients can connect, and are heard as soon as the guest is on its way. ConfigError for a path
+        where there can't be a socket, or is one that is served.
+        """
+        from pyvmm.unix_socket import UnixListener
+
+        self._usable("serve_qmp")
+        listener = self._chassis.closers.add(UnixListener(os.fspath(path), CLIENTS_WAITING, what="qmp", mode=0o600))
+
+        def serve() -> None:
+            from pyvmm.control.qmp.server import QmpServer
+
+            self._chassis.closers.add(QmpServer(self)).add(listener)
+
+        if at_once:
+            serve()
+        else:
+            self._chassis.when_it_runs(serve)
 
     def stop(self, status: int = states.STATUS_STOPPED, reason: str = "stopped") -> None:
         """End the run with ``status``; callable from devices' handlers. What ``run`` returns.

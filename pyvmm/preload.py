@@ -113,6 +113,7 @@ RUNNING = (
     "errno",
     "linecache",
     "mmap",
+    "pyvmm.control.qmp.server",
     "pyvmm.dump",
     "pyvmm.exit_stats",
     "pyvmm.gsi_routes",  # MSIs and irqfds, as irqfd
@@ -124,6 +125,7 @@ RUNNING = (
     "pyvmm.restart",
     "pyvmm.run_state",
     "pyvmm.snapshot",
+    "pyvmm.unix_socket",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset

@@ -101,7 +101,7 @@ def parse(options: Sequence[Option], args: Sequence[str], *, verb: str, words: s
         if option.words:
             if text in ("help", "?"):
                 return {"help": option.names[0]}
-            if not text.isalnum() or text in ("null", "user", "nic"):
+            if not text.isalnum() or text in ("null", "user", "nic", "stdio"):
                 from pyvmm.cli.qemu_words import value_words
 
                 theirs = value_words(option.names[0], text)

@@ -42,7 +42,7 @@ INSTEAD = {
     "version": "use `pyvmm --version`",
 }
 NOT_YET = {
-    **dict.fromkeys(("qmp", "qmp-pretty", "mon"), "QMP is"),
+    **dict.fromkeys(("qmp-pretty", "mon"), "QMP of that kind is"),
     **dict.fromkeys(("gdb", "s", "S"), "a gdb stub is"),
     **dict.fromkeys(("fda", "fdb"), "a floppy drive is"),
     **dict.fromkeys(("usb", "usbdevice"), "USB is"),
@@ -160,6 +160,7 @@ def value_words(option: str, text: str) -> list[str] | None:
         "--debugcon": lambda text: console("--debugcon", text),
         "--fw-cfg": fw_cfg,
         "--net": net,
+        "--qmp": qmp,
     }
     words = meanings[option](text) if option in meanings else None
     return None if words == [option, text] else words
@@ -224,6 +225,18 @@ def cpus(text: str) -> list[str]:
     if any(parts) and product != count:
         raise ConfigError(f"--cpus {text}: sockets, cores and threads make {product} vCPUs, not {count}")
     return ["--cpus", str(count)]
+
+
+def qmp(text: str) -> list[str]:
+    """QEMU's -qmp unix:PATH,server=on,wait=off, which ours is."""
+    if not text.startswith(("unix:", "tcp:", "stdio", "chardev:", "vc", "pipe:")):
+        return ["--qmp", text]
+    values = split(text, "path")
+    path = values.pop("path", "")
+    words = [f"{key}={value}" for key, value in values.items()]
+    if not path.startswith("unix:") or set(words) - {"server=on", "wait=off", "nowait=on"} or "server=on" not in words:
+        raise ConfigError(f"--qmp {text} is not there yet: give the path of a Unix socket that is to be made")
+    return ["--qmp", path.removeprefix("unix:")]
 
 
 def console(option: str, text: str) -> list[str]:

@@ -12,6 +12,7 @@ from pyvmm.config import DRIVES, MachineConfig
 from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path
 from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
+from pyvmm.run_control import ENDED
 from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
@@ -38,6 +39,10 @@ OPTIONS = (
     SNAPSHOT,
     Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
     Option("--restore", "FILE", "go on from a snapshot; other options take the place of what it has"),
+    Option(
+        *("--qmp", "PATH", "let clients drive and watch the machine by QMP, at a Unix socket that is made there"),
+        many=True, words=True,
+    ),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
     Option("--help -h", "", "this; of one option: --help drive, or --drive help"),
@@ -61,13 +66,16 @@ def run(args: list[str]) -> int:
         return 0
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
+    sockets = given.pop("qmp", ())
     snapshot = given.pop("restore", None)
     config = configure(given) if snapshot is None else None
     with Signals() as signals, Machine(config) if config is not None else restored(snapshot, given) as machine:
         signals.terminal = machine.terminal
         announce(machine)
+        for path in sockets:
+            machine.serve_qmp(path, at_once=False)
         gc.enable()
-        return go(machine, timeout_s, exit_stats)
+        return go(machine, timeout_s, exit_stats, attended=bool(sockets))
 
 
 def help_text(topic: str | bool, title: str, options: Sequence[Option]) -> str:
@@ -183,12 +191,13 @@ def tell_of_resets(machine: Machine) -> None:
     machine.resets.on_often = tell
 
 
-def go(machine: Machine, timeout_s: float | None, exit_stats: bool) -> int:
+def go(machine: Machine, timeout_s: float | None, exit_stats: bool, *, attended: bool = False) -> int:
+    """``attended``: somebody may pause it from outside, and have it go on."""
     message = ""
     tell_of_resets(machine)
     watches = watch_text_memory(machine)
     try:
-        status = run_through_errors(machine, timeout_s)
+        status = run_attended(machine, timeout_s) if attended else run_through_errors(machine, timeout_s)
     except GuestError as error:
         message = error.dump or str(error)
         status = error.status
@@ -249,12 +258,37 @@ def run_through_errors(machine: Machine, timeout_s: float | None) -> int:
     end = None if timeout_s is None else monotonic() + timeout_s
     left_s = timeout_s
     while (status := machine.run(left_s)) == STATUS_IO_ERROR:
-        message = f"pyvmm: {status.reason}; the guest is stopped: mend it, then `kill -CONT {os.getpid()}`"
-        ended = not wait_for_sigcont(machine, message, end) and machine.control.state is not RunState.IO_ERROR
+        mended = wait_for_sigcont(machine, held_up(status.reason), end)
+        ended = not mended and machine.control.state is not RunState.IO_ERROR
         if ended and machine.control.status is not None:
             return int(machine.control.status)  # Ctrl-A x, say
         left_s = None if end is None else max(0.0, end - monotonic())
     return int(status)
+
+
+def run_attended(machine: Machine, timeout_s: float | None) -> int:
+    """machine.run for a machine that clients drive: it is over when the guest has ended, whatever holds it up."""
+    from time import monotonic
+
+    before = machine.resets.count
+    machine.resume()
+    end = None if timeout_s is None else monotonic() + timeout_s
+    states = [state for state in RunState if state not in (*ENDED, RunState.IO_ERROR)]
+    while True:
+        left_s = None if end is None else max(0.0, end - monotonic())
+        ended = machine.control.wait(left_s, states)
+        if machine.state is RunState.IO_ERROR and wait_for_sigcont(machine, held_up(machine.io_error), end):
+            machine.resume()
+        elif ended and machine.state in ENDED:
+            return int(machine.control.outcome())
+        elif end is not None and monotonic() >= end:
+            machine.pause()
+            often = machine.resets.sentence(before)
+            raise TimeoutError(f"the guest was still running after {timeout_s} s" + (often and f": {often}"))
+
+
+def held_up(why: str) -> str:
+    return f"pyvmm: {why}; the guest is stopped: mend it, then `kill -CONT {os.getpid()}`"
 
 
 def wait_for_sigcont(machine: Machine, message: str, end: float | None) -> bool:

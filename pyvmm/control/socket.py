@@ -263,15 +263,16 @@ class SocketServer:
         """A Unix socket that only this user may connect to (mode 0600), gone again in the end. One that a dead process
         has left there is replaced. ConfigError where somebody listens on it, or something else is there.
         """
-        self._add(UnixListener(path, BACKLOG, what=self._what, mode=0o600))
+        self.add(UnixListener(path, BACKLOG, what=self._what, mode=0o600))
 
     def listen_port(self, port: int) -> int:
         """A TCP port of the loopback; 0: any that is free. Which it is. ConfigError where it can't be had."""
         listener = TcpListener(port, BACKLOG, what=self._what)
-        self._add(listener)
+        self.add(listener)
         return listener.port
 
-    def _add(self, listener: Listener) -> None:
+    def add(self, listener: Listener) -> None:
+        """One that was made before, to which clients may have connected. It is closed with the server."""
         self._listeners.append(listener)
         if self._serves:
             self._watch(listener)
