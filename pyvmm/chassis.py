@@ -16,6 +16,7 @@ from pyvmm.run_control import RunControl
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from pyvmm.clock import Clock
     from pyvmm.closers import Closers
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from pyvmm.kvm_clock import KvmClock
     from pyvmm.origin import Origin
     from pyvmm.spec import Spec
+
+    class BackEnd(Protocol):
+        """A device whose queues another process serves (devices/virtio/vhost_user.py)."""
+
+        def hold(self) -> None: ...
+        def go_on(self) -> None: ...
+        def why_not_saved(self) -> str | None: ...
 
 PORTS = 1 << 16
 ADDRESS_BITS = 52
@@ -74,6 +82,8 @@ class Chassis:
                 ("r", "registers of every vCPU", self.outcomes.dump),
             ),
         )
+        self.back_ends: list[BackEnd] = []
+        """Devices whose queues other processes serve."""
         self._when_it_runs: list[Callable[[], None]] = []
         self._background: list[Thread] = []
         self._ending = Lock()  # given back when no work is to begin any more
@@ -92,12 +102,16 @@ class Chassis:
             if self.kvm_clock is not None:
                 self.kvm_clock.start()
             self.loop.clock.resume()
+            for back_end in self.back_ends:
+                back_end.go_on()
             self.io_threads.resume()
             return
         if self.kvm_clock is not None:
             self.kvm_clock.stop()
         self.loop.clock.stop()
         self.io_threads.pause()  # before the drives: nobody gives them more
+        for back_end in self.back_ends:
+            back_end.hold()
         self.drives.drain()
         # What the guest has said is out before anybody hears that it stands.
         try:

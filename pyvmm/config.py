@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.console_options import ConsoleOptions
     from pyvmm.console_words import HostEnd
     from pyvmm.net.options import NetOptions
+    from pyvmm.vhost_user.options import ShareOptions
     from pyvmm.vsock.options import VsockOptions
 
     # A file by its path, or its content.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         drives: Sequence[DriveOptions | str | os.PathLike[str]]
         nets: Sequence[NetOptions | str]
         vsock: VsockOptions | str | None
+        shares: Sequence[ShareOptions | str]
         firmware: Image | None
         boot: str
         uuid: str | None
@@ -206,6 +208,25 @@ def take_net(value: Any) -> NetOptions | None:
 
 
 NETS = list_of(net_options, take_net, "network cards")
+
+
+def share_options() -> type[ShareOptions]:
+    from pyvmm.vhost_user.options import ShareOptions
+
+    return ShareOptions
+
+
+def take_share(value: Any) -> ShareOptions | None:
+    """ShareOptions, or the words of --share; "none" asks for nothing."""
+    options = share_options()
+    if isinstance(value, options):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f"{value!r} is no shared folder: give ShareOptions, or 'tag=NAME,path=FOLDER'")
+    return None if value == "none" else options.parse(value)
+
+
+SHARES = list_of(share_options, take_share, "shared folders")
 
 
 def take_vsock(name: str, value: Any) -> VsockOptions | None:
@@ -394,6 +415,10 @@ class MachineConfig(Options):
         VSOCK, None, "a virtio socket device, which joins ports of the guest's to Unix sockets of the host's:"
         " cid=N,path=PATH, or none", cli="--vsock", own_words=True, one="a guest has one address, give one",
         python="; in Python also VsockOptions")  # fmt: skip
+    shares: Sequence[ShareOptions | str] = option(
+        SHARES, (), "folders of the host's for the guest, by virtiofsd: tag=NAME,path=FOLDER or socket=PATH, with"
+        " cache=auto|always|none, sandbox=..,xattr=on; `mount -t virtiofs NAME /mnt`; or none", cli="--share",
+        many=True, own_words=True, python="; in Python also ShareOptions")  # fmt: skip
     firmware: Image | None = option(
         FILE, None, "a BIOS image for a pc; without it this host's SeaBIOS, where there is neither kernel nor flat"
         " binary", cli="--firmware", python=": a path, or its bytes")  # fmt: skip

@@ -46,6 +46,7 @@ class Saved:
 def save(state: MachineState, config: Spec, origin: Origin | None, path: str, base: Snapshot | None) -> Saved:
     """Machine.save has what it does."""
     check_apart(path, base)
+    state.check_can_be_saved()
     images = image_paths(config).values()
     with SnapshotWriter(path) as file:
         saving = Saving(file, snapshot_of(origin), base)
@@ -79,6 +80,7 @@ def check_apart(path: str, base: Snapshot | None) -> None:
 
 def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
     """A snapshot in memory, of which the machine's own memory is a mapping from here on."""
+    state.check_can_be_saved()
     with MemoryWriter() as file:
         saving = Saving(file, snapshot_of(origin), None)
         with MemoryWhileItRuns(saving, state) as the_rest:

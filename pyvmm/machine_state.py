@@ -69,8 +69,16 @@ class MachineState:
         return self._chassis.control.state is RunState.RUNNING
 
     def loses_pages(self) -> bool:
-        """Whether memory may become zeros without being written: a balloon gives pages back to the host."""
-        return self._board.config.balloon is not None
+        """Whether memory may change without being written by this process: a balloon gives pages back to the host, and
+        back ends are processes of their own.
+        """
+        return self._board.config.balloon is not None or bool(self._chassis.back_ends)
+
+    def check_can_be_saved(self) -> None:
+        """StateError where that is known not to be so, before anything is written."""
+        for back_end in self._chassis.back_ends:
+            if (why := back_end.why_not_saved()) is not None:
+                raise StateError(why)
 
     def holders(self) -> list[tuple[str, Holder]]:
         """Guest time first, for all others count from it. Devices before the interrupt controllers, since they drive

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.config import MachineOptions
     from pyvmm.console_options import ConsoleOptions
     from pyvmm.net.options import NetOptions
+    from pyvmm.vhost_user.options import ShareOptions
     from pyvmm.vsock.options import VsockOptions
 
 
@@ -37,6 +38,7 @@ class Spec(MachineConfig):
         drives: tuple[PlacedDrive, ...]
         nets: tuple[NetOptions, ...]
         consoles: tuple[ConsoleOptions, ...]
+        shares: tuple[ShareOptions, ...]
         vsock: VsockOptions | None
         balloon: BalloonOptions | None
         firmware: str | Buffer | None
@@ -61,6 +63,11 @@ class Spec(MachineConfig):
             from pyvmm.console_options import numbered
 
             numbered(values["consoles"])
+        if values["shares"]:
+            from pyvmm.vhost_user.options import check_tags
+
+            check_tags(values["shares"])
+            values["shared_memory"] = True  # who serves it has to map it
         bare = values["machine"] == "microvm" and values["kernel"] is None and values["flat"] is None
         if bare and values["accel"] == "kvm":
             raise ConfigError("nothing to run: give kernel, flat, drives or firmware")
@@ -70,7 +77,7 @@ class Spec(MachineConfig):
         """Whether any of its devices is one of virtio's."""
         on_virtio = any(drive.interface == "virtio" for drive in self.drives)
         one_of_a_kind = self.rng or self.vsock is not None or self.balloon is not None
-        return on_virtio or one_of_a_kind or bool(self.nets or self.consoles)
+        return on_virtio or one_of_a_kind or bool(self.nets or self.consoles or self.shares)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:

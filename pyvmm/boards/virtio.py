@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pyvmm.places import Places
     from pyvmm.platform import Platform
     from pyvmm.spec import Spec
+    from pyvmm.vhost_user.options import ShareOptions
+    from pyvmm.vhost_user.server import Server
     from pyvmm.vsock.options import VsockOptions
 
     class Board(Protocol):
@@ -80,6 +82,8 @@ def make_all(board: Board) -> None:
         make_rng(board)
     if board.config.consoles:
         make_console(board)
+    for share in board.config.shares:
+        make_share(board, share)
     if board.config.balloon is not None:
         make_balloon(board, board.config.balloon)
 
@@ -104,6 +108,25 @@ def make_vsock(board: Board, options: VsockOptions) -> None:
     device = VirtioVsock(board.memory, host, cid=options.cid, connections=options.connections)
     board.add_virtio("vsock", device)
     closers.add(device)  # before its queues' descriptors go
+
+
+def make_share(board: Board, options: ShareOptions) -> None:
+    from pyvmm.devices.virtio.fs import VirtioFs
+    from pyvmm.vhost_user.server import Listening
+    from pyvmm.vhost_user.virtiofsd import Virtiofsd
+
+    server: Server
+    if options.socket is not None:
+        example = f"virtiofsd --socket-path={options.socket} --shared-dir=FOLDER"
+        server = Listening(options.socket, what=f"share {options.tag}", example=example)
+    else:
+        server = Virtiofsd(options)
+    device = VirtioFs(board.memory, server, tag=options.tag)
+    closers = board.chassis.closers
+    closers.add(device)  # also where it can't be placed
+    board.add_virtio(f"share {options.tag}", device)
+    closers.add(device)  # before its queues' descriptors go
+    board.chassis.back_ends.append(device)
 
 
 def make_disk(board: Board, drive: PlacedDrive) -> None:
@@ -187,6 +210,8 @@ def wire_up(board: Board, name: str, device: VirtioDevice) -> None:
         queue.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         closing = Closing(queue)
         chassis.closers.call(closing, closing)
+        if device.served_elsewhere:
+            continue
         watch(threads.make() if device.thread_per_queue and queue.index else own, device, queue.index)
     device.on_broken = lambda why: chassis.events.tell("device-broken", device=name, why=why)
     board.add(name, device)

@@ -58,6 +58,7 @@ def doctor(args: list[str]) -> int:
     print(f"start      {way_in()}")
     print(f"modules    {bundled()}")
     block_engines()
+    shares()
     try:
         from pyvmm.kvm.system import Kvm
 
@@ -123,6 +124,15 @@ def block_engines() -> None:
         print(f"io_uring   no: {child.stdout.strip() or 'it could not be asked for, see above'}")
     else:
         print("io_uring   yes")
+
+
+def shares() -> None:
+    """Whether folders can be shared here (--share)."""
+    from pyvmm.vhost_user.virtiofsd import WHAT_TO_INSTALL, find_program
+
+    program = find_program()
+    found = f"yes, by {program}" if program else f"no: there is no virtiofsd here: {WHAT_TO_INSTALL}"
+    print(f"share      {found}")
 
 
 def capabilities(kvm: Kvm, show_all: bool) -> bool:

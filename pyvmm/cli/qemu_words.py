@@ -26,6 +26,7 @@ ABSENT = {
 NET_INSTEAD = "use --net, which is the card and what it is joined to: --net tap=NAME, passt or unix=PATH"
 INSTEAD = {
     **dict.fromkeys(("netdev", "netdev_add"), NET_INSTEAD),
+    **dict.fromkeys(("virtfs", "fsdev"), "use --share tag=NAME,path=FOLDER: the guest mounts it by virtiofs, not 9p"),
     "blockdev": "use --drive file=...",
     "pflash": "use --firmware FILE; flash that keeps what is written to it is not there yet",
     "L": "use --firmware FILE",
@@ -47,7 +48,6 @@ NOT_YET = {
     **dict.fromkeys(("fda", "fdb"), "a floppy drive is"),
     **dict.fromkeys(("usb", "usbdevice"), "USB is"),
     **dict.fromkeys(("incoming", "loadvm"), "a snapshot of a machine is"),
-    **dict.fromkeys(("virtfs", "fsdev"), "a shared folder is"),
     **dict.fromkeys(("sdl", "curses", "spice", "full-screen"), "a display is"),
     "chardev": "a chardev by name is",
     "object": "an object by name is",

@@ -1,4 +1,6 @@
-"""A stock Debian kernel with virtio console, balloon and vsock: each used from both sides, over both transports."""
+"""A stock Debian kernel with virtio console, balloon, vsock and a shared folder: each used from both sides, over both
+transports. In the end the folder is the guest's root.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ import pytest
 
 import pyvmm
 from pyvmm.console_options import ConsoleOptions
+from pyvmm.vhost_user.options import ShareOptions
 from pyvmm.vsock.options import VsockOptions
 
 LIMIT_S = 600.0
@@ -22,9 +25,10 @@ MIB = 1 << 20
 ECHO_BYTES = 2 * MIB
 IN_PORT, OUT_PORT = 5000, 6000
 GIVEN_MIB = 64
+SHARED_BYTES = 6 * MIB
 MODULES = (
     *("virtio_mmio", "virtio_pci", "virtio_console", "virtio_balloon"),
-    *("vsock", "vmw_vsock_virtio_transport"),
+    *("vsock", "vmw_vsock_virtio_transport", "virtiofs"),
 )
 
 # Each step says a line at hvc0 and waits there for one of the host's.
@@ -48,8 +52,24 @@ read word
 head -c {ECHO_BYTES} /dev/urandom > /tmp/data
 vsock_peer call {OUT_PORT} < /tmp/data > /tmp/back
 cmp /tmp/data /tmp/back && echo "echoed: $(md5sum < /tmp/back)"
-echo "errors: $(dmesg | grep -cE 'virtio.*(rror|ailed)|vsock.*(rror|ailed)|BUG|WARNING: CPU.*virtio')"
-poweroff -f
+mkdir /new; mount -t virtiofs folder /new && echo "mounted: $(md5sum < /new/given)"
+head -c {SHARED_BYTES} /dev/urandom > /new/made; cp /new/given /new/copy; chmod 640 /new/copy
+mkdir -p /new/a/b; mv /new/copy /new/a/b/moved; ln -s b/moved /new/a/link; rm /new/gone; sync
+echo "made: $(md5sum < /new/made)"
+for each in proc sys dev; do mount --move /$each /new/$each; done
+exec switch_root /new /sbin/init
+"""
+
+# Process 1 once the folder is the root.
+SECOND_INIT = """\
+#!/bin/busybox sh
+export PATH=/bin
+busybox mkdir -p /bin && busybox --install -s /bin
+echo "root: $(grep ' / virtiofs' /proc/mounts)"
+n=0; while [ $n -lt 200 ]; do echo $n > /many/$n; n=$((n + 1)); done
+echo "many: $(cat /many/* | md5sum)"
+echo "errors: $(dmesg | grep -cE 'virtio.*(rror|ailed)|vsock.*(rror|ailed)|BUG|WARNING: CPU.*(virtio|fuse)')"
+sync; poweroff -f
 """
 
 
@@ -158,15 +178,48 @@ def use_the_sockets(path: str, guest: Lines, say: Callable[[], None]) -> None:
         echoing.join()
 
 
+def md5(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+def fill_folder(folder: Path) -> bytes:
+    """What the guest finds there; the bytes of ``given``."""
+    for name in ("bin", "sbin", "proc", "sys", "dev", "many"):
+        (folder / name).mkdir(parents=True)
+    given = os.urandom(SHARED_BYTES)
+    (folder / "given").write_bytes(given)
+    (folder / "gone").touch()
+    (folder / "bin" / "busybox").write_bytes(boot_assets.busybox().read_bytes())
+    (folder / "sbin" / "init").write_text(SECOND_INIT)
+    for name in ("bin/busybox", "sbin/init"):
+        (folder / name).chmod(0o755)
+    return given
+
+
+def use_the_folder(folder: Path, given: bytes, guest: Lines) -> None:
+    """What one side writes the other one reads; and the guest lives in it."""
+    assert guest.after("mounted: ").split()[0] == md5(given)
+    made = guest.after("made: ").split()[0]
+    assert guest.after("root: ").startswith("folder / virtiofs rw")
+    assert guest.after("many: ").split()[0] == md5("".join(f"{n}\n" for n in sorted(range(200), key=str)).encode())
+    assert md5((folder / "made").read_bytes()) == made
+    assert (folder / "a" / "link").read_bytes() == given
+    assert (folder / "a" / "b" / "moved").stat().st_mode & 0o777 == 0o640
+    assert not (folder / "gone").exists()
+    assert (folder / "many" / "199").read_text() == "199\n"
+
+
 @pytest.mark.lab
 @pytest.mark.parametrize(("machine", "ring"), [("microvm", "packed"), ("pc", "split")])
-def test_console_balloon_and_vsock(
+def test_console_balloon_vsock_and_folder(
     tmp_path: Path, make_initrd: Callable[..., Path], vsock_peer: bytes, machine: str, ring: str
 ) -> None:
     kernel = boot_assets.kernel("cloud")
     initrd = make_initrd(INIT, kernel.modules(*MODULES), {"bin/vsock_peer": vsock_peer})
     guest, agent = Lines(), Lines()
     path = str(tmp_path / "vm.sock")
+    folder = tmp_path / "folder"
+    given = fill_folder(folder)
     with pyvmm.Machine(
         machine=machine,
         kernel=str(kernel.vmlinux),
@@ -176,6 +229,7 @@ def test_console_balloon_and_vsock(
         consoles=[ConsoleOptions(guest.hear), ConsoleOptions(agent.hear, name="agent")],
         vsock=VsockOptions(3, path),
         balloon=0,
+        shares=[ShareOptions("folder", folder)],
         virtio_ring=ring,
     ) as m:
         console = m.consoles["hvc0"]
@@ -195,6 +249,7 @@ def test_console_balloon_and_vsock(
         say()
         use_the_balloon(m, guest, say)
         use_the_sockets(path, guest, say)
+        use_the_folder(folder, given, guest)
         assert guest.after("errors: ") == "0"
         assert m.wait(LIMIT_S)
         assert m.status == 0

@@ -31,7 +31,7 @@ LAYERS = layers_of_the_design()
 # A device sees the contract and what its host side is made of: no KVM, no address of its own, no thread.
 DEVICES_MAY = [
     *("errors", "light", "state", "device", "irq", "clock", "region", "address_space", "guest_memory"),
-    *("chardev", "screen", "block", "net", "vsock", "devices"),
+    *("chardev", "screen", "block", "net", "vsock", "vhost_user", "devices"),
 ]
 MODULES = sources(".py", ".pyx", ".pxd")
 

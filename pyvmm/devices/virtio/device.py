@@ -84,6 +84,8 @@ class VirtioDevice(Device):
     """Whether its queues have a thread of their own; else they share the machine's."""
     thread_per_queue = False
     """Whether each of them has."""
+    served_elsewhere = False
+    """Another process serves its queues: nobody here is rung."""
 
     valid_sizes = (1, 8)
     impl_sizes = (1, 4)
@@ -151,6 +153,9 @@ class VirtioDevice(Device):
     def stop_queue(self, queue: Virtqueue) -> None:
         """The same of one queue, which the driver resets (2.6.1). By default of all."""
         self.quiesce()
+
+    def call_changed(self, queue: Virtqueue) -> None:
+        """``queue.call_fd`` is another one."""
 
     def reset_device(self) -> None:
         """Own fields to what they are at power-on. No request is in flight, and no queue is ready."""

@@ -74,7 +74,8 @@ class VirtioMmio(Device):
         self._acknowledged = self._seen
         device.transport = self
         for queue in device.queues:
-            queue.call_fd = call_fd
+            # Another process would interrupt without counting: it has to come by here.
+            queue.call_fd = -1 if device.served_elsewhere else call_fd
             queue.on_call = interrupt
         self.region = MemoryRegion(REGION_BYTES, device, name="virtio-mmio", read=self.read, write=self.write)
 

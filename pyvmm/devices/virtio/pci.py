@@ -206,7 +206,11 @@ class VirtioPci(PciDevice):
     def _route(self, queue: Virtqueue) -> None:
         """The queue's interrupts go to the irqfd of its vector, while that is open; else they come by here."""
         with queue.lock:
+            before = queue.call_fd
             queue.call_fd = self.msix.fd(self._vectors[queue.index]) if self.msix.enabled else -1
+            changed = queue.call_fd != before
+        if changed:
+            self.device.call_changed(queue)
 
     # -- modern: the device's lock is held ---------------------------------------------------------------------------
 
