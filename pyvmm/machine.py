@@ -16,7 +16,7 @@ from pyvmm import builder
 from pyvmm import run_control as states
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.light import Lock, Thread
-from pyvmm.options import is_int
+from pyvmm.options import is_int, near_match
 from pyvmm.power import STATUS_READER_GONE
 from pyvmm.run_control import ExitStatus, timeout_or_none
 from pyvmm.run_state import RunState
@@ -281,6 +281,26 @@ class Machine:
         if not is_int(cpu) or not 0 <= cpu < len(self.cpus):
             raise ConfigError(f"nmi({cpu!r}): give the number of a vCPU, from 0; there are {len(self.cpus)}")
         self.control.request("nmi", self.cpus[cpu].vcpu.nmi, self.control.carry_on, wait=True)
+
+    def block_resize(self, drive: str, size_bytes: int | None = None) -> int:
+        """Tell the guest that the image of the drive called ``drive`` has become longer; with ``size_bytes`` make the
+        disk so large first. Returns how many bytes the guest's disk has then.
+
+        From any thread, while the guest runs. A disk on virtio only: IDE has no word for it. ConfigError for a drive
+        that there is none of, that can't grow or would shrink. (QEMU's block_resize; OASIS virtio 1.2, 5.2.4.)
+        """
+        self._usable("block_resize")
+        backend = self.backends.get(drive)
+        if backend is None:
+            raise ConfigError(f"block_resize({drive!r}): there is no such drive{near_match(drive, self.backends)}")
+        disk = self.board.disks.get(drive)
+        if disk is None:
+            raise ConfigError(f"block_resize({drive!r}): a guest does not hear of it on IDE: give the drive if=virtio")
+        if size_bytes is not None and not is_int(size_bytes):
+            raise ConfigError(f"block_resize({drive!r}, {size_bytes!r}): give a number of bytes")
+        if backend.grow(size_bytes):
+            disk.grown()
+        return backend.size_bytes
 
     def set_balloon(self, mib: int) -> None:
         """Ask the guest to give ``mib`` MiB of its memory to its balloon, or to take back what is above that.

@@ -23,7 +23,7 @@ from pyvmm.block.coroutine import AioContext, Waiter, start
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import BlockStats
-from pyvmm.errors import StateError
+from pyvmm.errors import ConfigError, StateError, remedy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,6 +183,35 @@ class BlockBackend:
             writes = self._write_cache and not self.read_only and not self._detect_zeroes
             kinds = READS | (WRITES if writes else 0)
         self._lane.grant(kinds)
+
+    def grow(self, size_bytes: int | None = None) -> bool:
+        """The image may be longer by now, or is to be made so that the disk has ``size_bytes``: whether the disk has
+        become larger. From any thread. ConfigError where it can't.
+        """
+        driver = self._driver
+        if driver is None:
+            raise ConfigError(f"drive {self.name} has no medium: nothing of it can grow")
+        if size_bytes is not None and (size_bytes % SECTOR_BYTES or size_bytes < self.size_bytes):
+            raise ConfigError(
+                f"drive {self.name}: size_bytes={size_bytes}: it has {self.size_bytes} bytes, and a guest that may use"
+                " them: give as many or more, whole sectors of 512"
+            )
+        if self.options.size is not None or self.options.keeps_writes or (size_bytes is not None and self.read_only):
+            raise ConfigError(
+                f"drive {self.name} has its size for good, by size=, snapshot=on or read-only=on: leave that out"
+            )
+        try:
+            driver.grow(self.options, size_bytes)
+        except OSError as error:
+            why = remedy(error, "make the image longer by other means, as truncate -s")
+            raise ConfigError(f"drive {self.name} can't grow: {why}") from None
+        with self._lock:
+            grew = driver.size_bytes > self.size_bytes
+            self.size_bytes = driver.size_bytes
+            self.sectors = -(-self.size_bytes // SECTOR_BYTES)
+            if self._lane is not None:
+                self._lane.grow(self.size_bytes)
+        return grew
 
     def _writes(self) -> int:
         """How many are complete."""

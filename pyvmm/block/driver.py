@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyvmm.block.lane import Lane
+    from pyvmm.block.options import DriveOptions
 
     Iov = Sequence[memoryview]
 
@@ -52,6 +53,12 @@ class ProtocolDriver:
     def may_grow_to(self, end: int) -> bool:
         """Whether a write may make it longer, up to byte ``end``."""
         return False
+
+    def measure(self, least_bytes: int = 0) -> None:
+        """Look again how long it is, after making it ``least_bytes`` long where it is shorter. OSError where that can't
+        be; ConfigError likewise, in one sentence.
+        """
+        raise OSError(ENOTSUP, "it has its size for good")
 
     def lane(self, offset: int, size_bytes: int) -> Lane | None:
         """A lane to these bytes, where a transfer is nothing but a system call (lane.pyx)."""
@@ -94,6 +101,12 @@ class FormatDriver:
 
     async def co_write_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
         raise NotImplementedError
+
+    def grow(self, options: DriveOptions, size_bytes: int | None) -> None:
+        """The image may be longer by now, or is to be made so that the disk has ``size_bytes``. The attribute says what
+        it has then. OSError and ConfigError as ProtocolDriver.measure.
+        """
+        raise OSError(ENOTSUP, "it has its size for good")
 
     def ends_with_process(self) -> bool:
         """Whether the guest has written something that no other process will find."""

@@ -52,6 +52,10 @@ cdef class Lane:
         self.size = size
         self.able = (1 << LANE_READ) | (1 << LANE_WRITE)
 
+    def grow(self, uint64_t size):
+        """The disk has so many bytes now, and not fewer than before. From any thread."""
+        self.size = size
+
     # -- for its users -----------------------------------------------------------------------------------------
 
     cdef ssize_t transfer(self, int kind, uint64_t at, const iovec *iov, int count, uint64_t length) noexcept nogil:

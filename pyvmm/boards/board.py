@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyvmm.device import Device
     from pyvmm.devices.serial import Serial
     from pyvmm.devices.vga_text import VgaText
+    from pyvmm.devices.virtio.blk import VirtioBlk
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.images import Images
     from pyvmm.irq import IrqLine
@@ -67,6 +68,8 @@ class Board:
         self.first_boot = True
         """There was no reset yet: what firmware is told for its first boot only still holds."""
         self.parts: list[tuple[str, Device]] = []
+        self.disks: dict[str, VirtioBlk] = {}
+        """Those on virtio, by the names of their drives."""
         self.ports = Places("port", 0, self.pio.size)
         self.windows = Places("address", 0, self.mmio.size)
         self._aml: list[Callable[[], bytes]] = []
@@ -281,6 +284,7 @@ class Board:
         self.pio.unmap_all()
         self.mmio.unmap_all()
         self.parts.clear()
+        self.disks.clear()
 
 
 def serial_aml() -> bytes:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.chassis import Chassis
     from pyvmm.clock import Clock
     from pyvmm.devices.pci.host import PciHost
+    from pyvmm.devices.virtio.blk import VirtioBlk
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         windows: Places
         irqchip: Irqchip
         balloon: Balloon | None
+        disks: dict[str, VirtioBlk]
 
         def add(self, name: str, device: Any) -> Any: ...
         def add_virtio(self, name: str, device: VirtioDevice) -> None: ...
@@ -147,6 +149,7 @@ def make_disk(board: Board, drive: PlacedDrive) -> None:
         geometry=disk_geometry(drive, backend)[0],
     )
     board.add_virtio(f"blk{drive.index}", disk)
+    board.disks[backend.name] = disk
 
 
 def make_rng(board: Board) -> None:

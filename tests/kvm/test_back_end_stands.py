@@ -1,4 +1,4 @@
-"""A pause: the process that serves a device's queues lets go of them, and takes them up again as the machine goes on."""
+"""A pause: the process that serves a device's queues lets go of them, and takes them up as the machine goes on."""
 
 from __future__ import annotations
 

@@ -103,6 +103,11 @@ class RawDriver(FormatDriver):
                 return ret
         return await self._file.co_pwrite_zeroes(self._offset + offset, length, may_unmap, fua)
 
+    def grow(self, options: DriveOptions, size_bytes: int | None) -> None:
+        self._file.measure(0 if size_bytes is None else self._offset + size_bytes)
+        self.size_bytes = max(self.size_bytes, window_size(options, self._file))  # of a file cut short the end is zeros
+        self._incomplete = self._offset + self.size_bytes > self._file.size_bytes
+
     def lane(self) -> Lane | None:
         return self._file.lane(self._offset, self.size_bytes)
 

@@ -229,6 +229,10 @@ class BlkDebug(ProtocolDriver):
                 return ret
         return await self._file.co_pwrite_zeroes(offset, length, may_unmap, fua)
 
+    def measure(self, least_bytes: int = 0) -> None:
+        self._file.measure(least_bytes)
+        self.size_bytes = self._file.size_bytes
+
     def may_grow_to(self, end: int) -> bool:
         return self._file.may_grow_to(end)
 

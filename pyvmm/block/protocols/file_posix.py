@@ -156,6 +156,11 @@ class FilePosix(ProtocolDriver):
     def may_grow_to(self, end: int) -> bool:
         return self._image.may_grow_to(end)
 
+    def measure(self, least_bytes: int = 0) -> None:
+        self._image.lengthen(least_bytes)
+        self._image.measure()
+        self.size_bytes = self._image.size_bytes
+
     def lane(self, offset: int, size_bytes: int) -> Lane | None:
         if self._image.direct:
             return None

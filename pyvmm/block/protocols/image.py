@@ -36,15 +36,24 @@ class Image:
         try:
             if locking and not lock_image(self.fd, writes=not read_only):
                 raise ConfigError(locked(path, self.fd))
-            self.size_bytes = os.lseek(self.fd, 0, os.SEEK_END)
             self.in_memory = in_memory(os.fstat(self.fd))
             if direct:
                 self.alignment = probe_alignment(path, self.fd)
-                if not read_only and self.size_bytes % self.alignment:
-                    self.tail_fd = open_image_file(path, os.O_RDWR)
+            self.measure()
         except BaseException:
             self.close()
             raise
+
+    def measure(self) -> None:
+        """How long it is now: ``size_bytes``. ConfigError where what is needed for that length can't be opened."""
+        self.size_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+        if self.direct and not self.read_only and self.size_bytes % self.alignment and self.tail_fd < 0:
+            self.tail_fd = open_image_file(self.path, os.O_RDWR)
+
+    def lengthen(self, size_bytes: int) -> None:
+        """Make it so long, where it is shorter. OSError as ftruncate(2)."""
+        if self.size_bytes < size_bytes:
+            os.ftruncate(self.fd, size_bytes)
 
     def may_grow_to(self, end: int) -> bool:
         """Whether a write may make it longer, up to byte ``end``: by its kind, its seals (fcntl(2), "File Sealing") and

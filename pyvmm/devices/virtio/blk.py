@@ -48,6 +48,7 @@ F_WRITE_ZEROES = 1 << 14
 # struct virtio_blk_config (5.2.4), as far as write_zeroes_may_unmap and its padding
 CONFIG = Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 WRITEBACK = 32
+CAPACITY = Struct("<Q")  # its first field
 
 # Requests (5.2.6)
 HEADER = Struct("<IIQ")
@@ -190,6 +191,17 @@ class VirtioBlk(VirtioDevice):
         """A driver that can't flush needs every write to be stable (5.2.6.2)."""
         if not self.features & F_CONFIG_WCE:
             self._set_write_cache(self._cache_at_power_on and bool(self.features & F_FLUSH))
+
+    def grown(self) -> None:
+        """The backend has more sectors: the driver is told (5.2.4: capacity; 5.2.6.1). From any thread, without a lock.
+        """
+        with self.lock:
+            self._sectors = self.backend.sectors - self.backend.sectors % (self._block // SECTOR_BYTES)
+            for queue, fast in zip(self.queues, self._fast, strict=False):
+                with queue.lock:
+                    fast.grow(self._sectors * SECTOR_BYTES)
+            self.config[: CAPACITY.size] = CAPACITY.pack(self._sectors)
+        self.config_changed()
 
     def reset_device(self) -> None:
         self._forget()

@@ -92,6 +92,10 @@ cdef class FastBlk:
         for n in range(MOST_ASKED):
             chain_free(&self.asked[n].chain)
 
+    def grow(self, uint64_t size_bytes):
+        """The disk has so many bytes now, and not fewer than before."""
+        self.size = size_bytes
+
     def serve(self, int64_t poll_ns):
         """Answer what is there as far as that goes at once. ``poll_ns``: look for more for so long after the last.
 
