@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 from collections.abc import Callable
@@ -128,5 +129,5 @@ def test_they_are_told_where_they_are_looked_for() -> None:
     table = README.read_text().split("| exit status of")[1].split("\n\n")[0]
     rows = {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.M)}
     assert rows >= {0, 2, 4, 6, 8, 10, 12, 14, 16, 124}
-    doc = ExitStatus.__doc__ or ""
-    assert {int(n) for n in re.findall(r"^    (\d+) ", doc, re.M)} == rows - {2, 124}
+    doc = inspect.getdoc(ExitStatus) or ""  # Python 3.13's compiler takes the indentation away itself
+    assert {int(n) for n in re.findall(r"^(\d+) ", doc, re.M)} == rows - {2, 124}
