@@ -74,6 +74,11 @@ def what_it_said(errors: str) -> str:
 def hint(said: str, options: NetOptions) -> str:
     if options.forward and ("bind" in said or "port" in said):
         return "forward ports that are free, from 1024 on"
+    if "user namespace" in said:  # unshare(2), CLONE_NEWUSER's EPERM
+        return (
+            "it shuts itself off in one, which this user may not make here: a chroot and many containers forbid it, and"
+            " sysctl user.max_user_namespaces; give --net tap=NAME"
+        )
     if "interface" in said:
         return "the host needs an address and a default route"
     return "run `passt --foreground` to see more"

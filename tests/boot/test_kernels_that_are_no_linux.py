@@ -27,7 +27,8 @@ def test_ipxe_by_firmware(firmware: Path) -> None:
         machine="pc", memory_mib=64, firmware=firmware, kernel=boot_assets.ipxe(), serial=line.chardev
     ) as m:
         m.resume()
-        line.expect("iPXE initialising devices...ok", LIMIT_S)
+        line.expect("iPXE initialising devices...", LIMIT_S)  # newer ones say no more "ok"
+        line.expect("Open Source Network Boot Firmware", LIMIT_S)
         line.expect("No more network devices", LIMIT_S)
 
 

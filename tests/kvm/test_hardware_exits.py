@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -14,15 +15,15 @@ from pyvmm.errors import GuestError
 def test_fail_entry(boot: Callable[..., Guest]) -> None:
     """A guest state that the processor refuses: its reason by name, and a dump."""
     guest = boot("finish")
-    cpu = guest.machine.cpus[0]
-    # A reserved bit of EFER, which KVM passes on (AMD APM vol. 2, 15.5.1 "Canonicalization and Consistency Checks").
-    cpu.sregs = {"efer": cpu.sregs["efer"] | 1 << 20}
+    # 64-bit code with 32-bit operands by default: the processor checks that, KVM does not
+    # (AMD APM vol. 2, 15.5.1 "Canonicalization and Consistency Checks").
+    guest.machine.cpus[0].sregs = {"cs": {"db": 1}}
     with pytest.raises(GuestError) as caught:
         guest.run()
     assert caught.value.status == 4
     assert "KVM_EXIT_FAIL_ENTRY" in str(caught.value)
     assert "INVALID" in str(caught.value)
-    assert "efer 100500" in caught.value.dump
+    assert re.search(r"cs .* db 1 l 1 ", caught.value.dump)
 
 
 @pytest.mark.lab

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from netns import in_namespace
+from boot_assets import LeftOutError
+from netns import in_namespace, refusal
 
 from pyvmm.errors import ConfigError
 from pyvmm.net.options import NetOptions
-from pyvmm.net.passt import open_passt, words
+from pyvmm.net.passt import hint, open_passt, what_it_said, words
 
 # An interface with a default route, of which passt takes the addresses.
 HEAD = """
@@ -68,6 +69,14 @@ def gone():
 """
 
 
+@pytest.fixture
+def passt() -> None:
+    """Also root may make no user namespace in a chroot (unshare(2)), and passt wants one."""
+    if refused := refusal("unshare", "--user"):
+        raise LeftOutError(f"passt wants a user namespace, and none may be made here: {refused}")
+
+
+@pytest.mark.usefixtures("passt")
 def test_it_answers_and_ends_with_the_machine() -> None:
     in_namespace(
         HEAD
@@ -90,6 +99,7 @@ gone()
     )
 
 
+@pytest.mark.usefixtures("passt")
 def test_it_ends_where_its_machine_is_killed() -> None:
     in_namespace(
         HEAD
@@ -104,6 +114,7 @@ gone()
     )
 
 
+@pytest.mark.usefixtures("passt")
 def test_its_end_is_noticed() -> None:
     in_namespace(
         HEAD
@@ -119,6 +130,7 @@ while back.connected:
     )
 
 
+@pytest.mark.usefixtures("passt")
 def test_a_host_without_a_route_is_told_so() -> None:
     in_namespace(
         HEAD
@@ -147,3 +159,10 @@ def test_its_own_words() -> None:
         *("--tcp-ports", "8080:80", "--tcp-ports", "127.0.0.1/22", "--udp-ports", "5353:53", "--mtu", "1300"),
     ]
     assert words(NetOptions("passt")) == []
+
+
+def test_where_it_may_make_no_user_namespace_the_remedy_is_said() -> None:
+    why = "Couldn't create user namespace: Operation not permitted"
+    said = what_it_said(f"Don't run as root. Changing to nobody...\n{why}\n")
+    assert said == why
+    assert "give --net tap=NAME" in hint(said, NetOptions("passt"))
