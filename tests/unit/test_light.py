@@ -324,10 +324,13 @@ def test_a_notify_that_is_interrupted_anywhere_loses_no_waiter(kind: Any) -> Non
         assert cond.waiting() == 0
         if not came:
             break
-    assert at > 10
+    assert at > 5  # some were, of each: threading's has nine in Python 3.13
 
 
-def test_a_signal_whose_handler_returns_does_not_end_the_wait(cond: Case) -> None:
+@pytest.mark.parametrize("lock", [RLock, Lock], ids=["recursive", "plain"])
+def test_a_signal_whose_handler_returns_does_not_end_the_wait(lock: Callable[[], Any]) -> None:
+    # Nor this on threading's: its handler may be called only when the wait is over.
+    cond = Case(Condition, lock())
     heard: list[int] = []
     former = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
 
