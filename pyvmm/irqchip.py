@@ -223,9 +223,9 @@ def pc_routes() -> list[Route]:
 class KvmPit(Device):
     """KVM's PIT, which a guest that never touches it does without: it is made at the first access that needs it.
 
-    Such guests start sooner and end sooner: with a PIT, closing the VM waits for a grace period, some 20 ms. What comes
-    here is carried out on the state that KVM's has, or will have (x86/pit_state.py). Control words and first bytes only
-    change that state; the first count, and any read, makes it, and from then on KVM answers by itself.
+    Such guests start sooner: it takes KVM a thread and a grace period. What comes here is carried out on the state that
+    KVM's has, or will have (x86/pit_state.py). Control words and first bytes only change that state; the first count,
+    and any read, makes it, and from then on KVM answers by itself.
 
     It is told a little later to lose the ticks that the guest was too slow for, and not to deliver them in a row:
     KVM_REINJECT_CONTROL waits for a grace period with a lock held that the PIT's ports take, and a vCPU that changes

@@ -7,10 +7,11 @@ from libc.errno cimport EPERM, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close
+
 
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl, slow_ioctl
+from pyvmm.kvm.last_close cimport last_close
 
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.kvm.stats import KvmStats
@@ -37,15 +38,17 @@ cdef class Vm:
     def __dealloc__(self):
         # Refused arguments end here too, with a descriptor number that nobody has set.
         if self.vcpu_mmap_size and self.fd >= 0:
-            close(self.fd)
+            last_close(self.fd)
 
     def close(self):
-        """Close the descriptor. The kernel's VM goes when its last vCPU descriptor is closed too."""
+        """Close the descriptor. The kernel's VM goes when its last vCPU descriptor is closed too: then, if all others
+        were closed before, or some milliseconds later and with nobody waiting for it, where the kernel has io_uring.
+        """
         cdef int fd = self.fd
         self.fd = -1
         if fd >= 0:
             with nogil:
-                close(fd)
+                last_close(fd)
 
     cdef int _open(self) except -1:
         if self.fd < 0:
