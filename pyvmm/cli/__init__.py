@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
+import posix
 import sys
 
 from pyvmm.bundle import installed
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"pyvmm: {text}")
         return STATUS_USAGE
     finally:
+        gc.unfreeze()
         gc.enable()
 
 
@@ -64,9 +65,9 @@ def open_standard_files() -> None:
     """
     for fd in range(3):
         try:
-            os.fstat(fd)
+            posix.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            posix.open("/dev/null", posix.O_RDWR)  # the lowest number that is free
 
 
 def host_lacks(error: OSError | MemoryError | ImportError) -> str | None:
@@ -77,12 +78,12 @@ def host_lacks(error: OSError | MemoryError | ImportError) -> str | None:
         error = OSError(ENOMEM, "out of memory")
     elif isinstance(error, ImportError):
         # The dynamic linker tells it in words (dlopen(3)): of files that it can't open or map.
-        number = next((n for n in (EMFILE, ENFILE, ENOMEM) if os.strerror(n) in str(error)), None)
+        number = next((n for n in (EMFILE, ENFILE, ENOMEM) if posix.strerror(n) in str(error)), None)
         if number is None and "failed to map segment" in str(error):
             number = ENOMEM
         if number is None:
             return None
-        error = OSError(number, os.strerror(number))
+        error = OSError(number, posix.strerror(number))
     if error.errno not in HOST_LIMITS:
         return None
     where = "" if error.errno in (EMFILE, ENFILE, ENOMEM) else f"{error.filename or 'standard output'}: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
+import posix
 
 from pyvmm.cli.options import Option, from_rows, parse, usage
 from pyvmm.cli.say import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
@@ -74,6 +74,7 @@ def run(args: list[str]) -> int:
         announce(machine)
         for path in sockets:
             machine.serve_qmp(path, at_once=False)
+        gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
         return go(machine, timeout_s, exit_stats, attended=bool(sockets))
 
@@ -288,7 +289,7 @@ def run_attended(machine: Machine, timeout_s: float | None) -> int:
 
 
 def held_up(why: str) -> str:
-    return f"pyvmm: {why}; the guest is stopped: mend it, then `kill -CONT {os.getpid()}`"
+    return f"pyvmm: {why}; the guest is stopped: mend it, then `kill -CONT {posix.getpid()}`"
 
 
 def wait_for_sigcont(machine: Machine, message: str, end: float | None) -> bool:

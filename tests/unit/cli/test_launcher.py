@@ -50,6 +50,7 @@ def package(directory: Path) -> Path:
     (where / "cli").mkdir(parents=True)
     (where / "__init__.py").write_text("")
     (where / "cli/__init__.py").write_text(f"def main():\n    {TELL}\n    return 7\n")
+    (where / "cli/way_in.py").write_bytes((ROOT / "pyvmm/cli/way_in.py").read_bytes())
     return where / "__init__.py"
 
 
@@ -137,6 +138,8 @@ def test_by_a_link_and_by_name(home: Path, path: Path, tmp_path: Path) -> None:
     run(tmp_path / "vm", path=path)
     run("pyvmm", path=Path(f"{home / 'bin'}:{path}"))
     run("sh", "pyvmm", path=path, cwd=home / "bin")
+    for name, directory in (("./pyvmm", "bin"), ("../bin/pyvmm", "bin"), ("bin/.//pyvmm", "."), ("bin/pyvmm", ".")):
+        run("sh", name, path=path, cwd=home / directory)
 
 
 def test_an_interpreter_of_ones_own(home: Path, path: Path) -> None:
@@ -166,7 +169,8 @@ def test_the_status_and_all_output_come_out(home: Path, path: Path, status: int)
 def test_the_installed_command_is_this_one() -> None:
     command = Path(sys.prefix) / "bin/pyvmm"
     text = (ROOT / "pyvmm/launcher/pyvmm").read_text()
-    assert command.read_text().partition("'''\n\nimport os")[0] == text.replace("@PYTHON@", PYTHON).partition(
-        "'''\n\nimport os"
-    )[0]
+    words = {"@PYTHON@": PYTHON, "@DISTRIBUTION@": "pyvmm_kvm", "@VERSION@": VERSION}
+    for word, value in words.items():
+        text = text.replace(word, value)
+    assert command.read_text() == text
     assert os.access(command, os.X_OK)
