@@ -10,7 +10,7 @@ Lock order: device, then chardev, then event loop. A chardev calls its device wi
 
 from __future__ import annotations
 
-import os
+import posix
 import select
 import stat
 from errno import EIO, EPIPE
@@ -18,11 +18,12 @@ from time import monotonic
 
 from pyvmm.errors import ConfigError, KindError, StateError, remedy
 from pyvmm.light import Lock
-from pyvmm.options import is_int
+from pyvmm.options import is_int, path_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from os import PathLike
     from typing import Any
 
     from typing_extensions import Buffer
@@ -33,7 +34,7 @@ QUEUE_LIMIT_BYTES = 65536
 FLUSH_LIMIT_S = 1.0  # how long close() waits for a reader
 READ_BYTES = 4096
 LONGEST_INPUT_BYTES = 1 << 30  # of a saved state
-PTMX = os.makedev(5, 2)  # Linux Documentation/admin-guide/devices.txt
+PTMX = posix.makedev(5, 2)  # Linux Documentation/admin-guide/devices.txt
 LARGEST_SCREEN = 0xFFFF  # columns, or lines, as virtio and the kernel's struct winsize have them
 
 BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL  # nobody reads at the other end (any more, or yet)
@@ -263,7 +264,7 @@ class FdChardev(Chardev):
         """Why output was dropped first, where the descriptor refused it: a full disk, say. Not where a reader left."""
         if out_fd >= 0:
             try:
-                mode = os.fstat(out_fd).st_mode
+                mode = posix.fstat(out_fd).st_mode
             except OSError:
                 self._out_fd = -1
             else:
@@ -272,7 +273,7 @@ class FdChardev(Chardev):
                     self._out_poll = select.poll()
                     self._out_poll.register(self._out_fd, select.POLLOUT)
                     # POLLOUT promises PIPE_BUF bytes on a pipe, but on a terminal no more than one.
-                    shared_terminal = os.isatty(out_fd) and os.get_blocking(self._out_fd)
+                    shared_terminal = posix.isatty(out_fd) and posix.get_blocking(self._out_fd)
                     self._chunk = 1 if shared_terminal else select.PIPE_BUF
 
     # -- output ---------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ class FdChardev(Chardev):
                 if ready[0][1] & BROKEN:
                     return len(data)  # a write would fail, and kill a process with the default SIGPIPE
             try:
-                sent += os.write(fd, data[sent : sent + chunk])
+                sent += posix.write(fd, data[sent : sent + chunk])
             except BlockingIOError:
                 break
             except OSError as exc:
@@ -421,7 +422,7 @@ class FdChardev(Chardev):
         if not poll.poll(0):
             return None  # somebody who shares the descriptor was faster
         try:
-            return os.read(self._in_fd, size_bytes)
+            return posix.read(self._in_fd, size_bytes)
         except BlockingIOError:
             return None
         except OSError:  # EIO: the terminal went away
@@ -448,7 +449,7 @@ class FdChardev(Chardev):
     def _end(self) -> None:
         self._release()
         if self._own_fd >= 0:
-            os.close(self._own_fd)
+            posix.close(self._own_fd)
         self._in_fd = self._out_fd = self._own_fd = -1
 
     def _release(self) -> None:
@@ -461,14 +462,14 @@ def own_terminal(fd: int) -> tuple[int, int]:
     terminal, of one in another mount namespace, and of the other end of a pseudo-terminal: that one's name makes a new
     one.
     """
-    if not os.isatty(fd) or not os.get_blocking(fd) or os.fstat(fd).st_rdev == PTMX:
+    if not posix.isatty(fd) or not posix.get_blocking(fd) or posix.fstat(fd).st_rdev == PTMX:
         return fd, -1
     try:
-        own = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        own = posix.open(posix.ttyname(fd), posix.O_WRONLY | posix.O_NOCTTY | posix.O_NONBLOCK | posix.O_CLOEXEC)
     except OSError:
         return fd, -1
-    if os.fstat(own).st_rdev != os.fstat(fd).st_rdev:  # its name is another's here
-        os.close(own)
+    if posix.fstat(own).st_rdev != posix.fstat(fd).st_rdev:  # its name is another's here
+        posix.close(own)
         return fd, -1
     return own, own
 
@@ -483,17 +484,17 @@ class PtyChardev(FdChardev):
         import tty
 
         try:
-            master_fd, slave_fd = os.openpty()
+            master_fd, slave_fd = posix.openpty()
         except OSError as exc:
             raise ConfigError(
                 f"no pseudo-terminal to be had: {remedy(exc, 'mount devpts, or use a file')}"
             ) from exc
-        self.path = os.ttyname(slave_fd)
+        self.path = posix.ttyname(slave_fd)
         """The device file for the client."""
         tty.setraw(slave_fd)
         # With our own end open the kernel would never report a client's absence (POLLHUP).
-        os.close(slave_fd)
-        os.set_blocking(master_fd, False)  # nobody shares it
+        posix.close(slave_fd)
+        posix.set_blocking(master_fd, False)  # nobody shares it
         super().__init__(loop, in_fd=master_fd, out_fd=master_fd)
         self._chunk = select.PIPE_BUF
         # A hang-up lasts until the next client: level-triggered, it would keep the loop spinning.
@@ -501,12 +502,12 @@ class PtyChardev(FdChardev):
 
     def _read(self, size_bytes: int) -> bytes | None:
         try:
-            return os.read(self._in_fd, size_bytes)
+            return posix.read(self._in_fd, size_bytes)
         except OSError:  # EIO: no client; it is no end, there may come another
             return None
 
     def _release(self) -> None:
-        os.close(self._out_fd)
+        posix.close(self._out_fd)
 
 
 class FileChardev(FdChardev):
@@ -515,26 +516,27 @@ class FileChardev(FdChardev):
     ConfigError where the path can't be opened. A FIFO must have its reader already.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | int, loop: EventLoop | None = None) -> None:
-        self.path = f"descriptor {target}" if isinstance(target, int) else os.fsdecode(target)
+    def __init__(self, target: str | PathLike[str] | int, loop: EventLoop | None = None) -> None:
+        self.path = f"descriptor {target}" if isinstance(target, int) else path_text(target)
         self._owned = not isinstance(target, int)
         if isinstance(target, int):
             fd = target
             try:
-                os.fstat(fd)
+                posix.fstat(fd)
             except OSError as exc:
                 raise ConfigError(f"descriptor {fd} is not open: give one that is, or a path") from exc
         else:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+            flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND
+            flags |= posix.O_CLOEXEC | posix.O_NOCTTY | posix.O_NONBLOCK
             try:
-                fd = os.open(target, flags, 0o666)
+                fd = posix.open(target, flags, 0o666)
             except OSError as exc:
                 raise ConfigError(
-                    f"can't write to {os.fspath(target)!r}: "
+                    f"can't write to {posix.fspath(target)!r}: "
                     + remedy(exc, "give the path of a file that may be created or appended to")
                 ) from exc
         super().__init__(loop, out_fd=fd)
 
     def _release(self) -> None:
         if self._owned:
-            os.close(self._out_fd)
+            posix.close(self._out_fd)

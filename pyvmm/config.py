@@ -4,15 +4,30 @@ give instead. What is made of it before anything is opened is a Spec (spec.py).
 
 from __future__ import annotations
 
-import os
+from posix import stat
 
 from pyvmm.console_words import CONSOLE
 from pyvmm.errors import ConfigError, remedy_for_path
-from pyvmm.options import FLAG, GIVEN, Kind, Options, number, option, take_flag, take_text, text, whole, word
+from pyvmm.options import (
+    FLAG,
+    GIVEN,
+    Kind,
+    Options,
+    is_path,
+    number,
+    option,
+    path_text,
+    take_flag,
+    take_text,
+    text,
+    whole,
+    word,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
     from typing import Any
 
     from typing_extensions import Buffer, TypedDict, Unpack
@@ -26,13 +41,13 @@ if TYPE_CHECKING:
     from pyvmm.vsock.options import VsockOptions
 
     # A file by its path, or its content.
-    Image = str | os.PathLike[str] | Buffer
+    Image = str | PathLike[str] | Buffer
 
     class MachineOptions(TypedDict, total=False):
         """What ``Machine(**options)`` takes: MachineConfig's docstring says what each is."""
 
         machine: str | None
-        drives: Sequence[DriveOptions | str | os.PathLike[str]]
+        drives: Sequence[DriveOptions | str | PathLike[str]]
         nets: Sequence[NetOptions | str]
         vsock: VsockOptions | str | None
         shares: Sequence[ShareOptions | str]
@@ -83,8 +98,8 @@ def take_file(name: str, value: Any) -> Any:
     """A file that a machine boots from: its path, or its bytes."""
     if value is None:
         return None
-    if isinstance(value, (str, os.PathLike)):
-        path = os.fsdecode(value)
+    if is_path(value):
+        path = path_text(value)
         if not path or "\0" in path:
             raise ConfigError(f"{name}={value!r}: give the path of a file")
         return path
@@ -106,7 +121,7 @@ def unplain_file(name: str, data: Any, given: Mapping[str, Any]) -> Any:
     if not isinstance(data, dict):
         return data
     image = given.get(name)
-    if image is None or isinstance(image, (str, os.PathLike)) or memoryview(image).nbytes != data[GIVEN]:
+    if image is None or is_path(image) or memoryview(image).nbytes != data[GIVEN]:
         raise ConfigError(f"{name} was given as {data[GIVEN]} bytes: give the same bytes again")
     return image
 
@@ -116,7 +131,7 @@ FILE = Kind(take_file, metavar="FILE", plain=plain_file, unplain=unplain_file)
 
 def take_modules(name: str, value: Any) -> tuple[tuple[Image, str], ...]:
     """(file, command line) of each."""
-    if isinstance(value, (str, bytes, os.PathLike)) or not hasattr(value, "__iter__"):
+    if isinstance(value, bytes) or is_path(value) or not hasattr(value, "__iter__"):
         raise ConfigError(f"{name}={value!r}: give a list of (image, command line)")
     pairs = list(value)
     for pair in pairs:
@@ -154,7 +169,7 @@ def list_of(options: Callable[[], Any], take: Callable[[Any], Any], things: str)
     def take_all(name: str, value: Any) -> tuple[Any, ...]:
         if isinstance(value, (list, tuple)) and not value:
             return ()
-        if isinstance(value, (str, bytes, os.PathLike, options())) or not hasattr(value, "__iter__"):
+        if isinstance(value, (bytes, options())) or is_path(value) or not hasattr(value, "__iter__"):
             raise ConfigError(f"{name}={value!r}: give a list of {things}")
         return tuple(taken for each in value if (taken := take(each)) is not None)
 
@@ -183,7 +198,7 @@ def take_drive(value: Any) -> DriveOptions:
         return value
     if isinstance(value, str) and "=" in value:
         return options.parse(value)
-    if isinstance(value, (str, os.PathLike)):
+    if is_path(value):
         return options(value)
     raise ConfigError(f"{value!r} is no drive: give a path, DriveOptions or 'file=...,index=...'")
 
@@ -405,7 +420,7 @@ class MachineConfig(Options):
         word("pc", "microvm", none=True), None, "pc (i440FX, PIIX3 with IDE, firmware) or microvm (no PCI); without it"
         " a microvm where there is a kernel or a flat binary, no firmware, and no drive but with if=virtio",
         cli="--machine -M", metavar="KIND", own_words=True)  # fmt: skip
-    drives: Sequence[DriveOptions | str | os.PathLike[str]] = option(
+    drives: Sequence[DriveOptions | str | PathLike[str]] = option(
         DRIVES, (), "disks as QEMU words them: file=a.img,index=1,cache=none,werror=stop", cli="--drive", many=True,
         own_words=True, python="; in Python also paths and DriveOptions")  # fmt: skip
     nets: Sequence[NetOptions | str] = option(
@@ -557,7 +572,7 @@ def refuse_twice(drives: Sequence[DriveOptions]) -> None:
         if drive.file is None or not drive.locking:
             continue
         try:
-            status = os.stat(image_path(drive))
+            status = stat(image_path(drive))
         except (OSError, ValueError):
             continue  # whoever opens it says what is wrong
         image = status.st_dev, status.st_ino

@@ -80,11 +80,11 @@ class Consoles:
     def _the_terminal(self) -> Terminal:
         """The one owner of standard input and output."""
         if self.terminal is None:
-            import os
+            from posix import isatty
 
             from pyvmm.terminal import Terminal
 
-            raw = self._command and os.isatty(0)
+            raw = self._command and isatty(0)
             made = self.terminal = Terminal(
                 self._loop,
                 raw=raw,

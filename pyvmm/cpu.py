@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from _weakref import ref
-from os import getpid
+from posix import getpid
 
 from pyvmm.cpu_exec import CpuExec, StopReason
 from pyvmm.errors import ConfigError, KindError, KvmError, StateError

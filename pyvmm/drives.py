@@ -32,9 +32,9 @@ class Drives:
         self._events.tell("io-error", drive=backend.name, operation=operation, errno=number, action=action)
         if action != "stop":
             return
-        import os
+        from posix import strerror
 
-        self.io_error = f"{backend.name}: {operation}: {os.strerror(number)}"
+        self.io_error = f"{backend.name}: {operation}: {strerror(number)}"
         held_up = ExitStatus(STATUS_IO_ERROR, f"io-error: {self.io_error}")
         self._control.end(RunState.IO_ERROR, held_up)
 

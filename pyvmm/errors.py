@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posix
 from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOMEM, ENOSPC
 
 
@@ -108,7 +108,7 @@ class KvmError(VmmError, OSError):
     """An ioctl on a KVM descriptor failed: ``ioctl`` by its kernel name, ``errno`` and ``strerror`` as in OSError."""
 
     def __init__(self, ioctl: str, errno: int, remedy: str = "") -> None:
-        OSError.__init__(self, errno, os.strerror(errno))
+        OSError.__init__(self, errno, posix.strerror(errno))
         self.ioctl = ioctl
         self.remedy = remedy
 
@@ -164,10 +164,19 @@ def remedy_for_path(path: str, error: OSError, otherwise: str) -> str:
 PROTOCOLS = ("nbd", "json", "fat", "rbd", "ssh", "iscsi", "gluster", "nvme", "vxhs")
 
 
+def there(path: str) -> bool:
+    """os.path.lexists."""
+    try:
+        posix.lstat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def not_local(path: str) -> str:
     """What to do about a ``path`` that is a URL, or a word of QEMU's for something that is no file; else ""."""
     scheme, colon, rest = path.partition(":")
-    if not colon or os.path.lexists(path):
+    if not colon or there(path):
         return ""
     if scheme == "file" and rest.startswith("//"):
         return f"that is a URL: give the path, {rest[2:]}"

@@ -10,7 +10,7 @@ sleeps too long for what they bring.
 
 from __future__ import annotations
 
-import os
+import posix
 import select
 import time
 from _weakref import ref
@@ -103,7 +103,7 @@ class Ends:
     def close(self) -> None:
         if self.epoll is not None:
             self.epoll.close()
-            os.close(self.wake_fd)
+            posix.close(self.wake_fd)
             self.epoll, self.wake_fd = None, -1
 
 
@@ -256,7 +256,7 @@ class EventLoop(Watches):
         # The thread finds nothing but its descriptors, and closes them.
         with self._lock:
             if self._ends.epoll is not None:
-                os.eventfd_write(self._ends.wake_fd, 1)
+                posix.eventfd_write(self._ends.wake_fd, 1)
 
     # -- under the lock -------------------------------------------------------------------------------------
 
@@ -268,11 +268,11 @@ class EventLoop(Watches):
             me, lock, ends = ref(self), self._lock, self._ends
             wake_fd = -1
             try:
-                wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                wake_fd = posix.eventfd(0, posix.EFD_CLOEXEC | posix.EFD_NONBLOCK)
                 epoll = select.epoll()
             except OSError as error:
                 if wake_fd >= 0:
-                    os.close(wake_fd)
+                    posix.close(wake_fd)
                 if error.errno in HOST_LIMITS:
                     raise HostError(remedy(error, "")) from None
                 raise
@@ -289,7 +289,7 @@ class EventLoop(Watches):
     def _wake_locked(self) -> None:
         if self._asleep and self._ends.epoll is not None:
             self._asleep = False
-            os.eventfd_write(self._ends.wake_fd, 1)
+            posix.eventfd_write(self._ends.wake_fd, 1)
 
     def _on_earliest_timer(self) -> None:
         if self._closed:
@@ -394,7 +394,7 @@ class EventLoop(Watches):
 
     def _on_ready(self, epoll: select.epoll, fd: int, mask: int) -> None:
         if fd == self._ends.wake_fd:
-            os.eventfd_read(fd)
+            posix.eventfd_read(fd)
             return
         with self._lock:
             if self._closed:
@@ -435,14 +435,14 @@ class EventLoop(Watches):
         """Whether it returned. What it raised goes to on_error; what that raises, to threading.excepthook."""
         if self._closed:
             return True
-        pid = os.getpid()
+        pid = posix.getpid()
         try:
             callback()
-            if os.getpid() != pid:
+            if posix.getpid() != pid:
                 raise Forked
             return True
         except BaseException as exc:
-            if os.getpid() != pid:
+            if posix.getpid() != pid:
                 raise Forked from (None if isinstance(exc, Forked) else exc)
             try:
                 self._on_error(exc)

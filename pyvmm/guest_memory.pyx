@@ -10,7 +10,7 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MA
                          PROT_WRITE, mmap, mprotect, munmap)
 from posix.unistd cimport close, ftruncate
 
-import os
+import posix
 
 from pyvmm.errors import BusError, ConfigError, StateError, remedy
 from pyvmm.x86.layout import PAGE_BYTES, RAM_HIGH, RAM_HOLE
@@ -93,7 +93,7 @@ cdef class RamRegion:
             self.fd = memfd_create(b"pyvmm-ram", MFD_CLOEXEC | huge)
             if self.fd < 0 or ftruncate(self.fd, length) < 0:
                 raise ConfigError(f"{name}: no memory file of {length >> 20} MiB: "
-                                  + remedy(OSError(errno, os.strerror(errno)),
+                                  + remedy(OSError(errno, posix.strerror(errno)),
                                            "reserve huge pages in /proc/sys/vm/nr_hugepages" if huge
                                            else "ask for less memory"))
             # Hugetlb pages must be reserved now: a page missing later would be a SIGBUS inside a guest's access.
@@ -107,7 +107,7 @@ cdef class RamRegion:
         cdef void *p = map_aligned(length, flags) if large \
             else mmap(NULL, length, PROT_READ | PROT_WRITE, flags, file, start)
         if p == MAP_FAILED:
-            raise ConfigError(f"{name}: can't map {length >> 20} MiB: {os.strerror(errno)}"
+            raise ConfigError(f"{name}: can't map {length >> 20} MiB: {posix.strerror(errno)}"
                               + ("; reserve huge pages in /proc/sys/vm/nr_hugepages" if huge
                                  else "; ask for less memory, or raise `ulimit -v`"))
         self.hva = <uint8_t *>p
@@ -153,7 +153,7 @@ cdef class RamRegion:
         if mmap(self.hva + <size_t>offset, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, file,
                 start) == MAP_FAILED:
             raise ConfigError(f"{self.name}: can't map {size >> 10} KiB of a file: "
-                              + remedy(OSError(errno, os.strerror(errno)), "raise /proc/sys/vm/max_map_count"))
+                              + remedy(OSError(errno, posix.strerror(errno)), "raise /proc/sys/vm/max_map_count"))
         self.file_behind = True
 
     cdef bint give_back(self, uint64_t offset, uint64_t size) noexcept nogil:
@@ -252,7 +252,7 @@ cdef class GuestMemory:
             raise BusError(f"guest-physical {gpa:#x} is not inside RAM")
         # The way of QEMU's pc-testdev: taking the rights away and giving them back goes through KVM's MMU notifier.
         if mprotect(page, PAGE_BYTES, PROT_NONE) < 0 or mprotect(page, PAGE_BYTES, PROT_READ | PROT_WRITE) < 0:
-            raise OSError(errno, os.strerror(errno))
+            raise OSError(errno, posix.strerror(errno))
 
     def discard(self, uint64_t gpa, uint64_t size, *, bint zeros=False):
         """Give ``size`` bytes of whole pages at ``gpa`` back to the host, until they are touched again: how many bytes it

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from posix import fspath
+from posix import stat as status
+
 from pyvmm.errors import ConfigError, remedy_for_path
+from pyvmm.options import is_path, path_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,22 +24,20 @@ class Images:
 
     def get(self, image: Image, what: str) -> memoryview:
         """The bytes of a path or a buffer. ConfigError where the file can't be read, or is empty."""
-        import os
-
-        if not isinstance(image, (str, os.PathLike)):
+        if not is_path(image):
             return memoryview(image).cast("B")
-        path = os.fspath(image)
+        path = fspath(image)
         if path not in self._views:
             self._views[path] = self._map(path, what)
         return self._views[path]
 
     def _map(self, path: str, what: str) -> memoryview:
         import mmap
-        import os
         import stat
 
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            kind = stat.S_IFMT(status(path).st_mode)
+            if kind not in (stat.S_IFREG, stat.S_IFDIR):
                 raise ConfigError(f"{what} {path} is a device or a pipe: give a file, or its bytes")
             with open(path, "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -66,6 +68,4 @@ class Images:
 
 def image_name(image: Image, otherwise: str) -> str:
     """What to call it in messages, and the first word of a multiboot kernel's or module's command line."""
-    import os
-
-    return os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else otherwise
+    return path_text(image) if is_path(image) else otherwise

@@ -14,7 +14,7 @@ An eventfd is best watched with ``edge`` (EPOLLET): each write to it is an event
 
 from __future__ import annotations
 
-import os
+import posix
 import select
 from _weakref import ref
 
@@ -44,12 +44,12 @@ class Ends:
         self.dropped = False  # nobody refers to the IoThread any more
         self.wake_fd = -1
         try:
-            self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.wake_fd = posix.eventfd(0, posix.EFD_CLOEXEC | posix.EFD_NONBLOCK)
             self.epoll = select.epoll()
             self.epoll.register(self.wake_fd, select.EPOLLIN | select.EPOLLET)
         except OSError as error:
             if self.wake_fd >= 0:
-                os.close(self.wake_fd)
+                posix.close(self.wake_fd)
             if error.errno in HOST_LIMITS:
                 raise HostError(remedy(error, "")) from None
             raise
@@ -58,7 +58,7 @@ class Ends:
         """End the thread's sleep; nothing where they are closed."""
         with self.lock:
             if self.wake_fd >= 0:
-                os.eventfd_write(self.wake_fd, 1)
+                posix.eventfd_write(self.wake_fd, 1)
 
     def close(self) -> None:
         with self.lock:
@@ -69,7 +69,7 @@ class Ends:
         fd, self.wake_fd = self.wake_fd, -1
         if fd >= 0:
             self.epoll.close()
-            os.close(fd)
+            posix.close(fd)
 
 
 class IoThread(Watches):
@@ -229,11 +229,11 @@ class IoThread(Watches):
     def _call(self, callback: Callback, table: dict[int, Callback] | None, fd: int) -> None:
         if self._closed:
             return
-        pid = os.getpid()
+        pid = posix.getpid()
         try:
             callback()
         except BaseException as error:
-            if os.getpid() != pid:
+            if posix.getpid() != pid:
                 raise Forked from error
             if table is not None:
                 with self._lock:
@@ -241,7 +241,7 @@ class IoThread(Watches):
                         self._remove_locked(table, fd)
             self._on_error(error)
         else:
-            if os.getpid() != pid:
+            if posix.getpid() != pid:
                 raise Forked
 
 

@@ -14,7 +14,7 @@ for those: until ``go_live``, which runs beside the guest, the regions answer by
 
 from __future__ import annotations
 
-import os
+import posix
 from errno import EINVAL
 
 from pyvmm.address_space import SpaceListener
@@ -81,7 +81,7 @@ class KvmListener(SpaceListener):
         """In a child of fork: the same, without a lock."""
         self._live, self._closed = False, True
         for fd in {*self._eventfds.values(), *self._ioeventfds.values()}:
-            os.close(fd)
+            posix.close(fd)
         self._eventfds.clear()
         self._ioeventfds.clear()
         self._loops = ()
@@ -161,7 +161,7 @@ class KvmListener(SpaceListener):
         with self._lock:
             if not self._closed:
                 try:
-                    self._eventfds[space is self._pio, address, size, datamatch] = os.dup(fd)
+                    self._eventfds[space is self._pio, address, size, datamatch] = posix.dup(fd)
                 except OSError:
                     raise no_eventfd(space.name, address) from None
 
@@ -170,7 +170,7 @@ class KvmListener(SpaceListener):
         with self._lock:
             ours = self._eventfds.pop(event, None)
             if ours is not None and self._ioeventfds.get(event) != ours:
-                os.close(ours)
+                posix.close(ours)
 
     def coalesced_add(self, space: AddressSpace, address: int, size: int) -> None:
         with self._lock:
@@ -239,7 +239,7 @@ class KvmListener(SpaceListener):
                 self._ioeventfd(event, ours, deassign=True)
                 del self._ioeventfds[event]
                 if self._eventfds.get(event) != ours:
-                    os.close(ours)
+                    posix.close(ours)
         for event, ours in wanted.items():
             if event not in self._ioeventfds:
                 self._ioeventfd(event, ours)

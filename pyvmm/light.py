@@ -7,7 +7,7 @@ is here is built directly on ``_thread``, and behaves as what has the same name 
 from __future__ import annotations
 
 import _thread
-from os import getpid
+from posix import getpid
 from sys import modules, setprofile, settrace
 from time import monotonic
 

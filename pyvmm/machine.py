@@ -8,9 +8,8 @@ builder.py makes what is in it; RunControl (run_control.py) starts and parks its
 
 from __future__ import annotations
 
-import os
 import sys
-from os import getpid
+from posix import fspath, getpid
 
 from pyvmm import builder
 from pyvmm import run_control as states
@@ -26,6 +25,7 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from os import PathLike
     from typing import Any
 
     from typing_extensions import Unpack
@@ -330,7 +330,7 @@ class Machine:
             raise StateError(f"{call}(): the machine has no balloon, give it balloon=0")
         return self.board.balloon
 
-    def serve_qmp(self, path: str | os.PathLike[str], *, at_once: bool = True) -> None:
+    def serve_qmp(self, path: str | PathLike[str], *, at_once: bool = True) -> None:
         """Let clients drive and watch the machine by QMP, as they do QEMU: at the Unix socket ``path``, which only this
         user may connect to, until the machine is closed. Any number of times, with other paths.
 
@@ -340,7 +340,7 @@ class Machine:
         from pyvmm.unix_socket import UnixListener
 
         self._usable("serve_qmp")
-        listener = self._chassis.closers.add(UnixListener(os.fspath(path), CLIENTS_WAITING, what="qmp", mode=0o600))
+        listener = self._chassis.closers.add(UnixListener(fspath(path), CLIENTS_WAITING, what="qmp", mode=0o600))
 
         def serve() -> None:
             from pyvmm.control.qmp.server import QmpServer
@@ -399,7 +399,7 @@ class Machine:
         """
         self._all_state("load_state").load(state)
 
-    def save(self, path: str | os.PathLike[str], *, base: Snapshot | None = None) -> Saved:
+    def save(self, path: str | PathLike[str], *, base: Snapshot | None = None) -> Saved:
         """Write a snapshot to the file ``path``: all that ``save_state`` gives, with memory, and what the machine is
         made of. ``Machine.restore`` goes on from there, any number of times. Of a machine that runs most of its memory
         is written while it does (Linux 6.7 or newer, no balloon, no ``base``); it stands for the rest and then goes on.
@@ -416,12 +416,12 @@ class Machine:
 
         state = self._all_state("save")
         with self._chassis.saving:
-            return save(state, self.config, self._chassis.origin, os.fspath(path), base)
+            return save(state, self.config, self._chassis.origin, fspath(path), base)
 
     @classmethod
     def restore(
         cls,
-        path: str | os.PathLike[str] | Snapshot,
+        path: str | PathLike[str] | Snapshot,
         *,
         board: type[Board] | None = None,
         prepare: Callable[[Machine], object] | None = None,
@@ -444,7 +444,7 @@ class Machine:
         from pyvmm.machine_snapshot import restored_spec
         from pyvmm.snapshot import Snapshot
 
-        with path.hold() if isinstance(path, Snapshot) else Snapshot(os.fspath(path)) as origin:
+        with path.hold() if isinstance(path, Snapshot) else Snapshot(fspath(path)) as origin:
             config = restored_spec(origin, options)
             self = cls.__new__(cls)
             self._make(config, board, origin)

@@ -11,12 +11,18 @@ checkers the names and types of MachineOptions are written once more (config.py)
 
 from __future__ import annotations
 
+from posix import fspath
+from sys import getfilesystemencodeerrors, getfilesystemencoding
+
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from os import PathLike
     from typing import Any, Self
+
+    from typing_extensions import TypeIs
 
 WIDTH = 118  # of help
 GIVEN = "given"  # in a Spec that was written down: what only the process had that wrote it
@@ -320,6 +326,17 @@ def near_match(name: str, known: Iterable[str]) -> str:
 
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_path(value: object) -> TypeIs[str | PathLike[str]]:
+    """Whether it names a file. isinstance by os.PathLike says the same, at the cost of importing os."""
+    return isinstance(value, str) or hasattr(type(value), "__fspath__")
+
+
+def path_text(path: str | bytes | PathLike[str] | PathLike[bytes]) -> str:
+    """os.fsdecode."""
+    name = fspath(path)
+    return name if isinstance(name, str) else name.decode(getfilesystemencoding(), getfilesystemencodeerrors())
 
 
 def number(text: str) -> int:

@@ -7,7 +7,7 @@ A ``Screen`` takes the whole of it while it is shown.
 
 from __future__ import annotations
 
-import os
+import posix
 
 from pyvmm.chardev import READ_BYTES, CallableChardev, FdChardev
 from pyvmm.errors import StateError
@@ -108,10 +108,10 @@ class Terminal(FdChardev):
         self._focus = 0  # which console has the keyboard
         self._on_gone = on_gone
         self._tty_fd = in_fd
-        self._raw = raw and os.isatty(in_fd)
+        self._raw = raw and posix.isatty(in_fd)
         self._cooked: list[int | list[bytes | int]] | None = None  # the terminal's own modes, while it is raw
         self._lent = True  # somebody else has it: until the run begins, and while the process is stopped
-        self._pid = os.getpid()
+        self._pid = posix.getpid()
         self._screen: Screen | None = None
         self._screen_first = False
         self._shown = False  # the screen is
@@ -274,18 +274,18 @@ class Terminal(FdChardev):
             return
         for console in self.consoles:
             console.size = self._size()
-        self._size_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._size_fd = posix.eventfd(0, posix.EFD_CLOEXEC | posix.EFD_NONBLOCK)
         self._event_loop.add_reader(self._size_fd, self._look_at_size, edge=True)
 
     def resized(self) -> None:
         """It may have another size (SIGWINCH). Takes no lock: a signal handler may call it."""
         if self._size_fd >= 0:
-            os.eventfd_write(self._size_fd, 1)
+            posix.eventfd_write(self._size_fd, 1)
 
     def _size(self) -> tuple[int, int] | None:
         for fd in (self._out_fd, self._tty_fd):
             try:
-                columns, lines = os.get_terminal_size(fd)
+                columns, lines = posix.get_terminal_size(fd)
             except OSError:
                 continue
             if columns and lines:  # some have none, as a serial line
@@ -330,7 +330,7 @@ class Terminal(FdChardev):
         """
         self._lent = True
         cooked, self._cooked = self._cooked, None
-        if cooked is None or os.getpid() != self._pid:
+        if cooked is None or posix.getpid() != self._pid:
             return  # a child of fork: the terminal is its parent's
         import atexit
         import termios
@@ -355,12 +355,12 @@ class Terminal(FdChardev):
         self.leave_raw()
         fd, self._size_fd = self._size_fd, -1
         if fd >= 0:
-            os.close(fd)
+            posix.close(fd)
 
 
 def in_foreground(fd: int) -> bool:
     """Whether this process may change the terminal's modes: it is in the foreground, or knows no job control there."""
     try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
+        return posix.tcgetpgrp(fd) == posix.getpgrp()
     except OSError:
         return True

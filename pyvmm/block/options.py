@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, is_int, option, split_commas, take_flag, text, whole, word
+from pyvmm.options import (
+    ON_OFF,
+    Kind,
+    Options,
+    is_int,
+    is_path,
+    option,
+    path_text,
+    split_commas,
+    take_flag,
+    text,
+    whole,
+    word,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,11 +36,9 @@ def take_path(name: str, value: Any) -> str | None:
     """The image. None: a CD drive with no disc in it."""
     if value is None:
         return None
-    import os
-
-    if not isinstance(value, (str, os.PathLike)):
+    if not is_path(value):
         raise ConfigError(f"{name}={value!r}: give a path")
-    path = os.fsdecode(value)
+    path = path_text(value)
     if not path:
         raise ConfigError(f"{name}={value!r}: give the path of an image")
     return path

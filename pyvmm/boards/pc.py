@@ -6,13 +6,11 @@ chipset as firmware leaves it.
 
 from __future__ import annotations
 
-import os
-
 from pyvmm.boards.ide_places import PLACES
 from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.pc_drives import make_drive
 from pyvmm.devices.pci.device import INTERRUPT_LINE
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, there
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
 from pyvmm.memory_map import BUS, RAM, ROM
 from pyvmm.places import Places
@@ -223,7 +221,7 @@ class Pc(IsaBoard):
 
 def find_firmware() -> str:
     for path in FIRMWARE:
-        if os.path.exists(path):
+        if there(path):
             return path
     raise ConfigError("no SeaBIOS on this host: install Debian's seabios package, or give firmware=FILE")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posix
 
 from pyvmm.light import on_main_thread
 
@@ -65,7 +65,7 @@ class Signals:
         if self.terminal is not None:
             self.terminal.leave_raw()
         # Not SIGTSTP once more: the kernel does not stop a process by that where no shell could continue it.
-        os.kill(os.getpid(), signal.SIGSTOP)
+        posix.kill(posix.getpid(), signal.SIGSTOP)
 
     def _continue(self, _number: int, _frame: object) -> None:
         """After SIGTSTP, after a SIGSTOP that nobody heard of, and where a shell brings us into the foreground."""

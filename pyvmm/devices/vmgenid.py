@@ -7,7 +7,7 @@ of one snapshot would otherwise draw alike.
 
 from __future__ import annotations
 
-import os
+import posix
 
 from pyvmm.device import Device
 
@@ -27,7 +27,7 @@ class VmGenId(Device):
 
     def __init__(self, notify: Callable[[], object]) -> None:
         self._notify = notify
-        self.id = os.urandom(ID_BYTES)
+        self.id = posix.urandom(ID_BYTES)
 
     def read(self, offset: int, size: int) -> int:
         return int.from_bytes(self.id[offset : offset + size], "little")
@@ -38,5 +38,5 @@ class VmGenId(Device):
     def change(self) -> None:
         """Another one from here on; the guest is told."""
         with self.lock:
-            self.id = os.urandom(ID_BYTES)
+            self.id = posix.urandom(ID_BYTES)
         self._notify()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posix
 import stat
 from errno import EACCES
 
@@ -12,14 +12,14 @@ from pyvmm.kvm.ioctl import REMEDIES
 def how_to_be_let_in(path: str) -> str:
     """A command that an administrator of this host can run, and what follows it."""
     try:
-        status = os.stat(path)
+        status = posix.stat(path)
     except OSError:
         return REMEDIES["open /dev/kvm", EACCES]
     group = group_name(status.st_gid)
     if status.st_gid != 0 and status.st_mode & (stat.S_IRGRP | stat.S_IWGRP) == stat.S_IRGRP | stat.S_IWGRP:
-        if os.geteuid() == 0 or status.st_gid in os.getgroups():
+        if posix.geteuid() == 0 or status.st_gid in posix.getgroups():
             return "a security module or the sandbox around this process forbids it: allow the device there"
-        user = user_name(os.geteuid())
+        user = user_name(posix.geteuid())
         return f"join the group that may: `sudo usermod -aG {group} {user}`, then log in again"
     mode = stat.S_IMODE(status.st_mode)
     # As udev sets it by default (systemd's 50-udev-default.rules, dev-kvm-mode).

@@ -5,7 +5,7 @@ Linux Documentation/virt/kvm/api.rst, "4.133 KVM_GET_STATS_FD": a header, an id 
 
 from __future__ import annotations
 
-import os
+import posix
 import struct
 
 _HEADER = struct.Struct("=6I")  # flags, name_size, num_desc, id_offset, desc_offset, data_offset
@@ -20,11 +20,11 @@ class KvmStats:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         _flags, name_size, count, id_offset, desc_offset, self._data_offset = _HEADER.unpack(
-            os.pread(fd, _HEADER.size, 0)
+            posix.pread(fd, _HEADER.size, 0)
         )
-        self.id = os.pread(fd, name_size, id_offset).split(b"\0")[0].decode()
+        self.id = posix.pread(fd, name_size, id_offset).split(b"\0")[0].decode()
         stride = _DESCRIPTOR.size + name_size
-        table = os.pread(fd, stride * count, desc_offset)
+        table = posix.pread(fd, stride * count, desc_offset)
         self._fields: list[tuple[str, int, int]] = []  # name, offset, number of 64-bit values
         for at in range(0, stride * count, stride):
             _kind, _exponent, size, offset, _bucket = _DESCRIPTOR.unpack_from(table, at)
@@ -34,7 +34,7 @@ class KvmStats:
 
     def read(self) -> dict[str, int | list[int]]:
         """{name: value}, a histogram as a list of its buckets."""
-        data = os.pread(self.fd, self._data_bytes, self._data_offset)
+        data = posix.pread(self.fd, self._data_bytes, self._data_offset)
         values: dict[str, int | list[int]] = {}
         for name, offset, count in self._fields:
             numbers = list(struct.unpack_from(f"={count}Q", data, offset))
@@ -43,7 +43,7 @@ class KvmStats:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            posix.close(self.fd)
             self.fd = -1
 
     def __enter__(self) -> KvmStats:

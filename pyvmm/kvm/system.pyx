@@ -12,7 +12,7 @@ from posix.unistd cimport close
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl
 
-import os
+import posix
 
 from pyvmm.errors import KvmError, StateError
 from pyvmm.kvm.access import how_to_be_let_in
@@ -110,7 +110,7 @@ cdef class Kvm:
     @property
     def device(self):
         """(st_dev, st_ino, st_rdev) of the descriptor: which KVM this is."""
-        status = os.fstat(self._open())
+        status = posix.fstat(self._open())
         return status.st_dev, status.st_ino, status.st_rdev
 
     def supported_cpuid(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, option, split_commas, take_flag, text, whole, word
+from pyvmm.options import ON_OFF, Kind, Options, is_path, option, path_text, split_commas, take_flag, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,11 +56,9 @@ def take_mac(name: str, value: Any) -> str | None:
 def take_path(name: str, value: Any) -> str | None:
     if value is None:
         return None
-    import os
-
-    if not isinstance(value, (str, os.PathLike)):
+    if not is_path(value):
         raise ConfigError(f"{name}={value!r}: give a path")
-    path = os.fsdecode(value)
+    path = path_text(value)
     if not path or "\0" in path:
         raise ConfigError(f"{name}={value!r}: give the path of a socket")
     return path
