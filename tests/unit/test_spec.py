@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import posix
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "open", refuse)
     monkeypatch.setattr(os, "open", refuse_os)
+    monkeypatch.setattr(posix, "open", refuse_os)
 
 
 @pytest.mark.parametrize(

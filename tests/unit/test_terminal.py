@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posix
 import subprocess
 import sys
 import termios
@@ -523,7 +524,7 @@ def test_a_terminal_takes_many_bytes_at_a_time(
         sizes.append(len(data))
         return write(fd, data)
 
-    monkeypatch.setattr(os, "write", counted)
+    monkeypatch.setattr(posix, "write", counted)
     console.write(b"x" * 2000)
     monkeypatch.undo()
     assert sizes == [2000]
