@@ -1,6 +1,7 @@
 """``pyvmm bench snapshot``: from a snapshot to the guest's first instruction, forks, and for how long a save stops it.
 
-    restore   in one process: a machine of a snapshot, to its first exit; beside the same in C (restore_floor.c)
+    restore   in one process: a machine of a snapshot, or of a Template, to its first exit; beside the same in C
+              (restore_floor.c)
     fork      a hundred machines of one that stands, until each has executed an instruction; beside a hundred in C
     live      how long a guest stands that is saved while it writes to 50 MB of pages a second
     shell     `pyvmm run --restore`, to the end of the process, beside a Python that starts and ends
@@ -168,14 +169,14 @@ class Bench:
         made = []
         for kind in KINDS:
             path = self.snapshot(kind)
-            commands = {"pyvmm": self.child(path, "path", 1), "pyvmm-open": self.child(path, "open", 1)}
+            commands = {"pyvmm": self.child(path, "path", 1), "pyvmm-template": self.child(path, "open", 1)}
             if (floor := self.floor(path, kind, 1)) is not None:
                 commands = {"c": floor, **commands}
             what = f"irqchip {kind.irqchip}, {kind.memory_mib} MiB" + (
                 f", {TOUCHED_MIB} in use" if kind.touched else ""
             )
             title = f"a machine of a snapshot, to its first exit: {what}"
-            made.append(self.case(f"restore_{kind.name}", title, commands, ("c", "pyvmm", "pyvmm-open")))
+            made.append(self.case(f"restore_{kind.name}", title, commands, ("c", "pyvmm", "pyvmm-template")))
         return made
 
     def _fork(self) -> list[Case]:

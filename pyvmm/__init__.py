@@ -24,7 +24,8 @@ The vocabulary:
     m.consoles      Chardev by name, with feed(bytes)
     m.events        Events: listen(function, "stop", "reset", ...) hears what happens to it, as an Event
     m.exit_stats()  ExitStat: what each kind of exit cost
-    m.save(path)    a Snapshot, a machine in a file: Machine.restore(path) goes on from it, as often as you like
+    m.save(path)    a Snapshot, a machine in a file: Machine.restore(path) goes on from it, as often as you like;
+                    Template(path) holds it open, and template.start() gives machines
     errors          ConfigError what was asked wrongly, StateError not now, KvmError what the host refuses,
                     GuestError and DeviceError with a dump: what ends a run
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from pyvmm.run_control import ExitStatus
     from pyvmm.run_state import RunState
     from pyvmm.snapshot import Snapshot
+    from pyvmm.template import Template
 
 __version__ = "0.1.0"
 
@@ -80,6 +82,7 @@ _MODULES = {
     "run_control": ("ExitStatus",),
     "run_state": ("RunState",),
     "snapshot": ("Snapshot",),
+    "template": ("Template",),
 }
 
 
@@ -127,6 +130,7 @@ __all__ = [
     "SinkRegion",
     "Snapshot",
     "StateError",
+    "Template",
     "Timer",
     "VmmError",
 ]

@@ -29,6 +29,7 @@ cdef class AddressSpace:
     cdef _wait_for_handlers(self, MemoryRegion region)
     cdef _begin(self)
     cdef _end(self)
+    cdef bint _concerned(self, MemoryRegion region) except -1
     cdef list _told(self, list ears, list regions)
     cdef object _tell_new(self, list ears, list regions)
     cdef object _tell_gone(self, list told)

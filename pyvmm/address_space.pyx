@@ -289,7 +289,7 @@ cdef class AddressSpace:
         self._begin()
         try:
             self._add(base, region)
-            if self._ears:
+            if self._ears and self._concerned(region):
                 error = self._tell_new(self._ears, [region])
                 if error is not None:
                     self._take_out(region)
@@ -459,6 +459,16 @@ cdef class AddressSpace:
     cdef _end(self):
         self._changing = False
         self._telling.release()
+
+    cdef bint _concerned(self, MemoryRegion region) except -1:
+        """Whether any listener wants to hear of a region that has neither eventfds nor gathered writes."""
+        cdef _Ear ear
+        if region.eventfds or region.coalesced:
+            return True
+        for ear in self._ears:
+            if "region_add" in ear.methods:
+                return True
+        return False
 
     cdef list _told(self, list ears, list regions):
         """(ear, which methods, their arguments) of all that there is to tell, in the order of coming."""

@@ -157,15 +157,12 @@ class Cpu:
         self.exec.halted = False
         self._stood_at = None
 
-    def loaded(self, *, halted: bool) -> None:
+    def loaded(self, regs: dict[str, int], sregs: dict[str, Any], *, halted: bool) -> None:
         """Its registers are those of a saved state; ``halted``: it waits in HLT for the interrupt controller in Python.
-
-        What KVM writes to kvm_run for that controller (CR8, the APIC base, whether interrupts are on) is made to agree.
         """
         self.exec.halted = halted
         self._stood_at = None
-        self.exec.cr8 = self.vcpu.sregs["cr8"]
-        self.exec.complete()
+        self.exec.stands_at(regs, sregs)
 
     def _watch(self) -> None:
         """Have KVM stop at the breakpoints."""

@@ -229,6 +229,15 @@ cdef class CpuExec(ViewUser):
         """IA32_APIC_BASE as of the last exit; 0 before the first."""
         return self.kvm_run.apic_base
 
+    def stands_at(self, dict regs not None, dict sregs not None):
+        """What KVM says in kvm_run to an interrupt controller outside of it, as at an exit with these registers. Whether
+        the guest takes an interrupt only KVM knows: it is asked by the window.
+        """
+        self.kvm_run.cr8 = sregs["cr8"]
+        self.kvm_run.apic_base = sregs["apic_base"]
+        self.kvm_run.if_flag = regs["rflags"] >> 9 & 1
+        self.kvm_run.ready_for_interrupt_injection = 0
+
     # -- from other threads ------------------------------------------------------------------------------------------
 
     def kick(self):

@@ -120,6 +120,10 @@ cdef class ExitStats:
         """From the first KVM_RUN to the first exit, nanoseconds: None before that."""
         return round((self.first_exit - self.first_entry) * 1e6 / tsc_khz) if self.first_exit else None
 
+    def since_first_exit_ns(self, double tsc_khz):
+        """How long ago the first exit was, nanoseconds: None before that."""
+        return round((rdtsc() - self.first_exit) * 1e6 / tsc_khz) if self.first_exit else None
+
     def rows(self, double tsc_khz):
         """[ExitStat], most time first."""
         cdef exit_stat_t *stat

@@ -25,17 +25,41 @@ MSR_TSC_DEADLINE = 0x6E0
 MASK_64 = (1 << 64) - 1
 
 
+class Ways:
+    """What is known of how one KVM keeps time: a call that it refuses costs as much as one that it takes."""
+
+    __slots__ = ("offsets", "tsc_khz")
+
+    def __init__(self) -> None:
+        self.offsets = True
+        """It has KVM_VCPU_TSC_OFFSET, as far as is known."""
+        self.tsc_khz = 0
+        """How fast a new vCPU's TSC counts; 0 where nobody has asked yet."""
+
+
+_ways: dict[object, Ways] = {}
+
+
+def ways(device: object) -> Ways:
+    """Of the KVM behind Kvm.device, once a process."""
+    return _ways.setdefault(device, Ways())
+
+
 class KvmClock:
     """``stop`` when every vCPU has parked, ``start`` before the first goes on: in between no time passes for the guest.
 
     Times are of all vCPUs together: their TSCs are moved by one difference, so that they stay in step.
     """
 
-    __slots__ = ("_clock_ns", "_cpus", "_deadlines", "_loaded_offsets", "_tsc", "_tsc_khz", "_vm")
+    __slots__ = ("_clock_ns", "_cpus", "_deadlines", "_loaded_offsets", "_tsc", "_tsc_khz", "_vm", "_ways", "tsc_khz")
 
-    def __init__(self, vm: Vm, cpus: Sequence[Cpu]) -> None:
+    def __init__(self, vm: Vm, cpus: Sequence[Cpu], known: Ways | None = None) -> None:
         self._vm = vm
         self._cpus = cpus
+        self._ways = known = known or Ways()
+        # Asked for now: the ioctl waits for a vCPU that runs, and one that has halted for good never comes back.
+        self.tsc_khz = known.tsc_khz = known.tsc_khz or cpus[0].vcpu.tsc_khz
+        """How fast the guest's TSCs count."""
         self._clock_ns: int | None = None  # None while time runs
         self._tsc = 0
         self._deadlines: list[int] = []
@@ -60,23 +84,36 @@ class KvmClock:
         clock_ns, self._clock_ns = self._clock_ns, None
         if clock_ns is None:
             return
+        if self._ways.offsets or any(self._deadlines):
+            self._take_back()
+        self._vm.set_clock(clock_ns)
+        for cpu in self._cpus:
+            cpu.vcpu.kvmclock_ctrl()
+
+    def _take_back(self) -> None:
+        """What the TSCs have counted meanwhile; where that can't be, the deadlines move with them."""
         # Of a machine that goes on from a saved state it may be less than it was.
         passed = signed(tsc(self._cpus[0].vcpu) - self._tsc)
         for cpu in self._cpus:
-            move_tsc(cpu.vcpu, -passed)
-        # What could not be taken back (a KVM whose guests read the host's counter): the deadlines move with it.
+            self._move_tsc(cpu.vcpu, -passed)
+        if not any(self._deadlines):
+            return
+        # What could not be taken back (a KVM whose guests read the host's counter).
         left = signed(tsc(self._cpus[0].vcpu) - self._tsc)
         late = left if abs(left) > abs(passed) // 2 else 0
         for cpu, due in zip(self._cpus, self._deadlines, strict=True):
             if due:
                 # Armed for a moment of the host's: written again, it is armed by the guest's TSC of now.
                 cpu.vcpu.set_msrs({MSR_TSC_DEADLINE: due + late & MASK_64})
-        self._vm.set_clock(clock_ns)
-        for cpu in self._cpus:
-            try:
-                cpu.vcpu.kvmclock_ctrl()
-            except KvmError:
-                continue  # no kvmclock on this one: nobody to tell
+
+    def _move_tsc(self, vcpu: Vcpu, difference: int) -> None:
+        """By KVM's own offset, exactly: a value written to the MSR would be rounded to those of the other vCPUs."""
+        if not self._ways.offsets:
+            return  # before Linux 5.16: the counter runs on
+        try:
+            vcpu.tsc_offset = vcpu.tsc_offset + difference & MASK_64
+        except KvmError:
+            self._ways.offsets = False
 
     # -- state (state.pyx has the contract) -------------------------------------------------------------------------
 
@@ -92,16 +129,18 @@ class KvmClock:
         return {
             "clock_ns": self._clock_ns if stopped else self._vm.get_clock()["clock"],
             "tsc": self._tsc if stopped else tsc(first),
-            "tsc_khz": first.tsc_khz,
+            "tsc_khz": self.tsc_khz,
             "tsc_offsets": [offset - offsets[0] & MASK_64 for offset in offsets],
             "deadlines": list(self._deadlines) if stopped else [deadline(cpu.vcpu) for cpu in self._cpus],
         }
 
     def _offsets(self) -> list[int]:
-        try:
-            return [cpu.vcpu.tsc_offset for cpu in self._cpus]
-        except KvmError:
-            return []  # before Linux 5.16
+        if self._ways.offsets:
+            try:
+                return [cpu.vcpu.tsc_offset for cpu in self._cpus]
+            except KvmError:
+                self._ways.offsets = False
+        return []  # before Linux 5.16
 
     def load(self, state: dict[str, Any]) -> None:
         from pyvmm.state import check_length, check_names, value_of
@@ -120,20 +159,20 @@ class KvmClock:
     def after_load(self) -> None:
         """The counts go on at ``start``. StateError where this host's TSC counts faster or slower, and can't be scaled.
         """
-        for cpu in self._cpus:
-            if cpu.vcpu.tsc_khz != self._tsc_khz:
-                try:
+        if self._tsc_khz != self.tsc_khz:
+            try:
+                for cpu in self._cpus:
                     cpu.vcpu.tsc_khz = self._tsc_khz
-                except KvmError:
-                    mine = cpu.vcpu.tsc_khz
-                    raise StateError(
-                        f"the guest's TSC counts {self._tsc_khz} kHz, this host's {mine}, and its KVM can't scale"
-                    ) from None
+            except KvmError:
+                raise StateError(
+                    f"the guest's TSC counts {self._tsc_khz} kHz, this host's {self.tsc_khz}, and its KVM can't scale"
+                ) from None
+            self.tsc_khz = self._tsc_khz
+        if len(self._cpus) == 1:
+            return  # nobody to be in step with
         first = self._offsets()[:1]
         for cpu, difference in zip(self._cpus, self._loaded_offsets if first else [], strict=False):
             cpu.vcpu.tsc_offset = first[0] + difference & MASK_64
-        if self._clock_ns is not None:
-            self._vm.set_clock(self._clock_ns)
 
 
 def signed(difference: int) -> int:
@@ -152,10 +191,3 @@ def deadline(vcpu: Vcpu) -> int:
     except KvmError:
         return 0
 
-
-def move_tsc(vcpu: Vcpu, difference: int) -> None:
-    """By KVM's own offset, exactly: a value written to the MSR would be rounded to those of the other vCPUs."""
-    try:
-        vcpu.tsc_offset = vcpu.tsc_offset + difference & MASK_64
-    except KvmError:
-        pass  # before Linux 5.16: the counter runs on

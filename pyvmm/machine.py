@@ -445,21 +445,33 @@ class Machine:
         from pyvmm.snapshot import Snapshot
 
         with path.hold() if isinstance(path, Snapshot) else Snapshot(fspath(path)) as origin:
-            config = restored_spec(origin, options)
-            self = cls.__new__(cls)
-            self._make(config, board, origin)
-            try:
-                if prepare is not None:
-                    prepare(self)
-                state = self._all_state("restore")
-                origin.fill(state.memory())
-                state.load(origin.state)
-                if twin:
-                    self.board.new_generation()
-            except BaseException:
-                self.close()
-                raise
-            return self
+            return cls.of_snapshot(origin, restored_spec(origin, options), board=board, prepare=prepare, twin=twin)
+
+    @classmethod
+    def of_snapshot(
+        cls,
+        origin: Snapshot,
+        config: Spec,
+        *,
+        board: type[Board] | None = None,
+        prepare: Callable[[Machine], object] | None = None,
+        twin: bool = True,
+    ) -> Machine:
+        """``restore`` with a Spec that is made of the snapshot's already (machine_snapshot.restored_spec)."""
+        self = cls.__new__(cls)
+        self._make(config, board, origin)
+        try:
+            if prepare is not None:
+                prepare(self)
+            state = self._all_state("restore")
+            origin.fill(state.memory())
+            state.load(origin.state)
+            if twin:
+                self.board.new_generation()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def fork(
         self,
@@ -477,7 +489,7 @@ class Machine:
         for all, ``each(n)`` gives further ones for one of them; ``prepare`` as with ``restore``. Errors as from
         ``save`` and ``restore``; then there is none of them.
         """
-        from pyvmm.machine_snapshot import freeze
+        from pyvmm.machine_snapshot import CollectorWaits, freeze, restored_spec, unshared
         from pyvmm.origin import Origin
 
         if not is_int(count) or count < 1:
@@ -488,25 +500,19 @@ class Machine:
             self._chassis.origin = self._chassis.closers.add(Origin(None))
         with self._chassis.saving:
             frozen = freeze(state, self.config, self._chassis.origin)
-        with frozen:
+        with frozen, CollectorWaits():
             try:
+                config = None
                 for n in range(count):
-                    own: MachineOptions = {**self._unshared(), **options, **(each(n) if each else {})}
-                    made.append(Machine.restore(frozen, board=type(self.board), prepare=prepare, **own))
+                    if config is None or each is not None:
+                        own: MachineOptions = {**options, **(each(n) if each else {})}
+                        config = restored_spec(frozen, {**unshared(self.config, own), **own})
+                    made.append(Machine.of_snapshot(frozen, config, board=type(self.board), prepare=prepare))
             except BaseException:
                 for machine in made:
                     machine.close()
                 raise
         return made
-
-    def _unshared(self) -> MachineOptions:
-        """What a fork of it has in the place of what one machine only can have."""
-        own: MachineOptions = {"serial": None, "debugcon": None}
-        if self.config.consoles:
-            own["consoles"] = [console.changed(where=None) for console in self.config.consoles]
-        if self.config.vsock is not None:
-            own["vsock"] = self.config.vsock.changed(path=None)
-        return own
 
     def _all_state(self, call: str) -> MachineState:
         from pyvmm.machine_state import MachineState

@@ -11,7 +11,7 @@ from pyvmm.cpu_exec import CpuExec
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.irqchip import KvmIrqchip
 from pyvmm.kvm.system import CAPABILITIES, Kvm
-from pyvmm.kvm_clock import KvmClock
+from pyvmm.kvm_clock import KvmClock, ways
 from pyvmm.kvm_listener import KvmListener
 from pyvmm.x86 import layout
 
@@ -47,7 +47,11 @@ class Platform:
 
     def __init__(self) -> None:
         self.cpus: list[Cpu] = []
-        self.tsc_khz = 0
+
+    @property
+    def tsc_khz(self) -> int:
+        """How fast the guest's TSCs count; 0 without any."""
+        return 0
 
     @staticmethod
     def clock(loop: EventLoop) -> Clock:
@@ -166,6 +170,10 @@ class KvmPlatform(Platform):
     def listener(self) -> KvmListener:
         return self._listener
 
+    @property
+    def tsc_khz(self) -> int:
+        return self._clock.tsc_khz
+
     def _use_ids(self, vm: Vm) -> None:
         """For more processors than an xAPIC can name: APIC ids of 32 bits in all that KVM is told, and 255 the id of
         one processor. Before the irqchip. Linux virt/kvm/api.rst, KVM_CAP_X2APIC_API.
@@ -196,9 +204,7 @@ class KvmPlatform(Platform):
             vcpu.lapic = vcpu.lapic
         chassis.control.cpus = chassis.outcomes.cpus = self.cpus
         chassis.outcomes.vendor = self._vendor
-        chassis.kvm_clock = self._clock = KvmClock(self._vm, self.cpus)
-        # Asked for now: the ioctl waits for a vCPU that runs, and one that has halted for good never comes back.
-        self.tsc_khz = vcpu.tsc_khz
+        chassis.kvm_clock = self._clock = KvmClock(self._vm, self.cpus, ways(self._kvm.device))
 
     def enter(self, boot: BootState | None) -> None:
         if boot is None:
@@ -245,7 +251,7 @@ class KvmPlatform(Platform):
     def reset(self) -> None:
         from pyvmm.x86 import vcpu_state
 
-        facts = vcpu_state.Facts(self._kvm, self._vm)
+        facts = vcpu_state.facts_of(self._kvm, self._vm)
         state = self._power_on_state(facts)
         if self.irqchip.in_kernel:
             self.irqchip.power_on(state["irqchip"])
@@ -282,9 +288,9 @@ class KvmPlatform(Platform):
         """The interrupt controllers go first, behind the lines that devices drive; then the clock, to which paravirtual
         MSRs refer; then the vCPUs.
         """
-        from pyvmm.x86.vcpu_state import Facts, VcpuState
+        from pyvmm.x86.vcpu_state import VcpuState, facts_of
 
-        facts = Facts(self._kvm, self._vm)
+        facts = facts_of(self._kvm, self._vm)
         chips: list[tuple[str, Holder]] = [("irqchip", self.irqchip)] if self.irqchip.in_kernel else []
         cpus = [(f"vCPU {cpu.index}", VcpuState(cpu, facts)) for cpu in self.cpus]
         return [*chips, ("KVM's clock", self._clock), *cpus]

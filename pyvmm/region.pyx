@@ -198,10 +198,17 @@ cdef int raised() except -1:
     return -1
 
 
-cdef void check_sizes(str what, sizes) except *:
+cdef object SIZES = frozenset([(a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) if a <= b])
+
+
+cdef int check_sizes(str what, sizes) except -1:
+    # A machine makes some thirty regions on the way to its first instruction: the usual is looked at once.
+    if type(sizes) is tuple and sizes in SIZES and type((<tuple>sizes)[0]) is int and type((<tuple>sizes)[1]) is int:
+        return 0
     if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(is_int(n) and n in (1, 2, 4, 8) for n in sizes) \
             or sizes[0] > sizes[1]:
         raise ConfigError(f"{what}={sizes!r}: give (min, max) out of 1, 2, 4 and 8 bytes")
+    return 0
 
 
 cdef bint is_int(value) except -1:
@@ -270,19 +277,21 @@ cdef class MemoryRegion:
         self.c.owner = <PyObject *>self
         self._lock = lock
         self.c.lock = &(<DeviceLock?>lock).mutex
-        self.c.valid_min, self.c.valid_max = valid_sizes
-        self.c.impl_min, self.c.impl_max = impl_sizes
+        self.c.valid_min, self.c.valid_max = valid_sizes[0], valid_sizes[1]
+        self.c.impl_min, self.c.impl_max = impl_sizes[0], impl_sizes[1]
         self.c.unaligned = unaligned
         self.c.fd = -1
-        for n in (1, 2, 4, 8):
-            if max(valid_sizes[0], impl_sizes[0]) <= n <= min(valid_sizes[1], impl_sizes[1]):
+        cdef int n = 1
+        while n <= 8:
+            if n >= self.c.valid_min and n >= self.c.impl_min and n <= self.c.valid_max and n <= self.c.impl_max:
                 self.c.direct_sizes |= 1 << n
+            n *= 2
 
     def _set_handlers(self, read, write):
         # A method of the device is called as its plain function with the device as first argument: one object less
         # to touch while the caches are cold.
         device = self.device
-        if all(PyMethod_Check(f) and f.__self__ is device for f in (read, write)):
+        if PyMethod_Check(read) and read.__self__ is device and PyMethod_Check(write) and write.__self__ is device:
             read, write = read.__func__, write.__func__
             self.c.device = <PyObject *>device
         self._read = read

@@ -25,7 +25,7 @@ from pyvmm.machine_state import FORMAT
 from pyvmm.memory_pages import data_runs, touched_runs
 from pyvmm.origin import Origin
 from pyvmm.snapshot_file import SnapshotFile, Writer, file_data
-from pyvmm.state import check_names, shown, value_of
+from pyvmm.state import check_names, known, shown, value_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from typing_extensions import Buffer
+
+    from pyvmm.spec import Spec
 
     Run = tuple[int, int]  # offset and size, in whole pages
 
@@ -293,6 +295,9 @@ class Snapshot:
         self.path = path = os.fspath(path)
         self._lock = Lock()
         self._holders = 1
+        self._state: dict[str, Any] | None = None
+        self.as_it_was: Spec | None = None
+        """The Spec of a machine for which nothing is given anew, once there has been one."""
         self._file = SnapshotFile(path) if _file is None else _file
         self.base: Snapshot | None = None
         try:
@@ -365,8 +370,12 @@ class Snapshot:
 
     @property
     def state(self) -> dict[str, Any]:
-        """For MachineState.load: all but the memory."""
-        return {"format": FORMAT, "machine": self.machine, "parts": self.parts, "memory": None}
+        """For MachineState.load: all but the memory. From the second machine on that which remembers what it is."""
+        if self._state is None:
+            self._state = {"format": FORMAT, "machine": self.machine, "parts": self.parts, "memory": None}
+        elif self._state["parts"] is self.parts:
+            self._state["parts"] = known(self.parts)
+        return self._state
 
     def origin(self) -> Origin:
         """For a machine whose memory is a mapping of it."""
@@ -430,6 +439,7 @@ class Snapshot:
     def abandon(self) -> None:
         """In a child of fork: its copies of the descriptors, whoever else holds it. Takes no lock."""
         self._holders = 0
+        self.as_it_was = self._state = None
         self._file.close()
         if self.base is not None:
             self.base.abandon()

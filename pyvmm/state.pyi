@@ -1,6 +1,9 @@
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+from typing_extensions import disjoint_base
+
+_Value = TypeVar("_Value")
 Fields: TypeAlias = Mapping[str, object]
 
 class Holder(Protocol):
@@ -11,6 +14,12 @@ class Holder(Protocol):
     def save(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
     def after_load(self) -> None: ...
+
+@disjoint_base
+class Known(dict[str, Any]): ...
+
+def known(value: _Value) -> _Value: ...
+def once(state: object, key: object, make: Callable[[], _Value]) -> _Value: ...
 
 LONGEST_NUMBER_BITS: int
 TIMES_NS: range

@@ -41,6 +41,40 @@ OTHER = "this is the state of something else, or of another version"
 cdef object NUMBERS = {bits: range(1 << bits) for bits in range(LONGEST_NUMBER_BITS + 1)}
 
 
+# -- states that many machines go on from --------------------------------------------------------------------------------
+
+cdef class Known(dict):
+    """A state that does not change any more, and remembers what has been made of it: the next machine that goes on from
+    it need not look at each value once more.
+    """
+
+    cdef object _key, _found
+
+
+def known(value):
+    """A copy of a state, with every dict in it a Known."""
+    if isinstance(value, dict):
+        copy = Known()
+        for name, inner in (<dict>value).items():
+            copy[name] = known(inner)
+        return copy
+    if isinstance(value, list):
+        return [known(inner) for inner in <list>value]
+    return value
+
+
+def once(state, key, make):
+    """``make()``, which looks at ``state``; of a Known only the first time. ``key``: what else it depends on."""
+    cdef Known here
+    if type(state) is not Known:
+        return make()
+    here = state
+    if here._found is None or here._key != key:
+        here._found = make()
+        here._key = key
+    return here._found
+
+
 # -- one holder's fields -----------------------------------------------------------------------------------------------
 
 def save_fields(owner, fields):
@@ -54,20 +88,69 @@ def load_fields(owner, fields, state, besides=()):
 
     ``besides``: what else the state has, for the caller to take.
     """
-    names = {name: name.lstrip("_") for name in fields}
-    check_names(state, [*names.values(), *besides])
+    cdef Known here
+    if type(state) is Known:
+        here = state
+        if here._key is not fields:
+            here._found, here._key = checked_values(fields, state, besides), fields
+        values = here._found
+    else:
+        values = checked_values(fields, state, besides)
     now_ns = now(owner, fields)
-    values = {name: value_of(kind, state[names[name]], names[name], now_ns) for name, kind in fields.items()}
-    for name, value in values.items():
-        put(owner, name, fields[name], value)
+    for name, kind, value in <list>values:
+        if now_ns:
+            value = moved(kind, value, now_ns)
+        put(owner, name, kind, own(value) if isinstance(value, list) else value)
+
+
+cdef list own(list values):
+    """A copy, since its owner may change it."""
+    return [own(value) if isinstance(value, list) else value for value in values]
+
+
+cdef list checked_values(fields, state, besides):
+    """(attribute, kind, value) of each field; times as they are in the state, from now on."""
+    names = [name.lstrip("_") for name in fields]
+    check_names(state, [*names, *besides])
+    return [(name, kind, value_of(kind, state[key], key)) for (name, kind), key in zip(fields.items(), names)]
+
+
+cdef object moved(kind, value, now_ns):
+    """A time from now on, or several, in guest time; what is none as it is."""
+    if is_time(kind):
+        return None if value is None else value + now_ns
+    if isinstance(kind, tuple) and value is not None:
+        if kind[0] == "or none":
+            return moved(kind[1], value, now_ns)
+        if kind[0] == "list" and has_times(kind):
+            return [moved(kind[1], item, now_ns) for item in value]
+        if kind[0] == "each" and has_times(kind):
+            return {key: moved(kind[1][key], item, now_ns) for key, item in value.items()}
+    return value
 
 
 cdef object now(owner, fields):
     """Guest time, for a table that has times."""
     for kind in fields.values():
-        if is_time(kind) or (isinstance(kind, tuple) and any(is_time(inner) for inner in kind)):
+        if has_times(kind):
             return int(owner._clock.now_ns())
     return 0
+
+
+cdef bint has_times(kind) noexcept:
+    if isinstance(kind, tuple) and kind[0] != "one of":
+        for inner in (<tuple>kind):
+            if has_times(inner) or isinstance(inner, dict) and any_times(inner):
+                return True
+        return False
+    return is_time(kind)
+
+
+cdef bint any_times(dict kinds) noexcept:
+    for kind in kinds.values():
+        if has_times(kind):
+            return True
+    return False
 
 
 cdef bint is_time(kind) noexcept:

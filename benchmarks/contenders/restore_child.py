@@ -1,7 +1,7 @@
 """Restores machines: ``restore_child.py SNAPSHOT HOW COUNT``, as many for each line of standard input.
 
-HOW is ``path``: each opens the file anew; ``open``: of one open Snapshot; ``fork``: of a machine that stands in this
-process. Prints ns to make them, to their first exits, in all, to close them, and by how many KiB this process's part of
+HOW is ``path``: each opens the file anew; ``open``: of a Template; ``fork``: of a machine that stands in this process.
+Prints ns to make them, to their first exits, in all, to close them, and by how many KiB this process's part of
 memory (PSS) has grown for each of them.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 import time
 
-from pyvmm import Machine, Snapshot
+from pyvmm import Machine, Template
 
 
 def main(path: str, how: str, count: str) -> None:
-    snapshot = Snapshot(path)
-    parent = Machine.restore(snapshot) if how == "fork" else None
+    template = Template(path)
+    parent = template.start() if how == "fork" else None
     while sys.stdin.readline():
         making = running = 0
         machines: list[Machine] = []
@@ -25,23 +25,32 @@ def main(path: str, how: str, count: str) -> None:
             machines = parent.fork(int(count))
             made = time.perf_counter_ns()
             for machine in machines:
-                machine.run()
-            ran = time.perf_counter_ns()
-            making, running = made - began, ran - made
+                machine.resume()
+            for machine in machines:
+                machine.wait()
+            making, running = made - began, max(map(first_exit_at, machines)) - made
         for _ in range(0 if machines else int(count)):
             began = time.perf_counter_ns()
-            machine = Machine.restore(path if how == "path" else snapshot)
+            machine = Machine.restore(path) if how == "path" else template.start()
             made = time.perf_counter_ns()
             machine.run()
-            ran = time.perf_counter_ns()
             machines.append(machine)
             making += made - began
-            running += ran - made
+            running += first_exit_at(machine) - made
         grown_kib = (pss_kib() - before_kib) // len(machines)
         ran = time.perf_counter_ns()
         for machine in machines:
             machine.close()
         print(making, running, time.perf_counter_ns() - ran, grown_kib, flush=True)
+
+
+def first_exit_at(machine: Machine) -> int:
+    """When the guest's first exit came, as time.perf_counter_ns() has it."""
+    cpu = machine.cpus[0]
+    khz = cpu.vcpu.tsc_khz
+    now, since_ns = time.perf_counter_ns(), cpu.exec.stats.since_first_exit_ns(khz)
+    assert since_ns is not None, "the guest has made no exit"
+    return now - since_ns
 
 
 def pss_kib() -> int:

@@ -70,6 +70,7 @@ class Board:
         self.parts: list[tuple[str, Device]] = []
         self.disks: dict[str, VirtioBlk] = {}
         """Those on virtio, by the names of their drives."""
+        self._names: set[str] = set()  # of those
         self.ports = Places("port", 0, self.pio.size)
         self.windows = Places("address", 0, self.mmio.size)
         self._aml: list[Callable[[], bytes]] = []
@@ -135,8 +136,9 @@ class Board:
         """``device`` is part of the board: it is reset with it, and Machine.devices has it by this name. ConfigError
         where another one has that.
         """
-        if any(name == other for other, _ in self.parts):
+        if name in self._names:
             raise ConfigError(f"two devices with the name {name}: give the one that you have named another id")
+        self._names.add(name)
         self.parts.append((name, device))
         return device
 

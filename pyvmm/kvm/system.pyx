@@ -110,8 +110,10 @@ cdef class Kvm:
     @property
     def device(self):
         """(st_dev, st_ino, st_rdev) of the descriptor: which KVM this is."""
-        status = posix.fstat(self._open())
-        return status.st_dev, status.st_ino, status.st_rdev
+        if self._device is None:
+            status = posix.fstat(self._open())
+            self._device = status.st_dev, status.st_ino, status.st_rdev
+        return self._device
 
     def supported_cpuid(self):
         """KVM_GET_SUPPORTED_CPUID: [(function, index, flags, eax, ebx, ecx, edx)].

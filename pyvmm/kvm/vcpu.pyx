@@ -5,6 +5,7 @@ Only cpu_exec reads the union inside kvm_run. State of a vCPU that is inside KVM
 make the caller wait for the exit; Cpu guards against it.
 """
 
+from libc.errno cimport EINVAL, errno
 from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -34,6 +35,11 @@ _EVENT_FIELDS = (
     "smi_smm", "smi_pending", "smi_smm_inside_nmi", "smi_latched_init", "triple_fault_pending",
     "exception_has_payload", "exception_payload",
 )
+
+
+def pack_events(events):
+    """struct kvm_vcpu_events of all that ``Vcpu.events`` has. struct.error for a number that is too large."""
+    return _EVENTS.pack(*(events[name] for name in _EVENT_FIELDS))
 
 
 cdef dict changed(str what, dict now, value):
@@ -277,7 +283,7 @@ cdef class Vcpu:
     def events(self, value):
         merged = changed("events", self.events, value)
         try:
-            raw = _EVENTS.pack(*(merged[name] for name in _EVENT_FIELDS))
+            raw = pack_events(merged)
         except struct.error as error:
             too_wide("events", error)
         self._set(uapi.KVM_SET_VCPU_EVENTS, sizeof(uapi.kvm_vcpu_events), raw, "KVM_SET_VCPU_EVENTS")
@@ -469,8 +475,14 @@ cdef class Vcpu:
         return tr.physical_address if tr.valid else None
 
     def kvmclock_ctrl(self):
-        """KVM_KVMCLOCK_CTRL: tell the guest it was paused, so that its soft-lockup watchdog keeps quiet."""
-        checked(ioctl(self._open(), uapi.KVM_KVMCLOCK_CTRL, 0), "KVM_KVMCLOCK_CTRL")
+        """KVM_KVMCLOCK_CTRL: tell the guest it was paused, so that its soft-lockup watchdog keeps quiet. False where it
+        has no kvmclock: there is nobody to tell.
+        """
+        cdef int rc = ioctl(self._open(), uapi.KVM_KVMCLOCK_CTRL, 0)
+        if rc < 0 and errno == EINVAL:
+            return False
+        checked(rc, "KVM_KVMCLOCK_CTRL")
+        return True
 
     def stats(self):
         """KVM_GET_STATS_FD: the kernel's own counters of this vCPU."""

@@ -11,6 +11,8 @@ Time is apart: the TSC and the deadline that is armed by it belong to all vCPUs 
 from __future__ import annotations
 
 from pyvmm.errors import KvmError, StateError
+from pyvmm.kvm.vcpu_image import VcpuImage
+from pyvmm.state import once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.kvm.vm import Vm
+
+    Loaded = tuple[VcpuImage, bytes, bool]  # all of it, its nested state, whether it is halted
 
 MSR_TSC, MSR_TSC_ADJUST, MSR_TSC_DEADLINE = 0x10, 0x3B, 0x6E0
 MSR_FEATURE_CONTROL = 0x3A  # locks others: before them
@@ -57,6 +61,17 @@ class Facts:
         """Two with the same have vCPUs whose states have the same fields."""
 
 
+_facts: dict[tuple[object, ...], Facts] = {}
+
+
+def facts_of(kvm: Kvm, vm: Vm) -> Facts:
+    """Once a process: a VM differs from another of the same KVM by its irqchip only."""
+    key = kvm.device, vm.has_irqchip
+    if key not in _facts:
+        _facts[key] = Facts(kvm, vm)
+    return _facts[key]
+
+
 def save(vcpu: Vcpu, facts: Facts) -> dict[str, Any]:
     """Everything of it, as KVM has it. With the in-kernel irqchip a local APIC and an MP state as well."""
     state: dict[str, Any] = {}
@@ -77,51 +92,19 @@ def save(vcpu: Vcpu, facts: Facts) -> dict[str, Any]:
     return state
 
 
-def load(vcpu: Vcpu, state: dict[str, Any], facts: Facts) -> dict[int, int]:
-    """Bring back what ``save`` gave, but for the MSRs: those it returns."""
-    setattr(vcpu, facts.sregs, state["sregs"])
-    vcpu.regs = state["regs"]
-    if state["xcrs"]:
-        vcpu.xcrs = state["xcrs"]
-    if facts.xsave2:
-        vcpu.set_xsave2(state["xsave"], facts.xsave_bytes)
-    else:
-        vcpu.xsave = state["xsave"]
-    vcpu.debugregs = state["debugregs"]
-    if facts.lapic:
-        vcpu.lapic = state["lapic"]
-    return dict(sorted(state["msrs"].items(), key=lambda item: item[0] != MSR_FEATURE_CONTROL))
-
-
-def load_last(vcpu: Vcpu, state: dict[str, Any]) -> None:
-    """What comes after the MSRs."""
-    if "mp_state" in state:
-        vcpu.mp_state = state["mp_state"]
-    vcpu.events = state["events"]
+def image(state: dict[str, Any], facts: Facts) -> VcpuImage:
+    """What ``save`` gave, ready to be put into vCPUs. Of the MSRs the one that locks others comes first."""
+    msrs = dict(sorted(state["msrs"].items(), key=lambda item: item[0] != MSR_FEATURE_CONTROL))
+    packed = {**state, "msrs": msrs}
+    return VcpuImage(packed, lapic=facts.lapic, sregs2=facts.sregs == "sregs2", xsave_bytes=facts.xsave_bytes)
 
 
 def power_on(vcpu: Vcpu, state: dict[str, Any], facts: Facts) -> None:
     """The state of a vCPU that has just been made, for a reset."""
-    msrs = load(vcpu, state, facts)
-    # KVM lists some that it does not take back.
-    set_msrs(vcpu, {index: value for index, value in msrs.items() if index not in KEPT_BY_RESET})
-    load_last(vcpu, state)
-
-
-def set_msrs(vcpu: Vcpu, values: dict[int, int]) -> list[int]:
-    """All at once; where KVM refuses one, one by one: those that it has refused."""
-    try:
-        vcpu.set_msrs(values)
-        return []
-    except KvmError:
-        pass
-    refused = []
-    for index, value in values.items():
-        try:
-            vcpu.set_msrs({index: value})
-        except KvmError:
-            refused.append(index)
-    return refused
+    msrs = {index: value for index, value in state["msrs"].items() if index not in KEPT_BY_RESET}
+    fresh = image({**state, "msrs": msrs}, facts)
+    fresh.put(vcpu)  # KVM lists some MSRs that it does not take back
+    fresh.put_last(vcpu)
 
 
 # What a vCPU's state may be, by Facts.shape: reading one to see takes as long as all else of a load.
@@ -136,7 +119,7 @@ class VcpuState:
     def __init__(self, cpu: Cpu, facts: Facts) -> None:
         self._cpu = cpu
         self._facts = facts
-        self._loaded: dict[str, Any] = {}
+        self._loaded: Loaded | None = None
 
     def save(self) -> dict[str, Any]:
         """StateError where the guest runs guests of its own."""
@@ -165,25 +148,33 @@ class VcpuState:
 
     def load(self, state: dict[str, Any]) -> None:
         shape = self._facts.shape
+        self._loaded = once(state, shape, lambda: self._checked(state))
+
+    def _checked(self, state: dict[str, Any]) -> Loaded:
+        shape = self._facts.shape
         if shape not in _kinds:
             _kinds[shape] = {name: kind_of(name, value) for name, value in self.save().items()}
         checked = checked_fields(_kinds[shape], state, "")
-        self._loaded = {**checked, "msrs": registers(state["msrs"], "msrs"), "xcrs": registers(state["xcrs"], "xcrs")}
+        checked["msrs"], checked["xcrs"] = registers(state["msrs"], "msrs"), registers(state["xcrs"], "xcrs")
+        return image(checked, self._facts), checked["nested"], checked["halted"]
 
     def after_load(self) -> None:
         """Into KVM. StateError where it takes an MSR that matters to the guest no more."""
-        state, self._loaded = self._loaded, {}
+        loaded, self._loaded = self._loaded, None
+        assert loaded is not None, "after_load() without a load()"
+        all_of_it, nested, halted = loaded
         cpu, vcpu = self._cpu, self._cpu.vcpu
-        msrs = load(vcpu, state, self._facts)
-        if state["nested"] != self._nested():
-            vcpu.set_nested_state(state["nested"])
-        refused = set_msrs(vcpu, msrs)
-        now = vcpu.get_msrs(refused)
+        refused = all_of_it.put(vcpu)
+        if nested != self._nested():
+            vcpu.set_nested_state(nested)
+        now = vcpu.get_msrs(refused) if refused else {}
         for index in refused:
-            if now.get(index) != msrs[index]:
-                raise StateError(f"MSR {index:#x} does not take {msrs[index]:#x}: this host's KVM is another one")
-        load_last(vcpu, state)
-        cpu.loaded(halted=state["halted"])
+            if now.get(index) != all_of_it.msrs[index]:
+                raise StateError(
+                    f"MSR {index:#x} does not take {all_of_it.msrs[index]:#x}: this host's KVM is another one"
+                )
+        all_of_it.put_last(vcpu)
+        cpu.loaded(all_of_it.general, all_of_it.system, halted=halted)
 
 
 def kind_of(name: str, known: object) -> object:

@@ -13,7 +13,7 @@ from virtio_benches import VIRTIO_BENCHES, VsockBench
 
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import StateError
-from pyvmm.state import load_all, load_fields, save_all, save_fields, value_of
+from pyvmm.state import known, load_all, load_fields, once, save_all, save_fields, value_of
 
 
 def run(bench: Bench, steps: list[Any]) -> list[object]:
@@ -51,6 +51,24 @@ def test_another_one_goes_on_as_this_one(kind: type[Bench], seed: int, lengths: 
     assert one.log == untouched.log
     assert other.log == untouched.log
     assert one.save() == other.save() == untouched.save()
+
+
+@pytest.mark.parametrize("kind", (*BENCHES, *VIRTIO_BENCHES), ids=lambda kind: kind.__name__)
+@given(seed=st.integers(0, 1 << 32), lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
+@settings(max_examples=30, deadline=None)
+def test_many_go_on_from_a_state_that_remembers(kind: type[Bench], seed: int, lengths: tuple[int, int]) -> None:
+    """What is looked at once only is the same for each, and what one makes of it no other one sees."""
+    one = kind()
+    run(one, kind.steps(seed, lengths[0]))
+    state = one.save()
+    kept = known(state)
+    for n in range(3):
+        other = kind()
+        other.load(kept)
+        assert other.save() == state
+        assert other.levels() == one.levels()
+        run(other, kind.steps(seed + n, lengths[1]))
+    assert kept == state
 
 
 @pytest.mark.parametrize("kind", (*BENCHES, *VIRTIO_BENCHES, VsockBench), ids=lambda kind: kind.__name__)
@@ -239,3 +257,12 @@ def test_guest_time_is_set() -> None:
     assert (other.now_ns(), other.wall_ns()) == (clock.now_ns(), clock.wall_ns())
     with pytest.raises(StateError, match="now_ns is -1"):
         other.load({"now_ns": -1, "wall_ns": 0})
+
+
+def test_what_is_made_of_a_known_state_is_made_once() -> None:
+    state = {"a": {"b": 1}}
+    kept = known(state)
+    assert once(kept, "key", lambda: [1]) is once(kept, "key", lambda: [2])
+    assert once(kept, "another", lambda: [2]) == [2]
+    assert once(state, "key", lambda: [3]) == [3]
+    assert once(state, "key", lambda: [4]) == [4]
