@@ -17,21 +17,22 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Spec, kind: type[Board] | None, owner: object, snapshot: Snapshot | None = None
+    config: Spec, kind: type[Board] | None, owner: object, snapshot: Snapshot | None = None, *, mapped: bool = True
 ) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
-    ``snapshot`` and no guest loaded. What was made before an error is closed again.
+    ``snapshot`` and no guest loaded; ``mapped``, or zeros that somebody fills. What was made before an error is closed
+    again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
     closers = Closers()
     try:
-        memory = make_memory(config, closers, snapshot)
+        memory = make_memory(config, closers, snapshot if mapped else None)
         images = closers.add(Images())
         runs_guests = config.accel == "kvm"
         make_clock = (KvmPlatform if runs_guests else NoCpuPlatform).clock
         chassis = Chassis(config, memory, closers, make_clock, owner)
-        if snapshot is not None:
+        if snapshot is not None and mapped:
             chassis.origin = closers.add(snapshot.origin())
         board = kind(config, chassis, images, runs_guests=runs_guests)
         memory_map = board.lay_out_memory()

@@ -21,6 +21,9 @@ cdef extern from "<sys/mman.h>" nogil:
     unsigned int MFD_CLOEXEC
     int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DONTNEED, MADV_REMOVE
 
+cdef enum:
+    MADV_POPULATE_READ = 22     # Linux 5.14; older headers have no name for it
+
 cdef extern from "<linux/memfd.h>" nogil:
     unsigned int MFD_HUGETLB, MFD_HUGE_2MB, MFD_HUGE_1GB
 
@@ -155,6 +158,17 @@ cdef class RamRegion:
             raise ConfigError(f"{self.name}: can't map {size >> 10} KiB of a file: "
                               + remedy(OSError(errno, posix.strerror(errno)), "raise /proc/sys/vm/max_map_count"))
         self.file_behind = True
+
+    def read_ahead(self, uint64_t offset, uint64_t size):
+        """Have whole pages of the file behind it read and mapped, but not written: False where the kernel can't (before
+        Linux 5.14), or the file is not there any more.
+        """
+        cdef int rc
+        if offset > self.length or size > self.length - offset:
+            raise ConfigError(f"{self.name}: {size:#x} bytes at offset {offset:#x}: give a part of it")
+        with nogil:
+            rc = madvise(self.hva + offset, size, MADV_POPULATE_READ)
+        return rc == 0
 
     cdef bint give_back(self, uint64_t offset, uint64_t size) noexcept nogil:
         """Whole pages to the host; whether it took them. It may refuse: mlock(2), a sealed memfd."""

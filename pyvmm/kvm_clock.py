@@ -156,6 +156,12 @@ class KvmClock:
         self._clock_ns, self._tsc, self._tsc_khz = clock_ns, count, khz
         self._loaded_offsets, self._deadlines = offsets, deadlines
 
+    def pass_time(self, ns: int) -> None:
+        """So much time has passed since what was loaded. Before ``after_load``."""
+        assert self._clock_ns is not None
+        self._clock_ns += ns
+        self._tsc = self._tsc + ns * self._tsc_khz // 1_000_000 & MASK_64
+
     def after_load(self) -> None:
         """The counts go on at ``start``. StateError where this host's TSC counts faster or slower, and can't be scaled.
         """

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
     from pyvmm.kvm_listener import KvmListener
-    from pyvmm.machine_snapshot import Saved
+    from pyvmm.machine_snapshot import Saved, Way
     from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
     from pyvmm.snapshot import Snapshot
@@ -89,11 +89,13 @@ class Machine:
     ) -> None:
         self._make(specify(config, options), board, None)
 
-    def _make(self, config: Spec, board: type[Board] | None, origin: Snapshot | None) -> None:
+    def _make(
+        self, config: Spec, board: type[Board] | None, origin: Snapshot | None, *, mapped: bool = True
+    ) -> None:
         self.config = config
         self._pid = getpid()
         self._closing = Lock()
-        self._chassis, self.board, self._platform = builder.build(config, board, self, origin)
+        self._chassis, self.board, self._platform = builder.build(config, board, self, origin, mapped=mapped)
         self._closed = False
         chassis = self._chassis
         self.pio: AddressSpace = chassis.pio
@@ -426,6 +428,10 @@ class Machine:
         board: type[Board] | None = None,
         prepare: Callable[[Machine], object] | None = None,
         twin: bool = True,
+        check: bool = False,
+        eager: bool = False,
+        prefetch: bool = False,
+        clock: str = "saved",
         **options: Unpack[MachineOptions],
     ) -> Machine:
         """The machine of a snapshot, paused where it stood; ``resume`` or ``run`` next.
@@ -439,35 +445,40 @@ class Machine:
         A snapshot names the files and consoles that it opens, as a configuration does: look at one that a stranger has
         made (``Snapshot.spec``), or give all of them.
 
+        ``check``: memory is compared with its checksums first, which reads all of it. ``eager``: it is read into memory
+        of the machine's own, and the file is not needed afterwards. ``prefetch``: what the saved machine had in use is
+        read, beside the guest. Guest time goes on from where it stood, or with ``clock="now"`` from where it would be
+        had the machine run on: by the host's wall clock, for all clocks of the guest.
+
         ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
         """
-        from pyvmm.machine_snapshot import restored_spec
+        from pyvmm.machine_snapshot import Way, restored_spec
         from pyvmm.snapshot import Snapshot
 
+        way = Way(board, prepare, twin=twin, eager=eager, prefetch=prefetch, clock=clock)
         with path.hold() if isinstance(path, Snapshot) else Snapshot(fspath(path)) as origin:
-            return cls.of_snapshot(origin, restored_spec(origin, options), board=board, prepare=prepare, twin=twin)
+            if check:
+                origin.check()
+            config = restored_spec(origin, options, copied=eager)
+            return cls.of_snapshot(origin, config, way)
 
     @classmethod
-    def of_snapshot(
-        cls,
-        origin: Snapshot,
-        config: Spec,
-        *,
-        board: type[Board] | None = None,
-        prepare: Callable[[Machine], object] | None = None,
-        twin: bool = True,
-    ) -> Machine:
+    def of_snapshot(cls, origin: Snapshot, config: Spec, way: Way) -> Machine:
         """``restore`` with a Spec that is made of the snapshot's already (machine_snapshot.restored_spec)."""
         self = cls.__new__(cls)
-        self._make(config, board, origin)
+        self._make(config, way.board, origin, mapped=not way.eager)
         try:
-            if prepare is not None:
-                prepare(self)
+            if way.prepare is not None:
+                way.prepare(self)
             state = self._all_state("restore")
             origin.fill(state.memory())
-            state.load(origin.state)
-            if twin:
+            state.load(origin.state, way.passed_ns(origin))
+            if way.twin:
                 self.board.new_generation()
+            if way.prefetch:
+                control, regions = self.control, state.memory()
+                work = origin.read_ahead_beside(regions, lambda: control.state is not RunState.CLOSED)
+                self._chassis.in_background(work)
         except BaseException:
             self.close()
             raise
@@ -489,7 +500,7 @@ class Machine:
         for all, ``each(n)`` gives further ones for one of them; ``prepare`` as with ``restore``. Errors as from
         ``save`` and ``restore``; then there is none of them.
         """
-        from pyvmm.machine_snapshot import CollectorWaits, freeze, restored_spec, unshared
+        from pyvmm.machine_snapshot import CollectorWaits, Way, freeze, restored_spec, unshared
         from pyvmm.origin import Origin
 
         if not is_int(count) or count < 1:
@@ -507,7 +518,7 @@ class Machine:
                     if config is None or each is not None:
                         own: MachineOptions = {**options, **(each(n) if each else {})}
                         config = restored_spec(frozen, {**unshared(self.config, own), **own})
-                    made.append(Machine.of_snapshot(frozen, config, board=type(self.board), prepare=prepare))
+                    made.append(Machine.of_snapshot(frozen, config, Way(type(self.board), prepare)))
             except BaseException:
                 for machine in made:
                     machine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from time import time_ns
 
 from pyvmm.block.open import image_path
 from pyvmm.config import INTERNAL
@@ -18,17 +19,19 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from typing_extensions import Buffer
 
+    from pyvmm.boards.board import Board
     from pyvmm.config import MachineOptions
     from pyvmm.machine_state import MachineState
     from pyvmm.net.options import NetOptions
     from pyvmm.origin import Origin
 
 STATES = (*RESUMABLE, *ALIVE)  # in which a machine can be saved
+CLOCKS = ("saved", "now")  # where a restored machine's go on from
 FILES = ("kernel", "initrd", "firmware", "flat")
 
 
@@ -43,6 +46,35 @@ class Saved:
 
     def __repr__(self) -> str:
         return f"<Saved: {self.written_bytes >> 10} KiB written, the guest stood {self.stood_ns / 1e6:.1f} ms>"
+
+
+class Way:
+    """How a machine comes of a snapshot: Machine.restore has what each of these does."""
+
+    __slots__ = ("board", "clock", "eager", "prefetch", "prepare", "twin")
+
+    def __init__(
+        self,
+        board: type[Board] | None = None,
+        prepare: Callable[[Any], object] | None = None,
+        *,
+        twin: bool = True,
+        eager: bool = False,
+        prefetch: bool = False,
+        clock: str = CLOCKS[0],
+    ) -> None:
+        if clock not in CLOCKS:
+            raise ConfigError(f"clock={clock!r}: use {' or '.join(CLOCKS)}")
+        self.board = board
+        self.prepare = prepare
+        self.twin = twin
+        self.eager = eager
+        self.prefetch = prefetch
+        self.clock = clock
+
+    def passed_ns(self, origin: Snapshot) -> int:
+        """How much time has passed for the guest since it was saved. None where the host's clock has gone back."""
+        return 0 if self.clock == CLOCKS[0] else max(0, time_ns() - origin.saved_ns)
 
 
 def save(state: MachineState, config: Spec, origin: Origin | None, path: str, base: Snapshot | None) -> Saved:
@@ -148,12 +180,17 @@ def images_of(config: Spec) -> dict[str, Buffer]:
     return {name: image for name, image in images.items() if image is not None and not isinstance(image, str)}
 
 
-def given_images(origin: Snapshot) -> dict[str, Any]:
+def given_images(origin: Snapshot, *, copied: bool) -> dict[str, Any]:
     """The same out of a snapshot, as Spec.from_plain wants them."""
-    given: dict[str, Any] = {name: image for name in FILES if (image := origin.image(name)) is not None}
+
+    def image(name: str) -> Buffer | None:
+        found = origin.image(name)
+        return bytes(found) if copied and found is not None else found
+
+    given: dict[str, Any] = {name: found for name in FILES if (found := image(name)) is not None}
     modules = origin.spec.get("modules")
     if isinstance(modules, list) and modules:
-        given["modules"] = [(origin.image(f"modules[{n}]"), "") for n in range(len(modules))]
+        given["modules"] = [(image(f"modules[{n}]"), "") for n in range(len(modules))]
     return given
 
 
@@ -195,25 +232,26 @@ def unshared(config: Spec, given: Mapping[str, Any]) -> MachineOptions:
     return own
 
 
-def restored_spec(origin: Snapshot, options: Mapping[str, Any]) -> Spec:
-    """The Spec that the snapshot has, with ``options`` in the place of what was saved.
+def restored_spec(origin: Snapshot, options: Mapping[str, Any], *, copied: bool = False) -> Spec:
+    """The Spec that the snapshot has, with ``options`` in the place of what was saved; ``copied``: images that are in
+    the file are copied, not mapped.
 
     ConfigError for options that can't be, or are missing; StateError for a manifest that can't be read.
     """
-    if options:
-        config = specified(origin, options)
+    if options or copied:
+        config = specified(origin, options, copied=copied)
     else:
-        config = origin.as_it_was = origin.as_it_was or specified(origin, options)
+        config = origin.as_it_was = origin.as_it_was or specified(origin, options, copied=False)
     if "drives" not in options:
         origin.check_drives([drive.name for drive in config.drives])
     return config
 
 
-def specified(origin: Snapshot, options: Mapping[str, Any]) -> Spec:
+def specified(origin: Snapshot, options: Mapping[str, Any], *, copied: bool) -> Spec:
     for name in options:
         if name not in Spec.rows:
             raise ConfigError(Spec.unknown(name))
-    given = {**given_images(origin), **options}
+    given = {**given_images(origin, copied=copied), **options}
     try:
         saved = {name: value for name, value in origin.spec.items() if name not in options and not is_internal(name)}
         config = Spec(**{**Spec.unplain(saved, given), **options})

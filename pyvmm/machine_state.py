@@ -164,9 +164,10 @@ class MachineState:
 
     # -- load ----------------------------------------------------------------------------------------------------
 
-    def load(self, state: object) -> None:
+    def load(self, state: object, passed_ns: int = 0) -> None:
         """StateError in one sentence for what can't be taken. Where that was found before anything was changed, the
-        machine is as it was; else it has ended, and a reset brings it back to power-on.
+        machine is as it was; else it has ended, and a reset brings it back to power-on. ``passed_ns``: for the guest so
+        much time has passed since the state was saved.
         """
         control = self._chassis.control
         if control.state is not RunState.PRELAUNCH:
@@ -183,12 +184,18 @@ class MachineState:
         memory = self._checked_memory(state["memory"])
         self._chassis.join_background()
         then = control.loaded if self._platform.cpus else None
-        control.request("load", lambda: self._load(holders, state["parts"], memory, surplus), then, wait=True)
+        parts = state["parts"]
+        control.request("load", lambda: self._load(holders, parts, memory, surplus, passed_ns), then, wait=True)
         if control.state is RunState.INTERNAL_ERROR and control.error is not None:
             raise control.error
 
     def _load(
-        self, holders: list[tuple[str, Holder]], parts: object, memory: list[tuple[RamRegion, Any]], surplus: list[str]
+        self,
+        holders: list[tuple[str, Holder]],
+        parts: object,
+        memory: list[tuple[RamRegion, Any]],
+        surplus: list[str],
+        passed_ns: int,
     ) -> None:
         """A request; what it raises ends the machine."""
         with self._chassis.io_threads.paused:
@@ -196,7 +203,15 @@ class MachineState:
                 memoryview(region)[:] = content
             if surplus:
                 self._platform.hide(surplus)
-            load_all(holders, parts)
+            load_all(holders, parts, lambda: self._pass(passed_ns))
+
+    def _pass(self, ns: int) -> None:
+        """All states have been loaded, nothing goes on yet: what is due meanwhile is so at once when it does."""
+        if ns:
+            clock = self._chassis.clock
+            clock.set_time(clock.now_ns() + ns)
+            if self._chassis.kvm_clock is not None:
+                self._chassis.kvm_clock.pass_time(ns)
 
     def _check_description(self, saved: object) -> list[str]:
         """The features that this machine's processors show, and those of the saved one do not."""

@@ -131,6 +131,7 @@ RUNNING = (
     "pyvmm.run_state",
     "pyvmm.snapshot",
     "pyvmm.unix_socket",
+    "pyvmm.snapshot_piece",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset

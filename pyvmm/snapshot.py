@@ -4,8 +4,8 @@ The manifest (snapshot_file.py has the file around it):
 
     {"pyvmm": its version, "id": 16 bytes, "saved_ns": wall clock,
      "spec": Spec.plain(), "machine": MachineState.description(), "parts": MachineState.parts(),
-     "memory": [{"gpa", "size", "offset", "runs"}], "base": None or {"id", "path"},
-     "images": {option: {"offset", "size"}}, "drives": [{"name", "path", "size", "mtime_ns"}]}
+     "memory": [{"gpa", "size", "offset", "runs", "sums", "used"}], "base": None or {"id", "path"},
+     "images": {option: {"offset", "size", "sum"}}, "drives": [{"name", "path", "size", "mtime_ns"}]}
 
 A piece of memory stands in the file from ``offset`` on, byte for byte. With a base it holds only the pages that differ
 from the base's piece: ``runs`` has (offset in the piece, size, offset in the file) of each. Images that the machine was
@@ -17,188 +17,31 @@ from __future__ import annotations
 import os
 import sys
 from time import time_ns
+from zlib import crc32
 
 from pyvmm.errors import ConfigError, HostError, StateError
 from pyvmm.guest_memory import GPA_END, PAGE_BYTES, RAM_HIGH, RamRegion
 from pyvmm.light import Lock
 from pyvmm.machine_state import FORMAT
-from pyvmm.memory_pages import data_runs, touched_runs
 from pyvmm.origin import Origin
-from pyvmm.snapshot_file import SnapshotFile, Writer, file_data
+from pyvmm.snapshot_file import SnapshotFile, Writer
+from pyvmm.snapshot_piece import SnapshotPiece, listed, piece_sums, run_sums, whole_pages, write_piece
 from pyvmm.state import check_names, known, shown, value_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, Self
 
     from typing_extensions import Buffer
 
+    from pyvmm.snapshot_piece import Run
     from pyvmm.spec import Spec
-
-    Run = tuple[int, int]  # offset and size, in whole pages
 
 ID_BYTES = 16
 NAMES = ("pyvmm", "id", "saved_ns", "spec", "machine", "parts", "memory", "base", "images", "drives")
-# As many runs of a difference are mapped one by one; each is a mapping of the process, which may have 65,530.
-MAPPED_RUNS = 1024
 LONGEST_CHAIN = 32
 MOST_IMAGES = 1024
-ENTRY_BYTES = 8  # of /proc/self/pagemap, a page each
-PAGEMAP_BYTES = 1 << 20
-
-
-# -- a machine's memory ------------------------------------------------------------------------------------------------
-
-
-class Piece:
-    """A piece of memory in a snapshot: ``size`` bytes that stand at ``gpa`` in the guest."""
-
-    def __init__(self, file: SnapshotFile, entry: object, base: Piece | None) -> None:
-        check_names(entry, ("gpa", "size", "offset", "runs"))
-        assert isinstance(entry, dict)
-        self.file = file
-        self.base = base
-        self.gpa = pages(entry["gpa"], "gpa", 0)
-        self.size = pages(entry["size"], "size", PAGE_BYTES)
-        self.offset = 0
-        self.runs: list[tuple[int, int, int]] = []
-        if base is None:
-            self.offset = file.check_range(entry["offset"], self.size)
-        else:
-            self.runs = [self._checked_run(run) for run in listed(entry["runs"], "runs")]
-            if (base.gpa, base.size) != (self.gpa, self.size):
-                raise StateError(f"snapshot {file.path} is damaged: it has other memory than its base")
-
-    def _checked_run(self, run: object) -> tuple[int, int, int]:
-        start, size, offset = value_of(("list", 63, 3), run, "run")
-        pages(start, "run", 0)
-        pages(size, "run", PAGE_BYTES)
-        if start + size > self.size:
-            raise StateError(f"snapshot {self.file.path} is damaged: a run leaves its memory")
-        return start, size, self.file.check_range(offset, size)
-
-    @property
-    def source(self) -> tuple[int, int]:
-        """Descriptor and offset of what is mapped first; ``complete`` does the rest."""
-        return (self.file.fd, self.offset) if self.base is None else self.base.source
-
-    def complete(self, region: RamRegion) -> None:
-        """Into a region that has ``source`` already: what differs from the base."""
-        if self.base is None:
-            return
-        self.base.complete(region)
-        for start, size, offset in self.runs[:MAPPED_RUNS]:
-            region.overlay(start, size, (self.file.fd, offset))
-        view = memoryview(region)
-        for start, size, offset in self.runs[MAPPED_RUNS:]:
-            read_into(self.file, view[start : start + size], offset)
-
-    def map(self) -> RamRegion:
-        """A mapping of its own."""
-        region = RamRegion(self.gpa, self.size, name="snapshot", source=self.source)
-        self.complete(region)
-        return region
-
-    def data(self) -> list[Run]:
-        """Where something may be that is not zero."""
-        if self.base is not None:
-            return joined([*self.base.data(), *((start, size) for start, size, _ in self.runs)])
-        return [(at - self.offset, size) for at, size in self.file.data(self.offset, self.size)]
-
-
-def whole_pages(size: int) -> int:
-    return (size + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-
-
-def pages(value: object, name: str, smallest: int) -> int:
-    """A hostile number that has to be whole pages inside of a guest's address space."""
-    number: int = value_of(63, value, name)
-    if number % PAGE_BYTES or not smallest <= number <= GPA_END:
-        raise StateError(f"{name} is {number:#x}, no whole pages")
-    return number
-
-
-def listed(value: object, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise StateError(f"{name} is {shown(value)}, no list")
-    return value
-
-
-def read_into(file: SnapshotFile, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < view.nbytes:
-        try:
-            got = os.preadv(file.fd, [view[done:]], offset + done)
-        except OSError as error:
-            raise HostError(f"snapshot {file.path}: {error.strerror}") from None
-        if not got:
-            raise StateError(f"snapshot {file.path} is damaged: it was cut off")
-        done += got
-
-
-def joined(runs: Iterable[Run]) -> list[Run]:
-    """In order, those that touch or overlap as one."""
-    found: list[Run] = []
-    for start, size in sorted(runs):
-        if found and start <= found[-1][0] + found[-1][1]:
-            first = found[-1][0]
-            found[-1] = first, max(found[-1][1], start + size - first)
-        else:
-            found.append((start, size))
-    return found
-
-
-def touched(region: RamRegion, *, written_only: bool) -> list[Run]:
-    """What the process has touched of a region; all of it where the kernel does not tell."""
-    try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return [(0, region.size_bytes)]
-    runs: list[Run] = []
-    try:
-        first, count = region.host_address // PAGE_BYTES, region.size_bytes // PAGE_BYTES
-        step = PAGEMAP_BYTES // ENTRY_BYTES
-        for at in range(0, count, step):
-            entries = os.pread(fd, min(step, count - at) * ENTRY_BYTES, (first + at) * ENTRY_BYTES)
-            if len(entries) < min(step, count - at) * ENTRY_BYTES:
-                return [(0, region.size_bytes)]
-            runs += [(at * PAGE_BYTES + start, size) for start, size in touched_runs(entries, written_only)]
-    finally:
-        os.close(fd)
-    return runs
-
-
-def candidates(region: RamRegion, origin: Piece | None, base: Piece | None) -> list[Run]:
-    """Where the region may hold something that has to be written: what is no zero, or with ``base`` no page of its.
-
-    ``origin`` is where its memory came from, if it came from a snapshot.
-    """
-    if region.fd >= 0:
-        mine = file_data(region.fd, 0, region.size_bytes)
-    elif origin is None:
-        mine = touched(region, written_only=False)
-    else:
-        mine = touched(region, written_only=True)
-        if base is not None and base.file is origin.file:
-            return mine
-        mine = [*mine, *origin.data()]
-    return joined([*mine, *(base.data() if base is not None else ())])
-
-
-def write_piece(file: Writer, region: RamRegion, origin: Piece | None, base: Piece | None) -> dict[str, Any]:
-    """The entry of one region, whose pages are in the file then."""
-    runs: list[list[int]] = []
-    offset = file.reserve(region.size_bytes) if base is None else 0
-    before = base.map() if base is not None else None
-    for at, size in candidates(region, origin, base):
-        for start, length in data_runs(region, before, at, size):
-            place = offset + start if base is None else file.reserve(length)
-            with memoryview(region)[start : start + length] as view:
-                file.write(place, view)
-            if base is not None:
-                runs.append([start, length, place])
-    return {"gpa": region.gpa, "size": region.size_bytes, "offset": offset, "runs": runs}
 
 
 # -- writing a snapshot ------------------------------------------------------------------------------------------------
@@ -261,15 +104,21 @@ class Saving:
     def _image(self, image: memoryview) -> dict[str, int]:
         offset = self._file.reserve(image.nbytes)
         self._file.write(offset, image)
-        return {"offset": offset, "size": image.nbytes}
+        return {"offset": offset, "size": image.nbytes, "sum": crc32(image)}
 
     def commit(self) -> int:
         """It is on the disk, whole: how many bytes were written."""
+        if self._file.lasting:
+            for entry in self._manifest["memory"]:
+                if self._base is None:
+                    entry["sums"] = piece_sums(self._file.fd, entry["offset"], entry["size"])
+                else:
+                    entry["sums"] = run_sums(self._file.fd, entry["runs"])
         self._file.commit(self._manifest)
         return self._file.written_bytes
 
 
-def piece_of(snapshot: Snapshot | None, region: RamRegion) -> Piece | None:
+def piece_of(snapshot: Snapshot | None, region: RamRegion) -> SnapshotPiece | None:
     return None if snapshot is None else snapshot.pieces.get(region.gpa)
 
 
@@ -326,31 +175,33 @@ class Snapshot:
         self.machine: dict[str, Any] = manifest["machine"]
         self.parts: dict[str, Any] = manifest["parts"]
         self.drives = [checked_drive(entry) for entry in listed(manifest["drives"], "drives")]
+        self._images: dict[str, tuple[int, int, int]]
         self._images = {name: self._checked_image(name, entry) for name, entry in checked_images(manifest).items()}
         if manifest["base"] is not None:
             self._open_base(manifest["base"], [*above, self.id])
-        self.pieces: dict[int, Piece] = {}
+        self.pieces: dict[int, SnapshotPiece] = {}
         for entry in listed(manifest["memory"], "memory"):
             gpa = entry.get("gpa") if isinstance(entry, dict) else None
             base = self.base.pieces.get(gpa) if self.base is not None and isinstance(gpa, int) else None
             if self.base is not None and base is None:
                 raise StateError("it has memory that its base has not")
-            piece = Piece(self._file, entry, base)
+            piece = SnapshotPiece(self._file, entry, base)
             if piece.gpa in self.pieces:
                 raise StateError(f"it has memory at {piece.gpa:#x} twice")
             self.pieces[piece.gpa] = piece
 
-    def _checked_image(self, name: str, entry: object) -> tuple[int, int]:
-        check_names(entry, ("offset", "size"))
+    def _checked_image(self, name: str, entry: object) -> tuple[int, int, int]:
+        check_names(entry, ("offset", "size", "sum"))
         assert isinstance(entry, dict)
         size: int = value_of(range(1, GPA_END), entry["size"], f"images.{name}.size")
-        return self._file.check_range(entry["offset"], whole_pages(size)), size
+        crc: int = value_of(32, entry["sum"], f"images.{name}.sum")
+        return self._file.check_range(entry["offset"], whole_pages(size)), size, crc
 
     def image(self, name: str) -> Buffer | None:
         """The image that the machine was given as bytes for an option, or one of several: ``modules[0]``; mapped."""
         if name not in self._images:
             return None
-        offset, size = self._images[name]
+        offset, size, _crc = self._images[name]
         region = RamRegion(0, whole_pages(size), name=name, source=(self._file.fd, offset))
         return memoryview(region)[:size].toreadonly()
 
@@ -399,7 +250,28 @@ class Snapshot:
             if region.from_file:
                 piece.complete(region)
             else:
-                memoryview(region)[:] = memoryview(piece.map())
+                piece.read(region)
+
+    def check(self) -> None:
+        """Read all of it: StateError where memory or an image is not what was saved. Of the manifest that is known."""
+        for piece in self.pieces.values():
+            piece.check()
+        for name, (_offset, _size, crc) in self._images.items():
+            image = self.image(name)
+            if image is None or crc32(image) != crc:
+                raise StateError(f"snapshot {self.path} is damaged: its {name} has been changed")
+
+    def read_ahead_beside(self, regions: Iterable[RamRegion], goes_on: Callable[[], bool]) -> Callable[[], None]:
+        """What has all that the saved machine had in use read, and mapped, for as long as ``goes_on()``: to be called
+        once, on a thread of its own, while somebody holds this.
+        """
+        mapped = [(self.pieces[region.gpa], region) for region in regions if region.from_file]
+
+        def work() -> None:
+            for piece, region in mapped:
+                piece.read_ahead(region, goes_on)
+
+        return work
 
     def share(self, regions: Sequence[RamRegion]) -> None:
         """The memory that it was taken of is a private mapping of it from here on: both have each page once, until it

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4096
 MAGIC = b"pyvmm snapshot\r\n"  # a transfer that changes line ends shows at once
-FORMAT = 1
+FORMAT = 2
 # Header, little endian: magic, format, the manifest's offset, its length, its CRC-32, the CRC-32 of all before.
 FIELDS = (4, 8, 8, 4)
 HEADER_BYTES = len(MAGIC) + sum(FIELDS) + 4
@@ -44,12 +44,20 @@ LARGEST_WRITE_BYTES = 16 << 20
 class Writer:
     """``write`` pieces of memory into an open file, then ``commit`` a manifest. HostError where there is no room."""
 
+    lasting = False
+    """Whether it may be read by somebody else, later: then with checksums."""
+
     def __init__(self, path: str) -> None:
         self.path = path
         self.end = PAGE_BYTES
         """Where the next piece may go."""
         self.written_bytes = 0
         self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        """Of the file, to read what stands there already."""
+        return self._fd
 
     def reserve(self, size: int) -> int:
         """Room for ``size`` bytes of memory, a hole for now: its offset, a whole page."""
@@ -114,6 +122,8 @@ class SnapshotWriter(Writer):
     Where the block ends without a commit, nothing is there but what was there before. ConfigError for a path that no
     file can have.
     """
+
+    lasting = True
 
     def __init__(self, path: str) -> None:
         super().__init__(path)

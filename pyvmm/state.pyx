@@ -314,8 +314,8 @@ def save_all(holders):
     return {name: {"version": holder.STATE_VERSION, "state": holder.save()} for name, holder in holders}
 
 
-def load_all(holders, saved):
-    """Load each, then ``after_load`` of each, both in the order of the holders.
+def load_all(holders, saved, between=None):
+    """Load each, then ``after_load`` of each, both in the order of the holders; ``between()`` in between.
 
     StateError in one sentence where the names are not the same, a version is another one, or a holder can't take its
     state. Some of them may have been loaded by then: what they belong to is to be reset, or thrown away.
@@ -323,6 +323,8 @@ def load_all(holders, saved):
     check_holders(holders, saved)
     for name, holder in holders:
         told(name, holder.load, saved[name]["state"])
+    if between is not None:
+        between()
     for name, holder in holders:
         told(name, holder.after_load)
 

@@ -14,7 +14,7 @@ import os
 
 from pyvmm.errors import StateError
 from pyvmm.machine import Machine
-from pyvmm.machine_snapshot import restored_spec, unshared
+from pyvmm.machine_snapshot import Way, restored_spec, unshared
 from pyvmm.snapshot import Snapshot
 
 TYPE_CHECKING = False
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class Template:
     """``start()`` is a machine that goes on from the snapshot at ``path``, any number of times and from any thread.
 
-    ``options`` are for all of them, ``board`` and ``prepare`` as with ``Machine.restore``. The machines have no console
-    but those given, and nobody at the host's end of their vsock device, since only one of them could have those of the
-    machine that was saved. Each is told that it is a twin.
+    ``options`` are for all of them, the others as with ``Machine.restore``; ``check`` looks at memory once, here. The
+    machines have no console but those given, and nobody at the host's end of their vsock device, since only one of them
+    could have those of the machine that was saved. Each is told that it is a twin.
 
     Close it, best by ``with``; its machines live on. ConfigError and StateError in one sentence for a path that can't
     be read, what is no snapshot, and options that can't be.
@@ -45,15 +45,19 @@ class Template:
         *,
         board: type[Board] | None = None,
         prepare: Callable[[Machine], object] | None = None,
+        check: bool = False,
+        prefetch: bool = False,
+        clock: str = "saved",
         **options: Unpack[MachineOptions],
     ) -> None:
+        self._way = Way(board, prepare, prefetch=prefetch, clock=clock)
         self._closed = True  # until there is something to close
         self.snapshot = path.hold() if isinstance(path, Snapshot) else Snapshot(os.fspath(path))
         """Of which the machines are: ``spec`` says what they are made of."""
         self._closed = False
-        self._board = board
-        self._prepare = prepare
         try:
+            if check:
+                self.snapshot.check()
             plain = restored_spec(self.snapshot, options)
             self._options: MachineOptions = {**unshared(plain, options), **options}
             self._config = restored_spec(self.snapshot, self._options)
@@ -72,7 +76,7 @@ class Template:
             config = restored_spec(origin, {**self._options, **options}) if options else self._config
             if not options and "drives" not in self._options:
                 origin.check_drives([drive.name for drive in config.drives])
-            return Machine.of_snapshot(origin, config, board=self._board, prepare=self._prepare)
+            return Machine.of_snapshot(origin, config, self._way)
 
     def close(self) -> None:
         """Give no more machines; those that there are live on. Idempotent."""

@@ -164,11 +164,11 @@ def head(form: int, offset: int, length: int, checksum: int) -> bytes:
     [
         (b"", "no snapshot"),
         (b"#!/bin/sh\n" * 900, "no snapshot"),
-        (head(2, 0, 0, 0), "format 2, this pyvmm reads 1"),
-        (head(1, 0, 1 << 62, 0), "cut off"),
-        (head(1, (1 << 64) - 1, 1, 0), "cut off"),
-        (head(1, 4096, 3, crc32(b"\x93\1\2")) + bytes(4096 - HEADER_BYTES) + b"\x93\1\2", "ends early"),
-        (head(1, 4096, 1, crc32(b"\1")) + bytes(4096 - HEADER_BYTES) + b"\1", "its manifest is no dict"),
+        (head(1, 0, 0, 0), "format 1, this pyvmm reads 2"),
+        (head(2, 0, 1 << 62, 0), "cut off"),
+        (head(2, (1 << 64) - 1, 1, 0), "cut off"),
+        (head(2, 4096, 3, crc32(b"\x93\1\2")) + bytes(4096 - HEADER_BYTES) + b"\x93\1\2", "ends early"),
+        (head(2, 4096, 1, crc32(b"\1")) + bytes(4096 - HEADER_BYTES) + b"\1", "its manifest is no dict"),
     ],
 )
 def test_what_a_stranger_wrote(tmp_path: Path, content: bytes, said: str) -> None:
