@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Spec, kind: type[Board] | None, owner: object, snapshot: Snapshot | None = None, *, mapped: bool = True
+    config: Spec, kind: type[Board] | None, owner: object, snapshot: Snapshot | None = None, *, fresh: bool = True
 ) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
-    ``snapshot`` and no guest loaded; ``mapped``, or zeros that somebody fills. What was made before an error is closed
-    again.
+    ``snapshot``. One that is not ``fresh`` has no guest loaded: its state follows. What was made before an error is
+    closed again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
     closers = Closers()
     try:
-        memory = make_memory(config, closers, snapshot if mapped else None)
+        memory = make_memory(config, closers, snapshot)
         images = closers.add(Images())
         runs_guests = config.accel == "kvm"
         make_clock = (KvmPlatform if runs_guests else NoCpuPlatform).clock
         chassis = Chassis(config, memory, closers, make_clock, owner)
-        if snapshot is not None and mapped:
+        if snapshot is not None:
             chassis.origin = closers.add(snapshot.origin())
         board = kind(config, chassis, images, runs_guests=runs_guests)
         memory_map = board.lay_out_memory()
         platform = KvmPlatform(config, memory_map, chassis) if runs_guests else NoCpuPlatform(chassis)
         closers.add(chassis.loop)
         board.install(platform)
-        boot = board.load_guest() if snapshot is None else None
+        boot = board.load_guest() if fresh else None
         platform.make_cpus(chassis)
         platform.enter(boot)
         platform.finish_in_background(chassis)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm_listener import KvmListener
     from pyvmm.machine_snapshot import Saved, Way
     from pyvmm.machine_state import MachineState
+    from pyvmm.migration import Arrival, Departure, Migrated
     from pyvmm.reset_count import ResetCount
     from pyvmm.snapshot import Snapshot
     from pyvmm.spec import Spec
@@ -87,15 +88,16 @@ class Machine:
         board: type[Board] | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
-        self._make(specify(config, options), board, None)
+        self._make(specify(config, options), board)
 
     def _make(
-        self, config: Spec, board: type[Board] | None, origin: Snapshot | None, *, mapped: bool = True
+        self, config: Spec, board: type[Board] | None, snapshot: Snapshot | None = None, *, fresh: bool = True
     ) -> None:
         self.config = config
         self._pid = getpid()
         self._closing = Lock()
-        self._chassis, self.board, self._platform = builder.build(config, board, self, origin, mapped=mapped)
+        self._departure: Departure | None = None
+        self._chassis, self.board, self._platform = builder.build(config, board, self, snapshot, fresh=fresh)
         self._closed = False
         chassis = self._chassis
         self.pio: AddressSpace = chassis.pio
@@ -466,7 +468,7 @@ class Machine:
     def of_snapshot(cls, origin: Snapshot, config: Spec, way: Way) -> Machine:
         """``restore`` with a Spec that is made of the snapshot's already (machine_snapshot.restored_spec)."""
         self = cls.__new__(cls)
-        self._make(config, way.board, origin, mapped=not way.eager)
+        self._make(config, way.board, None if way.eager else origin, fresh=False)
         try:
             if way.prepare is not None:
                 way.prepare(self)
@@ -524,6 +526,94 @@ class Machine:
                     machine.close()
                 raise
         return made
+
+    def migrate_to(self, address: str) -> Migrated:
+        """Have the guest go on in another process, which waits for it at ``address``: the path of a Unix socket, or
+        tcp:HOST:PORT, where ``Machine.incoming`` or ``pyvmm run --incoming`` listens.
+
+        Most of its memory goes over while it runs; it stands for the rest, and ``Migrated`` tells for how long. This
+        machine has ended then, with status 0 and the reason "migrated". Whatever is raised, it goes on here as before,
+        also after ``cancel_migration`` from another thread. The one exception: where the connection breaks after the
+        other side was told to go on, and before it says that it does, this machine is paused, and HostError says so.
+
+        StateError for what can't be saved, for a drive that is written to, and where the other side refuses: its
+        processors lack a feature, its version is another one.
+        """
+        from pyvmm.migration import Departure
+
+        state = self._all_state("migrate_to")
+        with self._chassis.saving:
+            self._departure = Departure(state, self.config, self._chassis.origin)
+            try:
+                return self._departure.go(address)
+            finally:
+                self._departure = None
+
+    def cancel_migration(self) -> None:
+        """The guest stays here: ``migrate_to`` raises, unless it has gone by then. StateError where none is on its way.
+        """
+        departure = self._departure
+        if departure is None:
+            raise StateError("cancel_migration(): no migration is under way")
+        departure.cancel()
+
+    @classmethod
+    def incoming(
+        cls,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        board: type[Board] | None = None,
+        prepare: Callable[[Machine], object] | None = None,
+        ready: Callable[[str], object] | None = None,
+        **options: Unpack[MachineOptions],
+    ) -> Machine:
+        """The machine that ``migrate_to`` sends to ``address``, paused where it stood: ``run`` or ``resume`` at once.
+
+        ``options``, ``board`` and ``prepare`` as with ``restore``. ``ready`` gets the address when somebody can come
+        (tcp:HOST:0 is a port that is free). Whoever can connect says what the machine is made of, and so which files
+        and consoles it opens here: a Unix socket is for this user alone, and a TCP port for whom you let in.
+
+        TimeoutError where nobody has come within ``timeout_s`` seconds. ConfigError, StateError, HostError and KvmError
+        in one sentence; then the guest goes on where it was, and nothing has been started here.
+        """
+        from pyvmm.migration import Arrival, Listener
+        from pyvmm.migration_stream import MigrationStream
+
+        limit_s = timeout_or_none(timeout_s)
+        with Listener(address) as listener:
+            if ready is not None:
+                ready(listener.address)
+            connection = listener.accept(limit_s)
+        with MigrationStream(connection) as stream, stream.told_why():
+            arrival = Arrival(stream, address)
+            return cls.of_arrival(arrival, board, prepare, options)
+
+    @classmethod
+    def of_arrival(
+        cls,
+        arrival: Arrival,
+        board: type[Board] | None,
+        prepare: Callable[[Machine], object] | None,
+        options: Mapping[str, Any],
+    ) -> Machine:
+        """``incoming``, of what has come already."""
+        from pyvmm.machine_snapshot import restored_spec
+
+        config = restored_spec(arrival, options)
+        self = cls.__new__(cls)
+        self._make(config, board, fresh=False)
+        try:
+            if prepare is not None:
+                prepare(self)
+            state = self._all_state("incoming")
+            state.check_description(arrival.machine)
+            state.load(arrival.receive(state.memory()))
+            arrival.take_over()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def _all_state(self, call: str) -> MachineState:
         from pyvmm.machine_state import MachineState

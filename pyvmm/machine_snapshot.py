@@ -20,7 +20,7 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from typing import Any
+    from typing import Any, Protocol
 
     from typing_extensions import Buffer
 
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from pyvmm.machine_state import MachineState
     from pyvmm.net.options import NetOptions
     from pyvmm.origin import Origin
+
+    class SpecSource(Protocol):
+        """A Snapshot, or what has come of a machine by a stream (migration.py)."""
+
+        path: str
+        spec: dict[str, Any]
+        as_it_was: Spec | None
+
+        @property
+        def memory_bytes(self) -> int: ...
+        def image(self, name: str) -> Buffer | None: ...
+        def check_drives(self, names: Iterable[str]) -> None: ...
 
 STATES = (*RESUMABLE, *ALIVE)  # in which a machine can be saved
 CLOCKS = ("saved", "now")  # where a restored machine's go on from
@@ -180,7 +192,7 @@ def images_of(config: Spec) -> dict[str, Buffer]:
     return {name: image for name, image in images.items() if image is not None and not isinstance(image, str)}
 
 
-def given_images(origin: Snapshot, *, copied: bool) -> dict[str, Any]:
+def given_images(origin: SpecSource, *, copied: bool) -> dict[str, Any]:
     """The same out of a snapshot, as Spec.from_plain wants them."""
 
     def image(name: str) -> Buffer | None:
@@ -232,7 +244,7 @@ def unshared(config: Spec, given: Mapping[str, Any]) -> MachineOptions:
     return own
 
 
-def restored_spec(origin: Snapshot, options: Mapping[str, Any], *, copied: bool = False) -> Spec:
+def restored_spec(origin: SpecSource, options: Mapping[str, Any], *, copied: bool = False) -> Spec:
     """The Spec that the snapshot has, with ``options`` in the place of what was saved; ``copied``: images that are in
     the file are copied, not mapped.
 
@@ -247,7 +259,7 @@ def restored_spec(origin: Snapshot, options: Mapping[str, Any], *, copied: bool 
     return config
 
 
-def specified(origin: Snapshot, options: Mapping[str, Any], *, copied: bool) -> Spec:
+def specified(origin: SpecSource, options: Mapping[str, Any], *, copied: bool) -> Spec:
     for name in options:
         if name not in Spec.rows:
             raise ConfigError(Spec.unknown(name))

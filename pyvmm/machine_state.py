@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import monotonic_ns
 
 from pyvmm.errors import StateError
-from pyvmm.run_control import RESUMABLE
+from pyvmm.run_control import PAUSED, RESUMABLE
 from pyvmm.run_state import RunState
 from pyvmm.state import check_holders, check_names, load_all, load_fields, save_all, save_fields, shown
 
@@ -101,10 +101,15 @@ class MachineState:
         return self.while_it_stands("save_state", lambda: self._save(memory))
 
     def while_it_stands(
-        self, call: str, work: Callable[[], Result], states: Sequence[RunState] = RESUMABLE
+        self,
+        call: str,
+        work: Callable[[], Result],
+        states: Sequence[RunState] = RESUMABLE,
+        then: Callable[[], None] | None = None,
     ) -> Result:
         """What ``work`` gives, with every vCPU parked, nothing in flight and all output out; the machine goes on
-        afterwards, if it ran. StateError where it is in none of ``states``, or is closed meanwhile.
+        afterwards, if it ran, or does what ``then`` says: one of the next three. StateError where it is in none of
+        ``states``, or is closed meanwhile.
         """
         outcome: list[tuple[Result | None, BaseException | None]] = []
         control = self._chassis.control
@@ -123,13 +128,25 @@ class MachineState:
                 outcome.append((None, error))
             self.stood_ns = monotonic_ns() - began_ns
 
-        control.request(call, request, control.carry_on, wait=True)
+        control.request(call, request, then or control.carry_on, wait=True)
         if not outcome:
             raise StateError(f"{call}(): the machine was closed meanwhile")
         result, error = outcome[0]
         if error is not None:
             raise error
         return result  # type: ignore[return-value]  # where there is no error there is a result
+
+    def carries_on(self) -> None:
+        """As before."""
+        self._chassis.control.carry_on()
+
+    def ends(self, reason: str) -> None:
+        """The guest goes on elsewhere, and never here."""
+        self._chassis.power.stop(0, reason)
+
+    def stays(self) -> None:
+        """Paused."""
+        self._chassis.control.end(RunState.PAUSED, PAUSED)
 
     def _save(self, memory: bool) -> dict[str, Any]:
         return {
@@ -178,7 +195,7 @@ class MachineState:
         assert isinstance(state, dict)
         if state["format"] != FORMAT:
             raise StateError(f"the state has format {shown(state['format'])}, this pyvmm reads {FORMAT}")
-        surplus = self._check_description(state["machine"])
+        surplus = self.check_description(state["machine"])
         holders = self.holders()
         check_holders(holders, state["parts"])
         memory = self._checked_memory(state["memory"])
@@ -213,8 +230,10 @@ class MachineState:
             if self._chassis.kvm_clock is not None:
                 self._chassis.kvm_clock.pass_time(ns)
 
-    def _check_description(self, saved: object) -> list[str]:
-        """The features that this machine's processors show, and those of the saved one do not."""
+    def check_description(self, saved: object) -> list[str]:
+        """The features that this machine's processors show, and those of the saved one do not. StateError where this
+        one can't go on where that one stood.
+        """
         mine = self.description()
         check_names(saved, list(mine))
         assert isinstance(saved, dict)

@@ -11,10 +11,17 @@ from pyvmm.write_log import WriteLog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Self
+    from collections.abc import Iterable, Sequence
+    from typing import Protocol, Self
 
+    from pyvmm.guest_memory import RamRegion
     from pyvmm.machine_state import MachineState
-    from pyvmm.snapshot import Saving
+
+    class Saving(Protocol):
+        """Where memory goes: a file (snapshot.py), or another process (migration.py)."""
+
+        def write_memory(self, regions: Sequence[RamRegion]) -> None: ...
+        def rewrite(self, region: RamRegion, runs: Iterable[tuple[int, int]]) -> int: ...
 
 # For so much the guest may stand: that is a few milliseconds, into the page cache.
 REST_BYTES = 2 << 20

@@ -127,11 +127,13 @@ RUNNING = (
     "pyvmm.machine_snapshot",
     "pyvmm.machine_state",
     "pyvmm.memory_rounds",
+    "pyvmm.migration",
+    "pyvmm.migration_stream",
     "pyvmm.restart",
     "pyvmm.run_state",
     "pyvmm.snapshot",
-    "pyvmm.unix_socket",
     "pyvmm.snapshot_piece",
+    "pyvmm.unix_socket",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset

@@ -192,10 +192,8 @@ def touched(region: RamRegion, *, written_only: bool) -> list[Run]:
 
 def in_use(region: RamRegion) -> list[Run]:
     """What the process has touched of a region, in no more runs than a manifest has."""
-    if region.fd >= 0:
-        runs = file_data(region.fd, 0, region.size_bytes)
-    else:
-        runs = touched(region, written_only=False)
+    shared = region.fd >= 0
+    runs = file_data(region.fd, 0, region.size_bytes) if shared else touched(region, written_only=False)
     gap = NEAR_BYTES
     while len(runs := nearly_joined(runs, gap)) > MOST_RUNS:
         gap *= 4

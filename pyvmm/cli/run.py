@@ -43,6 +43,12 @@ OPTIONS = (
         *("--qmp", "PATH", "let clients drive and watch the machine by QMP, at a Unix socket that is made there"),
         many=True, words=True,
     ),
+    Option(
+        "--incoming",
+        "ADDRESS",
+        "wait for a machine that another pyvmm migrates to a Unix socket's path or tcp:HOST:PORT, and go on with it;"
+        " other options as with --restore",
+    ),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
     Option("--help -h", "", "this; of one option: --help drive, or --drive help"),
@@ -67,9 +73,11 @@ def run(args: list[str]) -> int:
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
     sockets = given.pop("qmp", ())
-    snapshot = given.pop("restore", None)
-    config = configure(given) if snapshot is None else None
-    with Signals() as signals, Machine(config) if config is not None else restored(snapshot, given) as machine:
+    snapshot, incoming = given.pop("restore", None), given.pop("incoming", None)
+    if snapshot is not None and incoming is not None:
+        raise ConfigError("--restore beside --incoming: a machine comes from one of them, leave the other out")
+    config = configure(given) if snapshot is None and incoming is None else None
+    with Signals() as signals, made(config, snapshot, incoming, given) as machine:
         signals.terminal = machine.terminal
         announce(machine)
         for path in sockets:
@@ -111,6 +119,28 @@ def has_console(given: dict[str, Any]) -> bool:
     from pyvmm.console_options import on_terminal
 
     return on_terminal(given["consoles"])
+
+
+def made(config: MachineConfig | None, snapshot: str | None, incoming: str | None, given: dict[str, Any]) -> Machine:
+    if config is not None:
+        return Machine(config)
+    return restored(snapshot, given) if snapshot is not None else arrived(str(incoming), given)
+
+
+def arrived(address: str, given: dict[str, Any]) -> Machine:
+    """The machine that somebody sends there. Its consoles are those given, or the terminal."""
+    if "config" in given:
+        raise ConfigError("--incoming beside --config: the other side says what the machine is made of, leave one out")
+    join_drives(given)
+    if not given["drives"]:
+        del given["drives"]
+    join_boot_words(given)
+    given.setdefault("serial", "none" if has_console(given) else "stdio")
+
+    def ready(at: str) -> None:
+        say(f"waiting for a machine at {at}")
+
+    return Machine.incoming(address, ready=ready, raw_terminal=True, **given)
 
 
 def restored(path: str, given: dict[str, Any]) -> Machine:
