@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from pyvmm.clock import Clock
     from pyvmm.devices.pci.host import PciHost
     from pyvmm.devices.virtio.blk import VirtioBlk
-    from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.devices.virtio.device import IoWatcher, VirtioDevice
     from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.io_thread import IoThread
     from pyvmm.irq import IrqLine
     from pyvmm.irqchip import Irqchip
     from pyvmm.irqfd import IrqFd, Msi
@@ -215,7 +214,10 @@ def wire_up(board: Board, name: str, device: VirtioDevice) -> None:
         chassis.closers.call(closing, closing)
         if device.served_elsewhere:
             continue
-        watch(threads.make() if device.thread_per_queue and queue.index else own, device, queue.index)
+        number = device.thread_of(queue) if device.thread_per_queue else 0
+        if number and number not in device.ios:
+            device.ios[number] = threads.make()
+        watch(device.ios[number] if number else own, device, queue.index)
     device.on_broken = lambda why: chassis.events.tell("device-broken", device=name, why=why)
     board.add(name, device)
 
@@ -232,7 +234,7 @@ class Closing:
             os.close(fd)
 
 
-def watch(thread: IoThread, device: VirtioDevice, index: int) -> None:
+def watch(thread: IoWatcher, device: VirtioDevice, index: int) -> None:
     queue = device.queues[index]
     serve = device.serve
     thread.add_reader(queue.kick_fd, lambda: serve(queue), edge=True)

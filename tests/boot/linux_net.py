@@ -80,9 +80,9 @@ class Guest:
         self.directory.cleanup()
 
 
-def serve(port: int, work: Callable[[socket.socket], None]) -> None:
+def serve(port: int, work: Callable[[socket.socket], None], address: str = "0.0.0.0") -> None:
     """One connection, on a thread."""
-    listening = socket.create_server(("0.0.0.0", port))
+    listening = socket.create_server((address, port))
 
     def body() -> None:
         end, _ = listening.accept()

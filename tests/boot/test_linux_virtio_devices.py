@@ -1,5 +1,5 @@
-"""A stock Debian kernel with virtio console, balloon, vsock and a shared folder: each used from both sides, over both
-transports. In the end the folder is the guest's root.
+"""A stock Debian kernel with virtio console, balloon, vsock, network and a shared folder: each used from both sides,
+over both transports. In the end the folder is the guest's root.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import boot_assets
 import pytest
+from linux_net import EXCHANGE, received, serve
 
 import pyvmm
 from pyvmm.console_options import ConsoleOptions
@@ -26,9 +27,11 @@ ECHO_BYTES = 2 * MIB
 IN_PORT, OUT_PORT = 5000, 6000
 GIVEN_MIB = 64
 SHARED_BYTES = 6 * MIB
+NET_BYTES = 6 * MIB
+HOST_IP, GUEST_IP = "10.77.0.1", "10.77.0.2"
 MODULES = (
     *("virtio_mmio", "virtio_pci", "virtio_console", "virtio_balloon"),
-    *("vsock", "vmw_vsock_virtio_transport", "virtiofs"),
+    *("vsock", "vmw_vsock_virtio_transport", "virtio_net", "virtiofs"),
 )
 
 # Each step says a line at hvc0 and waits there for one of the host's.
@@ -52,6 +55,9 @@ read word
 head -c {ECHO_BYTES} /dev/urandom > /tmp/data
 vsock_peer call {OUT_PORT} < /tmp/data > /tmp/back
 cmp /tmp/data /tmp/back && echo "echoed: $(md5sum < /tmp/back)"
+read word
+{EXCHANGE.format(me=GUEST_IP, peer=HOST_IP)}
+echo "pairs: $(ls -d /sys/class/net/eth0/queues/rx-* | wc -l)"
 mkdir /new; mount -t virtiofs folder /new && echo "mounted: $(md5sum < /new/given)"
 head -c {SHARED_BYTES} /dev/urandom > /new/made; cp /new/given /new/copy; chmod 640 /new/copy
 mkdir -p /new/a/b; mv /new/copy /new/a/b/moved; ln -s b/moved /new/a/link; rm /new/gone; sync
@@ -182,6 +188,20 @@ def md5(data: bytes) -> str:
     return hashlib.md5(data).hexdigest()
 
 
+def use_the_network(guest: Lines, say: Callable[[], None]) -> None:
+    """A tap with the host's address, two queue pairs: each way, with sums."""
+    data = os.urandom(NET_BYTES)
+    sums: list[str] = []
+    serve(5001, lambda end: end.sendall(data), HOST_IP)
+    serve(5002, lambda end: received(end, sums), HOST_IP)
+    say()
+    assert guest.after("PING ") == "5 packets received"
+    assert guest.after("GOT ").split()[0] == md5(data)
+    assert guest.after("ERRORS ") == "0"
+    assert sums == [md5(data)]
+    assert guest.after("pairs: ") == "2"
+
+
 def fill_folder(folder: Path) -> bytes:
     """What the guest finds there; the bytes of ``given``."""
     for name in ("bin", "sbin", "proc", "sys", "dev", "many"):
@@ -211,7 +231,7 @@ def use_the_folder(folder: Path, given: bytes, guest: Lines) -> None:
 
 @pytest.mark.lab
 @pytest.mark.parametrize(("machine", "ring"), [("microvm", "packed"), ("pc", "split")])
-def test_console_balloon_vsock_and_folder(
+def test_console_balloon_vsock_network_and_folder(
     tmp_path: Path, make_initrd: Callable[..., Path], vsock_peer: bytes, machine: str, ring: str
 ) -> None:
     kernel = boot_assets.kernel("cloud")
@@ -230,6 +250,8 @@ def test_console_balloon_vsock_and_folder(
         vsock=VsockOptions(3, path),
         balloon=0,
         shares=[ShareOptions("folder", folder)],
+        nets=[f"tap=pyvmm0,address={HOST_IP}/24,queues=2"],
+        cpus=2,
         virtio_ring=ring,
     ) as m:
         console = m.consoles["hvc0"]
@@ -249,6 +271,8 @@ def test_console_balloon_vsock_and_folder(
         say()
         use_the_balloon(m, guest, say)
         use_the_sockets(path, guest, say)
+        use_the_network(guest, say)
+        assert m.devices["net0"].faults == 0  # type: ignore[attr-defined]
         use_the_folder(folder, given, guest)
         assert guest.after("errors: ") == "0"
         assert m.wait(LIMIT_S)

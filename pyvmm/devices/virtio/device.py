@@ -83,7 +83,7 @@ class VirtioDevice(Device):
     own_thread = False
     """Whether its queues have a thread of their own; else they share the machine's."""
     thread_per_queue = False
-    """Whether each of them has."""
+    """Whether each of them has one, or as many as ``thread_of`` says."""
     served_elsewhere = False
     """Another process serves its queues: nobody here is rung."""
 
@@ -120,6 +120,8 @@ class VirtioDevice(Device):
         """What it did wrong last."""
         self.io: IoWatcher | None = None
         """Where the host's end is watched; given by the board, before the driver can be ready."""
+        self.ios: dict[int, IoWatcher] = {}
+        """The other threads, where it has several: by their numbers, ``thread_of``."""
         self.transport: Transport | None = None
         self.on_broken: Callable[[str], object] | None = None
 
@@ -146,6 +148,10 @@ class VirtioDevice(Device):
         It may be called with nothing to do, and leaves with ``queue.enable_kicks()`` having been False; or it kicks
         itself. RingError may come out.
         """
+
+    def thread_of(self, queue: Virtqueue) -> int:
+        """The number of the thread that serves ``queue``, where it has several: 0 is ``io``."""
+        return queue.index
 
     def quiesce(self) -> None:
         """Return when no request is in flight. ``lock`` is held, and no queue's; nothing is served meanwhile."""

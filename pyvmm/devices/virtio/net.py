@@ -1,15 +1,18 @@
 """VirtioNet: a network card by virtio (OASIS virtio 1.2, 5.1).
 
 Queue 2n receives and 2n + 1 sends, a pair for each port of the backend; behind the last pair that the driver uses comes
-the control queue (5.1.2). Frames move in lanes (net_lane.pyx), each on the device's thread: a kick runs the lane that
+the control queue (5.1.2). Frames move in lanes (net_lane.pyx), each on its pair's thread: a kick runs the lane that
 sends, a readable descriptor the one that receives. Where a guest gives no buffers nobody reads: what comes meanwhile
 waits at the host, within its bounds, and is lost there. Where the host takes no more, frames stay in the guest's ring.
 
-All of it is on that one thread but for what a vCPU does: features, resets.
+What is of the whole card is on the first pair's thread, the device's: commands, the link. Features and resets are a
+vCPU's. Two pairs have nothing in common but that: whoever takes a port away from a pair holds the locks of its queues.
 """
 
 from __future__ import annotations
 
+from pyvmm.address_space import Held
+from pyvmm.device import DeviceLock
 from pyvmm.devices.virtio import net_control
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.net_features import (
@@ -103,10 +106,12 @@ class VirtioNet(VirtioDevice):
         self._begun = False  # the driver has been ready since the last reset
         self._attached = False
         self._watched: set[int] = set()
+        self._watching = DeviceLock()  # around that set and what it says; the last, below a queue's lock
         self._tokens: list[list[Any]] = []
         sizes = [queue_size] * (2 * self._pairs_there) + [CONTROL_SIZE]
         features = offered(backend.offloads, pairs=self._pairs_there, mtu=mtu is not None)
         super().__init__(memory, queues=sizes, config_bytes=CONFIG_BYTES, features=features)
+        self.thread_per_queue = self._pairs_there > 1
         rx, tx = self.queues[:-1:2], self.queues[1:-1:2]
         header = backend.has_header
         self._rx = [RxLane(*each, has_header=header) for each in zip(rx, backend.ports, strict=True)]
@@ -165,9 +170,16 @@ class VirtioNet(VirtioDevice):
 
     @property
     def _thread(self) -> IoWatcher:
-        """Which serves the queues."""
+        """The device's, which serves the first pair and the control queue."""
         assert self.io is not None  # the board has given it
         return self.io
+
+    def thread_of(self, queue: Virtqueue) -> int:
+        pair = queue.index // 2
+        return pair if pair < self._pairs_there else 0
+
+    def _pairs_thread(self, pair: int) -> IoWatcher:
+        return self.ios.get(pair, self._thread)
 
     # -- negotiation ------------------------------------------------------------------------------------------------
 
@@ -281,22 +293,22 @@ class VirtioNet(VirtioDevice):
         if lane.port.closed:
             self._thread.call_soon(self._look_for_lost)
         elif outcome == STUCK or not lane.port.flush():
-            self._thread.add_writer(lane.port.fd, lambda: self._on_writable(pair, lane.port.fd))
+            self._pairs_thread(pair).add_writer(lane.port.fd, lambda: self._on_writable(pair, lane.port.fd))
         elif outcome == MORE:
             self.kick(lane.queue)
 
     def _on_writable(self, pair: int, fd: int) -> None:
-        """On the device's thread, without a lock."""
-        self._thread.remove_writer(fd)
-        lane = self._tx[pair]
+        """On the pair's thread, without a lock."""
+        thread, lane = self._pairs_thread(pair), self._tx[pair]
+        thread.remove_writer(fd)
         with lane.queue.lock:
-            if self.live and lane.queue.ready:
+            if self.live and lane.queue.ready and pair < self._pairs:
                 self._guarded(self._send, pair)
             elif not lane.port.closed and not lane.port.flush():
-                self._thread.add_writer(fd, lambda: self._on_writable(pair, fd))
+                thread.add_writer(fd, lambda: self._on_writable(pair, fd))
 
     def _on_readable(self, pair: int) -> None:
-        """On the device's thread, without a lock."""
+        """On the pair's thread, without a lock."""
         lane = self._rx[pair]
         with lane.queue.lock:
             if self.live and lane.queue.ready and pair < self._pairs:
@@ -327,7 +339,7 @@ class VirtioNet(VirtioDevice):
             return
         self._watch_one(pair)
         if outcome == MORE:
-            self._thread.call_soon(lambda: self._on_readable(pair))
+            self._pairs_thread(pair).call_soon(lambda: self._on_readable(pair))
 
     # -- the host's end ---------------------------------------------------------------------------------------------
 
@@ -338,27 +350,44 @@ class VirtioNet(VirtioDevice):
 
     def _watch_one(self, pair: int) -> None:
         port = self.backend.ports[pair]
-        if pair not in self._watched and not port.closed:
-            self._watched.add(pair)
-            self._thread.add_reader(port.fd, lambda: self._on_readable(pair))
+        with self._watching:
+            if pair not in self._watched and not port.closed:
+                self._watched.add(pair)
+                self._pairs_thread(pair).add_reader(port.fd, lambda: self._on_readable(pair))
 
     def _unwatch(self, pair: int) -> None:
-        if pair in self._watched:
-            self._watched.discard(pair)
-            self._thread.remove_reader(self.backend.ports[pair].fd)
+        with self._watching:
+            if pair in self._watched:
+                self._watched.discard(pair)
+                self._pairs_thread(pair).remove_reader(self.backend.ports[pair].fd)
 
     def _look_for_lost(self) -> None:
         """On the device's thread: a port was found closed."""
         if not any(port.closed and port.fd >= 0 for port in self.backend.ports):
             return
-        for pair, port in enumerate(self.backend.ports):
-            self._unwatch(pair)
-            if port.fd >= 0:
-                self._thread.remove_writer(port.fd)
-        self.backend.lost()
+        with self._no_frames(range(self._pairs_there)):
+            for pair, port in enumerate(self.backend.ports):
+                self._unwatch(pair)
+                if port.fd >= 0:
+                    self._pairs_thread(pair).remove_writer(port.fd)
+            self.backend.lost()
         self._link_changed()
         for lane in self._tx:
             self.kick(lane.queue)  # what waited for room is lost
+
+    def _no_frames(self, pairs: range) -> Held:
+        """``with``: none of these pairs has a frame under way. Nobody else takes two of their locks."""
+        locks = [lane.queue.lock for pair in pairs for lane in (self._rx[pair], self._tx[pair])]
+
+        def acquire() -> None:
+            for lock in locks:
+                lock.acquire()
+
+        def release() -> None:
+            for lock in locks:
+                lock.release()
+
+        return Held(acquire, release)
 
     def _refilter(self) -> None:
         """The lanes look at frames as the filter says now."""
@@ -400,11 +429,13 @@ class VirtioNet(VirtioDevice):
         """Use so many. Whether that can be (5.1.6.5.5)."""
         if not 1 <= pairs <= self._pairs_there:
             return False
+        before = self._pairs
         try:
-            self.backend.enable_pairs(pairs)
+            with self._no_frames(range(min(before, pairs), max(before, pairs))):
+                self.backend.enable_pairs(pairs)
+                self._pairs = pairs
         except OSError:  # the host takes no more
             return False
-        before, self._pairs = self._pairs, pairs
         for pair in range(pairs, self._pairs_there):
             self._unwatch(pair)
         for pair in range(before, pairs):
