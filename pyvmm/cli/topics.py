@@ -18,6 +18,7 @@ DEVICE = """\
 There is no -device here; a board has its devices, and some options add one:
   --net SPEC        a virtio network card
   --vsock SPEC      a virtio socket device
+  --share SPEC      a folder of the host's, as a virtio file system
   --drive SPEC      an IDE disk or CD-ROM drive, or a virtio disk (if=virtio)
   --console SPEC    a virtio console, or a port for the guest's programs
   --balloon SIZE    a virtio memory balloon
@@ -40,6 +41,7 @@ def topic_text(topic: str, options: Sequence[Option]) -> str:
         "net": net_text,
         "console": console_text,
         "vsock": vsock_text,
+        "share": share_text,
         "balloon": balloon_text,
         "cpu": cpu_text,
         "device": lambda: DEVICE,
@@ -96,6 +98,16 @@ def vsock_text() -> str:
     for row in VsockOptions.rows.values():
         others = ", ".join(row.words[1:])
         lines += wrapped(f"  {row.words[0]}={row.metavar}  ", 32, row.help + (f" [{others}]" if others else ""))
+    return "\n".join(lines) + "\n"
+
+
+def share_text() -> str:
+    from pyvmm.vhost_user.options import ShareOptions
+
+    lines = ["", "Of a shared folder, with commas between them; a comma in a value is written twice:"]
+    for row in ShareOptions.rows.values():
+        value = "|".join(row.kind.choices) or row.metavar
+        lines += wrapped(f"  {row.words[0]}={value}  ", 32, row.help)
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cli import main
 from pyvmm.errors import ConfigError
 from pyvmm.spec import Spec
 from pyvmm.vhost_user.options import ShareOptions
@@ -19,6 +20,13 @@ def test_words() -> None:
     assert ShareOptions("x", Path("here")).path == os.path.abspath("here")
     assert ShareOptions.parse("tag=x,socket=/run/s").socket == "/run/s"
     assert ShareOptions("x", "/s").changed(cache="none").cache == "none"
+
+
+def test_help_has_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--share", "help"]) == 0
+    said = capsys.readouterr().out
+    for word in ("tag=TAG", "path=PATH", "socket=PATH", "cache=auto|always|none", "xattr=on|off"):
+        assert f"  {word}" in said
 
 
 def test_of_a_machine() -> None:
