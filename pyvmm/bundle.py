@@ -12,10 +12,10 @@ The .py files are what counts. A module comes from the bundle only if its source
 modification for which it was made; where only the time differs (installed, copied, checked out again), if it has the
 same contents. Else, and where the bundle is missing, for another Python, broken, or made anew since the process began,
 the interpreter's own finders load the file, as they do with -O, with PYTHONPYCACHEPREFIX, and with -X pyvmm_files.
-Modules are as importlib makes them (`__file__`, `__spec__`, source lines, reload).
+Modules are as importlib makes them (`__file__`, `__spec__`, source lines, reload). Their bytecode does without
+`from __future__ import annotations`, which was told to the compiler otherwise; so does this file, which is loaded
+first: to find and load `__future__` would be the first thing that a start does.
 """
-
-from __future__ import annotations
 
 import sys
 from _frozen_importlib import ModuleSpec
@@ -60,7 +60,7 @@ def read(path: str, offset: int, count: int) -> bytes:
         close_fd(fd)
 
 
-def read_index(path: str) -> tuple[Index, tuple[str, ...], int, int, bytes]:
+def read_index(path: str) -> "tuple[Index, tuple[str, ...], int, int, bytes]":
     """The entries; the names of those that are run ahead, with the place of their bytecode; the hash of all that.
     ValueError, OSError.
     """
@@ -83,11 +83,11 @@ def read_index(path: str) -> tuple[Index, tuple[str, ...], int, int, bytes]:
 class Loader(SourceFileLoader):
     """Of one module in a bundle: the file's own, but that it need not read it."""
 
-    def __init__(self, name: str, path: str, bundle: Bundle) -> None:
+    def __init__(self, name: str, path: str, bundle: "Bundle") -> None:
         super().__init__(name, path)
         self.bundle = bundle
 
-    def get_code(self, fullname: str) -> CodeType | None:
+    def get_code(self, fullname: str) -> "CodeType | None":
         return self.bundle.code(fullname) or super().get_code(fullname)
 
 
@@ -131,7 +131,7 @@ class Bundle:
         self.times_ns[name] = now.st_mtime_ns
         return True
 
-    def code(self, name: str) -> CodeType | None:
+    def code(self, name: str) -> "CodeType | None":
         if not self.fresh(name):
             return None
         *_, at, length = self.entries[name]
@@ -148,7 +148,7 @@ class Bundle:
             return None
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> ModuleSpec | None:
         if name in self.entries:
             return self._spec(name) if self.fresh(name) else None
@@ -190,7 +190,7 @@ class Bundle:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module)
 
-    def _codes_ahead(self) -> tuple[CodeType | None, ...]:
+    def _codes_ahead(self) -> "tuple[CodeType | None, ...]":
         """None for a compiled unit. By way of a mapping: what is read would take a page fault for every page of it."""
         from mmap import ACCESS_READ, mmap
 
@@ -227,7 +227,7 @@ class Bundle:
         spec.has_location = True
         return spec
 
-    def _placed(self, name: str, code: CodeType) -> CodeType:
+    def _placed(self, name: str, code: "CodeType") -> "CodeType":
         """With the path of the file as it is here, which tracebacks show."""
         path = f"{self.directory}/{self.entries[name][0]}"
         if code.co_filename != path:

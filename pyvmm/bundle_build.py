@@ -1,6 +1,7 @@
 """Makes the bundle of the package's modules that bundle.py reads: for setup.py, and for who has edited much since."""
 
 from __future__ import annotations
+import __future__
 
 import marshal
 import os
@@ -46,6 +47,22 @@ def sources(directory: str) -> Iterator[tuple[str, str]]:
                 yield ".".join(["pyvmm", *parts, *stem]), "/".join([*parts, file])
 
 
+def compiled(text: bytes, path: str) -> CodeType:
+    """As a .pyc has it, but that ``from __future__ import annotations`` is told to the compiler and not carried out."""
+    import ast
+
+    tree = ast.parse(text, path)
+    body = [
+        statement
+        for statement in tree.body
+        if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__")
+    ]
+    flags = 0 if len(body) == len(tree.body) else __future__.annotations.compiler_flag
+    tree.body = body
+    code: CodeType = compile(tree, path, "exec", flags, dont_inherit=True, optimize=0)
+    return code
+
+
 def build(directory: str) -> str:
     """Write the bundle of the package in ``directory``, for this interpreter. Its path. OSError."""
     directory = os.path.realpath(directory)
@@ -56,7 +73,7 @@ def build(directory: str) -> str:
         with open(f"{directory}/{path}", "rb") as file:
             time_ns = os.fstat(file.fileno()).st_mtime_ns
             text = file.read()
-        codes[name] = compile(text, file.name, "exec", dont_inherit=True, optimize=0)
+        codes[name] = compiled(text, file.name)
         blob = marshal.dumps(codes[name])
         package = os.path.basename(path) == "__init__.py"
         at = sum(map(len, blobs))

@@ -7,7 +7,7 @@ of a running machine is in event_loop.py.
 from __future__ import annotations
 
 import time
-from heapq import heapify, heappop, heappush
+from _heapq import heapify, heappop, heappush
 
 from pyvmm.errors import KindError
 from pyvmm.light import Lock

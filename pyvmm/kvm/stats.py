@@ -5,11 +5,11 @@ Linux Documentation/virt/kvm/api.rst, "4.133 KVM_GET_STATS_FD": a header, an id 
 
 from __future__ import annotations
 
+import _struct
 import posix
-import struct
 
-_HEADER = struct.Struct("=6I")  # flags, name_size, num_desc, id_offset, desc_offset, data_offset
-_DESCRIPTOR = struct.Struct("=IhHII")  # flags, exponent, size, offset, bucket_size; the name follows
+_HEADER = _struct.Struct("=6I")  # flags, name_size, num_desc, id_offset, desc_offset, data_offset
+_DESCRIPTOR = _struct.Struct("=IhHII")  # flags, exponent, size, offset, bucket_size; the name follows
 
 
 class KvmStats:
@@ -37,7 +37,7 @@ class KvmStats:
         data = posix.pread(self.fd, self._data_bytes, self._data_offset)
         values: dict[str, int | list[int]] = {}
         for name, offset, count in self._fields:
-            numbers = list(struct.unpack_from(f"={count}Q", data, offset))
+            numbers = list(_struct.unpack_from(f"={count}Q", data, offset))
             values[name] = numbers[0] if count == 1 else numbers
         return values
 

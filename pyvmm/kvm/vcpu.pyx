@@ -15,7 +15,7 @@ from posix.unistd cimport close
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl
 
-import struct
+import _struct
 
 from pyvmm.errors import ConfigError, KindError, KvmError, StateError
 from pyvmm.kvm.stats import KvmStats
@@ -27,7 +27,7 @@ GUESTDBG_USE_HW_BP = uapi.KVM_GUESTDBG_USE_HW_BP
 GUESTDBG_BLOCKIRQ = uapi.KVM_GUESTDBG_BLOCKIRQ
 
 # struct kvm_vcpu_events, in the kernel's order; the pad bytes between are reserved fields.
-_EVENTS = struct.Struct("=4BI 4B 3Bx I I 4B B 26x B Q")
+_EVENTS = _struct.Struct("=4BI 4B 3Bx I I 4B B 26x B Q")
 _EVENT_FIELDS = (
     "exception_injected", "exception_nr", "exception_has_error_code", "exception_pending", "exception_error_code",
     "interrupt_injected", "interrupt_nr", "interrupt_soft", "interrupt_shadow",
@@ -284,20 +284,20 @@ cdef class Vcpu:
         merged = changed("events", self.events, value)
         try:
             raw = pack_events(merged)
-        except struct.error as error:
+        except _struct.error as error:
             too_wide("events", error)
         self._set(uapi.KVM_SET_VCPU_EVENTS, sizeof(uapi.kvm_vcpu_events), raw, "KVM_SET_VCPU_EVENTS")
 
     def get_nested_state(self, uint32_t size_bytes):
         """KVM_GET_NESTED_STATE: struct kvm_nested_state as bytes, at most the size that KVM_CAP_NESTED_STATE states."""
         state = bytearray(max(size_bytes, 8))
-        struct.pack_into("=HHI", state, 0, 0, 0, size_bytes)
+        _struct.pack_into("=HHI", state, 0, 0, 0, size_bytes)
         checked(ioctl(self._open(), uapi.KVM_GET_NESTED_STATE, <uint8_t *>state), "KVM_GET_NESTED_STATE")
-        return bytes(state[:struct.unpack_from("=HHI", state)[2]])
+        return bytes(state[:_struct.unpack_from("=HHI", state)[2]])
 
     def set_nested_state(self, bytes state):
         """KVM_SET_NESTED_STATE with what get_nested_state gave."""
-        if len(state) < 8 or len(state) < struct.unpack_from("=HHI", state)[2]:
+        if len(state) < 8 or len(state) < _struct.unpack_from("=HHI", state)[2]:
             raise ValueError(f"nested state of {len(state)} bytes: it is cut off")
         checked(ioctl(self._open(), uapi.KVM_SET_NESTED_STATE, <const uint8_t *>state), "KVM_SET_NESTED_STATE")
 

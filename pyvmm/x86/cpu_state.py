@@ -7,7 +7,7 @@ reset), 3.4.5 (segment descriptors), 4.5 (4-level paging), 10.8.5 (what long mod
 
 from __future__ import annotations
 
-from struct import pack
+from _struct import pack
 
 from pyvmm.x86 import layout
 

@@ -5,7 +5,7 @@ ACPI 6.5, chapter 15 (INT 15h E820); Linux zero-page.rst; Xen hvm_memmap_table_e
 
 from __future__ import annotations
 
-from struct import pack
+from _struct import pack
 
 from pyvmm.x86 import layout
 

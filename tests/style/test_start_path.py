@@ -18,7 +18,9 @@ BEFORE = {"pyvmm", "pyvmm.bundle", "pyvmm.cli", "pyvmm.cli.say", "pyvmm.cli.way_
 # Loaded when the guest runs already.
 AFTER = {"pyvmm.cli.text_watch"}
 # Of the standard library, what a start does without: house-rules.md, Imports.
-NOT_LOADED = {"os", "collections", "_collections_abc", "re", "enum", "functools", "threading", "typing"}
+NOT_LOADED = {
+    *("os", "struct", "heapq", "collections", "_collections_abc", "re", "enum", "functools", "threading", "typing"),
+}
 # Instructions of a whole `pyvmm run`, in those of an interpreter that starts and ends: 2.45 with CPython 3.11. Time
 # would say what else the machine does.
 COST = 2.6
