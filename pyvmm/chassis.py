@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
+    from pyvmm.breakpoints import Breakpoints
     from pyvmm.clock import Clock
     from pyvmm.closers import Closers
     from pyvmm.guest_memory import GuestMemory
@@ -66,6 +67,10 @@ class Chassis:
         self.clock = make_clock(self.loop)
         self.origin: Origin | None = None
         """Where its memory came from, if it came from a snapshot."""
+        self.breakpoints: Breakpoints | None = None
+        """What a debugger has set, while there is one."""
+        self.debugger: object = None
+        """Who serves one."""
         self.saving = Lock()
         """Held by whoever makes a snapshot: one at a time, for it watches what is written to memory."""
         self.kvm_clock: KvmClock | None = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from pyvmm.breakpoints import Breakpoints, Point
     from pyvmm.kvm.system import CpuidEntry
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.light import Condition
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 # Intel SDM vol. 3, 17.2: four address registers; in DR7 L0 to L3 enable them, and R/W and LEN of 0 mean execution.
 BREAKPOINTS = 4
 DR7_FIXED = 1 << 10
+LENGTHS = {1: 0, 2: 1, 4: 3, 8: 2}  # LEN of DR7, by bytes
 EFER_LMA = 1 << 10
-
+STEP = GUESTDBG_ENABLE | GUESTDBG_SINGLESTEP
 
 
 class Cpu:
@@ -54,7 +56,11 @@ class Cpu:
         self._on_stop = on_stop
         self._thread: Thread | None = None
         self._breakpoints: frozenset[int] = frozenset()
-        self._stepping = False
+        self._debugger: Breakpoints | None = None
+        self.stepping = 0
+        """KVM_SET_GUEST_DEBUG's flags by which it executes one instruction when it enters the guest; 0: it runs."""
+        self.debug_points: list[Point] = []
+        """What its debug registers are used for."""
         self._stood_at: int | None = None  # linear address of the last debug stop: the next run gets past it
         self._pid = getpid()
 
@@ -117,11 +123,13 @@ class Cpu:
         for address in wanted:
             if not isinstance(address, int) or isinstance(address, bool) or not 0 <= address < 1 << 64:
                 raise KindError(f"a breakpoint at {address!r}: give a linear address")
-        if len(wanted) > BREAKPOINTS:
-            raise ConfigError(f"{len(wanted)} breakpoints: a processor has {BREAKPOINTS}, take some away")
+        others = 0 if self._debugger is None else len(self._debugger.points)
+        if len(wanted) + others > BREAKPOINTS:
+            debugger = f", of which a debugger has {others}" if others else ""
+            raise ConfigError(f"{len(wanted)} breakpoints: a processor has {BREAKPOINTS}{debugger}, take some away")
         before, self._breakpoints = self._breakpoints, wanted
         try:
-            self._watch()
+            self.program()
         except BaseException:
             self._breakpoints = before
             raise
@@ -135,10 +143,12 @@ class Cpu:
         limit_s = timeout_or_none(timeout_s)
         self._require_parked()
         self._control.not_from_inside("step")
-        self._stepping = True
+        if self._control.held:
+            raise StateError(f"a debugger has the machine: let it step vCPU {self.index}")
+        self.stepping = STEP | GUESTDBG_BLOCKIRQ
         try:
             self.start()
-            self._control.resume(only=self)
+            self._control.resume(only=(self,))
             finished = self._control.wait(limit_s)
         except BaseException:
             self._control.pause()
@@ -149,8 +159,15 @@ class Cpu:
                 if self._control.status is None or self._control.status.reason == "paused":
                     raise TimeoutError(f"vCPU {self.index} executed nothing in {timeout_s} s")
         finally:
-            self._stepping = False
+            self.stepping = 0
         return self._control.outcome()
+
+    def attach(self, debugger: Breakpoints | None) -> None:
+        """From now on it stops where ``debugger`` says, beside its own breakpoints. None: no more."""
+        self._require_parked()
+        self._debugger = debugger
+        self.stepping = 0
+        self.program()
 
     def was_reset(self) -> None:
         """It was reset: it stands at its first instruction, where no breakpoint has stopped it yet."""
@@ -164,14 +181,25 @@ class Cpu:
         self._stood_at = None
         self.exec.stands_at(regs, sregs)
 
-    def _watch(self) -> None:
-        """Have KVM stop at the breakpoints."""
-        addresses = sorted(self._breakpoints)
-        dr7 = DR7_FIXED | sum(1 << 2 * n for n in range(len(addresses)))
-        registers = [*addresses, *[0] * (7 - len(addresses)), dr7]
-        self.vcpu.set_guest_debug(GUESTDBG_ENABLE | GUESTDBG_USE_HW_BP if addresses else 0, registers)
+    def program(self, *, own: bool = True) -> None:
+        """Have KVM stop at the breakpoints, its ``own`` and a debugger's."""
+        debugger = self._debugger
+        points = [(0, address, 1) for address in sorted(self._breakpoints)] if own else []
+        flags = 0 if own else self.stepping
+        if debugger is not None:
+            points += debugger.points
+            flags |= debugger.flags_of(self.index)
+        registers, dr7 = [0] * 7, DR7_FIXED
+        for n, (kind, address, length) in enumerate(points):
+            registers[n] = address
+            dr7 |= 1 << 2 * n | kind << 16 + 4 * n | LENGTHS[length] << 18 + 4 * n
+        if points:
+            flags |= GUESTDBG_USE_HW_BP
+        self.vcpu.set_guest_debug(GUESTDBG_ENABLE | flags if flags else 0, [*registers, dr7])
+        self.debug_points = points
 
-    def _linear_rip(self) -> int:
+    def linear_rip(self) -> int:
+        """Where its next instruction is, with the base of CS in it."""
         regs, sregs = self.vcpu.regs, self.vcpu.sregs
         if sregs["efer"] & EFER_LMA and sregs["cs"]["l"]:
             return regs["rip"]
@@ -179,35 +207,48 @@ class Cpu:
 
     def _run(self) -> StopReason:
         """In the guest until something stops it, on the vCPU's thread."""
-        if not self._stepping and not self._breakpoints:
+        if self._debugger is None and not self.stepping and not self._breakpoints:
             return self.exec.run()
-        if self._stepping:
-            reason = self._single_step()
+        if self.stepping:
+            reason = self._single_step(self.stepping)
         else:
             reason = StopReason.DEBUG
-            if self._stood_at is not None and self._linear_rip() == self._stood_at:
+            if self._stood_at in self._breakpoints and self.linear_rip() == self._stood_at:
                 # Step over the instruction it stopped at, with no breakpoint set. RF in RFLAGS is meant for that (SDM
-                # vol. 3,
-            # 17.3.1.1), but KVM's emulator does not heed it.
-                reason = self._single_step()
+                # vol. 3, 17.3.1.1), but KVM's emulator does not heed it.
+                reason = self._single_step(STEP | GUESTDBG_BLOCKIRQ)
             if reason is StopReason.DEBUG:
                 self._stood_at = None
-                reason = self.exec.run()
+                reason = self._enter()
         if reason is StopReason.DEBUG:
-            self._stood_at = self._linear_rip()
+            self._stood_at = self.linear_rip()
         return reason
 
-    def _single_step(self) -> StopReason:
-        step = GUESTDBG_ENABLE | GUESTDBG_SINGLESTEP
-        try:
-            # Interrupts are held back: else the step could end in the handler of one that arrives just now.
-            self.vcpu.set_guest_debug(step | GUESTDBG_BLOCKIRQ)
-        except KvmError:
-            self.vcpu.set_guest_debug(step)  # a kernel before 5.12
-        try:
+    def _enter(self) -> StopReason:
+        """In the guest, until something stops it that a debugger does not know better about."""
+        debugger = self._debugger
+        if debugger is None:
             return self.exec.run()
+        if (reason := debugger.begin(self)) is not None:
+            return reason
+        while (reason := debugger.judge(self, self.exec.run())) is None:
+            pass
+        return reason
+
+    def _single_step(self, flags: int) -> StopReason:
+        """With none of its own breakpoints set; a debugger's are."""
+        asked, self.stepping = self.stepping, flags
+        try:
+            try:
+                # Interrupts are held back: else the step could end in the handler of one that arrives just now.
+                self.program(own=False)
+            except KvmError:
+                self.stepping = flags & ~GUESTDBG_BLOCKIRQ  # a kernel before 5.12
+                self.program(own=False)
+            return self._enter()
         finally:
-            self._watch()
+            self.stepping = asked
+            self.program()
 
     # -- the thread ----------------------------------------------------------------------------------------
 

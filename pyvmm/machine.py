@@ -24,7 +24,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
     from typing import Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.boards.board import Board
     from pyvmm.chardev import Chardev
     from pyvmm.config import MachineConfig, MachineOptions
+    from pyvmm.control.gdb.server import GdbServer
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device
     from pyvmm.devices.irq_pins import ControllerPins
@@ -197,15 +198,19 @@ class Machine:
         self._not_from_inside("run")
         before = self.resets.count
         try:
-            self.resume()
+            if not self.control.held:
+                self.resume()
             finished = self.control.wait(limit_s)
+            if finished and self.control.state is RunState.PRELAUNCH:
+                self.resume()  # a debugger came before the guest's beginning, and went without one
+                finished = self.control.wait(limit_s)
         except BaseException:
             self.control.pause()
             raise
         if not finished:
             self.control.pause()
             # It may have ended while it was being paused.
-            if self.control.state in (RunState.PAUSED, RunState.RUNNING):
+            if self.control.held or self.control.state in (RunState.PAUSED, RunState.RUNNING):
                 often = self.resets.sentence(before)
                 raise TimeoutError(f"the guest was still running after {timeout_s} s" + (often and f": {often}"))
         return self.control.outcome()
@@ -228,10 +233,14 @@ class Machine:
         if not self.cpus:
             self._retry_drives()
             return
+        self._go_on(None)
+
+    def _go_on(self, only: Sequence[Cpu] | None) -> None:
+        """With these vCPUs, or all of them."""
         for cpu in self.cpus:
             cpu.start()
         self._chassis.consoles.take_terminal()
-        self.control.resume()
+        self.control.resume(only)
         self._chassis.runs()
         self._chassis.consoles.start()
         # After that: one that fails again stops the machine again.
@@ -355,6 +364,22 @@ class Machine:
             serve()
         else:
             self._chassis.when_it_runs(serve)
+
+    def serve_gdb(self, where: str | PathLike[str] | int, *, wait: bool = False) -> GdbServer:
+        """Let gdb connect: ``target remote PATH``, or ``target remote :PORT``. ``where`` is the path of a Unix socket,
+        or a port of the loopback (0: any; the result's ``where`` tells which). One debugger at a time.
+
+        One that comes stops the machine and has it until it lets go (detach, kill): ``run`` and ``wait`` go on waiting
+        meanwhile, whatever stops there are. ``wait``: the guest does not begin before a debugger says so. It ends with
+        the machine, or by its ``close``. ConfigError where nobody can connect there, and where gdb is served already;
+        StateError without vCPUs.
+        """
+        from pyvmm.control.gdb.server import serve
+
+        self._usable("serve_gdb")
+        if not self.cpus:
+            raise StateError("accel='qtest' has no vCPU to debug: make the machine with accel='kvm'")
+        return serve(where, self._chassis, self._platform, self.memory_map, self._go_on, wait=wait)
 
     def stop(self, status: int = states.STATUS_STOPPED, reason: str = "stopped") -> None:
         """End the run with ``status``; callable from devices' handlers. What ``run`` returns.

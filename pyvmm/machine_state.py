@@ -123,7 +123,7 @@ class MachineState:
                     self._chassis.drives.drain()
                     # Or this machine would say the beginning of a line as it is closed, and the other one once more.
                     self._chassis.consoles.flush(saved=True)
-                    outcome.append((work(), None))
+                    outcome.append((self._without_breakpoints(work), None))
             except BaseException as error:
                 outcome.append((None, error))
             self.stood_ns = monotonic_ns() - began_ns
@@ -147,6 +147,13 @@ class MachineState:
     def stays(self) -> None:
         """Paused."""
         self._chassis.control.end(RunState.PAUSED, PAUSED)
+
+    def _without_breakpoints(self, work: Callable[[], Result]) -> Result:
+        """What a debugger has put into memory is no part of the guest's state."""
+        if self._chassis.breakpoints is None:
+            return work()
+        with self._chassis.breakpoints.lifted:
+            return work()
 
     def _save(self, memory: bool) -> dict[str, Any]:
         return {
@@ -218,6 +225,8 @@ class MachineState:
         with self._chassis.io_threads.paused:
             for region, content in memory:
                 memoryview(region)[:] = content
+            if self._chassis.breakpoints is not None:
+                self._chassis.breakpoints.put_again()
             if surplus:
                 self._platform.hide(surplus)
             load_all(holders, parts, lambda: self._pass(passed_ns))

@@ -207,6 +207,16 @@ class MemoryMap:
             elif section.writes_to is not None:
                 self._memory.write(at, piece)
 
+    def in_memory(self, gpa: int, size: int) -> memoryview | None:
+        """The bytes that show at ``gpa``, RAM or ROM, up to ``size`` of them: as many as one section has. To be looked
+        at without asking a device, and to be changed where a guest could not, as a debugger does. None on the bus.
+        """
+        for section in self.sections:
+            if section.gpa <= gpa < section.gpa + section.size:
+                start = gpa - section.gpa
+                return memoryview(section.region)[section.offset + start :][: min(size, section.size - start)]
+        return None
+
     def _split(self, gpa: int, size: int) -> Iterator[tuple[int, int, Section | None]]:
         """(address, size, section or None for the bus) of each piece, in order. BusError past the space's end."""
         if gpa < 0 or gpa + size > self._mmio.size:

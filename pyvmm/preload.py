@@ -119,6 +119,7 @@ RUNNING = (
     "linecache",
     "mmap",
     "pyvmm.control.qmp.server",
+    "pyvmm.control.gdb.server",  # clients of gdb's, with all that they need
     "pyvmm.dump",
     "pyvmm.exit_stats",
     "pyvmm.gsi_routes",  # MSIs and irqfds, as irqfd

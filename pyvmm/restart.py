@@ -27,6 +27,8 @@ def reset(chassis: Chassis, board: Board, platform: Platform) -> None:
         board.after_reset()
         platform.enter(board.load_guest(clean=False))
         board.first_boot = False
+        if chassis.breakpoints is not None:
+            chassis.breakpoints.put_again()
 
 
 def wake(chassis: Chassis, board: Board, platform: Platform, events: int) -> None:

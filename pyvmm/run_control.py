@@ -160,12 +160,13 @@ class RunControl:
         self._lock = RLock()
         self._cond = Condition(self._lock)
         self._may_enter = False
-        self._only: Cpu | None = None  # the one vCPU that may; None: all of them
+        self._only: Sequence[Cpu] | None = None  # the vCPUs that may; None: all of them
         self._time_runs = False
         self._closing = False
         self._acting = 0  # the thread that carries out requests
         self._inside = 0
         self._requests: list[Request] = []
+        self._held: Sequence[RunState] = ()
         self._on_time = on_time
         self._in_timer = in_timer
         self._tell = tell
@@ -174,6 +175,17 @@ class RunControl:
     def state(self) -> RunState:
         """What the machine is doing."""
         return self._state
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody outside, a debugger, says when the machine goes on."""
+        return bool(self._held)
+
+    def hold(self, states: Sequence[RunState]) -> None:
+        """In these a debugger has the machine: ``wait`` goes on waiting. None of them: it has let go."""
+        with self._lock:
+            self._held = states
+            self._cond.notify_all()
 
     # -- the vCPU threads ----------------------------------------------------------------------------------
 
@@ -189,7 +201,8 @@ class RunControl:
                 self._carry_out()
                 continue
             # A request under way, or one that came after the last of them let vCPUs enter, goes first.
-            if self._may_enter and not self._acting and not self._requests and self._only in (None, cpu):
+            meant = self._only is None or cpu in self._only
+            if meant and self._may_enter and not self._acting and not self._requests:
                 cpu.parked = False
                 self._inside += 1
                 # A kick meant for the last stay must not end this one.
@@ -428,14 +441,14 @@ class RunControl:
 
     # -- the embedder --------------------------------------------------------------------------------------
 
-    def resume(self, only: Cpu | None = None) -> None:
-        """Run, or go on; ``only``: with one vCPU, the others stay parked. StateError where the guest has ended."""
+    def resume(self, only: Sequence[Cpu] | None = None) -> None:
+        """Run, or go on; ``only``: with these vCPUs, the others stay parked. StateError where the guest has ended."""
         with self._lock:
             if self._closing:
                 raise StateError("the machine is closed: make another one")
             if self._state in ALIVE:
                 if only is not None:
-                    raise StateError(f"vCPU {only.index} can't step while the machine runs: pause() it first")
+                    raise StateError(f"vCPU {only[0].index} can't step while the machine runs: pause() it first")
                 return
             if self._state not in RESUMABLE:
                 raise StateError(f"the machine is in state {self._state}: reset() it first")
@@ -473,8 +486,8 @@ class RunControl:
             )
 
     def wait(self, timeout_s: float | None = None, states: Sequence[RunState] = ALIVE) -> bool:
-        """Wait until the machine neither runs nor is suspended (is in none of ``states``): True; False where the time
-        ran out first.
+        """Wait until the machine neither runs nor is suspended (is in none of ``states``), and no debugger holds it
+        where it stands: True; False where the time ran out first.
 
         StateError where the caller would wait for itself: on a vCPU's thread, in a request or in a timer's callback.
         """
@@ -482,7 +495,8 @@ class RunControl:
             if self._would_wait_for_itself():
                 raise StateError(f"wait() {FROM_INSIDE}")
             return self._cond.wait_for(
-                lambda: self._state not in states and not self._acting and not self._inside, timeout_s
+                lambda: self._state not in (*states, *self._held) and not self._acting and not self._inside,
+                timeout_s,
             )
 
     def close(self) -> None:

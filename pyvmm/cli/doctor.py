@@ -73,6 +73,7 @@ def doctor(args: list[str]) -> int:
             print("           ordinary kernels need VMX or SVM: use another host, or turn on nested virtualization")
         enough = capabilities(kvm, bool(given.get("all")))
         limits(kvm)
+        debugging(kvm)
         huge_pages()
     runs = try_guest()
     return 0 if enough and runs else 2
@@ -161,6 +162,16 @@ def limits(kvm: Kvm) -> None:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A machine holds /dev/kvm, the VM, its vCPUs, and the event loop's two once it is needed.
     print(f"           {files} open files: about {files // 6} machines in one process; `ulimit -n` raises it")
+
+
+def debugging(kvm: Kvm) -> None:
+    """What a debugger can do with guests here (--gdb, Cpu.breakpoints)."""
+    from pyvmm.debug_probe import probe
+
+    try:
+        print(f"gdb        {probe(kvm).describe()}")
+    except VmmError as error:
+        print(f"gdb        no machine to ask: {error}")
 
 
 def huge_pages() -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # They ask for what is so here anyway, and are dropped.
 NOTHING = {"nographic", "enable-kvm", "nodefaults", "no-user-config", "no-hpet"}
+# Flags that are several words here.
+FLAGS = {"s": ("--gdb", "1234"), "S": ("--wait-gdb",)}
 # Things that are not there: "none" asks for nothing, and any other value is refused.
 ABSENT = {
     "display": "a display",
@@ -44,7 +46,6 @@ INSTEAD = {
 }
 NOT_YET = {
     **dict.fromkeys(("qmp-pretty", "mon"), "QMP of that kind is"),
-    **dict.fromkeys(("gdb", "s", "S"), "a gdb stub is"),
     **dict.fromkeys(("fda", "fdb"), "a floppy drive is"),
     **dict.fromkeys(("usb", "usbdevice"), "USB is"),
     **dict.fromkeys(("incoming", "loadvm"), "a snapshot of a machine is"),
@@ -92,6 +93,8 @@ def rewrite(word: str, rest: Sequence[str], known: Collection[str], verb: str) -
         return [ours + equals + attached, *rest]
     if name in NOTHING:
         return list(rest)
+    if name in FLAGS:
+        return [*FLAGS[name], *rest]
     taken = equals or name in NOT_YET or name in INSTEAD
     if not taken and name in (*TRANSLATED, *DRIVES, *ABSENT) and not rest:
         raise ConfigError(f"{word} needs a value")

@@ -33,6 +33,22 @@ CDROM = Option("--cdrom", "FILE", "a CD image, on the second channel")
 SNAPSHOT = Option(
     "--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are"
 )
+def gdb_place(text: str) -> str | int:
+    """A port of the loopback, or a path; also as QEMU's -gdb has them: tcp::1234, unix:PATH."""
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in ("", "tcp"):
+        host, _, port = rest.rpartition(":")
+        if host not in ("", "localhost", "127.0.0.1"):
+            raise ValueError(text)
+        return int(port.partition(",")[0])
+    if text.isdecimal():
+        return int(text)
+    path = rest.partition(",")[0] if scheme == "unix" and colon else text
+    if not path:
+        raise ValueError(text)
+    return path
+
+
 OPTIONS = (
     *from_rows(MachineConfig),
     CDROM,
@@ -49,6 +65,8 @@ OPTIONS = (
         "wait for a machine that another pyvmm migrates to a Unix socket's path or tcp:HOST:PORT, and go on with it;"
         " other options as with --restore",
     ),
+    Option("--gdb", "PATH|PORT", "let gdb connect: at a Unix socket, or a port of the loopback (0: any)", gdb_place),
+    Option("--wait-gdb", "", "with --gdb: the guest begins when gdb says so"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
     Option("--help -h", "", "this; of one option: --help drive, or --drive help"),
@@ -76,15 +94,26 @@ def run(args: list[str]) -> int:
     snapshot, incoming = given.pop("restore", None), given.pop("incoming", None)
     if snapshot is not None and incoming is not None:
         raise ConfigError("--restore beside --incoming: a machine comes from one of them, leave the other out")
+    gdb, wait_gdb = given.pop("gdb", None), given.pop("wait_gdb", False)
+    if wait_gdb and gdb is None:
+        raise ConfigError("--wait-gdb waits for gdb: give --gdb PATH or PORT too")
     config = configure(given) if snapshot is None and incoming is None else None
     with Signals() as signals, made(config, snapshot, incoming, given) as machine:
         signals.terminal = machine.terminal
         announce(machine)
         for path in sockets:
             machine.serve_qmp(path, at_once=False)
+        if gdb is not None:
+            say(f"pyvmm: gdb: target remote {serve_gdb(machine, gdb, wait_gdb)}")
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
         return go(machine, timeout_s, exit_stats, attended=bool(sockets))
+
+
+def serve_gdb(machine: Machine, place: str | int, wait: bool) -> str:
+    """What to tell gdb."""
+    where = machine.serve_gdb(place, wait=wait).where
+    return f":{where}" if isinstance(where, int) else where
 
 
 def help_text(topic: str | bool, title: str, options: Sequence[Option]) -> str:
@@ -302,7 +331,8 @@ def run_attended(machine: Machine, timeout_s: float | None) -> int:
     from time import monotonic
 
     before = machine.resets.count
-    machine.resume()
+    if not machine.control.held:
+        machine.resume()
     end = None if timeout_s is None else monotonic() + timeout_s
     states = [state for state in RunState if state not in (*ENDED, RunState.IO_ERROR)]
     while True:

@@ -213,3 +213,23 @@ def test_a_machine_with_less_ram_than_the_window(pc: Pc) -> None:
     assert small.slots.at(0xC_0000) is None
     small.map.set_window([(0xC_0000, 0x4_0000, BUS)])
     assert small.slots.at(0xF_0000) is None
+
+
+def test_bytes_as_they_lie_in_memory() -> None:
+    """What a debugger changes: also where a guest could not write, and nothing that is on the bus."""
+    memory = GuestMemory(2 * MIB)
+    rom = RamRegion(0xFFFE_0000, 0x2_0000, readonly=True, name="bios")
+    memory.add(rom)
+    shown = MemoryMap(memory, AddressSpace("mmio", 1 << 52))
+    shown.open_window(rom)
+    shown.set_window([(0xF0000, 0x10000, ROM)])
+    place = shown.in_memory(0xF0010, 4)
+    assert place is not None
+    place[:] = b"abcd"
+    assert memory.read(0xFFFF_0010, 4) == b"abcd"
+    assert shown.read(0xF0010, 4) == b"abcd"
+    low = shown.in_memory(0x9FFFE, 16)
+    assert low is not None
+    assert len(low) == 2  # what follows is on the bus
+    assert shown.in_memory(0xA0000, 1) is None
+    assert shown.in_memory(1 << 40, 1) is None

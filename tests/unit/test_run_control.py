@@ -941,3 +941,44 @@ def test_a_thread_that_can_not_be_started_is_said_and_close_does_not_wait_for_it
         with pytest.raises(StateError, match="vCPU 0: can't start new thread"):
             board.cpus[0].start()
     board.start()
+
+
+def test_some_vcpus_go_on_alone() -> None:
+    board = Board(3)
+    control = board.control
+    for cpu in board.cpus:
+        cpu.start()
+    control.resume([board.cpus[0], board.cpus[2]])  # type: ignore[list-item]  # what of a Cpu it needs
+    with board.cond:
+        assert board.cond.wait_for(lambda: not board.cpus[0].parked and not board.cpus[2].parked, DEADLINE_S)
+    assert board.execs[1].stays == 0
+    control.pause()
+    control.resume()
+    board.all_inside()
+    assert board.execs[1].stays == 1
+    control.close()
+
+
+def test_a_debugger_holds_it() -> None:
+    """Whoever waits goes on waiting while it stands for a debugger, and hears of the rest."""
+    board = Board(1).start()
+    control = board.control
+    control.hold((RunState.PAUSED, RunState.DEBUG))
+    assert control.held
+    control.pause()
+    assert not control.wait(0.05)
+    ended: list[bool] = []
+    waiter = threading.Thread(target=lambda: ended.append(control.wait(DEADLINE_S)))
+    waiter.start()
+    control.resume()
+    board.all_inside()
+    control.pause()
+    assert ended == []
+    control.hold(())
+    waiter.join(DEADLINE_S)
+    assert ended == [True]
+    assert not control.held
+    control.hold((RunState.PAUSED,))
+    control.end(RunState.SHUTDOWN, ExitStatus(0, "shutdown"))
+    assert control.wait(DEADLINE_S)
+    control.close()
