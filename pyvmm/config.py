@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         vga: str | None
         debug_exit: int | None
         testdev: bool
+        pvpanic: bool
         rng: bool
         balloon: BalloonOptions | int | str | None
         fw_cfg: Mapping[str, bytes]
@@ -494,6 +495,9 @@ class MachineConfig(Options):
         whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", from_text=port_or_none), DEBUG_EXIT_PORT,
         "port of isa-debug-exit, or none (default 0xf4)", cli="--debug-exit", metavar="PORT")  # fmt: skip
     testdev: bool = option(FLAG, False, "the registers of QEMU's pc-testdev", cli="--testdev")
+    pvpanic: bool = option(
+        FLAG, False, "QEMU's pvpanic at port 0x505, by which a kernel says that it has panicked: the run ends with"
+        " status 18", cli="--pvpanic")  # fmt: skip
     rng: bool = option(
         FLAG, False, "a virtio entropy device, filled by the host's generator", cli="--rng")  # fmt: skip
     balloon: BalloonOptions | int | str | None = option(

@@ -15,7 +15,8 @@ balloon        the guest has given memory to its balloon or taken some back: ``a
 device-broken  a driver has broken a virtio device, which waits to be reset: ``device``, and ``why``
 powerdown      its power button has been pressed, by the host
 tray           the tray of a CD drive has opened or closed: ``drive``, ``open``
-panic          the guest's kernel says that it has panicked (devices/pvpanic.py)
+panic          the guest's kernel says that it has panicked (devices/pvpanic.py): ``goes_on``, into a kernel that saves
+               what is left
 rx-filter      the guest has changed what its network card lets through: ``device``
 =============  =============================================================================================
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.reset_count import ResetCount
-from pyvmm.run_control import STATUS_POWER_OFF, STATUS_RESET, ExitStatus
+from pyvmm.run_control import STATUS_PANIC, STATUS_POWER_OFF, STATUS_RESET, ExitStatus
 from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
@@ -74,6 +74,10 @@ class Power:
     def debug_exit(self, value: int) -> None:
         """isa-debug-exit was written."""
         self.stop((value << 1) | 1, "debug-exit")
+
+    def panic(self) -> None:
+        """The guest's kernel has panicked, and said so."""
+        self.stop(STATUS_PANIC, "guest-panic")
 
     def reader_gone(self) -> None:
         """Nobody reads the terminal, or the pipe in its place, any more: the guest would run on unseen."""

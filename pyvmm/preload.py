@@ -60,6 +60,7 @@ BUILDING = (
     "pyvmm.devices.port80",
     "pyvmm.devices.port92",
     "pyvmm.devices.reset_control",
+    "pyvmm.devices.pvpanic",
     "pyvmm.devices.rtc",
     "pyvmm.devices.serial",
     "pyvmm.devices.testdev",
@@ -118,6 +119,7 @@ RUNNING = (
     "errno",
     "linecache",
     "mmap",
+    "pyvmm.boards.pc_drives",  # another medium
     "pyvmm.control.qmp.server",
     "pyvmm.control.gdb.server",  # clients of gdb's, with all that they need
     "pyvmm.dump",
@@ -138,6 +140,8 @@ RUNNING = (
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
+    "pyvmm.x86.elf_core",  # what clients ask for, as page_tables
+    "pyvmm.x86.page_tables",
     "pyvmm.x86.irqchip_state",  # resets, as pit_state
     "pyvmm.x86.pit_state",
     "pyvmm.x86.smbios",  # files that firmware asks for, made at the first look

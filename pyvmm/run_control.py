@@ -59,6 +59,7 @@ STATUS_IO_ERROR = 10
 STATUS_PAUSED = 12
 STATUS_DEBUG = 14
 STATUS_STOPPED = 16
+STATUS_PANIC = 18
 
 
 class ExitStatus(int, metaclass=Brief):
@@ -75,6 +76,7 @@ class ExitStatus(int, metaclass=Brief):
     12    somebody paused the machine; ``resume`` goes on
     14    a breakpoint or a single step; ``resume`` goes on
     16    ``Machine.stop()`` without a status of its own
+    18    its kernel has panicked, and said so by ``pvpanic``
     ====  =====================================================================================
     """
 

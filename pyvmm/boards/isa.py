@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pyvmm.boards.isa_checks import Ports
     from pyvmm.devices.debug_exit import DebugExit
     from pyvmm.devices.debugcon import DebugCon
+    from pyvmm.devices.pvpanic import PvPanic
     from pyvmm.devices.testdev import TestDev
     from pyvmm.spec import Spec
     from pyvmm.x86.cpu_state import BootState
@@ -23,6 +24,7 @@ class IsaBoard(Board):
     debugcon: DebugCon | None = None
     debug_exit: DebugExit | None = None
     testdev: TestDev | None = None
+    pvpanic: PvPanic | None = None
 
     @classmethod
     def check(cls, config: Spec) -> None:
@@ -131,8 +133,23 @@ class IsaBoard(Board):
         if config.debug_exit is not None:
             self.debug_exit = self.add("debug_exit", DebugExit(self.chassis.power.debug_exit))
             self.map_ports(config.debug_exit, 4, self.debug_exit, "isa-debug-exit")
+        if config.pvpanic:
+            self._make_pvpanic()
         if config.testdev:
             self._make_testdev()
+
+    def _make_pvpanic(self) -> None:
+        from pyvmm.devices.pvpanic import PvPanic
+
+        events, power = self.chassis.events, self.chassis.power
+
+        def panicked() -> None:
+            events.tell("panic", goes_on=False)
+            power.panic()
+
+        self.pvpanic = self.add("pvpanic", PvPanic(panicked, lambda: events.tell("panic", goes_on=True)))
+        self.map_ports(layout.PORT_PVPANIC, 1, self.pvpanic, "pvpanic")
+        self.describe(pvpanic_aml)
 
     def _make_testdev(self) -> None:
         from pyvmm.devices.testdev import TestDev
@@ -199,6 +216,12 @@ def rtc_aml() -> bytes:
     from pyvmm.x86 import acpi
 
     return acpi.rtc()
+
+
+def pvpanic_aml() -> bytes:
+    from pyvmm.x86 import acpi
+
+    return acpi.pvpanic()
 
 
 def generation_aml() -> bytes:

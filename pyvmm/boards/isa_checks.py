@@ -48,6 +48,7 @@ PC: tuple[Ports, ...] = (
 )
 VGA: tuple[Ports, ...] = ((layout.PORT_VGA_MONO, 12, "VGA"), (layout.PORT_VGA, 32, "VGA"))
 TESTDEV: tuple[Ports, ...] = ((layout.PORT_TESTDEV, 12, "pc-testdev"), (layout.PORT_TESTDEV_IRQ, 24, "pc-testdev"))
+PVPANIC: tuple[Ports, ...] = ((layout.PORT_PVPANIC, 1, "pvpanic"),)
 DEBUG_CONSOLE: tuple[Ports, ...] = ((layout.PORT_DEBUG_CONSOLE, 1, "the debug console"),)
 
 
@@ -57,6 +58,8 @@ def ports_in_use(spec: Spec, chipset: Iterable[Ports], *, debugcon: bool) -> Ite
     yield from chipset
     if debugcon:
         yield from DEBUG_CONSOLE
+    if spec.pvpanic:
+        yield from PVPANIC
     if spec.vga == "text":
         yield from VGA
     if spec.testdev:

@@ -325,6 +325,8 @@ def device(text: str) -> list[str]:
         port = values.pop("iobase", ISA_DEBUG_EXIT_PORT)
         if not values:
             return ["--debug-exit", port]
+    if name == "pvpanic" and values in ({}, {"ioport": "0x505"}, {"ioport": "1285"}):
+        return ["--pvpanic"]
     if name == "pc-testdev" and not values:
         return ["--testdev"]
     if name.startswith("ide-"):

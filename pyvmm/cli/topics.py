@@ -25,6 +25,7 @@ There is no -device here; a board has its devices, and some options add one:
   --rng             a virtio entropy device
   --debug-exit PORT isa-debug-exit
   --debugcon WHERE  isa-debugcon, at port 0x402
+  --pvpanic         pvpanic, at port 0x505
   --testdev         pc-testdev
 In Python: Machine.pio.map and Machine.mmio.map take a device of your own.
 """

@@ -297,6 +297,11 @@ def serial_port() -> bytes:
     return _isa("COM1", "PNP0501", aml.resources(aml.io(layout.PORT_COM1, 8), aml.irq(layout.IRQ_COM1)), uid=1)
 
 
+def pvpanic() -> bytes:
+    """As QEMU's, by whose name Linux and Windows know it."""
+    return aml.scope("\\_SB", _isa_status("PEVT", "QEMU0001", aml.resources(aml.io(layout.PORT_PVPANIC, 1))))
+
+
 def virtio_mmio(uid: int, base: int, gsi: int) -> bytes:
     """A virtio-mmio transport, as Linux and QEMU know it. Its interrupt is an edge."""
     registers = aml.memory32(base, layout.VIRTIO_MMIO_BYTES)
@@ -323,6 +328,11 @@ def vm_generation_id() -> bytes:
     )
     happened = aml.method(f"_E{layout.GPE_VM_GENERATION:02X}", aml.notify("\\_SB.VGEN", DEVICE_CHANGED))
     return aml.scope("\\_SB", device) + aml.scope("\\_GPE", happened)
+
+
+def _isa_status(path: str, hid: str, crs: bytes) -> bytes:
+    """With a name that is no PNP identifier, and a status: present, in use, shown, working (ACPI 6.5, 6.3.7)."""
+    return aml.device(path, aml.name("_HID", hid), aml.name("_STA", 0x0F), aml.name("_CRS", crs))
 
 
 def _isa(path: str, hid: str, crs: bytes, uid: int | None = None) -> bytes:

@@ -134,6 +134,7 @@ PORT_FAST_A20 = 0x92
 PORT_PIC_SLAVE = 0xA0
 PORT_APM = 0xB2  # the PIIX's advanced power management control and status
 PORT_TESTDEV = 0xE0  # pc-testdev: latch 0xe0, page flush 0xe4, byte latch 0xe8
+PORT_PVPANIC = 0x505  # where QEMU's is (hw/misc/pvpanic-isa.c)
 PORT_DEBUG_EXIT = 0xF4  # isa-debug-exit, where kvm-unit-tests write their status
 PORT_COM2 = 0x2F8
 PORT_VGA_MONO = 0x3B0  # CRT controller and status of a VGA that is set to monochrome

@@ -74,6 +74,7 @@ def parsed(line: str) -> dict[str, Any]:
         ("-device isa-debug-exit", "--debug-exit 0x501"),
         ("-device isa-debug-exit,iobase=0xf4,iosize=0x4", "--debug-exit 0xf4"),
         ("-device pc-testdev -vnc none -nodefaults", "--testdev"),
+        ("-device pvpanic -device pvpanic,ioport=0x505", "--pvpanic --pvpanic"),
         ("-rtc base=utc,clock=host", ""),
         ("-s -S", "--gdb 1234 --wait-gdb"),
         ("-gdb tcp::1234", "--gdb 1234"),
