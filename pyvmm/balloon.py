@@ -31,6 +31,12 @@ class Balloon:
             raise ConfigError(f"set_balloon({mib!r}): give a whole number of MiB, from 0 to {most}")
         self._device.set_target(mib * PAGES_A_MIB)
 
+    def leave(self, size_bytes: int) -> None:
+        """The same, by how much of its memory the guest is to keep; more than it has: all of it."""
+        page_bytes = MIB // PAGES_A_MIB
+        kept = min(max(size_bytes, MIB), self._device.memory.size_bytes)
+        self._device.set_target((self._device.memory.size_bytes - kept) // page_bytes)
+
     def stats(self, timeout_s: float) -> dict[str, int]:
         """Asked for now. TimeoutError where they do not come."""
         with self._lock:

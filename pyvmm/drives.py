@@ -25,7 +25,15 @@ class Drives:
         """What the last one was that stopped the machine."""
 
     def add(self, backend: BlockBackend) -> None:
-        self.backends[backend.name] = self._closers.add(backend)
+        """It, or what is in its place by then, is closed in the end."""
+        backends, name = self.backends, backend.name
+        backends[name] = backend
+        self._closers.call(lambda: backends[name].close(), lambda: backends[name].abandon())
+
+    def replace(self, backend: BlockBackend) -> None:
+        """A drive has another medium. What the old one was asked for is done first."""
+        before, self.backends[backend.name] = self.backends[backend.name], backend
+        before.close()
 
     def failed(self, backend: BlockBackend, operation: str, number: int, action: str) -> None:
         """A request failed; ``action`` is what the drive's rerror or werror says."""

@@ -108,6 +108,11 @@ class Irqchip:
         self._users.setdefault(gsi, []).append(name)
         return self._wires.setdefault(gsi, IrqWire(self._sink(gsi), gsi))
 
+    @property
+    def wires(self) -> list[tuple[int, int, list[str]]]:
+        """GSI, level and who has lines to it, of every wire that somebody wants."""
+        return [(gsi, wire.level, list(self._users.get(gsi, ()))) for gsi, wire in sorted(self._wires.items())]
+
     def line(self, gsi: int, name: str = "a device") -> IrqLine:
         """Another line to GSI 0 to 23; as ``wire``."""
         return self.wire(gsi, name).line()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyvmm.balloon import Balloon
     from pyvmm.block.backend import BlockBackend
     from pyvmm.boards.board import Board
+    from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.chardev import Chardev
     from pyvmm.config import MachineConfig, MachineOptions
     from pyvmm.control.gdb.server import GdbServer
@@ -337,6 +338,49 @@ class Machine:
         if limit_s is None:
             raise ConfigError("balloon_stats(None): give a number of seconds, a guest may never answer")
         return self._balloon("balloon_stats").stats(limit_s)
+
+    def change_medium(
+        self, drive: str, file: str | PathLike[str] | None, *, format: str | None = None, force: bool = False
+    ) -> bool:
+        """Put the image ``file`` into the CD drive of that name, in place of what is there; None: take that out, and
+        leave the tray open. False where the guest holds it: it has been asked to let go; ``force`` does not ask.
+
+        The guest is told; event "tray". ConfigError for an image that can't be had, as from Machine, and for a drive
+        that there is none of, or that has no medium to change.
+        """
+        self._usable("change_medium")
+        self._not_from_inside("change_medium")
+        placed = self._drive("change_medium", drive)
+        wanted = placed.changed(file=file, format=format)
+        if not self.board.change_medium(wanted, force=force):
+            return False
+        self._drive_changed(wanted)
+        return True
+
+    def set_limits(self, drive: str, **limits: int) -> None:
+        """Other limits of rate for a drive: throttle_bps and the others of DriveOptions; what is not given is no limit.
+        It stands for that for a moment. ConfigError for what can't be.
+        """
+        self._usable("set_limits")
+        self._not_from_inside("set_limits")
+        wanted = self._drive("set_limits", drive).with_limits(limits)
+        backend = self.backends[wanted.id]
+        self.control.request(
+            "limits", lambda: backend.set_limits(wanted, self.clock), self.control.carry_on, wait=True
+        )
+        self._drive_changed(wanted)
+
+    def _drive(self, call: str, name: str) -> PlacedDrive:
+        for drive in self.config.drives:
+            if drive.id == name:
+                return drive
+        names = ", ".join(drive.id for drive in self.config.drives) or "none"
+        raise ConfigError(f"{call}({name!r}): there is no drive of that name, there are: {names}")
+
+    def _drive_changed(self, wanted: PlacedDrive) -> None:
+        """A snapshot says what the machine is made of now."""
+        drives = [wanted if drive.id == wanted.id else drive for drive in self.config.drives]
+        self.config = self.config.changed(drives=drives)
 
     def _balloon(self, call: str) -> Balloon:
         if self.board.balloon is None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyvmm.block.lane import Lane
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.throttle import Throttle
+    from pyvmm.clock import Clock
 
     Callback = Callable[[int], object]
     OnError = Callable[["BlockBackend", str, int, str], object]
@@ -176,7 +177,7 @@ class BlockBackend:
         if self._lane is None:
             return
         kinds = 0
-        if not self._stalled and not self._held and self._driver is not None:
+        if not self._stalled and not self._held and self._driver is not None and self._throttle is None:
             from pyvmm.block.lane import READS, WRITES
 
             # A write through the lane is not on stable storage, and nobody looks whether it is all zeros.
@@ -269,6 +270,22 @@ class BlockBackend:
                 throttle.shut()
         if self._lane is not None:
             self._lane.settle()
+
+    def set_limits(self, options: DriveOptions, clock: Clock) -> None:
+        """The limits of rate of ``options`` hold from now on, by this clock. What waits for the old ones goes through.
+        Not while somebody drains.
+        """
+        made = None
+        if options.throttled:
+            from pyvmm.block.throttle import Throttle
+
+            made = Throttle(options, clock, self._context)
+        with self._lock:
+            before, self._throttle = self._throttle, made
+            self.options = options
+            self._grant_locked()
+        if before is not None:
+            before.open()
 
     def resume(self) -> None:
         """Submit again, in order, what an error policy has put aside."""
@@ -426,8 +443,9 @@ class BlockBackend:
                 request.turn = None
                 if not ret and self._put_aside(request):
                     return
-            if self._throttle is not None and request.kind <= WRITE and not ret:
-                throttled = self._throttle.admit(request.kind == WRITE, request.length)
+            throttle = self._throttle
+            if throttle is not None and request.kind <= WRITE and not ret:
+                throttled = throttle.admit(request.kind == WRITE, request.length)
                 if throttled is not None:
                     ret = await throttled
             if ret or request.cancelled:

@@ -21,7 +21,7 @@ from pyvmm.options import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from typing import Any
+    from typing import Any, Self
 
 SUFFIXES = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 MOST_BLOCK_BYTES = 32768
@@ -199,6 +199,14 @@ class DriveOptions(Options):
     def throttled(self) -> bool:
         """Whether there is a limit of rate at all."""
         return any(getattr(self, name) for name in THROTTLES)
+
+    def with_limits(self, limits: dict[str, int]) -> Self:
+        """A copy with these limits of rate and no others. ConfigError for what is none."""
+        for name in limits:
+            if not name.startswith("throttle_") or name not in self.rows:
+                raise ConfigError(self.unknown(name, [row for row in self.rows if row.startswith("throttle_")]))
+        none = {name: 0 for name in self.rows if name.startswith("throttle_")}
+        return self.changed(**{**none, **limits})
 
     @property
     def keeps_writes(self) -> bool:

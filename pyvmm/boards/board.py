@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from pyvmm.balloon import Balloon
+    from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.chassis import Chassis
     from pyvmm.device import Device
     from pyvmm.devices.serial import Serial
@@ -275,6 +276,12 @@ class Board:
         """The guest goes on as a twin of another machine: tell it."""
 
     # -- the embedder's hands ------------------------------------------------------------------------------------
+
+    def change_medium(self, drive: PlacedDrive, *, force: bool = False) -> bool:
+        """Put the medium that ``drive`` names into the drive of its name; none: take out what is there. False where the
+        guest holds it (``force`` takes it all the same). ConfigError where the medium can't be had, or not be changed.
+        """
+        raise ConfigError(f"drive {drive.id} has no medium that can be changed: only a CD drive on IDE has")
 
     def press_power_button(self) -> None:
         raise StateError("this board has no power button: stop() the machine")

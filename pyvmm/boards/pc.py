@@ -168,7 +168,14 @@ class Pc(IsaBoard):
         drives = self.chassis.drives
         backend = open_drive(drive, loop=self.chassis.loop, clock=self.clock, on_error=drives.failed)
         drives.add(backend)
-        return make_drive(drive, backend)
+        return make_drive(drive, backend, self.chassis.events)
+
+    def change_medium(self, drive: PlacedDrive, *, force: bool = False) -> bool:
+        if drive.interface != "ide" or drive.media != "cdrom":
+            return super().change_medium(drive)
+        from pyvmm.boards.pc_drives import change_medium
+
+        return change_medium(self, drive, force=force)
 
     def _gather_writes(self, channel: IdeChannel) -> None:
         """A word of a sector then costs an exit to KVM alone, and user space gets them many at a time, in order, before

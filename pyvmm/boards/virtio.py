@@ -97,7 +97,10 @@ def make_net(board: Board, options: NetOptions) -> None:
     assert name is not None and mac is not None  # of a Spec they are complete
     backend = board.chassis.closers.add(open_net(options))
     address = bytes.fromhex(mac.replace(":", ""))
-    board.add_virtio(name, VirtioNet(board.memory, backend, mac=address, mtu=options.mtu))
+    card = VirtioNet(board.memory, backend, mac=address, mtu=options.mtu)
+    events = board.chassis.events
+    card.on_filter = lambda: events.tell("rx-filter", device=name)
+    board.add_virtio(name, card)
 
 
 def make_vsock(board: Board, options: VsockOptions) -> None:

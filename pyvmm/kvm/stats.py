@@ -10,12 +10,32 @@ import posix
 
 _HEADER = _struct.Struct("=6I")  # flags, name_size, num_desc, id_offset, desc_offset, data_offset
 _DESCRIPTOR = _struct.Struct("=IhHII")  # flags, exponent, size, offset, bucket_size; the name follows
+# By the lowest four bits of the flags, by the next four, and by those above.
+KINDS = ("cumulative", "instant", "peak", "linear-histogram", "log2-histogram")
+UNITS = ("", "bytes", "seconds", "cycles", "boolean")
+BASES = (10, 2)
+
+
+class Field:
+    """One of them: what kind of number it is, and that it is ``unit`` times ``base`` to the power of ``exponent``."""
+
+    __slots__ = ("base", "bucket_size", "count", "exponent", "kind", "name", "offset", "unit")
+
+    def __init__(self, name: str, flags: int, exponent: int, count: int, offset: int, bucket_size: int) -> None:
+        self.name = name
+        self.kind = flags & 0xF
+        self.unit = flags >> 4 & 0xF
+        self.base = BASES[flags >> 8 & 1]
+        self.exponent = exponent
+        self.count = count  # of 64-bit values
+        self.offset = offset
+        self.bucket_size = bucket_size
 
 
 class KvmStats:
     """An open statistics descriptor. The layout never changes during its life, so it is read once."""
 
-    __slots__ = ("_data_bytes", "_data_offset", "_fields", "fd", "id")
+    __slots__ = ("_data_bytes", "_data_offset", "fd", "fields", "id")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -25,20 +45,20 @@ class KvmStats:
         self.id = posix.pread(fd, name_size, id_offset).split(b"\0")[0].decode()
         stride = _DESCRIPTOR.size + name_size
         table = posix.pread(fd, stride * count, desc_offset)
-        self._fields: list[tuple[str, int, int]] = []  # name, offset, number of 64-bit values
+        self.fields: list[Field] = []
         for at in range(0, stride * count, stride):
-            _kind, _exponent, size, offset, _bucket = _DESCRIPTOR.unpack_from(table, at)
+            flags, exponent, size, offset, bucket = _DESCRIPTOR.unpack_from(table, at)
             name = table[at + _DESCRIPTOR.size : at + stride].split(b"\0")[0].decode()
-            self._fields.append((name, offset, size))
-        self._data_bytes = max((o + 8 * n for _, o, n in self._fields), default=0)
+            self.fields.append(Field(name, flags, exponent, size, offset, bucket))
+        self._data_bytes = max((field.offset + 8 * field.count for field in self.fields), default=0)
 
     def read(self) -> dict[str, int | list[int]]:
         """{name: value}, a histogram as a list of its buckets."""
         data = posix.pread(self.fd, self._data_bytes, self._data_offset)
         values: dict[str, int | list[int]] = {}
-        for name, offset, count in self._fields:
-            numbers = list(_struct.unpack_from(f"={count}Q", data, offset))
-            values[name] = numbers[0] if count == 1 else numbers
+        for field in self.fields:
+            numbers = list(_struct.unpack_from(f"={field.count}Q", data, field.offset))
+            values[field.name] = numbers[0] if field.count == 1 else numbers
         return values
 
     def close(self) -> None:

@@ -135,6 +135,8 @@ class AtapiDrive:
         self.product = product
         self.revision = revision
         self.tray_open = False
+        self.on_tray: Callable[[bool], object] = nobody_looks
+        """Called with whether the tray is open, when it has moved; with the channel's lock held."""
         self.locked = False
         self.sense_key = NO_SENSE
         self._asc = NO_ADDITIONAL_SENSE
@@ -158,7 +160,7 @@ class AtapiDrive:
     def insert(self, backend: Medium) -> None:
         """A disc goes in, in place of one that may be there, and the tray closes. The host will be told."""
         self.backend = backend
-        self.tray_open = False
+        self._move_tray(False)
         self._changed()
 
     def eject(self, force: bool = False) -> bool:
@@ -169,9 +171,14 @@ class AtapiDrive:
             return False
         self.locked = False
         self.backend = None
-        self.tray_open = True
+        self._move_tray(True)
         self._changed()
         return True
+
+    def _move_tray(self, is_open: bool) -> None:
+        moves, self.tray_open = self.tray_open is not is_open, is_open
+        if moves:
+            self.on_tray(is_open)
 
     def _changed(self) -> None:
         self._change = REMOVED
@@ -253,7 +260,7 @@ class AtapiDrive:
         if load_or_eject and not power_condition:
             if not start and not self.tray_open and self.locked:
                 return self.fail(NOT_READY if self.blocks else ILLEGAL_REQUEST, MEDIA_REMOVAL_PREVENTED)
-            self.tray_open = not start
+            self._move_tray(not start)
         return DONE
 
     def _prevent_allow_removal(self, cdb: bytes) -> PacketResult:
@@ -504,6 +511,10 @@ COMMANDS: dict[int, tuple[Callable[[AtapiDrive, bytes], PacketResult], int]] = {
 
 MULTIWORD_DMA = 0x20  # SET FEATURES, transfer modes
 ULTRA_DMA = 0x40
+
+
+def nobody_looks(is_open: bool) -> None:
+    """In place of ``on_tray``."""
 
 
 def selected(transfer_mode: int, kind: int, highest: int) -> int:

@@ -358,6 +358,11 @@ class PciDevice(Device):
         self.define(HEADER_TYPE, 1, MULTIFUNCTION)
 
     @property
+    def bars(self) -> list[Bar]:
+        """Its base address registers."""
+        return list(self._bars)
+
+    @property
     def windows(self) -> list[Window]:
         """All that it may decode."""
         return list(self._windows)

@@ -56,7 +56,7 @@ from pyvmm.errors import StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pyvmm.devices.virtio.chain import Chain
@@ -96,6 +96,11 @@ class VirtioNet(VirtioDevice):
     ) -> None:
         self.backend = backend
         self.filter = RxFilter()
+        self.on_filter: Callable[[], object] = nobody_looks
+        """Called when the guest has changed what it lets through, once until somebody has looked (``look_at_filter``):
+        a guest can do that as often as it likes.
+        """
+        self._filter_told = False
         self._mac_at_power_on = mac
         self._mtu = mtu or 0
         self._pairs_there = len(backend.ports)
@@ -153,6 +158,11 @@ class VirtioNet(VirtioDevice):
             "dropped": sum(lane.dropped for lane in (*self._rx, *self._tx)) + sum(port.too_long for port in ports),
             "filtered": sum(lane.filtered for lane in self._rx),
         }
+
+    def look_at_filter(self) -> RxFilter:
+        """What the guest lets through now. The next change is told again."""
+        self._filter_told = False
+        return self.filter
 
     def announce(self) -> None:
         """Ask the guest to tell the network where it is (5.1.6.5.4), as after a move to another host."""
@@ -419,6 +429,9 @@ class VirtioNet(VirtioDevice):
         command = chain.read(0, net_control.MOST_BYTES)
         answer = net_control.answer(self, command) if chain.readable_bytes == len(command) else net_control.ERR
         self._refilter()
+        if answer == net_control.OK and command[0] in net_control.FILTERS and not self._filter_told:
+            self._filter_told = True
+            self.on_filter()
         chain.write(0, bytes([answer]))
         queue.push(chain, 1)
 
@@ -499,3 +512,7 @@ class VirtioNet(VirtioDevice):
                     lane.retake(hand)
                 except RingError as error:
                     self.broken(str(error))
+
+
+def nobody_looks() -> None:
+    """In place of ``on_filter``."""

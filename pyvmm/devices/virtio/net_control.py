@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 OK, ERR = 0, 1
 RX, MAC, VLAN, ANNOUNCE, MQ, GUEST_OFFLOADS = range(6)
+FILTERS = (RX, MAC, VLAN)  # classes that change what the card lets through
 NEEDED = {
     RX: F_CTRL_RX,
     MAC: F_CTRL_RX,  # the tables; the address has a feature of its own
