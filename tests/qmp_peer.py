@@ -46,13 +46,13 @@ class QmpPeer:
         self.send(json.dumps(request).encode() + b"\n")
         return self.reply()
 
-    def get(self, name: str, **arguments: Any) -> Any:
+    def get(self, name: str, /, **arguments: Any) -> Any:
         """What a command returns that succeeds. Underscores in names of arguments are dashes."""
         answer = self.ask(name, {key.replace("_", "-"): value for key, value in arguments.items()})
         assert "return" in answer, answer
         return answer["return"]
 
-    def error(self, name: str, **arguments: Any) -> str:
+    def error(self, name: str, /, **arguments: Any) -> str:
         """The description of the error that a command ends with."""
         answer = self.ask(name, {key.replace("_", "-"): value for key, value in arguments.items()})
         assert answer.keys() == {"error"}, answer

@@ -92,6 +92,26 @@ def test_the_guest_resets_itself(boot: Callable[..., Guest], tmp_path: Path) -> 
     assert talk(tmp_path / "qmp.sock", drive) == {"guest": True, "reason": "guest-reset"}
 
 
+def test_a_kernel_panics(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    panic = "mov $0x505, %edx\n mov $2, %al\n outb %al, %dx\n mov $1, %al\n outb %al, %dx\n 1: jmp 1b"
+    guest = boot(panic, pvpanic=True)
+    guest.machine.serve_qmp(tmp_path / "qmp.sock")
+
+    async def drive(client: QMPClient) -> list[tuple[str, dict[str, Any]]]:
+        listener = EventListener(["GUEST_PANICKED", "GUEST_CRASHLOADED", "SHUTDOWN"])
+        with client.listen(listener):
+            await client.execute("cont")
+            heard = [await listener.get() for _ in range(3)]
+            return [(event["event"], event["data"]) for event in heard]
+
+    assert talk(tmp_path / "qmp.sock", drive) == [
+        ("GUEST_CRASHLOADED", {"action": "run"}),
+        ("GUEST_PANICKED", {"action": "poweroff"}),
+        ("SHUTDOWN", {"guest": True, "reason": "guest-panic"}),
+    ]
+    assert guest.machine.status == 18
+
+
 def test_vcpus_have_threads(boot: Callable[..., Guest], tmp_path: Path) -> None:
     guest = boot(SPIN_ON_BOTH, cpus=2)
     guest.machine.serve_qmp(tmp_path / "qmp.sock")

@@ -38,6 +38,7 @@ event("BLOCK_IO_ERROR", {
 })  # fmt: skip
 event("DEVICE_TRAY_MOVED", {"device": STR, "id": STR, "tray-open": BOOL})
 event("GUEST_PANICKED", {"action": Enum("pause", "poweroff", "run"), "info": Optional(STR)})
+event("GUEST_CRASHLOADED", {"action": Enum("pause", "poweroff", "run"), "info": Optional(STR)})
 event("BALLOON_CHANGE", {"actual": SIZE})
 event("NIC_RX_FILTER_CHANGED", {"name": Optional(STR), "path": STR})
 event("VSERPORT_CHANGE", {"id": STR, "open": BOOL})
@@ -124,6 +125,8 @@ def tray(machine: Machine, data: Data) -> tuple[str, Data]:
 
 
 def panic(machine: Machine, data: Data) -> tuple[str, Data]:
+    if data["goes_on"]:
+        return "GUEST_CRASHLOADED", {"action": "run"}
     return "GUEST_PANICKED", {"action": "poweroff"}
 
 

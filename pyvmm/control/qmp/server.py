@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from pyvmm.control.qmp import cpus, schema, status
+from pyvmm.control.qmp import block, cpus, memory, monitor, net, objects, pci, schema, snapshots, stats, status
 from pyvmm.control.qmp.news import News
 from pyvmm.control.qmp.session import QmpSession
 from pyvmm.control.qmp.status import version
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.control.socket import Peer
     from pyvmm.unix_socket import UnixListener
 
-GROUPS = (cpus, schema, status)
+GROUPS = (block, cpus, memory, monitor, net, objects, pci, schema, snapshots, stats, status)
 
 
 class QmpServer:
@@ -36,6 +36,8 @@ class QmpServer:
         self.machine = machine
         self.greeting: dict[str, Any] = {"QMP": {"version": version(), "capabilities": []}}
         self.sockets = SocketServer(lambda peer: self._session(peer), complain, what="--qmp")
+        self.kvm_stats: Any = None
+        """The kernel's statistics, once somebody has asked for them (stats.py)."""
         self._lock = Lock()
         self._hearing: tuple[QmpSession, ...] = ()
         self._news = News(machine, self._tell)
@@ -59,11 +61,14 @@ class QmpServer:
     def _session(self, peer: Peer) -> QmpSession:
         return QmpSession(self, peer)
 
-    def joined(self, session: QmpSession) -> None:
-        """A session's own: it is told of events from now on. With nobody to tell nobody listens."""
+    def joined(self, session: QmpSession, answer: bytes) -> None:
+        """A session's own: it is told of events from now on. No event comes before ``answer``, and none is left out
+        that happens once the client has that. With nobody to tell nobody listens.
+        """
         with self._lock:
             if not self._hearing:
                 self._news.listen()
+            session.tell(answer)
             self._hearing = (*self._hearing, session)
 
     def left(self, session: QmpSession) -> None:
@@ -75,8 +80,9 @@ class QmpServer:
                     self._news.forget()
 
     def _tell(self, line: bytes) -> None:
-        for session in self._hearing:
-            session.tell(line)
+        with self._lock:
+            for session in self._hearing:
+                session.tell(line)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -85,10 +91,17 @@ class QmpServer:
         if not self.sockets.closing:
             self.machine.events.flush()
         self.sockets.close()
+        self._close_stats()
 
     def abandon(self) -> None:
         """In a child of fork: only the descriptors."""
         self.sockets.abandon()
+        self._close_stats()
+
+    def _close_stats(self) -> None:
+        stats, self.kvm_stats = self.kvm_stats, None
+        if stats is not None:
+            stats.close()
 
 
 def complain(error: BaseException) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         greeting: dict[str, Any]
         sockets: SocketServer
 
-        def joined(self, session: QmpSession) -> None: ...
+        def joined(self, session: QmpSession, answer: bytes) -> None: ...
         def left(self, session: QmpSession) -> None: ...
 
 MEMBERS = ("execute", "arguments", "id")
@@ -61,7 +61,7 @@ class QmpSession:
         self._server.left(self)
 
     def tell(self, line: bytes) -> None:
-        """An event; from any thread."""
+        """A line that is no answer of ours; from any thread."""
         self._peer.send(line)
 
     def _go_on(self) -> None:
@@ -126,8 +126,7 @@ class QmpSession:
             self._answer(about, error=error)
             return
         self.negotiated = True
-        self._peer.send(encode({"return": {}, **about}))  # before any event
-        self._server.joined(self)
+        self._server.joined(self, encode({"return": {}, **about}))
 
     def _carry_out_elsewhere(self, command: Command, taken: dict[str, Any], about: dict[str, Any]) -> None:
         lines: list[bytes] = []
