@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Spec, kind: type[Board] | None, owner: object, snapshot: Snapshot | None = None, *, fresh: bool = True
+    config: Spec,
+    kind: type[Board] | None,
+    owner: object,
+    snapshot: Snapshot | None = None,
+    *,
+    fresh: bool = True,
+    later: bool = False,
 ) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
-    ``snapshot``. One that is not ``fresh`` has no guest loaded: its state follows. What was made before an error is
-    closed again.
+    ``snapshot``. One that is not ``fresh`` has no guest loaded: its state follows. ``later``: another process has its
+    drives' images, until Drives.claim. What was made before an error is closed again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
@@ -32,6 +38,7 @@ def build(
         runs_guests = config.accel == "kvm"
         make_clock = (KvmPlatform if runs_guests else NoCpuPlatform).clock
         chassis = Chassis(config, memory, closers, make_clock, owner)
+        chassis.drives.later = later
         if snapshot is not None:
             chassis.origin = closers.add(snapshot.origin())
         board = kind(config, chassis, images, runs_guests=runs_guests)

@@ -21,6 +21,8 @@ class Drives:
         self._events = events
         self._closers = closers
         self.backends: dict[str, BlockBackend] = {}
+        self.later = False
+        """Images are another process's still: they are claimed when that has given them up."""
         self.io_error = ""
         """What the last one was that stopped the machine."""
 
@@ -60,6 +62,25 @@ class Drives:
         """Return when no request is under way. The caller holds no device's lock."""
         for backend in self.backends.values():
             backend.drain()
+
+    def claim(self) -> None:
+        """Have the images, where another process had them. ConfigError where one has some of them still: then this has
+        none.
+        """
+        if self.later:
+            try:
+                for backend in self.backends.values():
+                    backend.claim()
+            except BaseException:
+                self.give_up()
+                raise
+            self.later = False
+
+    def give_up(self) -> None:
+        """Let another process have the images: nothing is in flight."""
+        self.later = True
+        for backend in self.backends.values():
+            backend.give_up()
 
     def drop_stalled(self) -> None:
         """Forget what was put aside: the drive's controller has forgotten it."""

@@ -93,13 +93,20 @@ class Machine:
         self._make(specify(config, options), board)
 
     def _make(
-        self, config: Spec, board: type[Board] | None, snapshot: Snapshot | None = None, *, fresh: bool = True
+        self,
+        config: Spec,
+        board: type[Board] | None,
+        snapshot: Snapshot | None = None,
+        *,
+        fresh: bool = True,
+        later: bool = False,
     ) -> None:
         self.config = config
         self._pid = getpid()
         self._closing = Lock()
         self._departure: Departure | None = None
-        self._chassis, self.board, self._platform = builder.build(config, board, self, snapshot, fresh=fresh)
+        made = builder.build(config, board, self, snapshot, fresh=fresh, later=later)
+        self._chassis, self.board, self._platform = made
         self._closed = False
         chassis = self._chassis
         self.pio: AddressSpace = chassis.pio
@@ -238,6 +245,7 @@ class Machine:
 
     def _go_on(self, only: Sequence[Cpu] | None) -> None:
         """With these vCPUs, or all of them."""
+        self.drives.claim()
         for cpu in self.cpus:
             cpu.start()
         self._chassis.consoles.take_terminal()
@@ -605,8 +613,8 @@ class Machine:
         also after ``cancel_migration`` from another thread. The one exception: where the connection breaks after the
         other side was told to go on, and before it says that it does, this machine is paused, and HostError says so.
 
-        StateError for what can't be saved, for a drive that is written to, and where the other side refuses: its
-        processors lack a feature, its version is another one.
+        Its drives' images have to be at the same paths there. StateError for what can't be saved, and where the other
+        side refuses: its processors lack a feature, its version is another one.
         """
         from pyvmm.migration import Departure
 
@@ -671,14 +679,14 @@ class Machine:
 
         config = restored_spec(arrival, options)
         self = cls.__new__(cls)
-        self._make(config, board, fresh=False)
+        self._make(config, board, fresh=False, later=True)
         try:
             if prepare is not None:
                 prepare(self)
             state = self._all_state("incoming")
             state.check_description(arrival.machine)
             state.load(arrival.receive(state.memory()))
-            arrival.take_over()
+            arrival.take_over(self.drives.claim)
         except BaseException:
             self.close()
             raise

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boards.board import Board
     from pyvmm.chassis import Chassis
+    from pyvmm.drives import Drives
     from pyvmm.guest_memory import RamRegion
     from pyvmm.platform import Platform
     from pyvmm.run_control import RunControl
@@ -64,6 +65,10 @@ class MachineState:
         self._platform = platform
         self.stood_ns = 0
         """For how long the machine stood in the last ``while_it_stands``."""
+
+    @property
+    def drives(self) -> Drives:
+        return self._chassis.drives
 
     def runs(self) -> bool:
         return self._chassis.control.state is RunState.RUNNING

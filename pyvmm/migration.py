@@ -11,19 +11,19 @@ from time import monotonic, monotonic_ns
 from pyvmm import migration_stream as ms
 from pyvmm.errors import ConfigError, HostError, StateError, VmmError, remedy
 from pyvmm.guest_memory import PAGE_BYTES
-from pyvmm.machine_snapshot import STATES, absolute, images_of, snapshot_of
+from pyvmm.machine_snapshot import STATES, absolute, image_paths, images_of, snapshot_of
 from pyvmm.machine_state import FORMAT
 from pyvmm.memory_pages import data_runs
 from pyvmm.memory_rounds import MemoryWhileItRuns
 from pyvmm.migration_stream import LOOK_S, MigrationStream
-from pyvmm.snapshot import text
+from pyvmm.snapshot import sync_image, text
 from pyvmm.snapshot_piece import candidates
 from pyvmm.state import check_names, save_all, shown, value_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any, Self
 
     from typing_extensions import Buffer
@@ -159,7 +159,6 @@ class Departure:
     """A machine on its way. ``cancel`` from any thread: it stays here, unless it has gone by then."""
 
     def __init__(self, state: MachineState, config: Spec, origin: Origin | None) -> None:
-        check_writers(config)
         self._state = state
         self._config = config
         self._origin = snapshot_of(origin)
@@ -203,12 +202,19 @@ class Departure:
         the_rest()
         if not pages.began:
             pages.write_memory(self._state.memory())
-        stream.send_data(ms.STATE, save_all(self._state.holders()))
+        states = save_all(self._state.holders())
+        for image in image_paths(self._config).values():
+            sync_image(image)
+        self._state.drives.give_up()
+        stream.send_data(ms.STATE, states)
         stream.answer(ms.LOADED)
         stream.send(ms.GO)
         self._said = True
         try:
             stream.answer(ms.GOES)
+        except StateError:
+            self._said = False  # it has said that it does not
+            raise
         except VmmError as error:
             raise HostError(
                 f"it is not known whether the machine goes on at the other side, and it is paused here: look there"
@@ -218,22 +224,18 @@ class Departure:
 
     def _then(self) -> None:
         """What follows for the machine here."""
+        state = self._state
         if self._gone:
-            self._state.ends("migrated")
-        elif self._said:
-            self._state.stays()
-        else:
-            self._state.carries_on()
-
-
-def check_writers(config: Spec) -> None:
-    """StateError for a drive that is written to: two machines would have its image open at once."""
-    for drive in config.drives:
-        if drive.file is not None and not drive.read_only:
-            raise StateError(
-                f"drive {drive.name} is written to, and its image can't be handed over yet: save() the machine and"
-                " restore it there, or give the drive read-only=on"
-            )
+            state.ends("migrated")
+            return
+        try:
+            if not self._said:
+                state.drives.claim()
+                state.carries_on()
+                return
+        except ConfigError:
+            pass  # somebody has taken an image meanwhile: resume() says who
+        state.stays()
 
 
 class Pages:
@@ -312,7 +314,7 @@ class Arrival:
         return mib << 20
 
     def check_drives(self, names: Iterable[str]) -> None:
-        """Nobody writes to them (check_writers)."""
+        """They are as the machine has left them: nobody else has had them meanwhile."""
 
     def receive(self, regions: Sequence[RamRegion]) -> dict[str, Any]:
         """Say that it can come; memory into these, which are zeros, until the guest stands there: the states of all its
@@ -333,10 +335,13 @@ class Arrival:
                     zero(pages)
 
 
-    def take_over(self) -> None:
-        """All of it is there. When this returns the guest is ours, and whoever sent it has it no more."""
+    def take_over(self, claim: Callable[[], None]) -> None:
+        """All of it is there; ``claim`` the drives. When this returns the guest is ours, and whoever sent it has it no
+        more.
+        """
         self._stream.send(ms.LOADED)
         self._stream.frame(ms.GO)
+        claim()
         try:
             self._stream.send(ms.GOES)
         except HostError:

@@ -138,6 +138,16 @@ class BlockBackend:
 
     # -- what a device asks -----------------------------------------------------------------------------------
 
+    def claim(self) -> None:
+        """Have the image for itself again. ConfigError where somebody else has it."""
+        if self._driver is not None:
+            self._driver.claim()
+
+    def give_up(self) -> None:
+        """Let another process have the image: nothing is in flight, and nothing is asked before ``claim``."""
+        if self._driver is not None:
+            self._driver.give_up()
+
     @property
     def inserted(self) -> bool:
         """Whether there is a medium; without one every request fails with ENOMEDIUM."""

@@ -70,6 +70,14 @@ class ProtocolDriver:
         """
         return b""
 
+    def claim(self) -> None:
+        """Have the image for itself, as the options say, where it was opened without that, or given up. ConfigError
+        where somebody else has it.
+        """
+
+    def give_up(self) -> None:
+        """Let somebody else have the image: nothing is in flight, and no request comes before ``claim``."""
+
     def close(self) -> None:
         """Give everything back; nothing is in flight."""
 
@@ -107,6 +115,12 @@ class FormatDriver:
         it has then. OSError and ConfigError as ProtocolDriver.measure.
         """
         raise OSError(ENOTSUP, "it has its size for good")
+
+    def claim(self) -> None:
+        """As ProtocolDriver.claim."""
+
+    def give_up(self) -> None:
+        """As ProtocolDriver.give_up."""
 
     def ends_with_process(self) -> bool:
         """Whether the guest has written something that no other process will find."""

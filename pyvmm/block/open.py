@@ -28,24 +28,28 @@ if TYPE_CHECKING:
 class Opening:
     """A drive that is being opened: its options, and what all its drivers share."""
 
-    __slots__ = ("context", "options", "stats")
+    __slots__ = ("context", "later", "options", "stats")
 
-    def __init__(self, options: DriveOptions, context: AioContext, stats: BlockStats) -> None:
+    def __init__(self, options: DriveOptions, context: AioContext, stats: BlockStats, *, later: bool = False) -> None:
+        self.later = later  # somebody else may have the image until it is claimed
         self.options = options
         self.context = context
         self.stats = stats
 
 
-def open_drive(options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnError | None = None) -> BlockBackend:
+def open_drive(
+    options: DriveOptions, *, loop: Loop, clock: Clock, on_error: OnError | None = None, later: bool = False
+) -> BlockBackend:
     """Open the drive's image. ConfigError where that can't be: missing, a directory, locked, too small, unreadable, no
     raw image.
 
-    ``clock`` is what the limits of rate go by. io_uring needs ``add_reader`` and ``remove_reader`` of the loop too.
+    ``later``: another process may have the image until BlockBackend.claim. ``clock`` is what the limits of rate go by.
+    io_uring needs ``add_reader`` and ``remove_reader`` of the loop too.
     """
     context = AioContext(loop)
     if options.file is None:
         return BlockBackend(options, None, context, on_error=on_error)
-    opening = Opening(options, context, BlockStats())
+    opening = Opening(options, context, BlockStats(), later=later)
     disk = open_disk(opening)
     try:
         throttle = None
@@ -120,6 +124,7 @@ def open_file(path: str, opening: Opening) -> ProtocolDriver:
         read_only=options.read_only or options.keeps_writes,
         direct=options.cache in ("none", "directsync"),
         locking=options.locking,
+        later=opening.later,
     )
     return start_engine(image, opening)
 

@@ -166,7 +166,9 @@ class Pc(IsaBoard):
         from pyvmm.block.open import open_drive
 
         drives = self.chassis.drives
-        backend = open_drive(drive, loop=self.chassis.loop, clock=self.clock, on_error=drives.failed)
+        backend = open_drive(
+            drive, loop=self.chassis.loop, clock=self.clock, on_error=drives.failed, later=drives.later
+        )
         drives.add(backend)
         return make_drive(drive, backend, self.chassis.events)
 

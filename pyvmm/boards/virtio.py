@@ -139,7 +139,8 @@ def make_disk(board: Board, drive: PlacedDrive) -> None:
     from pyvmm.devices.virtio.blk import SECTOR_BYTES, VirtioBlk
 
     chassis = board.chassis
-    backend = open_drive(drive, loop=chassis.loop, clock=board.clock, on_error=chassis.drives.failed)
+    drives = chassis.drives
+    backend = open_drive(drive, loop=chassis.loop, clock=board.clock, on_error=drives.failed, later=drives.later)
     chassis.drives.add(backend)
     disk = VirtioBlk(
         board.memory,

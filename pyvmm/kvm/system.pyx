@@ -3,7 +3,8 @@
 Linux Documentation/virt/kvm/api.rst, "4.1 KVM_GET_API_VERSION" and on.
 """
 
-from libc.errno cimport E2BIG, EACCES, errno
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport E2BIG, EACCES, EINTR, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
 from posix.fcntl cimport O_CLOEXEC, O_RDWR, open
@@ -103,8 +104,14 @@ cdef class Kvm:
         return {name: self.check_extension(number) for name, number in CAPABILITIES.items()}
 
     def create_vm(self):
-        """KVM_CREATE_VM: an empty machine."""
-        fd = checked(ioctl(self._open(), uapi.KVM_CREATE_VM, 0), "KVM_CREATE_VM")
+        """KVM_CREATE_VM: an empty machine. Where a signal has come the kernel takes it all back, and is asked again when
+        Python's handlers have seen the signal (mm/mmap.c, mm_take_all_locks).
+        """
+        cdef int fd = ioctl(self._open(), uapi.KVM_CREATE_VM, 0)
+        while fd < 0 and errno == EINTR:
+            PyErr_CheckSignals()
+            fd = ioctl(self._open(), uapi.KVM_CREATE_VM, 0)
+        checked(fd, "KVM_CREATE_VM")
         return Vm(fd, self.vcpu_mmap_size)
 
     @property

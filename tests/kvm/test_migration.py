@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from guests import PASSED, TIMEOUT_S, Guest
 
-import pyvmm
 from pyvmm import ConfigError, Machine, RunState, StateError
 from pyvmm.errors import HostError
 from pyvmm.migration_stream import GO, LOADED, READY, Cancelled, MigrationStream
@@ -282,9 +281,58 @@ def test_what_can_not_be_is_one_sentence_and_it_stays(running: Guest, tmp_path: 
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_a_drive_that_is_written_to_stays(boot: Callable[..., Guest], tmp_path: Path) -> None:
-    (tmp_path / "disk").write_bytes(bytes(MIB))
-    guest = boot(PAGES, drives=[f"file={tmp_path / 'disk'},if=virtio"])
-    with pytest.raises(StateError, match="written to, and its image can't be handed over yet"):
-        guest.machine.migrate_to(str(tmp_path / "socket"))
-    assert pyvmm.RunState.PRELAUNCH is guest.machine.state
+@pytest.mark.parametrize("aio", ["threads", "io_uring"])
+def test_the_images_of_drives_are_handed_over(boot: Callable[..., Guest], tmp_path: Path, aio: str) -> None:
+    """One of the two machines has them at any moment, and nobody else may."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(MIB))
+    drives = [f"file={image},if=virtio,aio={aio}"]
+    guest = boot(PAGES, drives=drives)
+    m = guest.machine
+    m.resume()
+
+    def is_taken() -> bool:
+        try:
+            boot(PAGES, drives=drives).machine.close()
+        except ConfigError as error:
+            assert "is in use by" in str(error)
+            return True
+        return False
+
+    assert is_taken()
+    # One that is refused at the last moment: somebody has the image.
+    there = Destination(str(tmp_path / "socket"), prepare=lambda m: setattr(m.drives, "claim", refuse))
+    with pytest.raises(StateError, match="the other side refuses: not now"):
+        m.migrate_to(there.address)
+    with pytest.raises(ConfigError):
+        there.come()
+    assert m.state is RunState.RUNNING
+    assert is_taken()
+    there = Destination(str(tmp_path / "socket"))
+    m.migrate_to(there.address)
+    with there.come() as other:
+        assert is_taken()
+        m.close()
+        assert is_taken()
+        other.memory.write(guest.program.symbols["end"], b"\1")
+        assert other.run(TIMEOUT_S) == PASSED
+    assert not is_taken()
+
+
+def refuse() -> None:
+    raise ConfigError("not now")
+
+
+def test_an_image_that_somebody_took_meanwhile(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """The machine stays paused, and says who has it."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(MIB))
+    drives = [f"file={image},if=virtio"]
+    m = boot(PAGES, drives=drives).machine
+    m.drives.give_up()
+    with boot(PAGES, drives=drives).machine:
+        with pytest.raises(ConfigError, match="in use by this process"):
+            m.resume()
+        assert m.state is RunState.PRELAUNCH
+    m.resume()
+    m.pause()

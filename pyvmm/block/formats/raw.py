@@ -39,6 +39,12 @@ class RawDriver(FormatDriver):
         self.skew = offset % file.alignment
         self._incomplete = offset + size_bytes > file.size_bytes  # the file ends inside the last sector
 
+    def claim(self) -> None:
+        self._file.claim()
+
+    def give_up(self) -> None:
+        self._file.give_up()
+
     async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
         if offset + length <= self.size_bytes:
             done = await self._file.co_preadv(self._offset + offset, iov, length)

@@ -147,6 +147,12 @@ class BlkDebug(ProtocolDriver):
         self._lock = Lock()
         self._pool = ThreadPool(self._hold, LIMIT_STALLS)
 
+    def claim(self) -> None:
+        self._file.claim()
+
+    def give_up(self) -> None:
+        self._file.give_up()
+
     def _hold(self, job: object) -> None:
         assert isinstance(job, Stall)
         self._context.complete(job, job.hold())

@@ -93,6 +93,12 @@ class FilePosix(ProtocolDriver):
         self._bounces = BouncePool()
         self._pool = ThreadPool(self._aio_worker)
 
+    def claim(self) -> None:
+        self._image.lock()
+
+    def give_up(self) -> None:
+        self._image.unlock()
+
     # -- the coroutines -------------------------------------------------------------------------------------
 
     async def co_preadv(self, offset: int, iov: Iov, length: int) -> int:

@@ -11,7 +11,7 @@ import os
 import stat
 from errno import EACCES, EINVAL, EISDIR, ENOENT, EOPNOTSUPP, EPERM, EROFS
 
-from pyvmm.block.protocols.locking import lock_image, users
+from pyvmm.block.protocols.locking import lock_image, unlock_image, users
 from pyvmm.errors import ConfigError, not_local, remedy
 
 # Smallest first: 1 is a file system that doesn't care (tmpfs), the others are block sizes of disks and file systems.
@@ -25,17 +25,20 @@ class Image:
     bytes (1: nothing); ``tail_fd``: for the part of a last block, without O_DIRECT.
     """
 
-    def __init__(self, path: str, *, read_only: bool, direct: bool = False, locking: bool = True) -> None:
-        """ConfigError for whatever is wrong with ``path``."""
+    def __init__(
+        self, path: str, *, read_only: bool, direct: bool = False, locking: bool = True, later: bool = False
+    ) -> None:
+        """ConfigError for whatever is wrong with ``path``. ``later``: somebody else may have it until ``lock``."""
         self.path = path
         self.read_only = read_only
         self.direct = direct
+        self._locking = locking
         self.alignment = 1
         self.tail_fd = -1
         self.fd = open_image_file(path, (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0))
         try:
-            if locking and not lock_image(self.fd, writes=not read_only):
-                raise ConfigError(locked(path, self.fd))
+            if not later:
+                self.lock()
             self.in_memory = in_memory(os.fstat(self.fd))
             if direct:
                 self.alignment = probe_alignment(path, self.fd)
@@ -43,6 +46,15 @@ class Image:
         except BaseException:
             self.close()
             raise
+
+    def lock(self) -> None:
+        """ConfigError where somebody else has it."""
+        if self._locking and not lock_image(self.fd, writes=not self.read_only):
+            raise ConfigError(locked(self.path, self.fd))
+
+    def unlock(self) -> None:
+        if self._locking:
+            unlock_image(self.fd)
 
     def measure(self) -> None:
         """How long it is now: ``size_bytes``. ConfigError where what is needed for that length can't be opened."""
