@@ -102,7 +102,7 @@ def run(args: list[str]) -> int:
         signals.terminal = machine.terminal
         announce(machine)
         for path in sockets:
-            machine.serve_qmp(path, at_once=False)
+            machine.serve_qmp(path, at_once=wait_gdb)  # else it waits for nothing: the guest comes first
         if gdb is not None:
             say(f"pyvmm: gdb: target remote {serve_gdb(machine, gdb, wait_gdb)}")
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 from guests import SPIN_ON_BOTH, TIMEOUT_S, Guest
-from qemu.qmp import EventListener, ExecuteError, QMPClient
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient
 
 from pyvmm import RunState
 
@@ -145,11 +145,13 @@ def command(guest: Guest, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Pop
 
 async def connected(path: Path) -> QMPClient:
     """A client of a command that may not have made its socket yet."""
-    client = QMPClient("test")
-    while not path.exists():
-        await asyncio.sleep(0.01)
-    await client.connect(str(path))
-    return client
+    while True:
+        client = QMPClient("test")
+        try:
+            await client.connect(str(path))
+            return client
+        except ConnectError:  # the path is there a moment before anybody listens
+            await asyncio.sleep(0.01)
 
 
 def test_a_pause_is_no_end_of_the_command(command: tuple[Path, subprocess.Popen[str]]) -> None:
@@ -170,6 +172,25 @@ def test_a_pause_is_no_end_of_the_command(command: tuple[Path, subprocess.Popen[
     assert run.stderr is not None
     assert run.stderr.read() == ""
     assert not path.exists()
+
+
+def test_a_guest_that_waits_for_gdb_has_clients(guest: Guest, tmp_path: Path) -> None:
+    image, path = tmp_path / "spin.bin", tmp_path / "run.sock"
+    image.write_bytes(guest.program.image)
+    words = ["--flat", str(image), "--flat-mode", "long64", "--flat-address", hex(guest.program.address)]
+    words += ["--serial", "none", "--memory", "4", "--qmp", str(path)]
+    words += ["--gdb", str(tmp_path / "gdb.sock"), "--wait-gdb"]
+    run = subprocess.Popen([sys.executable, "-m", "pyvmm", "run", *words], stderr=subprocess.PIPE, text=True)
+
+    async def drive() -> None:
+        client = await connected(path)
+        assert await client.execute("query-status") == {"running": False, "status": "prelaunch"}
+        await client.execute("quit")
+        await client.disconnect()
+
+    asyncio.run(asyncio.wait_for(drive(), TIMEOUT_S))
+    run.communicate(timeout=TIMEOUT_S)
+    assert run.returncode == 0
 
 
 def test_the_time_limit_holds_for_a_paused_guest(guest: Guest, tmp_path: Path) -> None:

@@ -140,3 +140,37 @@ def test_a_snapshot_that_goes_on(peer: QmpPeer, guest: Guest, tmp_path: Path) ->
     with pyvmm.Machine.restore(tmp_path / "vm.snap") as other:
         assert other.cpus[0].regs["rbx"] == KNOWN
     assert "nowhere" in peer.error("snapshot-save", filename="/nowhere/at/all")
+
+
+def test_a_guest_moves_away(peer: QmpPeer, guest: Guest, tmp_path: Path) -> None:
+    import threading
+
+    import pyvmm
+
+    arrived: list[pyvmm.Machine] = []
+    place = tmp_path / "move.sock"
+    other = threading.Thread(target=lambda: arrived.append(pyvmm.Machine.incoming(str(place))))
+    other.start()
+    while not place.exists():
+        assert peer.get("query-migrate") == {"status": "none"}
+    assert peer.get("migrate_cancel") == {}
+    assert "expects unix:PATH" in peer.error("migrate", uri="exec:cat")
+    assert peer.get("migrate", uri=f"unix:{place}") == {}
+    assert peer.event("MIGRATION")["data"] == {"status": "active"}
+    assert peer.event("MIGRATION")["data"] == {"status": "completed"}
+    other.join(TIMEOUT_S)
+    with arrived[0] as machine:
+        machine.pause()
+        assert machine.cpus[0].regs["rbx"] == KNOWN
+    told = peer.get("query-migrate")
+    assert told["status"] == "completed"
+    assert told["downtime"] >= 0
+    assert guest.machine.state is RunState.SHUTDOWN
+
+
+def test_a_move_to_nowhere(peer: QmpPeer, guest: Guest, tmp_path: Path) -> None:
+    assert peer.get("migrate", uri=f"unix:{tmp_path}/nobody") == {}
+    assert peer.event("MIGRATION")["data"] == {"status": "active"}
+    assert peer.event("MIGRATION")["data"] == {"status": "failed"}
+    assert "nobody" in peer.get("query-migrate")["error-desc"]
+    assert peer.get("query-status")["running"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pyvmm.block.backend import BlockBackend
     from pyvmm.boards.drive_places import PlacedDrive
-    from pyvmm.control.qmp.subject import Served
+    from pyvmm.control.qmp.subject import Machine, Served
 
 CACHE = Struct({"writeback": BOOL, "direct": BOOL, "no-flush": BOOL})
 IMAGE = Struct({"filename": STR, "format": STR, "virtual-size": SIZE, "actual-size": Optional(SIZE)})
@@ -63,17 +63,21 @@ def cd_named(served: Served, device: str | None, id: str | None) -> PlacedDrive:
     return drive
 
 
-def unit_of(served: Served, drive: PlacedDrive) -> Any:
+def unit_of(machine: Machine, drive: PlacedDrive) -> Any:
     """The CD drive itself: tray and lock are its."""
-    return served.machine.board.units[drive.index]  # type: ignore[attr-defined]  # a pc, for it has such a drive
+    return machine.board.units[drive.index]  # type: ignore[attr-defined]  # a pc, for it has such a drive
 
 
 @command("query-block", returns=ListOf(BLOCK_INFO))
 def query_block(served: Served) -> list[dict[str, Any]]:
-    return [block_info(served, drive, served.machine.backends[drive.id]) for drive in served.machine.config.drives]
+    return drives_of(served.machine)
 
 
-def block_info(served: Served, drive: PlacedDrive, backend: BlockBackend) -> dict[str, Any]:
+def drives_of(machine: Machine) -> list[dict[str, Any]]:
+    return [block_info(machine, drive, machine.backends[drive.id]) for drive in machine.config.drives]
+
+
+def block_info(machine: Machine, drive: PlacedDrive, backend: BlockBackend) -> dict[str, Any]:
     cd = drive.media == "cdrom"
     info: dict[str, Any] = {
         "device": drive.id,
@@ -83,7 +87,7 @@ def block_info(served: Served, drive: PlacedDrive, backend: BlockBackend) -> dic
         "locked": False,
     }
     if cd:
-        unit = unit_of(served, drive)
+        unit = unit_of(machine, drive)
         info |= {"locked": unit.locked, "tray_open": unit.tray_open}
     if backend.inserted:
         info["inserted"] = inserted(drive, backend)

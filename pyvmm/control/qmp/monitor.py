@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 
-from pyvmm.control.qmp.block import query_block
+from pyvmm.control.qmp.block import drives_of
 from pyvmm.control.qmp.kinds import SIZE, STR, Optional, QmpError, shown
 from pyvmm.control.qmp.memory import ram_and_rom, virtual
 from pyvmm.control.qmp.parked import while_parked
@@ -297,7 +297,7 @@ def info_exits(machine: Machine, cpu_index: int) -> str:
 
 def info_block(machine: Machine, cpu_index: int) -> str:
     lines = []
-    for about in query_block(Looked(machine)):
+    for about in drives_of(machine):
         medium = about.get("inserted")
         kind = "raw, read-only" if medium and medium["ro"] else "raw"
         what = f"{medium['image']['filename']} ({kind})" if medium else "[not inserted]"
@@ -308,16 +308,6 @@ def info_block(machine: Machine, cpu_index: int) -> str:
         if medium:
             lines.append(f"    Cache mode: {'writeback' if medium['cache']['writeback'] else 'writethrough'}\n")
     return "".join(lines)
-
-
-class Looked:
-    """A machine that is only looked at, as commands have it."""
-
-    closing = False
-    kvm_stats = None
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
 
 
 def info_network(machine: Machine, cpu_index: int) -> str:

@@ -50,6 +50,7 @@ ENDS = {
     "guest-panic": (True, "guest-panic"),
     "quit": (False, "host-ui"),
     "qmp-quit": (False, "host-qmp-quit"),
+    "migrated": (False, "none"),
     "reader-gone": (False, "host-signal"),
 }
 
@@ -69,11 +70,16 @@ class News:
 
     def _heard(self, heard: Event) -> None:
         name, data = TOLD[heard.name](self._machine, heard.data)
-        seconds, microseconds = divmod(heard.time_ns // 1000, 1_000_000)
-        message: dict[str, Any] = {"timestamp": {"seconds": seconds, "microseconds": microseconds}, "event": name}
-        if data:
-            message["data"] = data
-        self._tell(encode(message))
+        self._tell(line_of(name, data, heard.time_ns))
+
+
+def line_of(name: str, data: Data, at_ns: int) -> bytes:
+    """An event as it is sent; ``at_ns`` is when it happened."""
+    seconds, microseconds = divmod(at_ns // 1000, 1_000_000)
+    message: dict[str, Any] = {"timestamp": {"seconds": seconds, "microseconds": microseconds}, "event": name}
+    if data:
+        message["data"] = data
+    return encode(message)
 
 
 def stop(machine: Machine, data: Data) -> tuple[str, Data]:

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 import sys
 
-from pyvmm.control.qmp import block, cpus, memory, monitor, net, objects, pci, schema, snapshots, stats, status
+from pyvmm.control.qmp import (
+    block,
+    cpus,
+    memory,
+    migration,
+    monitor,
+    net,
+    objects,
+    pci,
+    schema,
+    snapshots,
+    stats,
+    status,
+)
 from pyvmm.control.qmp.news import News
 from pyvmm.control.qmp.session import QmpSession
 from pyvmm.control.qmp.status import version
@@ -24,7 +37,7 @@ if TYPE_CHECKING:
     from pyvmm.control.socket import Peer
     from pyvmm.unix_socket import UnixListener
 
-GROUPS = (block, cpus, memory, monitor, net, objects, pci, schema, snapshots, stats, status)
+GROUPS = (block, cpus, memory, migration, monitor, net, objects, pci, schema, snapshots, stats, status)
 
 
 class QmpServer:
@@ -38,9 +51,12 @@ class QmpServer:
         self.sockets = SocketServer(lambda peer: self._session(peer), complain, what="--qmp")
         self.kvm_stats: Any = None
         """The kernel's statistics, once somebody has asked for them (stats.py)."""
+        self.migration: dict[str, Any] = {"status": "none"}
+        """What came of the last one (migration.py), changed with ``migrating`` held."""
+        self.migrating = Lock()
         self._lock = Lock()
         self._hearing: tuple[QmpSession, ...] = ()
-        self._news = News(machine, self._tell)
+        self._news = News(machine, self.tell)
         self.sockets.serve()
 
     @property
@@ -79,7 +95,8 @@ class QmpServer:
                 if not self._hearing:
                     self._news.forget()
 
-    def _tell(self, line: bytes) -> None:
+    def tell(self, line: bytes) -> None:
+        """An event, to every client that is told of them. From any thread."""
         with self._lock:
             for session in self._hearing:
                 session.tell(line)
