@@ -17,6 +17,7 @@ looked at before anything is made of it, and what has not come takes no room.
 from __future__ import annotations
 
 import struct
+from _socket import AF_INET, AF_INET6, IPPROTO_TCP, TCP_NODELAY
 from time import monotonic
 
 from pyvmm.errors import HostError, StateError, VmmError, remedy
@@ -81,6 +82,9 @@ class MigrationStream:
         self._cancelled = cancelled
         self.sent_bytes = 0
         connection.settimeout(LOOK_S)
+        if connection.family in (AF_INET, AF_INET6):
+            # While the guest stands each side waits for a few bytes of the other: they are not to be gathered.
+            connection.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
 
     # -- sending
 
