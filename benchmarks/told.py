@@ -190,9 +190,11 @@ def pyvmm(work: dict[str, Any]) -> None:
 
     options = {name: work[name] for name in ("kernel", "initrd", "append", "memory_mib") if name in work}
     with pyvmm.Machine(machine="pc", drives=[DriveOptions(work["image"])], serial=serial, **options) as m:
+        # Of a vCPU that halts in KVM nothing can be asked before it is back: so ask first.
+        tsc_khz = m.cpus[0].vcpu.tsc_khz
         m.resume()
         line.until(lambda said: said == READY, READY_S)
-        print(json.dumps({"tsc_khz": m.cpus[0].vcpu.tsc_khz}), flush=True)
+        print(json.dumps({"tsc_khz": tsc_khz}), flush=True)
         serve(line, serial.feed, os.getpid(), rows, m.pause, m.resume)
 
 
