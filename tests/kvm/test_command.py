@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from console import Console, pyvmm_run
+from guests import TIMEOUT_S
 
-LIMIT_S = 60.0
+LIMIT_S = TIMEOUT_S
 DEBUG_EXIT = "b0 15 e6 f4 f4"  # mov $0x15, %al; out %al, $0xf4; hlt
 POWER_OFF = "ba 04 06 b8 00 20 ef f4"  # mov $0x604, %dx; mov $0x2000, %ax; out %ax, %dx; hlt
 RESET = "b0 fe e6 64 f4"  # mov $0xfe, %al; out %al, $0x64; hlt

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from guests import TIMEOUT_S
 
-LIMIT_S = 60.0
+LIMIT_S = TIMEOUT_S
 SAY_AND_EXIT = "ba f8 03 b0 2e ee b0 0a ee b0 15 e6 f4 f4"  # '.', '\n' on COM1; isa-debug-exit 0x15
 STATUS = 0x15 << 1 | 1
 

@@ -22,7 +22,7 @@ from test_leaks import descriptors
 import pyvmm
 
 SAY = "mov $0x3f8, %edx\n mov $'x', %al\n outb %al, %dx\n inb $0x80, %al\n finish"
-LIMIT_S = 30
+LIMIT_S = TIMEOUT_S / 2
 
 
 def thread_names() -> list[str]:

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guests import MMIO, PASSED, PORT, Guest, Recorder
+from guests import MMIO, PASSED, PORT, TIMEOUT_S, Guest, Recorder
 
 import pyvmm
 from pyvmm import RunState, StateError
 
-LIMIT_S = 30
+LIMIT_S = TIMEOUT_S / 2  # a child of fork starts anew what its parent has, and the lab is slow
 SPIN = "mov $DEVICE_PORT, %edx\n 1: inb %dx, %al\n test %al, %al\n jz 1b\n finish"
 
 

@@ -12,14 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from guests import Guest
+from guests import TIMEOUT_S, Guest
 
 from pyvmm.irq import IrqWire
 from pyvmm.kvm.vm import IOAPIC
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DEADLINE_S = 60
+DEADLINE_S = TIMEOUT_S
 IRQ = 5
 IOAPIC_IRR = 8 + 16  # of struct kvm_ioapic_state, behind kvm_irqchip's header: the pins that are up
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from console import pyvmm_run
+from guests import TIMEOUT_S
 
-LIMIT_S = 60.0
+LIMIT_S = TIMEOUT_S
 # WRITE SECTORS of LBA 0 by PIO (ATA-5, 8.47): one sector of 0x5a5a, then isa-debug-exit 0x15.
 WRITE_A_SECTOR = """
     ba f6 01 b0 e0 ee  ba f2 01 b0 01 ee  ba f3 01 b0 00 ee  ba f4 01 ee  ba f5 01 ee  ba f7 01 b0 30 ee

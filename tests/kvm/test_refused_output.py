@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guests import TIMEOUT_S
 
-LIMIT_S = 60.0
+LIMIT_S = TIMEOUT_S
 LINE = "ba f8 03 b0 2e ee b0 0a ee"  # mov $0x3f8, %dx; mov $'.', %al; out; mov $'\n', %al; out
 SPIN, DEBUG_EXIT = "eb fe", "b0 15 e6 f4 f4"
 STATUS = 0x15 << 1 | 1

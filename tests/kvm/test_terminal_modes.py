@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from console import Console, pyvmm_run
+from guests import TIMEOUT_S
 
-LIMIT_S = 60.0
+LIMIT_S = TIMEOUT_S
 # mov $0x3f8, %dx; mov $'.', %al; out %al, %dx; jmp .
 SAY_AND_SPIN = "ba f8 03 b0 2e ee eb fe"
 # The same, and a line on the debug console first: mov $0x402, %dx; mov $'!', %al; out; mov $'\n', %al; out
