@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qmp_peer import QmpPeer
+from qmp_peer import LIMIT_S, QmpPeer
 
 from pyvmm import ConfigError, Machine, StateError, __version__
 from pyvmm.control.qmp import status
@@ -289,6 +292,22 @@ def test_a_closed_machine_serves_nobody(tmp_path: Path) -> None:
     made.close()
     with pytest.raises(StateError, match="closed"):
         made.serve_qmp(tmp_path / "late.sock")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_machine_that_is_dropped_hangs_up(tmp_path: Path) -> None:
+    made: Machine | None = Machine(accel="qtest", memory_mib=4)
+    assert made is not None
+    made.serve_qmp(tmp_path / "dropped.sock")
+    dropped = weakref.ref(made)
+    with QmpPeer(tmp_path / "dropped.sock") as peer:
+        made = None
+        deadline_s = time.monotonic() + LIMIT_S
+        while dropped() is not None and time.monotonic() < deadline_s:
+            gc.collect()  # its server's thread may be about to leave the last call
+        with pytest.raises(EOFError):
+            peer.read()
+    assert not (tmp_path / "dropped.sock").exists()
 
 
 # The schema
