@@ -119,7 +119,8 @@ def test_vcpus_have_threads(boot: Callable[..., Guest], tmp_path: Path) -> None:
     async def drive(client: QMPClient) -> None:
         assert [cpu["thread-id"] for cpu in await client.execute("query-cpus-fast")] == [0, 0]
         await client.execute("cont")
-        cpus = await client.execute("query-cpus-fast")
+        while not all(cpu["thread-id"] for cpu in (cpus := await client.execute("query-cpus-fast"))):
+            pass  # they are on their way
         assert [cpu["cpu-index"] for cpu in cpus] == [0, 1]
         names = [Path(f"/proc/self/task/{cpu['thread-id']}/comm").read_text() for cpu in cpus]
         assert len(set(names)) == 2

@@ -96,7 +96,6 @@ def looks(machine: Machine) -> dict[str, Any]:
         "limits": [backend.options for backend in machine.backends.values()],
         "balloon": machine.board.balloon and machine.board.balloon.told,
         "pm": machine.devices["acpi_pm"].save(),
-        "thread": machine.cpus[0].thread_id,
     }
 
 
