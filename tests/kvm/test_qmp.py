@@ -119,8 +119,9 @@ def test_vcpus_have_threads(boot: Callable[..., Guest], tmp_path: Path) -> None:
     async def drive(client: QMPClient) -> None:
         assert [cpu["thread-id"] for cpu in await client.execute("query-cpus-fast")] == [0, 0]
         await client.execute("cont")
-        while not all(cpu["thread-id"] for cpu in (cpus := await client.execute("query-cpus-fast"))):
-            pass  # they are on their way
+        cpus = await client.execute("query-cpus-fast")
+        while not all(cpu["thread-id"] for cpu in cpus):  # they are on their way
+            cpus = await client.execute("query-cpus-fast")
         assert [cpu["cpu-index"] for cpu in cpus] == [0, 1]
         names = [Path(f"/proc/self/task/{cpu['thread-id']}/comm").read_text() for cpu in cpus]
         assert len(set(names)) == 2
