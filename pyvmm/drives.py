@@ -51,11 +51,15 @@ class Drives:
     @property
     def stalled(self) -> bool:
         """Whether one of them has put a request aside."""
-        return any(backend.stalled for backend in self.backends.values())
+        return bool(self.held_up())
 
-    def resume(self) -> None:
-        """Try again what was put aside."""
-        for backend in self.backends.values():
+    def held_up(self) -> list[BlockBackend]:
+        """Those that have put requests aside."""
+        return [backend for backend in self.backends.values() if backend.stalled]
+
+    def resume(self, held_up: list[BlockBackend]) -> None:
+        """Have those try again what they have put aside."""
+        for backend in held_up:
             backend.resume()
 
     def drain(self) -> None:

@@ -246,6 +246,8 @@ class Machine:
     def _go_on(self, only: Sequence[Cpu] | None) -> None:
         """With these vCPUs, or all of them."""
         self.drives.claim()
+        # Asked before the guest runs: what fails from then on stops the machine again, and is not tried at once.
+        held_up = self.drives.held_up()
         for cpu in self.cpus:
             cpu.start()
         self._chassis.consoles.take_terminal()
@@ -253,14 +255,14 @@ class Machine:
         self._chassis.runs()
         self._chassis.consoles.start()
         # After that: one that fails again stops the machine again.
-        self.drives.resume()
+        self.drives.resume(held_up)
 
     def _retry_drives(self) -> None:
         """resume() where nothing runs but the drives. StateError where none of them waits."""
         if not self.drives.stalled:
             raise StateError("accel='qtest' has no vCPU to run: drive the devices from outside")
         self.control.go_on_without_cpus()
-        self.drives.resume()
+        self.drives.resume(self.drives.held_up())
 
     def pause(self) -> None:
         """Park every vCPU, their accesses complete. Returns when they are.

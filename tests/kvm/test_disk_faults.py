@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from guests import PASSED, TIMEOUT_S, Guest
 
 from pyvmm import RunState
 from pyvmm.block import DriveOptions
+from pyvmm.block.backend import BlockBackend
 from pyvmm.machine import STATUS_IO_ERROR
 
 SECTOR = 512
@@ -155,6 +157,26 @@ def test_a_failed_read_stops_the_machine(disk: Callable[..., Disk]) -> None:
     assert d.outcomes == [GOOD, GOOD]
     assert d.has_read(10, 4)
     assert d.has_read(20, 1)
+
+
+def test_what_fails_while_the_machine_starts_waits_for_the_next_resume(
+    disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest runs before what was put aside is tried again: what fails meanwhile is not of that."""
+    d = disk([(READ, 10, 1)], fails("read", "EIO", sector=10, times=1), rerror="stop")
+    failed = threading.Event()
+    d.machine.events.listen(lambda _event: failed.set(), "io-error")
+    resume = d.machine.drives.resume
+
+    def later(held_up: list[BlockBackend]) -> None:
+        assert failed.wait(TIMEOUT_S)
+        resume(held_up)
+
+    monkeypatch.setattr(d.machine.drives, "resume", later)
+    assert d.run() == STATUS_IO_ERROR
+    assert d.machine.drives.stalled
+    monkeypatch.undo()
+    assert d.run() == PASSED
 
 
 # ---- writes --------------------------------------------------------------------------------------
