@@ -54,7 +54,12 @@ OPTIONS = (
     CDROM,
     SNAPSHOT,
     Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
-    Option("--restore", "FILE", "go on from a snapshot; other options take the place of what it has"),
+    Option(
+        "--restore",
+        "FILE[,check=on][,eager=on][,prefetch=on][,clock=now]",
+        "go on from a snapshot: compare its memory with the checksums, read all of it, read what was in use beside the"
+        " guest, set the guest's clocks forward; other options take the place of what it has",
+    ),
     Option(
         *("--qmp", "PATH", "let clients drive and watch the machine by QMP, at a Unix socket that is made there"),
         many=True, words=True,
@@ -153,44 +158,19 @@ def has_console(given: dict[str, Any]) -> bool:
 def made(config: MachineConfig | None, snapshot: str | None, incoming: str | None, given: dict[str, Any]) -> Machine:
     if config is not None:
         return Machine(config)
-    return restored(snapshot, given) if snapshot is not None else arrived(str(incoming), given)
+    from pyvmm.cli.restored import arrived, restored
 
-
-def arrived(address: str, given: dict[str, Any]) -> Machine:
-    """The machine that somebody sends there. Its consoles are those given, or the terminal."""
     if "config" in given:
-        raise ConfigError("--incoming beside --config: the other side says what the machine is made of, leave one out")
+        which, whose = ("--restore", "the snapshot") if incoming is None else ("--incoming", "the other side")
+        raise ConfigError(f"{which} beside --config: {whose} says what the machine is made of, leave one out")
     join_drives(given)
     if not given["drives"]:
         del given["drives"]
     join_boot_words(given)
+    if incoming is None:
+        return restored(str(snapshot), given)
     given.setdefault("serial", "none" if has_console(given) else "stdio")
-
-    def ready(at: str) -> None:
-        say(f"waiting for a machine at {at}")
-
-    return Machine.incoming(address, ready=ready, raw_terminal=True, **given)
-
-
-def restored(path: str, given: dict[str, Any]) -> Machine:
-    """The machine of a snapshot. Its consoles are where they were, but those that were a program's: the terminal."""
-    if "config" in given:
-        raise ConfigError("--restore beside --config: the snapshot says what the machine is made of, leave one out")
-    from pyvmm.snapshot import Snapshot
-
-    join_drives(given)
-    if not given["drives"]:
-        del given["drives"]
-    join_boot_words(given)
-    with Snapshot(path) as snapshot:
-        if isinstance(snapshot.spec.get("serial"), dict):
-            given.setdefault("serial", "stdio")
-        if "consoles" not in given and snapshot.spec.get("consoles"):
-            from pyvmm.console_options import with_terminal
-
-            consoles = with_terminal(snapshot.spec["consoles"])
-            given |= {} if consoles is None else {"consoles": consoles}
-        return Machine.restore(snapshot, raw_terminal=True, **given)
+    return arrived(incoming, given)
 
 
 def join_drives(given: dict[str, Any]) -> None:

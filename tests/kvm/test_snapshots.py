@@ -450,7 +450,8 @@ def test_from_the_shell(boot: Callable[..., Guest], tmp_path: Path) -> None:
     """A snapshot of a program's machine goes on as a command, its console on standard output."""
     guest = boot("mov $0x3f8, %dx\n mov $'x', %al\n outb %al, %dx\n finish", serial=bytearray().extend)
     guest.machine.save(tmp_path / "a.snap")
-    command = [sys.executable, "-m", "pyvmm", "run", "--restore", str(tmp_path / "a.snap")]
+    words = f"{tmp_path / 'a.snap'},check=on,prefetch=on,clock=now"
+    command = [sys.executable, "-m", "pyvmm", "run", "--restore", words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S)
     assert (done.returncode, done.stdout, done.stderr) == (PASSED, b"x", b"")
     for words, said in (
