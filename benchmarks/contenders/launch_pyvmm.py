@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pyvmm
 from pyvmm_benchmarks.contenders.launch_contender import Launcher
 from pyvmm_benchmarks.launch_guests import SOFTWARE_HIDDEN, Guest
 
@@ -31,7 +32,8 @@ class Pyvmm(Launcher):
 
     def traced(self, guest: Guest, fd: int) -> list[str]:
         """The same by launch_traced.py, which tells the descriptor where its time went."""
-        return [sys.executable, "-P", str(TRACED), str(fd), *self.words(guest)]
+        package = str(Path(pyvmm.__path__[0]).parent)
+        return [sys.executable, "-I", "-S", str(TRACED), str(fd), package, *self.words(guest)]
 
     def words(self, guest: Guest) -> list[str]:
         words = ["run", "--machine", self.machine, "--memory", str(guest.memory_mib), "--no-reboot"]

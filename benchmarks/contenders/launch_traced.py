@@ -1,4 +1,7 @@
-"""``pyvmm run``, with a stopwatch on each step of it: python launch_traced.py FD run OPTIONS...
+"""``pyvmm run``, with a stopwatch on each step of it: python -I -S launch_traced.py FD DIRECTORY run OPTIONS...
+
+As the command does it (pyvmm/launcher/pyvmm, pyvmm/cli/way_in.py): isolated, without site, the package of DIRECTORY,
+the modules from the bundle, and at the end the process goes without finalising the interpreter.
 
 Writes one line of JSON to the descriptor FD: CLOCK_MONOTONIC, ns, when this file's first statement ran (``born``), when
 the vCPUs went (``resumed``) and stood (``stopped``), and just before the interpreter goes (``ended``); and ``spent``:
@@ -10,8 +13,8 @@ from time import monotonic_ns
 BORN = monotonic_ns()
 
 import builtins  # noqa: E402
-import importlib  # noqa: E402
-import os  # noqa: E402
+import gc  # noqa: E402
+import posix  # noqa: E402
 import sys  # noqa: E402
 
 TYPE_CHECKING = False
@@ -74,6 +77,8 @@ def main() -> int:
     watch = Stopwatch()
     stamps = {"born": BORN}
     fd = int(sys.argv[1])
+    sys.path.append(sys.argv[2])
+    gc.disable()
     plain = builtins.__import__
 
     def importing(name: str, *args: "Any", **kwargs: "Any") -> "Any":
@@ -87,11 +92,13 @@ def main() -> int:
 
     builtins.__import__ = importing
     watch.enter("command")
-    from pyvmm import cli, machine, run_control
-    from pyvmm.cli import run  # noqa: F401
+    from pyvmm import cli
+
+    watch.timed(IMPORTS, cli.load_ahead)()
+    from pyvmm import machine, run_control
 
     for module, path, step in STEPS:
-        owner = importlib.import_module(module)
+        owner: Any = sys.modules[module]
         *outer, name = path.split(".")
         for part in outer:
             owner = getattr(owner, part)
@@ -116,15 +123,18 @@ def main() -> int:
 
     machine.Machine.resume, run_control.RunControl.wait = resumed, waited  # type: ignore
     try:
-        return cli.main(sys.argv[2:])
+        return cli.main(sys.argv[3:])
     finally:
         watch.leave()
         builtins.__import__ = plain
         import json
 
         line = json.dumps({**stamps, "ended": monotonic_ns(), "spent": watch.spent}) + "\n"
-        os.write(fd, line.encode())
+        posix.write(fd, line.encode())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    posix._exit(status)
