@@ -194,6 +194,7 @@ XSAVE_COMPONENTS = {
     19: "apxf",
 }
 
+_DASHES = dict.fromkeys(map(ord, "-_"))
 _SEPARATORS = dict.fromkeys(map(ord, "-_."))
 _bits: dict[str, list[Bit]] = {}
 
@@ -208,9 +209,11 @@ def table() -> dict[str, list[Bit]]:
     """Every feature by its canonical name, with all the bits that say it. Made at the first call."""
     if not _bits:
         for (function, index, register), names in WORDS:
-            for bit, name in enumerate(names.split()):
+            # ``canonical`` of all of a register's at once: every start makes this table.
+            for bit, name in enumerate(names.lower().translate(_DASHES).split()):
                 if name != ".":
-                    _bits.setdefault(canonical(name), []).append((function, index, register, bit))
+                    bare = name.replace(".", "")
+                    _bits.setdefault(SYNONYMS.get(bare, bare), []).append((function, index, register, bit))
         for bits in _bits.values():
             function, index, register, bit = bits[0]
             if (function, register) == (1, EDX) and AMD_ALIASES >> bit & 1:
