@@ -106,10 +106,10 @@ def run(args: list[str]) -> int:
     with Signals() as signals, made(config, snapshot, incoming, given) as machine:
         signals.terminal = machine.terminal
         announce(machine)
-        for path in sockets:
-            machine.serve_qmp(path, at_once=wait_gdb)  # else it waits for nothing: the guest comes first
         if gdb is not None:
             say(f"pyvmm: gdb: target remote {serve_gdb(machine, gdb, wait_gdb)}")
+        for path in sockets:  # from here on a client may end the machine, at any moment
+            machine.serve_qmp(path, at_once=wait_gdb)  # else it waits for nothing: the guest comes first
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
         return go(machine, timeout_s, exit_stats, attended=bool(sockets))
@@ -311,7 +311,7 @@ def run_attended(machine: Machine, timeout_s: float | None) -> int:
     from time import monotonic
 
     before = machine.resets.count
-    if not machine.control.held:
+    if not machine.control.held and machine.state not in ENDED:
         machine.resume()
     end = None if timeout_s is None else monotonic() + timeout_s
     states = [state for state in RunState if state not in (*ENDED, RunState.IO_ERROR)]

@@ -15,6 +15,7 @@ from guests import SPIN_ON_BOTH, TIMEOUT_S, Guest
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient
 
 from pyvmm import RunState
+from pyvmm.cli.run import run_attended
 
 Result = TypeVar("Result")
 SPIN = "1: pause\n jmp 1b"
@@ -200,6 +201,11 @@ def test_a_guest_that_waits_for_gdb_has_clients(guest: Guest, tmp_path: Path) ->
     asyncio.run(asyncio.wait_for(drive(), TIMEOUT_S))
     run.communicate(timeout=TIMEOUT_S)
     assert run.returncode == 0
+
+
+def test_a_client_that_is_quicker_than_the_guest_s_beginning(guest: Guest) -> None:
+    guest.machine.stop(0, "qmp-quit")
+    assert run_attended(guest.machine, TIMEOUT_S) == 0
 
 
 def test_the_time_limit_holds_for_a_paused_guest(guest: Guest, tmp_path: Path) -> None:
