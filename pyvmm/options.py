@@ -260,6 +260,24 @@ class Options:
             return f"there is no option {name!r}{near}"
         return f"{cls.thing} has no option {name!r}{near or f': see {cls.__name__} for those there are'}"
 
+    @classmethod
+    def from_words(cls, text: str) -> dict[str, Any]:
+        """Values by option names, of "word=value,word=value". A comma in a value is written twice. ConfigError."""
+        names = {word: name for name, row in cls.rows.items() for word in row.words}
+        values: dict[str, Any] = {}
+        for item in split_commas(text):
+            key, equals, value = item.partition("=")
+            name = names.get(key)
+            if name is None:
+                raise ConfigError(cls.unknown(key, names))
+            if not equals:
+                raise ConfigError(f"{cls.noun}{item!r} has no value: write {item}=VALUE")
+            try:
+                values[name] = cls.rows[name].kind.from_text(value)
+            except ValueError as error:
+                raise ConfigError(f"{cls.noun}{key}={value}: {error}") from None
+        return values
+
     def taken(self) -> dict[str, Any]:
         """Every option's value in its one form, each checked by itself. The object stays as it is."""
         values = {name: row.default for name, row in self.rows.items()}

@@ -44,9 +44,7 @@ class UnixListener:
 
     def accept(self) -> int:
         """The descriptor of the next peer, which does not block. OSError where none is there any more."""
-        fd: int = self._socket._accept()[0]  # type: ignore[attr-defined]  # what socket.socket's accept calls
-        os.set_blocking(fd, False)
-        return fd
+        return accept(self._socket)
 
     def close(self) -> None:
         """Listen no more, and take the file away, where it is still ours. Again is fine."""
@@ -62,6 +60,13 @@ class UnixListener:
     def abandon(self) -> None:
         """In a child of fork: only the descriptor."""
         self._socket.close()
+
+
+def accept(listener: socket) -> int:
+    """The descriptor of the next peer, which does not block. OSError where none is there any more."""
+    fd: int = listener._accept()[0]  # type: ignore[attr-defined]  # what socket.socket's accept calls
+    os.set_blocking(fd, False)
+    return fd
 
 
 def check_path(path: str, what: str) -> None:

@@ -13,13 +13,12 @@ that is told of things and does not read is cut off. More clients than MOST_CLIE
 
 from __future__ import annotations
 
-import os
 from _socket import AF_INET, SHUT_RDWR, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
 from pyvmm.errors import ConfigError, remedy
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread, deque
-from pyvmm.unix_socket import UnixListener
+from pyvmm.unix_socket import UnixListener, accept
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,9 +73,7 @@ class TcpListener:
         return self._socket.fileno()
 
     def accept(self) -> int:
-        fd: int = self._socket._accept()[0]  # type: ignore[attr-defined]  # what socket.socket's accept calls
-        os.set_blocking(fd, False)
-        return fd
+        return accept(self._socket)
 
     def close(self) -> None:
         self._socket.close()

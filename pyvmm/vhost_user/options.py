@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, option, split_commas, take_flag, word
+from pyvmm.options import ON_OFF, Kind, Options, option, take_flag, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,19 +87,7 @@ class ShareOptions(Options):
         """From "tag=data,path=/srv/data,cache=always". A comma in a value is written twice. ConfigError for what is
         wrong.
         """
-        names = {word: name for name, row in cls.rows.items() for word in row.words}
-        values: dict[str, Any] = {}
-        for item in split_commas(text):
-            key, equals, value = item.partition("=")
-            name = names.get(key)
-            if name is None:
-                raise ConfigError(cls.unknown(key, names))
-            if not equals:
-                raise ConfigError(f"share option {item!r} has no value: write {item}=VALUE")
-            try:
-                values[name] = cls.rows[name].kind.from_text(value)
-            except ValueError as error:
-                raise ConfigError(f"share option {key}={value}: {error}") from None
+        values = cls.from_words(text)
         if "tag" not in values:
             raise ConfigError(f"share {text!r} has no tag: write tag=NAME,path=FOLDER")
         return cls(**values)

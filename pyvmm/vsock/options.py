@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import Kind, Options, option, split_commas, whole
+from pyvmm.options import Kind, Options, option, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,19 +70,7 @@ class VsockOptions(Options):
     @classmethod
     def parse(cls, text: str) -> VsockOptions:
         """From "cid=3,path=/run/vm.sock". A comma in a value is written twice. ConfigError for what is wrong."""
-        names = {word: name for name, row in cls.rows.items() for word in row.words}
-        values: dict[str, Any] = {}
-        for item in split_commas(text):
-            key, equals, value = item.partition("=")
-            name = names.get(key)
-            if name is None:
-                raise ConfigError(cls.unknown(key, names))
-            if not equals:
-                raise ConfigError(f"vsock option {item!r} has no value: write {item}=VALUE")
-            try:
-                values[name] = cls.rows[name].kind.from_text(value)
-            except ValueError as error:
-                raise ConfigError(f"vsock option {key}={value}: {error}") from None
+        values = cls.from_words(text)
         for name, example in (("cid", "cid=3"), ("path", "path=/run/vm.sock")):
             if name not in values:
                 raise ConfigError(f"vsock {text!r} has no {name}: write {example}")

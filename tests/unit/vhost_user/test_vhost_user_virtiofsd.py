@@ -128,11 +128,11 @@ def test_one_that_is_killed_leaves_a_broken_device_until_the_next_reset(folder: 
 
 def test_it_ends_with_a_process_that_is_killed(folder: Path) -> None:
     program = f"""
-import pyvmm, time
+import pyvmm, signal
 from pyvmm.vhost_user.options import ShareOptions
 m = pyvmm.Machine(accel="qtest", memory_mib=16, shares=[ShareOptions("data", {str(folder)!r})])
 print(m.devices["share data"]._server._child.pid, flush=True)
-time.sleep(1000)
+signal.pause()
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
