@@ -5,6 +5,10 @@ from __future__ import annotations
 import posix
 from errno import EDQUOT, EFBIG, EMFILE, ENFILE, ENOMEM, ENOSPC
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 def describe(error: BaseException) -> str:
     """An exception in one line, its type first. Never raises, whatever the exception's own methods do."""
@@ -164,10 +168,10 @@ def remedy_for_path(path: str, error: OSError, otherwise: str) -> str:
 PROTOCOLS = ("nbd", "json", "fat", "rbd", "ssh", "iscsi", "gluster", "nvme", "vxhs")
 
 
-def there(path: str) -> bool:
-    """os.path.lexists."""
+def exists(path: str, look: Callable[[str], object] = posix.stat) -> bool:
+    """os.path.exists; with ``posix.lstat`` os.path.lexists, for which a link that leads nowhere is there too."""
     try:
-        posix.lstat(path)
+        look(path)
     except (OSError, ValueError):
         return False
     return True
@@ -176,7 +180,7 @@ def there(path: str) -> bool:
 def not_local(path: str) -> str:
     """What to do about a ``path`` that is a URL, or a word of QEMU's for something that is no file; else ""."""
     scheme, colon, rest = path.partition(":")
-    if not colon or there(path):
+    if not colon or exists(path, posix.lstat):
         return ""
     if scheme == "file" and rest.startswith("//"):
         return f"that is a URL: give the path, {rest[2:]}"

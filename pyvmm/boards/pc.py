@@ -10,7 +10,7 @@ from pyvmm.boards.ide_places import PLACES
 from pyvmm.boards.isa import IsaBoard
 from pyvmm.boards.pc_drives import make_drive
 from pyvmm.devices.pci.device import INTERRUPT_LINE
-from pyvmm.errors import ConfigError, there
+from pyvmm.errors import ConfigError, exists
 from pyvmm.guest_memory import PAGE_BYTES, RamRegion
 from pyvmm.memory_map import BUS, RAM, ROM
 from pyvmm.places import Places
@@ -230,7 +230,7 @@ class Pc(IsaBoard):
 
 def find_firmware() -> str:
     for path in FIRMWARE:
-        if there(path):
+        if exists(path):
             return path
     raise ConfigError("no SeaBIOS on this host: install Debian's seabios package, or give firmware=FILE")
 

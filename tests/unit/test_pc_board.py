@@ -13,6 +13,7 @@ import pytest
 import pyvmm
 from pyvmm import ConfigError, Machine, StateError
 from pyvmm.block.options import DriveOptions
+from pyvmm.boards import pc as pc_board
 
 IDS = {0x0000: 0x1237_8086, 0x0800: 0x7000_8086, 0x0900: 0x7010_8086, 0x0B00: 0x7113_8086}
 
@@ -212,3 +213,11 @@ def test_kvm_s_pages_are_reserved_and_under_no_firmware(tmp_path: Path, size: in
         assert told == [(0, 4 << 20, 1), (0xFEFF_C000, 0x4000, 2)]
         for region in m.memory.ram:
             assert region.gpa + region.size_bytes <= 0xFEFF_C000 or region.gpa >= 0xFF00_0000
+
+
+def test_a_firmware_that_is_a_link_to_nowhere_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that was taken away leaves such links; the next place is looked at."""
+    (tmp_path / "gone.bin").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "bios.bin").write_bytes(b"")
+    monkeypatch.setattr(pc_board, "FIRMWARE", (str(tmp_path / "gone.bin"), str(tmp_path / "bios.bin")))
+    assert pc_board.find_firmware() == str(tmp_path / "bios.bin")
