@@ -32,6 +32,13 @@ class Hung(Exception):
     """The guest did not come to the end of what it was told."""
 
 
+class Ended(Hung):
+    """Its process is gone, or about to be: an end takes the memory first, and only later can it be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__("its process has ended")
+
+
 class Plan(NamedTuple):
     """What the guest does in a turn."""
 
@@ -55,17 +62,24 @@ class Ticks(NamedTuple):
 
 
 class Memory:
-    """Of another process. OSError where the kernel does not allow it."""
+    """Of another process. Ended, and OSError where the kernel does not allow it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            raise Ended from None
 
     def read(self, address: int, size: int) -> bytes:
-        return os.pread(self._fd, size, address)
+        data = os.pread(self._fd, size, address)
+        if len(data) < size:
+            raise Ended
+        return data
 
     def write(self, address: int, data: bytes) -> None:
-        os.pwrite(self._fd, data, address)
+        if os.pwrite(self._fd, data, address) < len(data):
+            raise Ended
 
     def close(self) -> None:
         os.close(self._fd)
@@ -80,19 +94,23 @@ class Memory:
                     if self.read(base + MAILBOX, QUAD.size) == QUAD.pack(MAGIC):
                         return base
                 except OSError:
-                    continue
+                    continue  # a hole in the mapping
         return None
 
 
 def writable(pid: int) -> list[tuple[int, int]]:
-    """Its private or shared mappings that can be written."""
+    """Its private or shared mappings that can be written. Ended."""
     found = []
-    with open(f"/proc/{pid}/maps") as file:
-        for line in file:
-            where, access, *_ = line.split()
-            if access.startswith("rw"):
-                start, _, end = where.partition("-")
-                found.append((int(start, 16), int(end, 16)))
+    try:
+        with open(f"/proc/{pid}/maps") as file:
+            lines = file.readlines()
+    except (FileNotFoundError, ProcessLookupError):
+        raise Ended from None
+    for line in lines:
+        where, access, *_ = line.split()
+        if access.startswith("rw"):
+            start, _, end = where.partition("-")
+            found.append((int(start, 16), int(end, 16)))
     return found
 
 
@@ -133,8 +151,10 @@ class Mailbox:
         self.put(TURN, WORD.pack(number))
         end = time.monotonic() + limit_s
         while self.word(DONE) != number:
-            if time.monotonic() > end or not alive():
-                raise Hung(f"no end of a turn within {limit_s:g} s" if alive() else "its process has ended")
+            if not alive():
+                raise Ended
+            if time.monotonic() > end:
+                raise Hung(f"no end of a turn within {limit_s:g} s")
             time.sleep(LOOK_S)
 
     def take(self, plan: Plan, limit_s: float, alive: Callable[[], bool] = lambda: True) -> Ticks:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pyvmm_benchmarks.cases import ExitCase
-from pyvmm_benchmarks.mailbox import EXPECTED, WORD, Mailbox, Memory, Plan, Ticks
+from pyvmm_benchmarks.mailbox import EXPECTED, WORD, Ended, Mailbox, Memory, Plan, Ticks
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0  # an emulated host takes its time
@@ -102,12 +102,13 @@ class Contender:
         ended = self.process.poll() is not None
         try:
             mailbox = self._find_mailbox()
+            ready = mailbox is not None and mailbox.ready
+        except Ended:
+            mailbox, ended, ready = None, True, False
         except OSError as error:
-            if self.process.poll() is None:
-                raise CantRun(f"/proc/PID/mem of another process: {error.strerror}: run it as root, or outside of the "
-                              "container") from None  # fmt: skip
-            mailbox, ended = None, True  # a process that has ended takes its place in /proc along
-        if mailbox is not None and mailbox.ready:
+            raise CantRun(f"/proc/PID/mem of another process: {error.strerror}: run it as root, or outside of the "
+                          "container") from None  # fmt: skip
+        if mailbox is not None and ready:
             self.mailbox = mailbox
             mailbox.put(EXPECTED, WORD.pack(self.case.cpus - 1))
             self.stop()
@@ -121,7 +122,7 @@ class Contender:
         return False
 
     def _find_mailbox(self) -> Mailbox | None:
-        """None while its memory is not to be found. OSError where /proc does not let us look."""
+        """None while its memory is not to be found. Ended, and OSError where /proc does not let us look."""
         if self._memory is None:
             self._memory = Memory(self.process.pid)
         base = self._told() if self.tells_memory else self._memory.find_guest()

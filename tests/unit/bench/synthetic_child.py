@@ -1,8 +1,9 @@
 """A contender whose costs are known: no guest and no KVM, but the same mailbox in the memory of a process of its own.
 
 ``synthetic_child.py WORK``, JSON: ``cost_us`` an access; ``overhead_us`` a block, and a single access, takes more;
-``noise``, the part by which times vary; every ``disturbed``-th block is ten times as long; ``hang`` in that turn;
-``end`` at once; ``pause_at`` that character of its first line, negative from its end; ``tsc_khz``. Time does not pass:
+``noise``, the part by which times vary; every ``disturbed``-th block is ten times as long; ``hang``, or
+``die``, in that turn; ``end`` at once, ``fade`` so that its memory is gone a while before it can be waited for;
+``pause_at`` that character of its first line, negative from its end; ``tsc_khz``. Time does not pass:
 tick counts are made up.
 """
 
@@ -11,20 +12,37 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import random
 import struct
 import sys
+import threading
 import time
 
 MAILBOX, SAMPLES, MIB = 0x18_0000, 0x20_0000, 1 << 20
 MAGIC = 0x316D_6D76_7970_2121
+SYS_EXIT = 60  # of one thread
 TURN, DONE, WARM_UP, COUNTS = 0x08, 0x0C, 0x10, 0x80
+
+
+def fade() -> None:
+    """As a process looks that ends: its first thread is gone, with what /proc shows of the memory; another lives on."""
+
+    def end() -> None:
+        time.sleep(0.3)
+        os.write(2, b"no such instruction")
+        os._exit(1)
+
+    threading.Thread(target=end).start()
+    ctypes.CDLL(None).syscall(SYS_EXIT, 0)
 
 
 def main() -> None:
     work = json.loads(sys.argv[1])
     if work.get("end"):
         raise SystemExit("no such instruction")
+    if work.get("fade"):
+        fade()
     memory = mmap.mmap(-1, 64 * MIB)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     if work.get("tells", True):
@@ -59,6 +77,8 @@ def main() -> None:
         turns += 1
         if turns == work.get("hang"):
             time.sleep(3600)
+        if turns == work.get("die"):
+            os._exit(1)
         _, pairs, short, long, singles = struct.unpack_from("<5I", memory, MAILBOX + WARM_UP)
         found = [each for _ in range(pairs) for each in (ticks(short), ticks(long))]
         found += [ticks(1) for _ in range(singles)]

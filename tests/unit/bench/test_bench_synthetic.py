@@ -80,7 +80,8 @@ def test_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exits, "TURN_S", 0.3)
     kinds = [
         *(Synthetic("c", 8.0), CantEver("absent", 1.0), Synthetic("dies", 8.0, end=True)),
-        Synthetic("hangs", 8.0, hang=4),
+        Synthetic("fades", 8.0, fade=True),
+        *(Synthetic("hangs", 8.0, hang=4), Synthetic("goes", 8.0, die=4)),
     ]
     case = measure(tmp_path, *kinds)
     reasons = {result.name: result.reason for result in case.results}
@@ -88,11 +89,13 @@ def test_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "c": "",
         "absent": "not installed",
         "dies": "ended at once: no such instruction",
+        "fades": "ended at once: no such instruction",
         "hangs": "no end of a turn within 0.3 s",
+        "goes": "its process has ended",
     }
-    assert [result.ran for result in case.results] == [True, False, False, False]
+    assert [result.ran for result in case.results] == [True, *5 * [False]]
     # In the second set of processes nobody tries again who has failed in the first.
-    assert [len(kind.started) for kind in kinds] == [2, 0, 1, 1]
+    assert [len(kind.started) for kind in kinds] == [2, 0, *4 * [1]]
     text = report(case).table()
     assert "- not installed" in text and "- ended at once: no such instruction" in text
 
