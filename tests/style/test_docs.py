@@ -25,15 +25,19 @@ def test_files_that_are_named_exist(name: str) -> None:
 
 @cache
 def members() -> set[tuple[str, str]]:
-    """(class, method) of everything in the package."""
+    """(class, method) of everything in the package, inherited ones too."""
     found: set[tuple[str, str]] = set()
+    bases: list[tuple[str, str]] = []
     for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyx")]:
         owner = ""
         for line in code(path).splitlines():
-            if new := re.match(r"(?:cdef )?class (\w+)", line):
+            if new := re.match(r"(?:cdef )?class (\w+)(?:\(([^)]*)\))?", line):
                 owner = new[1]
+                bases += [(owner, base.strip().rpartition(".")[2]) for base in (new[2] or "").split(",")]
             elif member := re.match(r"\s+(?:async )?(?:c?p?def)\s+(?:[\w *]+ )?\*?(\w+)\(", line):
                 found.add((owner, member[1]))
+    while more := {(owner, name) for owner, base in bases for other, name in found if other == base} - found:
+        found |= more
     return found
 
 
