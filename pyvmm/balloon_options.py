@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, is_int, option, split_commas, take_flag, whole
+from pyvmm.options import SWITCH, Options, is_int, option, split_commas, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,14 +18,7 @@ def size_mib(text: str) -> int:
     return int(text, 10) if unit is None else int(text[:-1], 10) * unit
 
 
-def on_or_off(text: str) -> bool:
-    if text not in ON_OFF:
-        raise ValueError("use on or off")
-    return ON_OFF[text]
-
-
 SIZE = whole(give="a number of MiB", from_text=size_mib)
-SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
 
 
 class BalloonOptions(Options):
@@ -40,7 +33,7 @@ class BalloonOptions(Options):
 
     mib: int = option(
         SIZE, 0, "how much of the guest's memory it takes at first: 512, 512M or 1G; 0 is a balloon that takes nothing"
-        " until it is told to", words="mib", metavar="SIZE")  # fmt: skip
+        " until it is told to", metavar="SIZE")  # fmt: skip
     deflate_on_oom: bool = option(
         SWITCH, False, "the guest may take memory back by itself rather than end programs", words="deflate-on-oom")
     free_page_reporting: bool = option(
@@ -55,21 +48,10 @@ class BalloonOptions(Options):
         """From "512M,deflate-on-oom=on". ConfigError for what is wrong."""
         size, *rest = split_commas(text) or [""]
         try:
-            values: dict[str, Any] = {"mib": size_mib(size)}
+            mib = size_mib(size)
         except ValueError:
             raise ConfigError(f"balloon {size!r}: begin with a size, as 512M, or with 0") from None
-        names = {row.words[0]: name for name, row in cls.rows.items() if name != "mib"}
-        for item in rest:
-            word, equals, value = item.partition("=")
-            if not equals:
-                raise ConfigError(f"balloon option {item!r} has no value: write {item}=on")
-            if word not in names:
-                raise ConfigError(cls.unknown(word, names))
-            try:
-                values[names[word]] = cls.rows[names[word]].kind.from_text(value)
-            except ValueError as error:
-                raise ConfigError(f"balloon option {word}={value}: {error}") from None
-        return cls(**values)
+        return cls(mib, **cls.from_words(rest))
 
 
 def balloon_options(name: str, value: Any) -> BalloonOptions | None:

@@ -55,7 +55,7 @@ class ConsoleOptions(Options):
     frozen = True
 
     where: HostEnd = option(
-        CONSOLE, None, "the host's end: none, stdio, pty or file:PATH", words="where",
+        CONSOLE, None, "the host's end: none, stdio, pty or file:PATH",
         python="; in Python also a function that takes bytes, or a Chardev")  # fmt: skip
     name: str | None = option(
         NAME, None, "makes it a port for the guest's programs, /dev/virtio-ports/NAME; without a name it is a console"
@@ -68,15 +68,7 @@ class ConsoleOptions(Options):
     def parse(cls, text: str) -> ConsoleOptions:
         """From "stdio", "pty,name=agent" or "file:PATH". A comma in a value is written twice. ConfigError."""
         where, *rest = split_commas(text) or [""]
-        values: dict[str, Any] = {"where": CONSOLE.take("console", where)}
-        for item in rest:
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise ConfigError(f"console option {item!r} has no value: write {item}=VALUE")
-            if key not in cls.rows or key == "where":
-                raise ConfigError(cls.unknown(key))
-            values[key] = value
-        return cls(**values)
+        return cls(CONSOLE.take("console", where), **cls.from_words(rest))
 
 
 def console_options(value: Any) -> ConsoleOptions:

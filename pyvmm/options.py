@@ -18,7 +18,7 @@ from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from os import PathLike
     from typing import Any, Self
 
@@ -83,6 +83,15 @@ def take_flag(name: str, value: Any) -> bool:
 
 
 FLAG = Kind(take_flag, file=bool, metavar="")
+
+
+def on_or_off(text: str) -> bool:
+    if text not in ON_OFF:
+        raise ValueError("use on or off")
+    return ON_OFF[text]
+
+
+SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
 
 
 def whole(
@@ -221,6 +230,7 @@ class Options:
     """
 
     rows: dict[str, Row] = {}
+    other_words: Mapping[str, tuple[str, Callable[[str], Any]]] = {}  # word: (option, its way)
     noun = ""  # what comes before an option's name in messages
     thing = ""  # what has them, in messages
     frozen = False
@@ -261,21 +271,25 @@ class Options:
         return f"{cls.thing} has no option {name!r}{near or f': see {cls.__name__} for those there are'}"
 
     @classmethod
-    def from_words(cls, text: str) -> dict[str, Any]:
-        """Values by option names, of "word=value,word=value". A comma in a value is written twice. ConfigError."""
-        names = {word: name for name, row in cls.rows.items() for word in row.words}
+    def from_words(cls, words: str | Sequence[str]) -> dict[str, Any]:
+        """Values by option names, of "word=value,word=value" or its items. A comma in a value is written twice; what
+        is ``many`` is gathered. ConfigError.
+        """
+        ways = {word: (name, row.kind.from_text) for name, row in cls.rows.items() for word in row.words}
+        ways |= cls.other_words
         values: dict[str, Any] = {}
-        for item in split_commas(text):
+        for item in split_commas(words) if isinstance(words, str) else words:
             key, equals, value = item.partition("=")
-            name = names.get(key)
-            if name is None:
-                raise ConfigError(cls.unknown(key, names))
             if not equals:
                 raise ConfigError(f"{cls.noun}{item!r} has no value: write {item}=VALUE")
+            if key not in ways:
+                raise ConfigError(cls.unknown(key, ways))
+            name, from_text = ways[key]
             try:
-                values[name] = cls.rows[name].kind.from_text(value)
+                taken = from_text(value)
             except ValueError as error:
                 raise ConfigError(f"{cls.noun}{key}={value}: {error}") from None
+            values[name] = (*values.get(name, ()), *taken) if cls.rows[name].many else taken
         return values
 
     def taken(self) -> dict[str, Any]:
@@ -360,6 +374,13 @@ def path_text(path: str | bytes | PathLike[str] | PathLike[bytes]) -> str:
 def number(text: str) -> int:
     """Decimal, or 0x and hexadecimal."""
     return int(text, 0)
+
+
+def decimal(text: str) -> int:
+    try:
+        return int(text, 10)
+    except ValueError:
+        raise ValueError("give a number") from None
 
 
 def split_commas(text: str) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError
 from pyvmm.options import (
-    ON_OFF,
+    SWITCH,
     Kind,
     Options,
     is_int,
     is_path,
+    on_or_off,
     option,
     path_text,
-    split_commas,
     take_flag,
     text,
     whole,
@@ -53,12 +53,6 @@ def take_block(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def on_or_off(text: str) -> bool:
-    if text not in ON_OFF:
-        raise ValueError("use on or off")
-    return ON_OFF[text]
-
-
 def count(text: str) -> int:
     """A number, perhaps with a suffix."""
     factor = SUFFIXES.get(text[-1:].lower(), 0)
@@ -73,7 +67,6 @@ def discard(text: str) -> str:
 
 
 IMAGE = Kind(take_path, metavar="PATH", from_text=lambda text: text or None)
-SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
 LOCKING = Kind(take_flag, file=bool, metavar="on|off", from_text=lambda text: text == "auto" or on_or_off(text))
 DISCARD = word("unmap", "ignore", from_text=discard)
 BYTES = whole(give="bytes from the image's beginning", from_text=count)
@@ -104,6 +97,7 @@ class DriveOptions(Options):
     noun = "drive option "
     thing = "a drive"
     frozen = True
+    other_words = {"force-share": ("locking", lambda text: not on_or_off(text))}
 
     file: str | None = option(
         IMAGE, None, "path of the image or block device; file:PATH, or blkdebug:RULES:PATH, which fails as the file"
@@ -237,22 +231,7 @@ class DriveOptions(Options):
 
         A comma in a value is written twice. ConfigError for what is wrong.
         """
-        names = {word: name for name, row in cls.rows.items() for word in row.words}
-        values: dict[str, Any] = {}
-        for item in split_commas(text):
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise ConfigError(f"drive option {item!r} has no value: write {item}=VALUE")
-            name = "locking" if key == "force-share" else names.get(key)
-            if name is None:
-                raise ConfigError(cls.unknown(key, [*names, "force-share"]))
-            try:
-                values[name] = cls.rows[name].kind.from_text(value)
-            except ValueError as error:
-                raise ConfigError(f"drive option {key}={value}: {error}") from None
-            if key == "force-share":
-                values[name] = not values[name]
-        return cls(**values)
+        return cls(**cls.from_words(text))
 
 
 def check_blocks(values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, is_path, option, path_text, split_commas, take_flag, text, whole, word
+from pyvmm.options import SWITCH, Kind, Options, decimal, is_path, option, path_text, split_commas, text, whole, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,28 +111,14 @@ def take_address(name: str, value: Any) -> str | None:
     raise ConfigError(f"{name}={value!r}: give an address and its prefix, as 192.168.7.1/24")
 
 
-def on_or_off(text: str) -> bool:
-    if text not in ON_OFF:
-        raise ValueError("use on or off")
-    return ON_OFF[text]
-
-
-def number(text: str) -> int:
-    try:
-        return int(text, 10)
-    except ValueError:
-        raise ValueError("give a number") from None
-
-
 INTERFACE = Kind(take_interface, metavar="NAME")
 MAC = Kind(take_mac, metavar="MAC")
 PATH = Kind(take_path, metavar="PATH")
 FORWARDS = Kind(take_forwards, file=list[str], metavar="HOST:GUEST", from_text=lambda text: (text,), plain=list)
 ADDRESS = Kind(take_address, metavar="ADDRESS/PREFIX")
-SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
-QUEUES = whole(least=1, most=MOST_QUEUES, from_text=number)
-MTU = whole(least=LEAST_MTU, most=MOST_MTU, none=True, from_text=number)
-DESCRIPTOR = whole(none=True, give="an open descriptor", from_text=number)
+QUEUES = whole(least=1, most=MOST_QUEUES, from_text=decimal)
+MTU = whole(least=LEAST_MTU, most=MOST_MTU, none=True, from_text=decimal)
+DESCRIPTOR = whole(none=True, give="an open descriptor", from_text=decimal)
 
 
 class NetOptions(Options):
@@ -166,7 +152,7 @@ class NetOptions(Options):
     fd: int | None = option(DESCRIPTOR, None, "a tap's descriptor, or a connected stream socket's", words="fd")
     forward: Sequence[str] = option(
         FORWARDS, (), "of passt: a port of the host's that leads into the guest, 8080:80, 127.0.0.1/8080:80 or"
-        " udp:5353:53; may be repeated", words="forward")  # fmt: skip
+        " udp:5353:53; may be repeated", words="forward", many=True)  # fmt: skip
     mac: str | None = option(
         MAC, None, "the guest's address; without one it is made of this host's name, the machine's uuid and what the"
         " card is joined to: locally administered, and the same every time", words="mac macaddr")  # fmt: skip
@@ -216,29 +202,11 @@ class NetOptions(Options):
 
         A comma in a value is written twice. ConfigError for what is wrong.
         """
-        names = {word: name for name, row in cls.rows.items() for word in row.words}
-        values: dict[str, Any] = {}
-        for n, item in enumerate(split_commas(text)):
-            key, equals, value = item.partition("=")
-            if n == 0:
-                if key not in KINDS or bool(equals) != (key in WITH_VALUE):
-                    raise ConfigError(f"net {item!r}: begin with tap=NAME, passt, unix=PATH, fd=N or none")
-                values["kind"] = key
-                if not equals:
-                    continue
-            if not equals:
-                raise ConfigError(f"net option {item!r} has no value: write {item}=VALUE")
-            name = names.get(key)
-            if name is None:
-                raise ConfigError(cls.unknown(key, names))
-            try:
-                taken = cls.rows[name].kind.from_text(value)
-            except ValueError as error:
-                raise ConfigError(f"net option {key}={value}: {error}") from None
-            values[name] = (*values.get(name, ()), *taken) if name == "forward" else taken
-        if not values:
-            raise ConfigError(f"net {text!r}: begin with tap=NAME, passt, unix=PATH, fd=N or none")
-        return cls(**values)
+        first, *rest = split_commas(text) or [text]
+        kind, equals, _ = first.partition("=")
+        if kind not in KINDS or bool(equals) != (kind in WITH_VALUE):
+            raise ConfigError(f"net {first!r}: begin with tap=NAME, passt, unix=PATH, fd=N or none")
+        return cls(kind, **cls.from_words([first, *rest] if equals else rest))
 
 
 # -- what a Spec says of them ------------------------------------------------------------------------------------------

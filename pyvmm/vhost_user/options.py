@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import ON_OFF, Kind, Options, option, take_flag, word
+from pyvmm.options import SWITCH, Kind, Options, option, word
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,15 +34,8 @@ def take_path(name: str, value: Any) -> str | None:
     return os.path.abspath(path)
 
 
-def on_or_off(text: str) -> bool:
-    if text not in ON_OFF:
-        raise ValueError("use on or off")
-    return ON_OFF[text]
-
-
 TAG = Kind(take_tag, metavar="TAG")
 PATH = Kind(take_path, metavar="PATH")
-SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
 
 
 class ShareOptions(Options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import Kind, Options, option, whole
+from pyvmm.options import Kind, Options, decimal, option, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,13 +35,6 @@ def take_path(name: str, value: Any) -> str | None:
 PATH = Kind(take_path, metavar="PATH")
 
 
-def number(text: str) -> int:
-    try:
-        return int(text, 10)
-    except ValueError:
-        raise ValueError("give a number") from None
-
-
 class VsockOptions(Options):
     """A virtio socket device. An object does not change: ``changed`` makes another one.
 
@@ -54,13 +47,13 @@ class VsockOptions(Options):
 
     cid: int = option(
         whole(least=LEAST_CID, most=MOST_CID, give=f"the guest's address, a number from {LEAST_CID} to {MOST_CID}: 2 is"
-        " the host", from_text=number), LEAST_CID, "the guest's address, from 3", words="cid guest-cid")  # fmt: skip
+        " the host", from_text=decimal), LEAST_CID, "the guest's address, from 3", words="cid guest-cid")  # fmt: skip
     path: str | None = option(
         PATH, None, "the Unix socket that leads into the guest: a client says CONNECT PORT on a line, and behind the"
         " answer OK it has the stream; for the guest's connections to port N of the host a program listens at PATH_N",
         words="path")  # fmt: skip
     connections: int = option(
-        whole(least=1, most=MOST_CONNECTIONS, from_text=number), 256, f"as many at a time, 1 to {MOST_CONNECTIONS}:"
+        whole(least=1, most=MOST_CONNECTIONS, from_text=decimal), 256, f"as many at a time, 1 to {MOST_CONNECTIONS}:"
         " each has a descriptor, and holds what the host does not take at once, up to 256 KiB",
         words="connections")  # fmt: skip
 
