@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # Of `pyvmm run`: what a board is made of; the rest is about guests and how they run.
 BOARD = {
     *("machine", "drives", "cdrom", "firmware", "boot", "uuid", "memory_mib", "cpus", "fw_cfg", "snapshot"),
-    *("serial", "debugcon", "debug_exit", "testdev"),
+    *("serial", "consoles", "debugcon", "debug_exit", "testdev", "vga", "pvpanic"),
+    *("nets", "vsock", "shares", "balloon", "rng", "virtio_ring", "qmp"),
 }
 
 OPTIONS = (
@@ -47,11 +48,13 @@ def qtest(args: list[str]) -> int:
     if "help" in given:
         print(help_text(given["help"], TITLE, OPTIONS), end="")
         return 0
-    listen, connect = given.pop("socket", None), given.pop("connect", None)
+    listen, connect, sockets = given.pop("socket", None), given.pop("connect", None), given.pop("qmp", ())
     if (listen is None) == (connect is None):
         raise ConfigError("one of --socket PATH (listen there) and --connect PATH is needed")
     with Machine(configure(given)) as machine:
         announce(machine)
+        for path in sockets:
+            machine.serve_qmp(path, at_once=True)
         gc.enable()
         server = QtestServer(machine)
         before = signal.signal(signal.SIGTERM, end)

@@ -68,6 +68,26 @@ def test_a_guest_visible_reset(start: Start, tmp_path: Path) -> None:
     assert client.ask("inl 0xcf8") == "OK 0x0000"
 
 
+def test_virtio_devices_and_a_qmp_client_beside_it(start: Start, tmp_path: Path) -> None:
+    path, qmp = tmp_path / "qtest.sock", tmp_path / "qmp.sock"
+    devices = ("--rng", "--net", "none", "--console", "none")
+    client = client_of(start("--socket", path, "-M", "pc", *devices, "--qmp", qmp), path)
+    seen = set()
+    for slot in range(32):
+        client.ask(f"outl 0xcf8 {0x8000_0000 | slot << 11:#x}")
+        seen.add(int(client.ask("inl 0xcfc").split()[1], 16))
+    # virtio 1.2, 4.1.2.1 and 5: transitional ids of a console and an entropy device.
+    assert {0x1003_1AF4, 0x1005_1AF4} <= seen
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.connect(str(qmp))
+        lines = monitor.makefile("rw")
+        assert "QMP" in lines.readline()
+        for command, answer in (("qmp_capabilities", "{}"), ("query-balloon", "DeviceNotActive"), ("query-pci", "rng")):
+            lines.write(f'{{"execute": "{command}"}}\n')
+            lines.flush()
+            assert answer in lines.readline()
+
+
 def test_connecting(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "test.sock"
     with socket.socket(socket.AF_UNIX) as listener:
