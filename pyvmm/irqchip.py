@@ -90,6 +90,11 @@ class Irqchip:
         """Send an MSI once. Whether a local APIC took it."""
         raise NotImplementedError
 
+    def write(self, address: int, data: int) -> None:
+        """An MSI whose address is none of local APICs. It is the write to memory that it is on the bus (PCI 3.0, 6.8.1)
+        where the controllers are ours: a driver may look for it there, as QEMU's libqos does. KVM drops it.
+        """
+
     def _sink(self, gsi: int) -> Vm | Callable[[int], object]:
         raise NotImplementedError
 

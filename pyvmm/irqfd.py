@@ -21,6 +21,9 @@ if TYPE_CHECKING:
         """What of Irqchip an Msi uses."""
 
         def send(self, address: int, data: int) -> bool: ...
+
+        def write(self, address: int, data: int) -> None: ...
+
         def msi_changed(self, msi: Msi) -> None: ...
 
     class Owner(Protocol):
@@ -53,7 +56,10 @@ class Msi:
     def fire(self) -> bool:
         """Send it. Whether a local APIC took it. From any thread."""
         message = self.message
-        return message is not None and self._sender.send(*message)
+        if message is None:
+            self._sender.write(self.address, self.data)
+            return False
+        return self._sender.send(*message)
 
     def change(self, address: int, data: int) -> None:
         """From now on it is this message, also where an irqfd sends it."""

@@ -6,6 +6,7 @@ import os
 
 from pyvmm.devices.i8254 import I8254
 from pyvmm.devices.user_irqchip import UserIrqchip
+from pyvmm.errors import BusError
 from pyvmm.irqchip import Irqchip
 from pyvmm.irqfd import Msi
 from pyvmm.x86 import layout
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
     from pyvmm.device import Device
     from pyvmm.devices.irq_pins import ControllerPins
     from pyvmm.event_loop import EventLoop
+    from pyvmm.guest_memory import GuestMemory
     from pyvmm.irqfd import IrqFd
 
 
 class PythonIrqchip(Irqchip):
     """PIC pair, IOAPIC, the local APIC of one processor and the PIT, in Python; irqfds are the event loop's."""
 
-    def __init__(self, clock: Clock, event_loop: EventLoop) -> None:
+    def __init__(self, clock: Clock, event_loop: EventLoop, memory: GuestMemory) -> None:
         super().__init__()
+        self._memory = memory
         self._event_loop = event_loop
         self._processor: CpuExec | None = None
         self._chips = UserIrqchip(clock, self._interrupt)
@@ -65,6 +68,12 @@ class PythonIrqchip(Irqchip):
 
     def send(self, address: int, data: int) -> bool:
         return self._chips.message(address, data)
+
+    def write(self, address: int, data: int) -> None:
+        try:
+            self._memory.write(address, data.to_bytes(4, "little"))
+        except BusError:
+            pass  # there is nothing
 
     def _sink(self, gsi: int) -> Callable[[int], object]:
         return lambda level: self._chips.set(gsi, level)

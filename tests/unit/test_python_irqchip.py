@@ -12,6 +12,7 @@ from pyvmm.address_space import AddressSpace
 from pyvmm.clock import VirtualClock
 from pyvmm.errors import ConfigError
 from pyvmm.event_loop import EventLoop
+from pyvmm.guest_memory import GuestMemory
 from pyvmm.irqfd import IrqFd
 from pyvmm.python_irqchip import PythonIrqchip
 
@@ -45,7 +46,8 @@ class Loop(EventLoop):
 class Bench:
     def __init__(self) -> None:
         self.loop = Loop()
-        self.chip = PythonIrqchip(VirtualClock(), self.loop)
+        self.memory = GuestMemory(2 << 20)
+        self.chip = PythonIrqchip(VirtualClock(), self.loop, self.memory)
         self.pio = AddressSpace("pio", 1 << 16)
         self.mmio = AddressSpace("mmio", 1 << 52)
         self.chip.place(self.pio, self.mmio)
@@ -170,6 +172,14 @@ def test_addresses_and_data(bench: Bench, address: int, data: int, reaches: bool
     bench.apic(LDR, 8 << 24)
     assert bench.chip.msi(address, data).fire() is reaches
     assert bench.pending() == ({0x41} if reaches else set())
+
+
+def test_a_message_elsewhere_is_a_write(bench: Bench) -> None:
+    """PCI 3.0, 6.8.1: an MSI is a write of 32 bits; only the address makes it an interrupt (SDM vol. 3, 11.11.1)."""
+    assert not bench.chip.msi(0x1000, 0x1234_5678).fire()
+    assert bench.memory.read(0xFFF, 6) == bytes.fromhex("007856341200")
+    for nowhere in (2 << 20, (2 << 20) - 2, 0xFFFF_FFFF_FFFF_FFFC):
+        assert not bench.chip.msi(nowhere, 0xFFFF_FFFF).fire()
 
 
 def test_a_vector_of_an_exception_is_an_error_of_the_message(bench: Bench) -> None:
