@@ -18,7 +18,7 @@ def size_mib(text: str) -> int:
     return int(text, 10) if unit is None else int(text[:-1], 10) * unit
 
 
-SIZE = whole(give="a number of MiB", from_text=size_mib)
+SIZE = whole(give="a number of MiB", from_text=size_mib, file="integer string")
 
 
 class BalloonOptions(Options):

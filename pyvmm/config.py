@@ -154,7 +154,7 @@ def unplain_modules(name: str, data: Any, given: Mapping[str, Any]) -> Any:
 
 MODULES = Kind(
     take_modules,
-    file=None,
+    file="array",
     metavar="'FILE ARGS'",
     from_text=split_module,
     plain=lambda modules: [[plain_file(image), line] for image, line in modules],
@@ -179,7 +179,8 @@ def list_of(options: Callable[[], Any], take: Callable[[Any], Any], things: str)
 
     return Kind(
         take_all,
-        file=list[str],
+        file="array",
+        table=options,
         metavar="SPEC",
         plain=lambda taken: [each.plain() for each in taken],
         unplain=unplain,
@@ -245,27 +246,31 @@ def take_share(value: Any) -> ShareOptions | None:
 SHARES = list_of(share_options, take_share, "shared folders")
 
 
+def vsock_options() -> type[VsockOptions]:
+    from pyvmm.vsock.options import VsockOptions
+
+    return VsockOptions
+
+
 def take_vsock(name: str, value: Any) -> VsockOptions | None:
     """VsockOptions, or the words of --vsock; "none" asks for nothing."""
     if value is None or value == "none":
         return None
-    from pyvmm.vsock.options import VsockOptions
-
+    options = vsock_options()
     if isinstance(value, str):
-        return VsockOptions.parse(value)
-    if not isinstance(value, VsockOptions):
+        return options.parse(value)
+    if not isinstance(value, options):
         raise ConfigError(f"{name}={value!r}: give VsockOptions, or 'cid=3,path=/run/vm.sock'")
     return value
 
 
 def unplain_vsock(name: str, data: Any, given: Mapping[str, Any]) -> VsockOptions | None:
-    from pyvmm.vsock.options import VsockOptions
-
-    return None if data is None else VsockOptions(**data)
+    return None if data is None else vsock_options()(**data)
 
 
 VSOCK = Kind(
     take_vsock,
+    table=vsock_options,
     metavar="SPEC",
     plain=lambda vsock: None if vsock is None else vsock.plain(),
     unplain=unplain_vsock,
@@ -280,15 +285,20 @@ def take_balloon(name: str, value: Any) -> BalloonOptions | None:
     return balloon_options(name, value)
 
 
-def unplain_balloon(name: str, data: Any, given: Mapping[str, Any]) -> BalloonOptions | None:
+def balloon_class() -> type[BalloonOptions]:
     from pyvmm.balloon_options import BalloonOptions
 
-    return None if data is None else BalloonOptions(**data)
+    return BalloonOptions
+
+
+def unplain_balloon(name: str, data: Any, given: Mapping[str, Any]) -> BalloonOptions | None:
+    return None if data is None else balloon_class()(**data)
 
 
 BALLOON = Kind(
     take_balloon,
-    file=int | str,
+    file="integer string",
+    table=balloon_class,
     metavar="SIZE",
     plain=lambda balloon: None if balloon is None else balloon.plain(),
     unplain=unplain_balloon,
@@ -329,7 +339,13 @@ def take_cpu(name: str, value: Any) -> str:
 
 
 CPU = Kind(take_cpu, metavar="SPEC")
-INTERNAL = Kind(take_flag, file=None, metavar="")  # for the code that makes the machine: no file says it
+INTERNAL = Kind(take_flag, file="", metavar="")  # for the code that makes the machine: no file says it
+
+
+def console_class() -> type[ConsoleOptions]:
+    from pyvmm.console_options import ConsoleOptions
+
+    return ConsoleOptions
 
 
 def take_consoles(name: str, value: Any) -> tuple[ConsoleOptions, ...]:
@@ -351,7 +367,8 @@ def unplain_consoles(name: str, data: Any, given: Mapping[str, Any]) -> list[Con
 
 CONSOLES = Kind(
     take_consoles,
-    file=list[str],
+    file="array",
+    table=console_class,
     metavar="SPEC",
     plain=lambda consoles: [console.plain() for console in consoles],
     unplain=unplain_consoles,
@@ -386,9 +403,19 @@ def split_fw_cfg(text: str) -> tuple[str, str]:
     return name, path
 
 
+def read_file(path: str) -> bytes:
+    """The content of a file for fw_cfg. ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        why = remedy_for_path(path, error, "give a file that can be read")
+        raise ConfigError(f"fw_cfg file {path}: {why}") from None
+
+
 FILES = Kind(
     take_files,
-    file=None,
+    file="object",
     metavar="NAME=FILE",
     from_text=split_fw_cfg,
     plain=lambda files: {name: bytes(content).hex() for name, content in files.items()},
@@ -465,7 +492,7 @@ class MachineConfig(Options):
         word("real16", "protected32", "long64"), "real16", "real16, protected32 or long64: how it is entered",
         cli="--flat-mode", metavar="MODE")  # fmt: skip
     memory_mib: int = option(
-        whole(least=1, give="a whole number of MiB, at least 1", from_text=mib), 256,
+        whole(least=1, give="a whole number of MiB, at least 1", from_text=mib, file="integer string"), 256,
         "RAM: 256, 256M or 2G (default 256 MiB)", cli="--memory -m",
         metavar="SIZE", own_words=True, python="; in Python a number of MiB")  # fmt: skip
     cpus: int = option(
@@ -492,7 +519,8 @@ class MachineConfig(Options):
         " lines of 80 characters at 0xb8000, on the terminal; Ctrl-A v changes between it and the serial console",
         cli="--vga", metavar="KIND", python="; Machine.vga tells what they say")  # fmt: skip
     debug_exit: int | None = option(
-        whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", from_text=port_or_none), DEBUG_EXIT_PORT,
+        whole(most=0xFFFF - 1, none=True, give="a port below 0xffff, or None", from_text=port_or_none,
+              file="integer string"), DEBUG_EXIT_PORT,
         "port of isa-debug-exit, or none (default 0xf4)", cli="--debug-exit", metavar="PORT")  # fmt: skip
     testdev: bool = option(FLAG, False, "the registers of QEMU's pc-testdev", cli="--testdev")
     pvpanic: bool = option(
@@ -600,40 +628,3 @@ def __getattr__(name: str) -> object:
         globals()[name] = made
         return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def file_schema(options: type[Options] = MachineConfig) -> Any:
-    """The type of a configuration file, for msgspec: every option that a file can say, each with its help."""
-    from typing import Annotated
-
-    import msgspec
-
-    fields = [
-        (name, Annotated[row.kind.file, msgspec.Meta(description=row.help)], msgspec.UNSET)
-        for name, row in options.rows.items()
-        if row.kind.file is not None
-    ]
-    return msgspec.defstruct("MachineFile", fields, forbid_unknown_fields=True)
-
-
-def from_file(path: str, options: type[Options] = MachineConfig) -> dict[str, Any]:
-    """The options in a TOML or JSON file, checked against the schema: for MachineConfig(**options)."""
-    import msgspec
-
-    try:
-        with open(path, "rb") as f:
-            data = f.read()
-    except OSError as error:
-        why = remedy_for_path(path, error, "give a TOML or JSON file that can be read")
-        raise ConfigError(f"config file {path}: {why}") from None
-    decode = msgspec.json.decode if path.endswith(".json") else msgspec.toml.decode
-    try:
-        given = decode(data, type=file_schema(options))
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path}: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"config file {path}: nested too deeply: the options are plain values") from None
-    return {name: value for name, value in msgspec.structs.asdict(given).items() if value is not msgspec.UNSET}

@@ -4,9 +4,10 @@
         cpus: int = option(whole(least=1), 1, "number of vCPUs", cli="--cpus", metavar="N")
 
 The faces: keyword argument and attribute, with the default; what it is checked for, by its kind; the class's docstring;
-the command line and ``--help`` (``cli/options.py``); the schema of configuration files (``config.file_schema``); QEMU's
-words for a drive (``block/options.py``); its place in a Spec and in what a Spec is written as. Only for static type
-checkers the names and types of MachineOptions are written once more (config.py), which a test compares.
+the command line and ``--help`` (``cli/options.py``); configuration files (``config_file.py``), their schema and their
+reference (``cli/config_schema.py``); QEMU's words for a drive (``block/options.py``); its place in a Spec and in what a
+Spec is written as. Only for static type checkers the names and types of MachineOptions are written once more
+(config.py), which a test compares.
 """
 
 from __future__ import annotations
@@ -37,30 +38,37 @@ class Kind:
 
     take       (the option's name, a value) -> the value in its one form. ConfigError, which says what to give instead,
                where it is none of this kind.
-    file       the type it has in a configuration file; None where a file can't say it.
+    file       what it is in a configuration file, in JSON Schema's words for types; "" where a file can't say it. A
+               string beside another type is what the command line has.
+    table      the class of options that it may have there as a table, or a list of tables, which it gives when asked.
     metavar    stands for a value on the command line; empty for a flag.
     from_text  what take is to get for the text of the command line or of a -drive. ValueError where that can't be.
     plain      a value from take as data that anything can write down: None, bool, int, str, lists and dicts of them.
     unplain    (name, that data, given) -> a value for take. ``given`` has, by the option's name, what could not be
                written down.
     choices    the words there are, where there are only some.
+    bounds     the least and the most of a number, where there are such.
     """
 
-    __slots__ = ("choices", "file", "from_text", "metavar", "plain", "take", "unplain")
+    __slots__ = ("bounds", "choices", "file", "from_text", "metavar", "plain", "table", "take", "unplain")
 
     def __init__(
         self,
         take: Callable[[str, Any], Any],
         *,
-        file: Any = str,
+        file: str = "string",
+        table: Callable[[], type[Options]] | None = None,
         metavar: str = "TEXT",
         from_text: Callable[[str], Any] = str,
         plain: Callable[[Any], Any] | None = None,
         unplain: Callable[[str, Any, Mapping[str, Any]], Any] | None = None,
         choices: tuple[str, ...] = (),
+        bounds: tuple[int | None, int | None] = (None, None),
     ) -> None:
         self.take = take
         self.file = file
+        self.table = table
+        self.bounds = bounds
         self.metavar = metavar
         self.from_text = from_text
         self.plain = plain or as_it_is
@@ -82,7 +90,7 @@ def take_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-FLAG = Kind(take_flag, file=bool, metavar="")
+FLAG = Kind(take_flag, file="boolean", metavar="")
 
 
 def on_or_off(text: str) -> bool:
@@ -91,7 +99,7 @@ def on_or_off(text: str) -> bool:
     return ON_OFF[text]
 
 
-SWITCH = Kind(take_flag, file=bool, metavar="on|off", from_text=on_or_off)
+SWITCH = Kind(take_flag, file="boolean", metavar="on|off", from_text=on_or_off)
 
 
 def whole(
@@ -101,6 +109,7 @@ def whole(
     give: str = "",
     none: bool = False,
     from_text: Callable[[str], Any] | None = None,
+    file: str = "integer",
 ) -> Kind:
     """A whole number; ``none``: or None. ``give`` completes the sentence, in place of the limits."""
     give = give or (f"a whole number from {least}" + ("" if most is None else f" to {most}"))
@@ -113,7 +122,7 @@ def whole(
             raise ConfigError(f"{name}={shown}: give {give}")
         return int(value)
 
-    return Kind(take, file=int, metavar="N", from_text=from_text or number)
+    return Kind(take, file=file, metavar="N", from_text=from_text or number, bounds=(least, most))
 
 
 def word(

@@ -12,7 +12,6 @@ BUILDING = (
     "fcntl",  # a tap; and snapshots, while it runs
     "grp",
     "ipaddress",
-    "msgspec",
     "pwd",
     "pyroute2",
     "pyroute2.netlink.exceptions",

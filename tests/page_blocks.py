@@ -234,7 +234,7 @@ def time_limit() -> Iterator[None]:
 def boots_firmware(words: list[str]) -> bool:
     """Whether this `pyvmm run` has firmware look for something to boot, which takes seconds."""
     starts = ("--kernel", "-k", "--flat", "--restore", "--incoming", "--help", "help", "-kernel")
-    return not any(word.split("=")[0] in starts for word in words)
+    return not any(word.split("=")[0] in starts or word.endswith(".toml") for word in words)
 
 
 def check_words(words: list[str]) -> None:

@@ -67,15 +67,15 @@ def discard(text: str) -> str:
 
 
 IMAGE = Kind(take_path, metavar="PATH", from_text=lambda text: text or None)
-LOCKING = Kind(take_flag, file=bool, metavar="on|off", from_text=lambda text: text == "auto" or on_or_off(text))
+LOCKING = Kind(take_flag, file="boolean", metavar="on|off", from_text=lambda text: text == "auto" or on_or_off(text))
 DISCARD = word("unmap", "ignore", from_text=discard)
-BYTES = whole(give="bytes from the image's beginning", from_text=count)
-SIZE = whole(least=1, none=True, give="bytes, or None for all there are", from_text=count)
+BYTES = whole(give="bytes from the image's beginning", from_text=count, file="integer string")
+SIZE = whole(least=1, none=True, give="bytes, or None for all there are", from_text=count, file="integer string")
 PLACE = whole(none=True, give="a whole number from 0, or None", from_text=count)
-RATE = whole(give="a whole number a second, 0 for no limit", from_text=count)
+RATE = whole(give="a whole number a second, 0 for no limit", from_text=count, file="integer string")
 GEOMETRY_NUMBER = whole(least=1, none=True, from_text=count)
 SAID = text(none=True, printable=True)
-BLOCK = Kind(take_block, metavar="BYTES", file=int, from_text=count)
+BLOCK = Kind(take_block, metavar="BYTES", file="integer", from_text=count)
 QUEUES = whole(least=1, most=64, none=True, from_text=count)
 
 

@@ -23,11 +23,12 @@ HELP_COLUMN = 32
 class Option:
     """``--name METAVAR``, or a flag where ``metavar`` is empty. ``convert`` makes the value; ValueError refuses it.
 
+    ``file``: what it is in the table [run] of a configuration file, as Kind.file has it; "" where it is not there.
     ``words``: the value has words of its own, which ``help`` in its place lists, and perhaps QEMU's. Of two values the
     last counts, unless ``one`` says why there can be one only.
     """
 
-    __slots__ = ("convert", "help", "key", "many", "metavar", "names", "one", "words")
+    __slots__ = ("convert", "file", "help", "key", "many", "metavar", "names", "one", "words")
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Option:
         many: bool = False,
         words: bool = False,
         one: str = "",
+        file: str | None = None,
     ) -> None:
         self.names = names.split()
         self.metavar = metavar
@@ -49,6 +51,7 @@ class Option:
         self.many = many
         self.words = words
         self.one = one
+        self.file = ("string" if metavar else "boolean") if file is None else file
 
 
 def from_row(row: Row) -> Option:
@@ -56,7 +59,7 @@ def from_row(row: Row) -> Option:
     shown = f" (default {row.default})" if row.has_default_to_tell else ""
     return Option(
         row.cli, row.metavar, row.help + shown, row.kind.from_text, key=row.name, many=row.many, words=row.own_words,
-        one=row.one,
+        one=row.one, file="",
     )  # fmt: skip
 
 

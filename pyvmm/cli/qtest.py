@@ -6,9 +6,9 @@ import gc
 
 from pyvmm.cli.options import Option, parse
 from pyvmm.cli.run import OPTIONS as RUN_OPTIONS
-from pyvmm.cli.run import announce, help_text, join_boot_words, join_drives, read_file
+from pyvmm.cli.run import announce, help_text, join_boot_words, join_drives
 from pyvmm.cli.say import say
-from pyvmm.config import MachineConfig
+from pyvmm.config import MachineConfig, read_file
 from pyvmm.control.qtest import QtestServer
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.machine import Machine

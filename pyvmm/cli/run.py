@@ -8,8 +8,8 @@ import posix
 from pyvmm.cli.options import Option, from_rows, parse, usage
 from pyvmm.cli.say import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
 from pyvmm.cli.signals import Signals
-from pyvmm.config import DRIVES, MachineConfig
-from pyvmm.errors import ConfigError, GuestError, remedy, remedy_for_path
+from pyvmm.config import DRIVES, MachineConfig, read_file
+from pyvmm.errors import ConfigError, GuestError, remedy
 from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
 from pyvmm.run_control import ENDED
@@ -29,10 +29,12 @@ else:
 
 
 # What only a command has, beside the options of a machine.
-CDROM = Option("--cdrom", "FILE", "a CD image, on the second channel")
+CDROM = Option("--cdrom", "FILE", "a CD image, on the second channel", file="")
 SNAPSHOT = Option(
-    "--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are"
+    "--snapshot", "", "what the guest writes to its disks goes to temporary files; the images stay as they are", file=""
 )
+
+
 def gdb_place(text: str) -> str | int:
     """A port of the loopback, or a path; also as QEMU's -gdb has them: tcp::1234, unix:PATH."""
     scheme, colon, rest = text.partition(":")
@@ -53,12 +55,17 @@ OPTIONS = (
     *from_rows(MachineConfig),
     CDROM,
     SNAPSHOT,
-    Option("--config", "FILE", "options from a TOML or JSON file; those given here win"),
+    Option(
+        "--config", "FILE", "options from a TOML or JSON file (docs/configuration.md), as by an argument NAME.toml;"
+        " those given here win", file="",
+    ),
+    Option("--print-config", "", "print the configuration file of this command line, and do no more", file=""),
     Option(
         "--restore",
         "FILE[,check=on][,eager=on][,prefetch=on][,clock=now]",
         "go on from a snapshot: compare its memory with the checksums, read all of it, read what was in use beside the"
         " guest, set the guest's clocks forward; other options take the place of what it has",
+        file="",
     ),
     Option(
         *("--qmp", "PATH", "let clients drive and watch the machine by QMP, at a Unix socket that is made there"),
@@ -69,18 +76,22 @@ OPTIONS = (
         "ADDRESS",
         "wait for a machine that another pyvmm migrates to a Unix socket's path or tcp:HOST:PORT, and go on with it;"
         " other options as with --restore",
+        file="",
     ),
-    Option("--gdb", "PATH|PORT", "let gdb connect: at a Unix socket, or a port of the loopback (0: any)", gdb_place),
+    Option(
+        "--gdb", "PATH|PORT", "let gdb connect: at a Unix socket, or a port of the loopback (0: any)", gdb_place,
+        file="integer string",
+    ),
     Option("--wait-gdb", "", "with --gdb: the guest begins when gdb says so"),
-    Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float),
+    Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float, file="number"),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
-    Option("--help -h", "", "this; of one option: --help drive, or --drive help"),
+    Option("--help -h", "", "this; of one option: --help drive, or --drive help", file=""),
 )
 
 CDROM_INDEX = 2  # master of the second channel, as QEMU's -cdrom
 
 TITLE = """\
-usage: pyvmm run [OPTIONS] [DISK.IMG ...]
+usage: pyvmm run [OPTIONS] [MACHINE.TOML] [DISK.IMG ...]
 
 Runs one guest: from disk images by firmware, or a kernel, or a flat binary. On a terminal Ctrl-A x quits and
 Ctrl-A h tells the other keys. Exit status: 0 guest power-off or Ctrl-A x, odd (value << 1) | 1 by isa-debug-exit, 2
@@ -92,6 +103,13 @@ def run(args: list[str]) -> int:
     given = parse(OPTIONS, args, verb="run", words="images")
     if "help" in given:
         print(help_text(given["help"], TITLE, OPTIONS), end="")
+        return 0
+    if "config" in given or any(path.endswith(".toml") for path in given.get("images", ())):
+        from pyvmm.cli.config_given import with_file
+
+        with_file(given, OPTIONS)
+    if given.pop("print_config", False):
+        print_config(given)
         return 0
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
@@ -130,12 +148,21 @@ def help_text(topic: str | bool, title: str, options: Sequence[Option]) -> str:
     return topic_text(topic, options)
 
 
-def configure(given: dict[str, Any]) -> MachineConfig:
-    path = given.pop("config", None)
-    if path is not None:
-        from pyvmm.config import from_file
+def print_config(given: dict[str, Any]) -> None:
+    """The configuration file of a command line, which is checked as a run would. ConfigError."""
+    from pyvmm.cli.config_print import config_text
 
-        given = {**from_file(path), **given}
+    for option in ("restore", "incoming"):
+        if option in given:
+            raise ConfigError(f"--print-config beside --{option}: that says what the machine is made of, leave one out")
+    command = {option.key: given.pop(option.key) for option in OPTIONS if option.file and option.key in given}
+    configure(dict(given))
+    join_drives(given)
+    join_boot_words(given)
+    print(config_text(given, command), end="")
+
+
+def configure(given: dict[str, Any]) -> MachineConfig:
     join_drives(given)
     if not (given["drives"] or any(name in given for name in ("kernel", "flat", "firmware"))):
         raise ConfigError("no guest: give a disk image, --kernel FILE or --flat FILE (or see `pyvmm demo`)")
@@ -160,9 +187,6 @@ def made(config: MachineConfig | None, snapshot: str | None, incoming: str | Non
         return Machine(config)
     from pyvmm.cli.restored import arrived, restored
 
-    if "config" in given:
-        which, whose = ("--restore", "the snapshot") if incoming is None else ("--incoming", "the other side")
-        raise ConfigError(f"{which} beside --config: {whose} says what the machine is made of, leave one out")
     join_drives(given)
     if not given["drives"]:
         del given["drives"]
@@ -197,15 +221,6 @@ def images(paths: Sequence[str], cdrom: str | None) -> list[DriveOptions]:
     if cdrom is not None:
         drives.append(DriveOptions(cdrom, media="cdrom", index=CDROM_INDEX))
     return drives
-
-
-def read_file(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        why = remedy_for_path(path, error, "give a file that can be read")
-        raise ConfigError(f"fw_cfg file {path}: {why}") from None
 
 
 def announce(machine: Machine) -> None:

@@ -114,7 +114,7 @@ def take_address(name: str, value: Any) -> str | None:
 INTERFACE = Kind(take_interface, metavar="NAME")
 MAC = Kind(take_mac, metavar="MAC")
 PATH = Kind(take_path, metavar="PATH")
-FORWARDS = Kind(take_forwards, file=list[str], metavar="HOST:GUEST", from_text=lambda text: (text,), plain=list)
+FORWARDS = Kind(take_forwards, file="array", metavar="HOST:GUEST", from_text=lambda text: (text,), plain=list)
 ADDRESS = Kind(take_address, metavar="ADDRESS/PREFIX")
 QUEUES = whole(least=1, most=MOST_QUEUES, from_text=decimal)
 MTU = whole(least=LEAST_MTU, most=MOST_MTU, none=True, from_text=decimal)

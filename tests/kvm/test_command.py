@@ -42,6 +42,15 @@ def test_the_guest_says_how_it_ends(flat: Callable[[str], str], code: str, statu
     assert (done.returncode, done.stderr) == (status, "")
 
 
+def test_a_machine_in_a_file(flat: Callable[[str], str], tmp_path: Path) -> None:
+    machine = tmp_path / "machine.toml"
+    machine.write_text(f'flat = "{flat(RESET)}"\nno_reboot = true\nmemory_mib = "16M"\n[run]\nexit_stats = true\n')
+    done = run(str(machine))
+    assert done.returncode == 6
+    assert "0x64" in done.stderr  # the table of exits
+    assert run(str(machine), "--flat", flat(DEBUG_EXIT)).returncode == 0x15 << 1 | 1
+
+
 def test_a_reset_with_no_reboot(flat: Callable[[str], str]) -> None:
     assert run("--flat", flat(RESET), "--no-reboot").returncode == 6
 

@@ -259,8 +259,10 @@ FORBIDDEN = {
     *("threading", "enum", "functools", "collections"),  # pyvmm.light has what is needed of them
 }
 # These are commands of their own, off the way from `pyvmm run` to the guest; and what a client of a running machine
-# talks to, imported behind the first vCPU's start: its words are JSON.
+# talks to, imported behind the first vCPU's start: its words are JSON. And configuration files, for who has one.
 LATE = {"pyvmm.cli.doctor", "pyvmm.cli.demo", "pyvmm.cli.__main__", "pyvmm.__main__"}
+LATE |= {"pyvmm.config_file", "pyvmm.config_places"}
+LATE |= {"pyvmm.cli.config_given", "pyvmm.cli.config_print", "pyvmm.cli.config_schema"}
 LATE |= {name for p in sources(".py") if (name := module_name(p)).startswith("pyvmm.control.qmp.")}
 
 

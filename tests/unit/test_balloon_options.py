@@ -10,7 +10,8 @@ import pytest
 
 import pyvmm
 from pyvmm.balloon_options import BalloonOptions
-from pyvmm.config import MachineConfig, from_file
+from pyvmm.config import MachineConfig
+from pyvmm.config_file import from_file
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.spec import Spec
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyvmm.config import MachineConfig, from_file
+from pyvmm.config import MachineConfig
 from pyvmm.errors import ConfigError
 
 
@@ -74,91 +73,3 @@ def test_what_is_wrong_is_said_in_one_sentence(options: dict[str, Any], sentence
 
 def test_no_debug_exit_at_all() -> None:
     assert MachineConfig(debug_exit=None).debug_exit is None
-
-
-# -- files ---------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-def test_a_toml_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "vm.toml", 'memory_mib = 512\ncpus = 2\nkernel = "vmlinuz"\nno_reboot = true\n')
-    options = from_file(path)
-    assert options == {"memory_mib": 512, "cpus": 2, "kernel": "vmlinuz", "no_reboot": True}
-    assert MachineConfig(**options).cpus == 2
-
-
-def test_a_json_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "vm.json", '{"kernel": "vmlinuz", "append": "console=ttyS0", "debug_exit": 1281}')
-    assert from_file(path) == {"kernel": "vmlinuz", "append": "console=ttyS0", "debug_exit": 1281}
-
-
-def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert from_file(write(tmp_path / "vm.toml", "")) == {}
-    assert from_file(write(tmp_path / "vm.json", "{}")) == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("vm.toml", "memory_mib = "),
-        ("vm.toml", "memory_mib = 'lots'"),
-        ("vm.toml", "memory_mib = 1.5"),
-        ("vm.toml", "memroy_mib = 64"),
-        ("vm.toml", "cpus = 1\ncpus = 2"),
-        ("vm.toml", "[machine]\ncpus = 1"),
-        ("vm.toml", b"\xff\xfe\x00"),
-        ("vm.toml", "cpus = " + "[" * 100_000),
-        ("vm.toml", '{"cpus": 1}'),
-        ("vm.json", ""),
-        ("vm.json", "[]"),
-        ("vm.json", "null"),
-        ("vm.json", '{"cpus": "1"}'),
-        ("vm.json", '{"cpus": null}'),
-        ("vm.json", '{"cpus": 1, "nope": 2}'),
-        ("vm.json", '{"cpus": 1'),
-        ("vm.json", b'{"kernel": "\xff"}'),
-        ("vm.json", '{"append": ' + "[" * 100_000),
-        ("vm.json", '{"no_reboot": 1}'),
-    ],
-)
-def test_a_malformed_file_is_one_sentence_that_names_it(
-    tmp_path: Path, name: str, content: str | bytes
-) -> None:
-    path = write(tmp_path / name, content)
-    with pytest.raises(ConfigError) as caught:
-        MachineConfig(**from_file(path))
-    assert str(caught.value).startswith(f"config file {path}: ")
-    assert "\n" not in str(caught.value)
-    assert caught.value.__cause__ is None
-
-
-def test_a_file_that_is_not_there_or_can_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"No such file.*give a TOML or JSON file"):
-        from_file(str(tmp_path / "missing.toml"))
-    with pytest.raises(ConfigError, match="Is a directory"):
-        from_file(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", ["memory_mib = -1", "cpus = 0", "irqchip = 'split'"])
-def test_values_of_a_file_are_checked_like_arguments(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ConfigError):
-        MachineConfig(**from_file(write(tmp_path / "vm.toml", content)))
-
-
-def test_a_file_may_set_every_option_that_is_plain_data(tmp_path: Path) -> None:
-    # What only Python can give: bytes, lists of modules; and what a command decides for itself.
-    only_in_python = {"modules", "fw_cfg", "raw_terminal"}
-    values = {int: "1", str: "'x'", bool: "true"}
-    content = ""
-    for option in set(MachineConfig.rows) - only_in_python:
-        annotation = MachineConfig.__annotations__[option]
-        if "Sequence" in annotation:
-            content += f"{option} = ['x']\n"
-            continue
-        kind = bool if "bool" in annotation else int if "int" in annotation else str
-        content += f"{option} = {values[kind]}\n"
-    assert set(from_file(write(tmp_path / "vm.toml", content))) == set(MachineConfig.rows) - only_in_python

@@ -9,7 +9,8 @@ import pytest
 from pyvmm.block import DriveOptions
 from pyvmm.cli.options import from_rows, parse, usage
 from pyvmm.cli.topics import topic_text
-from pyvmm.config import MachineConfig, file_schema, from_file
+from pyvmm.config import MachineConfig
+from pyvmm.config_file import from_file
 from pyvmm.errors import ConfigError
 from pyvmm.options import FLAG, option, whole, word
 from pyvmm.spec import Spec
@@ -70,16 +71,12 @@ def test_the_command_line_and_its_help() -> None:
     assert topic_text("light", options) == "  --light                       a light in it\n"
 
 
-def test_the_file_and_its_schema(tmp_path: Path) -> None:
+def test_the_file(tmp_path: Path) -> None:
     path = tmp_path / "fridge.toml"
     path.write_text('cooling = "water"\nshelves = 2\nlight = true\n')
     assert from_file(str(path), Fridge) == {"cooling": "water", "shelves": 2, "light": True}
-    with pytest.raises(ConfigError, match="cooling"):
+    with pytest.raises(ConfigError, match=r"fridge.toml:1: there is no option 'cooling'"):
         from_file(str(path))
-    import msgspec
-
-    (schema,) = msgspec.json.schema(file_schema(Fridge))["$defs"].values()
-    assert schema["properties"]["shelves"] == {"type": "integer", "description": "how many things it holds"}
 
 
 def test_the_specification() -> None:

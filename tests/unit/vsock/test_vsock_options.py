@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pyvmm.cli import main
-from pyvmm.config import MachineConfig, from_file
+from pyvmm.config import MachineConfig
+from pyvmm.config_file import from_file
 from pyvmm.errors import ConfigError
 from pyvmm.spec import Spec
 from pyvmm.vsock.options import VsockOptions
