@@ -98,9 +98,16 @@ def blocks(page: Path) -> list[Block]:
             before, n = lines[n:end], end + 1
         elif fence := re.match(r"^ *(`{3,})(.*)$", text):
             end = next(k for k in range(n, len(lines)) if lines[k].strip() == fence[1])
-            found.append(Block(page, n + 1, fence[2].strip(), "\n".join(before), lines[n:end]))
+            text_lines = [text for line in lines[n:end] for text in with_files(line)]
+            found.append(Block(page, n + 1, fence[2].strip(), "\n".join(before), text_lines))
             before, n = [], end + 1
     return found
+
+
+def with_files(line: str) -> list[str]:
+    """A line that the site replaces by a file (pymdownx.snippets)."""
+    taken = re.match(r'^ *--8<-- "([^":]+)"$', line)
+    return (ROOT / taken[1]).read_text().splitlines() if taken else [line]
 
 
 class Reader:
