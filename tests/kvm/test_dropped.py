@@ -158,7 +158,7 @@ def test_one_with_a_drive_that_was_used(tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     fds = descriptors()
-    machine = ended(drives=[f"file={disk},cache=none"])
+    machine = ended(drives=[str(disk)])
     over = threading.Event()
     (backend,) = machine.backends.values()
     backend.aio_writev(0, [memoryview(bytearray(b"x" * 512))], lambda ret: over.set())

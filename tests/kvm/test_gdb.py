@@ -219,6 +219,7 @@ def test_kill(debug: Debug) -> None:
     assert (d.end(), d.machine.status.reason) == (0, "killed")  # type: ignore[union-attr]
 
 
+@pytest.mark.native
 def test_a_guest_that_fails_can_be_looked_at(debug: Debug) -> None:
     d = debug("mov $7, %ebx\n there: lock; incl %eax\n")  # an exception without a table of handlers: a triple fault
     with d.client() as gdb:
@@ -323,6 +324,7 @@ def test_memory_by_linear_and_physical_address(debug: Debug) -> None:
         assert gdb.ask("M0,4:00") == gdb.ask("mzz,1") == gdb.ask("m0") == "E22"
 
 
+@pytest.mark.native
 def test_breakpoints_are_not_seen_in_memory(debug: Debug) -> None:
     d = debug(LOOP)
     here = d.symbols["here"]
@@ -362,6 +364,7 @@ def test_a_snapshot_has_none(debug: Debug, tmp_path: Path) -> None:
                 assert copy.memory.read(d.guest.program.address, len(code)) == code
 
 
+@pytest.mark.native
 def test_a_snapshot_of_a_running_machine_has_none(debug: Debug, tmp_path: Path) -> None:
     d = debug(ENDLESS + "\n never: nop")
     device = Recorder()

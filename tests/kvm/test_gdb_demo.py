@@ -69,7 +69,9 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     made.thread.join(TIMEOUT_S)
 
 
+@pytest.mark.native
 def test_three_modes_and_a_reset(demo: Demo, symbols: Path) -> None:
+    """The lab's emulated processor stops at no breakpoint of its guests' guests."""
     said = gdb(
         demo.path,
         [
@@ -130,6 +132,7 @@ def test_three_modes_and_a_reset(demo: Demo, symbols: Path) -> None:
     assert b"Power off through ACPI" in demo.said
 
 
+@pytest.mark.native
 def test_detach_and_kill(demo: Demo, symbols: Path) -> None:
     """Its breakpoints go with it; the next one finds the machine where it is."""
     stay_here = "set *(short *)$pc = 0xfeeb"  # a jump to itself
