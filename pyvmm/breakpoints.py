@@ -269,7 +269,7 @@ class Breakpoints:
                 data[at] = self.facilities.byte[0]
 
     def _within(self, gpa: int, size: int) -> Iterator[tuple[int, Patch]]:
-        for at, patch in self._patches.items():
+        for at, patch in list(self._patches.items()):  # somebody else may set one meanwhile
             if gpa <= at < gpa + size:
                 yield at - gpa, patch
 

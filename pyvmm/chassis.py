@@ -63,7 +63,7 @@ class Chassis:
         """The threads that serve queues. They stand while guest time does."""
         self.control = RunControl(self._on_time, self._holds_up_time, self.events.tell)
         self.power = Power(self.control, no_reboot=config.no_reboot)
-        self.outcomes = Outcomes(self.control, self.power, memory)
+        self.outcomes = Outcomes(self.control, self.power, self)
         self.clock = make_clock(self.loop)
         self.origin: Origin | None = None
         """Where its memory came from, if it came from a snapshot."""
@@ -93,6 +93,13 @@ class Chassis:
         self._background: list[Thread] = []
         self._ending = Lock()  # given back when no work is to begin any more
         self._ending.acquire()
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Of RAM, as the guest has it: without what a debugger has put there."""
+        data = bytearray(self.memory.read(gpa, size))
+        if self.breakpoints is not None:
+            self.breakpoints.hide(gpa, data)
+        return bytes(data)
 
     def _callback_raised(self, error: BaseException) -> None:
         self.outcomes.callback_raised(error)

@@ -6,10 +6,14 @@ from pyvmm.errors import VmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
-    from pyvmm.guest_memory import GuestMemory
     from pyvmm.kvm.vcpu import Vcpu
+
+    class Readable(Protocol):
+        """GuestMemory, or what leaves a debugger's breakpoints out of it."""
+
+        def read(self, gpa: int, size: int, /) -> bytes: ...
 
 CODE_BEFORE_BYTES = 16
 CODE_AFTER_BYTES = 32
@@ -48,7 +52,7 @@ def reason_text(detail: dict[str, Any], vendor: str) -> str:
     return text
 
 
-def dump(vcpu: Vcpu, memory: GuestMemory, title: str) -> str:
+def dump(vcpu: Vcpu, memory: Readable, title: str) -> str:
     """The whole dump, ``title`` first. What can't be read any more is said to be so; nothing raises."""
     lines = [title]
     try:
@@ -85,7 +89,7 @@ def _mode(sregs: dict[str, Any]) -> str:
     return "protected mode" + (", paging" if sregs["cr0"] >> 31 else "")
 
 
-def _code(vcpu: Vcpu, memory: GuestMemory, cs_base: int, rip: int, bits: int) -> list[str]:
+def _code(vcpu: Vcpu, memory: Readable, cs_base: int, rip: int, bits: int) -> list[str]:
     """The bytes around RIP, and what they say where iced-x86 is installed."""
     linear = cs_base + rip
     before = _fetch(vcpu, memory, linear - CODE_BEFORE_BYTES, CODE_BEFORE_BYTES)
@@ -105,7 +109,7 @@ def _code(vcpu: Vcpu, memory: GuestMemory, cs_base: int, rip: int, bits: int) ->
     return lines
 
 
-def _fetch(vcpu: Vcpu, memory: GuestMemory, linear: int, size: int) -> bytes:
+def _fetch(vcpu: Vcpu, memory: Readable, linear: int, size: int) -> bytes:
     """Bytes at a linear address, through the guest's page tables; short where they end."""
     data = b""
     while size:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.block.backend import BlockBackend
     from pyvmm.boards.board import Board
+    from pyvmm.breakpoints import Breakpoints
     from pyvmm.chardev import Chardev
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device
@@ -121,6 +122,11 @@ class MachineBase:
     def io_error(self) -> str:
         """What failed when a drive's policy last stopped the machine."""
         return self.drives.io_error
+
+    @property
+    def breakpoints(self) -> Breakpoints | None:
+        """What a debugger (``serve_gdb``) has set in it, while there is one: bytes of its memory may be such."""
+        return self._chassis.breakpoints
 
     @property
     def irq_controllers(self) -> Mapping[str, ControllerPins]:

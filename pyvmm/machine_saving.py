@@ -7,6 +7,7 @@ from posix import fspath
 from pyvmm.errors import ConfigError
 from pyvmm.machine_running import RunningMachine
 from pyvmm.options import is_int
+from pyvmm.run_control import ALIVE
 from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
@@ -66,6 +67,30 @@ class SavingMachine(RunningMachine):
         state = self._all_state("save")
         with self._chassis.saving:
             return save(state, self.config, self._chassis.origin, fspath(path), base)
+
+    def load(self, path: str | PathLike[str] | Snapshot, *, twin: bool = True) -> None:
+        """Go back to a snapshot (``save``) of this machine, or of one of the same configuration; it runs on from there
+        if it ran, else it is paused there. The guest is told that it may have been there before, as a ``twin`` of
+        itself (devices/vmgenid.py).
+
+        What it wrote to its drives does not go back: StateError where their images are not as they were, and for a
+        snapshot of another configuration; then nothing has changed. Where a state turns out to be damaged when a part
+        of it has been loaded, the machine has ended, and ``reset`` brings it back to power-on.
+        """
+        from pyvmm.machine_snapshot import go_back
+        from pyvmm.snapshot import Snapshot
+
+        state = self._all_state("load")
+        with path.hold() if isinstance(path, Snapshot) else Snapshot(fspath(path)) as origin, self._chassis.saving:
+            ran = self.control.state in ALIVE
+            self.pause()
+            try:
+                go_back(state, self.config, origin, twin=twin)
+            finally:
+                if ran and self.control.state is RunState.PAUSED:
+                    self.resume()
+        if self.control.state is RunState.INTERNAL_ERROR and self.control.error is not None:
+            raise self.control.error
 
     @classmethod
     def restore(

@@ -124,6 +124,19 @@ def check_apart(path: str, base: Snapshot | None) -> None:
         base = base.base
 
 
+def go_back(state: MachineState, config: Spec, origin: Snapshot, *, twin: bool) -> None:
+    """Machine.load has what it does."""
+    images = image_paths(config)
+
+    def check() -> None:
+        origin.check_memory(state.memory())
+        for image in images.values():
+            sync_image(image)
+        origin.check_drives(images)
+
+    state.revert(origin.state, check, lambda: origin.read_over(state.memory()), twin=twin)
+
+
 def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
     """A snapshot in memory, of which the machine's own memory is a mapping from here on."""
     state.check_can_be_saved()

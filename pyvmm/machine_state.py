@@ -10,6 +10,7 @@ from __future__ import annotations
 from time import monotonic_ns
 
 from pyvmm.errors import StateError
+from pyvmm.restart import reset
 from pyvmm.run_control import PAUSED, RESUMABLE
 from pyvmm.run_state import RunState
 from pyvmm.state import check_holders, check_names, load_all, load_fields, save_all, save_fields, shown
@@ -235,6 +236,38 @@ class MachineState:
             if surplus:
                 self._platform.hide(surplus)
             load_all(holders, parts, lambda: self._pass(passed_ns))
+
+    def revert(
+        self, state: dict[str, Any], check: Callable[[], None], fill: Callable[[], None], *, twin: bool
+    ) -> None:
+        """Go back to what was saved of this machine: to power-on, where a new one begins, and on to that; paused then.
+        ``check()`` raises before anything is changed, ``fill()`` brings the memory, which ``state`` has not.
+        """
+        refused: list[BaseException] = []
+        control = self._chassis.control
+
+        def request() -> None:
+            try:
+                surplus = self.check_description(state["machine"])
+                holders = self.holders()
+                check_holders(holders, state["parts"])
+                with self._chassis.io_threads.paused:
+                    self._chassis.drives.drain()
+                    self._chassis.consoles.flush(saved=True)
+                    check()
+            except BaseException as error:
+                refused.append(error)
+                return
+            reset(self._chassis, self._board, self._platform)
+            fill()
+            self._load(holders, state["parts"], [], surplus, 0)
+            if twin:
+                self._board.new_generation()
+
+        self._chassis.join_background()
+        control.request("load", request, lambda: None if refused else control.loaded(), wait=True)
+        if refused:
+            raise refused[0]
 
     def _pass(self, ns: int) -> None:
         """All states have been loaded, nothing goes on yet: what is due meanwhile is so at once when it does."""

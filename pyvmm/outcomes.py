@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.cpu import Cpu
-    from pyvmm.guest_memory import GuestMemory
+    from pyvmm.dump import Readable
     from pyvmm.power import Power
     from pyvmm.run_control import RunControl
 
@@ -23,7 +23,7 @@ class Outcomes:
     ``cpus`` are the machine's, once they are made, and ``vendor()`` is whose hardware exit codes KVM reports.
     """
 
-    def __init__(self, control: RunControl, power: Power, memory: GuestMemory) -> None:
+    def __init__(self, control: RunControl, power: Power, memory: Readable) -> None:
         self._control = control
         self._power = power
         self._memory = memory

@@ -169,6 +169,8 @@ class RunControl:
         self._inside = 0
         self._requests: list[Request] = []
         self._held: Sequence[RunState] = ()
+        self.debugged = False
+        """A debugger is there: it says when the machine goes on."""
         self._on_time = on_time
         self._in_timer = in_timer
         self._tell = tell
@@ -183,10 +185,13 @@ class RunControl:
         """Whether somebody outside, a debugger, says when the machine goes on."""
         return bool(self._held)
 
-    def hold(self, states: Sequence[RunState]) -> None:
-        """In these a debugger has the machine: ``wait`` goes on waiting. None of them: it has let go."""
+    def hold(self, states: Sequence[RunState], *, there: bool = False) -> None:
+        """In these a debugger has the machine: ``wait`` goes on waiting. None of them: it has let go. ``there``: it is
+        not only that one may come.
+        """
         with self._lock:
             self._held = states
+            self.debugged = there
             self._cond.notify_all()
 
     # -- the vCPU threads ----------------------------------------------------------------------------------

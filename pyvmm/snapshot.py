@@ -241,10 +241,19 @@ class Snapshot:
         """The guest's RAM."""
         return sum(self.pieces[gpa].size for gpa in (0, RAM_HIGH) if gpa in self.pieces)
 
-    def fill(self, regions: Sequence[RamRegion]) -> None:
-        """What of the memory is not there by ``sources``. StateError where the two are not the same memory."""
+    def check_memory(self, regions: Sequence[RamRegion]) -> None:
+        """StateError where the two are not the same memory."""
         if sorted((r.gpa, r.size_bytes) for r in regions) != sorted((p.gpa, p.size) for p in self.pieces.values()):
             raise damaged(self.path, StateError("its memory is not that of its machine"))
+
+    def read_over(self, regions: Sequence[RamRegion]) -> None:
+        """All of the memory, into one that has been in use. It is the same, as ``check_memory`` says."""
+        for region in regions:
+            self.pieces[region.gpa].read_over(region)
+
+    def fill(self, regions: Sequence[RamRegion]) -> None:
+        """What of the memory is not there by ``sources``. StateError where the two are not the same memory."""
+        self.check_memory(regions)
         for region in regions:
             piece = self.pieces[region.gpa]
             if region.from_file:

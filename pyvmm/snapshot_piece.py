@@ -26,6 +26,7 @@ PAGEMAP_BYTES = 1 << 20
 NEAR_BYTES = 64 << 10
 MOST_RUNS = 4096
 READ_AHEAD_BYTES = 4 << 20
+ZEROS = bytes(1 << 16)
 SUM_BYTES = 1 << 20  # a checksum is of so much
 CRC_BYTES = 4
 
@@ -97,6 +98,18 @@ class SnapshotPiece:
         self.base.read(region)
         for start, size, offset in self.runs:
             read_into(self.file, view[start : start + size], offset)
+
+    def read_over(self, region: RamRegion) -> None:
+        """All of it into a region that has been in use, wherever that is mapped from."""
+        view = memoryview(region)
+        at = 0
+        for start, size in [*self.data(), (self.size, 0)]:
+            for gap in range(at, start, len(ZEROS)):
+                here = view[gap : min(gap + len(ZEROS), start)]
+                if here.tobytes() != ZEROS[: len(here)]:  # what nobody has touched stays untouched
+                    here[:] = ZEROS[: len(here)]
+            at = max(at, start + size)
+        self.read(region)
 
     def check(self) -> None:
         """StateError where what is in the file is not what was written there, or was written without checksums."""

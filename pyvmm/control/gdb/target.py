@@ -92,7 +92,7 @@ class Target:
 
     def attach(self) -> None:
         """The machine stands, until the debugger lets it go on."""
-        self._control.hold(ATTACHED)
+        self._control.hold(ATTACHED, there=True)
         self._control.pause()
 
     def detach(self) -> None:

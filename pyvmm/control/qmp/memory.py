@@ -74,10 +74,17 @@ def ram_and_rom(machine: Machine, gpa: int, size: int) -> Iterator[tuple[memoryv
             raise QmpError(f"there is neither RAM nor ROM at {at:#x}")
 
 
-def pieces(views: Iterator[tuple[memoryview, int]]) -> Iterator[memoryview]:
-    for view, _ in views:
+def pieces(machine: Machine, gpa: int, size: int) -> Iterator[bytes | memoryview]:
+    """The same in pieces, as the guest has it: without what a debugger has put there."""
+    for view, begin in ram_and_rom(machine, gpa, size):
         for at in range(0, len(view), PIECE_BYTES):
-            yield view[at : at + PIECE_BYTES]
+            piece = view[at : at + PIECE_BYTES]
+            if (breakpoints := machine.breakpoints) is None:
+                yield piece
+            else:
+                copy = bytearray(piece)
+                breakpoints.hide(begin + at, copy)
+                yield bytes(copy)
 
 
 def check_open(served: Served) -> None:
@@ -91,7 +98,7 @@ def pmemsave(served: Served, val: int, size: int, filename: str) -> None:
     for _ in ram_and_rom(served.machine, val, size):
         pass  # a range that is not there leaves the file alone
     with OutFile(filename) as file:
-        for piece in pieces(ram_and_rom(served.machine, val, size)):
+        for piece in pieces(served.machine, val, size):
             check_open(served)
             file.write(piece)
 

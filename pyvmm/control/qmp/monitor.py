@@ -10,7 +10,7 @@ import ast
 
 from pyvmm.control.qmp.block import drives_of
 from pyvmm.control.qmp.kinds import SIZE, STR, Optional, QmpError, shown
-from pyvmm.control.qmp.memory import ram_and_rom, virtual
+from pyvmm.control.qmp.memory import pieces, virtual
 from pyvmm.control.qmp.parked import while_parked
 from pyvmm.control.qmp.table import command
 
@@ -156,7 +156,7 @@ def examine(machine: Machine, cpu_index: int, text: str) -> str:
 
 
 def examine_physical(machine: Machine, cpu_index: int, text: str) -> str:
-    return examined(text, machine, cpu_index, lambda at, size: b"".join(v for v, _ in ram_and_rom(machine, at, size)))
+    return examined(text, machine, cpu_index, lambda at, size: b"".join(pieces(machine, at, size)))
 
 
 def examined(text: str, machine: Machine, cpu_index: int, read: Callable[[int, int], bytes]) -> str:

@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 
 def while_parked(machine: Machine, name: str, work: Callable[[], Result]) -> Result:
-    """What ``work()`` gives, with every vCPU parked; a machine that ran goes on. What it raises comes out here.
-    StateError where the machine is closed meanwhile.
+    """What ``work()`` gives, with every vCPU parked and memory as the guest has it, without a debugger's breakpoints; a
+    machine that ran goes on. What it raises comes out here. StateError where the machine is closed meanwhile.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
 
     def look() -> None:
         try:
-            results.append(work())
+            if machine.breakpoints is None:
+                results.append(work())
+                return
+            with machine.breakpoints.lifted:
+                results.append(work())
         except BaseException as error:  # not the machine's: a request that raises ends the run
             errors.append(error)
 

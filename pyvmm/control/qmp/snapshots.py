@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 SAVED = Struct({"written-bytes": SIZE, "stood-ns": SIZE})
 
 
+@command("snapshot-load", {"filename": STR}, waits=True)
+def snapshot_load(served: Served, filename: str) -> None:
+    """Back to it: the machine goes on from there if it ran, else it is paused there."""
+    if "\0" in filename or not filename:
+        raise QmpError("Parameter 'filename' expects the path of a file")
+    served.machine.load(filename)
+    served.machine.events.flush()
+
+
 @command("snapshot-save", {"filename": STR, "base": Optional(STR)}, SAVED, waits=True)
 def snapshot_save(served: Served, filename: str, base: str | None = None) -> dict[str, Any]:
     """Answered when all of it is on the disk. `pyvmm run --restore` goes on from there."""

@@ -7,7 +7,7 @@ import sys
 from pyvmm.control.qmp.kinds import BOOL, INT, NOTHING, SIZE, STR, Enum, ListOf, Optional, QmpError, Struct
 from pyvmm.control.qmp.table import command
 from pyvmm.errors import StateError
-from pyvmm.run_control import ENDED
+from pyvmm.run_control import ALIVE, ENDED
 from pyvmm.run_state import RunState
 
 TYPE_CHECKING = False
@@ -95,6 +95,8 @@ def cont(served: Served) -> None:
     machine = served.machine
     if machine.state in ENDED:
         raise QmpError("Resetting the Virtual Machine is required")
+    if machine.control.debugged and machine.state not in ALIVE:
+        raise QmpError("a debugger has the machine: let it continue there, or detach it")
     machine.resume()
     machine.events.flush()
 
