@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # While a machine is made: what its options ask for. Nothing of it is new once Machine() has returned.
 BUILDING = (
+    "array",
     "fcntl",  # a tap; and snapshots, while it runs
     "grp",
     "ipaddress",
@@ -20,6 +21,8 @@ BUILDING = (
     "pyvmm.balloon_options",
     "pyvmm.block",
     "pyvmm.block.backend",
+    "pyvmm.block.formats.qcow2.cluster_lane",
+    "pyvmm.block.formats.qcow2.driver",
     "pyvmm.block.formats.raw",
     "pyvmm.block.formats.snapshot",
     "pyvmm.block.lane",

@@ -9,6 +9,7 @@ General layout, in the order a request walks it:
                  request waits for another that works on the same table
     driver       the two interfaces below: a format, and the protocol that its bytes come by
     formats/     raw        the bytes as they are, or a window of them
+                 qcow2/     clusters by tables, over other images
                  snapshot   a format over two others: an image that stays as it is, and what the guest writes
     protocols/   blkdebug   a filter that fails on purpose, in front of another protocol
                  file_posix a file or block device of the host, by preadv and pwritev on the workers of thread_pool
@@ -16,6 +17,7 @@ General layout, in the order a request walks it:
                  image      the opened file; locking: who else may have it open; fallocate, bounce: its tools
     open         from options to drivers, by tables of formats and protocols; probe: by how a file begins and ends
     options      DriveOptions: what a user may say about a drive
+    image_tool   what `pyvmm image` does, without a machine
 """
 
 from __future__ import annotations

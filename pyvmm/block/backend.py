@@ -116,6 +116,7 @@ class BlockBackend:
         self.sectors = -(-self.size_bytes // SECTOR_BYTES)
         """Size in sectors of 512 bytes. A read-only image may end inside the last one: what is missing reads as zeros.
         """
+        self.format = "raw" if driver is None else driver.format
         self._write_cache = options.cache not in ("writethrough", "directsync")
         self._stats = stats = BlockStats() if stats is None else stats
         self._counters = (stats.read, stats.write, stats.flush, stats.discard, stats.write)
@@ -280,6 +281,9 @@ class BlockBackend:
                 throttle.shut()
         if self._lane is not None:
             self._lane.settle()
+        driver = self._driver
+        if driver is not None and driver.unsettled():
+            self._context.run(driver.co_settle())  # what fails here is tried again, and told, by a flush
 
     def set_limits(self, options: DriveOptions, clock: Clock) -> None:
         """The limits of rate of ``options`` hold from now on, by this clock. What waits for the old ones goes through.
@@ -344,6 +348,8 @@ class BlockBackend:
                 f"drive {self.name} has snapshot=on, and what the guest has written there ends with this process:"
                 " give it an image of its own, without snapshot=on"
             )
+        if self._driver is not None and self._driver.unsettled():
+            raise StateError(f"drive {self.name} can't write the tables of its image: make room for them")
         return save_fields(self, self.STATE)
 
     def load(self, state: dict[str, Any]) -> None:

@@ -87,6 +87,15 @@ class Waiter:
         """
 
 
+class Nobody:
+    """The owner of a coroutine that is not cancelled."""
+
+    __slots__ = ("waiter",)
+
+    def __init__(self) -> None:
+        self.waiter: Waiter | None = None
+
+
 def start(coroutine: Coroutine[Waiter, None, None], owner: Owner) -> None:
     """Run ``coroutine`` until it ends, or waits for what somebody will bring. Raises what it raises."""
     send: Any = coroutine.send
@@ -147,6 +156,26 @@ class AioContext:
                 raise raised
 
             self.loop.call_soon(tell)
+
+    def run(self, coroutine: Coroutine[Waiter, None, int]) -> int:
+        """Start it, and wait for its end: its result. The caller holds no lock and is in no coroutine and no callback.
+        """
+        ended: list[int | BaseException] = []
+
+        async def outer() -> None:
+            try:
+                ended.append(await coroutine)
+            except BaseException as error:
+                ended.append(error)
+            with self.lock:
+                self.notify_locked()
+
+        start(outer(), Nobody())
+        self.run_until(lambda: bool(ended))
+        (result,) = ended
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def abandon(self) -> None:
         """In a child of fork."""

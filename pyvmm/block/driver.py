@@ -88,6 +88,8 @@ class ProtocolDriver:
 class FormatDriver:
     """The guest's disk. Each call carries out the whole request: 0, or a negative errno."""
 
+    format = "raw"  # its name in pyvmm/block/open.py's FORMATS
+
     size_bytes = 0
     read_only = False
     alignment = 1
@@ -121,6 +123,14 @@ class FormatDriver:
 
     def give_up(self) -> None:
         """As ProtocolDriver.give_up."""
+
+    def unsettled(self) -> bool:
+        """Whether something of what was written is in memory only, which ``co_settle`` brings into the file."""
+        return False
+
+    async def co_settle(self) -> int:
+        """Whoever opens the image from now on finds all that was written: 0. It may not be on stable storage."""
+        return 0
 
     def ends_with_process(self) -> bool:
         """Whether the guest has written something that no other process will find."""

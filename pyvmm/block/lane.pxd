@@ -27,6 +27,7 @@ cdef class Lane:
     cdef int most_busy
     cdef uint64_t offset            # in the image, of the disk's first byte
     cdef uint64_t size
+    cdef uint64_t guarded           # bytes from the beginning that it does not write
     cdef int64_t _writes
     cdef lane_counts[2] counts
     cdef ssize_t transfer(self, int kind, uint64_t at, const iovec *iov, int count, uint64_t length) noexcept nogil

@@ -56,6 +56,10 @@ cdef class Lane:
         """The disk has so many bytes now, and not fewer than before. From any thread."""
         self.size = size
 
+    def guard(self, uint64_t first):
+        """Writes to what is before the disk's byte ``first`` are looked at, and so not for a lane."""
+        self.guarded = first
+
     # -- for its users -----------------------------------------------------------------------------------------
 
     cdef ssize_t transfer(self, int kind, uint64_t at, const iovec *iov, int count, uint64_t length) noexcept nogil:
@@ -65,7 +69,8 @@ cdef class Lane:
         cdef ssize_t done = -EAGAIN
         cdef int busy = atomic_add(&self.busy, 1, ATOMIC_SEQ_CST)
         if (atomic_load(&self.granted, ATOMIC_SEQ_CST) & atomic_load(&self.able, ATOMIC_RELAXED)) >> kind & 1 \
-                and at <= self.size and length <= self.size - at and count <= MOST_PIECES:
+                and at <= self.size and length <= self.size - at and count <= MOST_PIECES \
+                and (at >= self.guarded or kind == LANE_READ):
             if busy > self.most_busy:
                 self.most_busy = busy
             if kind == LANE_READ:

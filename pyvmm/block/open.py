@@ -25,13 +25,27 @@ if TYPE_CHECKING:
     from pyvmm.clock import Clock
 
 
+MOST_LAYERS = 64  # images that one stands on, one on top of the other
+
+
 class Opening:
-    """A drive that is being opened: its options, and what all its drivers share."""
+    """A drive that is being opened: its options, and what all its drivers share. ``layers`` are the images that stand
+    on this one, as (path, what it is on the host), the guest's first.
+    """
 
-    __slots__ = ("context", "later", "options", "stats")
+    __slots__ = ("context", "later", "layers", "options", "stats")
 
-    def __init__(self, options: DriveOptions, context: AioContext, stats: BlockStats, *, later: bool = False) -> None:
+    def __init__(
+        self,
+        options: DriveOptions,
+        context: AioContext,
+        stats: BlockStats,
+        *,
+        later: bool = False,
+        layers: tuple[tuple[str, object], ...] = (),
+    ) -> None:
         self.later = later  # somebody else may have the image until it is claimed
+        self.layers = layers
         self.options = options
         self.context = context
         self.stats = stats
@@ -177,10 +191,95 @@ def probed_format(options: DriveOptions, file: ProtocolDriver) -> str:
 def open_raw(file: ProtocolDriver, opening: Opening) -> FormatDriver:
     from pyvmm.block.formats.raw import RawDriver, window_size
 
-    return RawDriver(file, opening.options.offset, window_size(opening.options, file))
+    options = opening.options
+    return RawDriver(file, options.offset, window_size(options, file), probed=options.format is None)
 
 
-FORMATS: dict[str, Callable[[ProtocolDriver, Opening], FormatDriver]] = {"raw": open_raw}
+def open_qcow2(file: ProtocolDriver, opening: Opening) -> FormatDriver:
+    """With all the images that this one names."""
+    from pyvmm.block.formats.qcow2.driver import Qcow2Driver
+
+    options, path = opening.options, image_path(opening.options)
+    if options.offset or options.size is not None:
+        raise ConfigError(f"the image {path} is qcow2: offset= and size= are for raw images, leave them out")
+    driver = Qcow2Driver(
+        path,
+        file,
+        opening.context,
+        read_only=file.read_only,
+        later=opening.later,
+        snapshot=options.internal_snapshot,
+        barriers=options.cache != "unsafe",
+    )
+    header = driver.header
+    data = None
+    if header.data_file is not None and header.external:
+        named = options.changed(file=beside(path, header.data_file), format="raw", internal_snapshot=None)
+        data = open_protocol(Opening(named, opening.context, opening.stats, later=opening.later))
+    try:
+        backing = open_backing(header.backing, header.backing_format, opening) if header.backing is not None else None
+        driver.attach(backing, data)
+    except BaseException:
+        if data is not None:
+            data.close()
+        raise
+    return driver
+
+
+def open_backing(name: str, format: str | None, opening: Opening) -> FormatDriver:
+    """The image that another one stands on: only read. ConfigError where one stands on itself, or there are too many.
+    """
+    path = image_path(opening.options)
+    layers = (*opening.layers, (path, what_it_is(path)))
+    if len(layers) > MOST_LAYERS:
+        raise ConfigError(
+            f"the image {layers[0][0]} stands on more than {MOST_LAYERS} others: join some, qemu-img commit"
+        )
+    file = beside(path, name)
+    format = {"host_device": "raw", "file": "raw"}.get(format or "", format) or None
+    if format is not None and format not in FORMATS:
+        raise ConfigError(
+            f"the image {path} has a backing file in the format {format!r}, which pyvmm does not read: convert it,"
+            " qemu-img rebase"
+        )
+    options = opening.options.changed(
+        file=file, format=format, read_only=True, snapshot=False, internal_snapshot=None, offset=0, size=None
+    )
+    below = image_path(options)
+    if what_it_is(below) in [there for _, there in layers]:
+        raise ConfigError(f"the image {path} stands on {below}, which stands on it: mend that, qemu-img rebase -u")
+    try:
+        return open_disk(Opening(options, opening.context, opening.stats, later=opening.later, layers=layers))
+    except ConfigError as error:
+        if opening.layers:
+            raise
+        raise ConfigError(f"{error} (a backing file of {path})") from None
+
+
+def beside(path: str, name: str) -> str:
+    """What the option ``file`` says for an image that another one at ``path`` names: relative to where that one is
+    (qcow2.txt names no rule; QEMU's path_combine). A name comes out of a file: no filter is asked for by it.
+    """
+    protocol, colon, rest = name.partition(":")
+    if name.startswith("json:"):
+        raise ConfigError(f"the image {path} names another one by json:, which pyvmm does not read: qemu-img rebase -u")
+    if colon and protocol in PROTOCOLS and protocol != "file":
+        return name
+    if colon and protocol == "file":
+        name = rest
+    return "file:" + os.path.join(os.path.dirname(path), name)
+
+
+def what_it_is(path: str) -> object:
+    """The same for every name of a file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return path
+    return status.st_dev, status.st_ino
+
+
+FORMATS: dict[str, Callable[[ProtocolDriver, Opening], FormatDriver]] = {"raw": open_raw, "qcow2": open_qcow2}
 
 
 def open_snapshot(disk: FormatDriver, opening: Opening) -> FormatDriver:

@@ -103,8 +103,8 @@ class DriveOptions(Options):
         IMAGE, None, "path of the image or block device; file:PATH, or blkdebug:RULES:PATH, which fails as the file"
         " RULES says (pyvmm/block/protocols/blkdebug.py); a CD drive may have none", words="file")  # fmt: skip
     format: str | None = option(
-        word("raw", none=True), None, "raw: the image's bytes are the disk, whatever they look like; without it what"
-        " looks like something else (qcow2, VMDK, VHD, gzip, ...) is refused", words="format")  # fmt: skip
+        word("raw", "qcow2", none=True), None, "raw: the image's bytes are the disk, whatever they look like; qcow2;"
+        " without it as the image begins; VMDK, VHD, gzip and their like are refused", words="format")  # fmt: skip
     interface: str | None = option(
         word("ide", "virtio", none=True), None, "the bus; without it ide on a pc, virtio on a microvm, which has no"
         " other", words="if")  # fmt: skip
@@ -134,6 +134,9 @@ class DriveOptions(Options):
     snapshot: bool = option(
         SWITCH, False, "what the guest writes goes to a temporary file without a name, in TMPDIR or /var/tmp, that is"
         " gone in the end", words="snapshot")  # fmt: skip
+    internal_snapshot: str | None = option(
+        text(none=True), None, "ID or name of a snapshot inside of a qcow2 image, to be read in the place of the disk"
+        " as it is; with read-only=on or snapshot=on", words="internal-snapshot")  # fmt: skip
     rerror: str = option(
         word("report", "ignore", "stop"), "report", "what follows when the host can't read: the guest is told; or not;"
         " or the machine stops and tries again when it goes on (at SIGCONT)", words="rerror")  # fmt: skip
@@ -221,6 +224,10 @@ class DriveOptions(Options):
             raise ConfigError("a disk without an image: give file=PATH (only a CD drive may be empty)")
         if values["index"] is not None and (values["bus"], values["unit"]) != (None, None):
             raise ConfigError("drive option index beside bus or unit: give the one or the others")
+        if values["internal_snapshot"] is not None and not (values["read_only"] or values["snapshot"]):
+            raise ConfigError("drive option internal_snapshot is only read: give read-only=on or snapshot=on with it")
+        if values["internal_snapshot"] is not None and values["format"] == "raw":
+            raise ConfigError("drive option internal_snapshot with format=raw: only qcow2 has any, leave one out")
         check_blocks(values)
         check_geometry(values)
         check_throttles(values)

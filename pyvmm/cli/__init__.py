@@ -1,4 +1,4 @@
-"""The command: ``pyvmm run``, ``demo``, ``doctor``, ``bench``. Each verb imports what it needs when it is called."""
+"""The command: ``pyvmm run``, ``demo``, ``image``, ``bench`` and so on. Each verb imports what it needs when called."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ usage: pyvmm VERB [OPTIONS]
   demo     run the small guest that comes with pyvmm, and show what its exits cost
   doctor   can this host run guests, how well, and what to do about what is missing
   qtest    a board without a vCPU, driven from outside through QEMU's qtest protocol
+  image    tell of disk images, make, copy, check and resize them (qcow2, raw)
   bench    what an exit and a start cost on this host, against a loop in C and other VMMs
 
   --help, --version
@@ -128,8 +129,12 @@ def dispatch(args: list[str]) -> int:
         from pyvmm.cli.qtest import qtest
 
         return qtest(args[1:])
+    if verb == "image":
+        from pyvmm.cli.image import image
+
+        return image(args[1:])
     if verb == "bench":
         from pyvmm.cli.bench import bench
 
         return bench(args[1:])
-    raise ConfigError(f"there is no verb {verb!r}: use run, demo, doctor, qtest or bench")
+    raise ConfigError(f"there is no verb {verb!r}: use run, demo, doctor, qtest, image or bench")

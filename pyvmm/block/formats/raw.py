@@ -7,14 +7,19 @@ progress is -ENOSPC.
 A disk that may be written is whole sectors (``window_size`` sees to it). Where the file ends inside the last one, the
 bytes that are not there read as zeros, and a write to that sector makes the file longer, up to the sector's end. A
 read-only disk may end inside a sector, the rest of which reads as zeros.
+
+An image that nobody has said to be raw stays one: a write that would give it the beginning of another format is -EPERM,
+as in QEMU. Or a guest could write a header that names any file of the host's as its backing file, and read that file
+when it starts the next time.
 """
 
 from __future__ import annotations
 
-from errno import ENOSPC, ENOTSUP
+from errno import ENOSPC, ENOTSUP, EPERM
 
 from pyvmm.block.driver import SECTOR_BYTES, FormatDriver
 from pyvmm.block.iov import ZEROS, IovSlice, fill_zeros
+from pyvmm.block.probe import HEAD_BYTES, disk_format
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -30,8 +35,10 @@ class RawDriver(FormatDriver):
     """``size_bytes`` bytes of ``file`` from ``offset`` on: the caller has checked that they are there, but for a part
     of the last sector where the file may grow."""
 
-    def __init__(self, file: ProtocolDriver, offset: int, size_bytes: int) -> None:
+    def __init__(self, file: ProtocolDriver, offset: int, size_bytes: int, *, probed: bool = False) -> None:
+        """``probed``: nobody has said that it is raw."""
         self._file = file
+        self._guard_bytes = max(0, HEAD_BYTES - offset) if probed and not file.read_only else 0
         self._offset = offset
         self.size_bytes = size_bytes
         self.read_only = file.read_only
@@ -69,6 +76,8 @@ class RawDriver(FormatDriver):
         return 0
 
     async def co_writev(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
+        if offset < self._guard_bytes and self._would_become_another(offset, iov, length):
+            return -EPERM
         done = 0
         if offset + length <= self.size_bytes:
             done = await self._file.co_pwritev(self._offset + offset, iov, length, fua)
@@ -114,8 +123,18 @@ class RawDriver(FormatDriver):
         self.size_bytes = max(self.size_bytes, window_size(options, self._file))  # of a file cut short the end is zeros
         self._incomplete = self._offset + self.size_bytes > self._file.size_bytes
 
+    def _would_become_another(self, offset: int, iov: Iov, length: int) -> bool:
+        """Whether a write makes the image one of another format, to whoever looks at it the next time."""
+        at = self._offset + offset
+        with IovSlice(iov, 0, min(length, HEAD_BYTES - at)) as parts:
+            head = b"".join(map(bytes, parts))
+        return disk_format(self._file.peek(0, at) + head, b"") is not None
+
     def lane(self) -> Lane | None:
-        return self._file.lane(self._offset, self.size_bytes)
+        lane = self._file.lane(self._offset, self.size_bytes)
+        if lane is not None:
+            lane.guard(self._guard_bytes)
+        return lane
 
     def peek(self, offset: int, length: int) -> bytes:
         return self._file.peek(self._offset + offset, min(length, self.size_bytes - offset))

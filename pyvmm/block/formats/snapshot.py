@@ -54,6 +54,7 @@ class SnapshotDriver(FormatDriver):
         self._base = base
         self._top = top
         self.size_bytes = base.size_bytes
+        self.format = base.format
         self.alignment = self._cluster = cluster_size(base.size_bytes)
         # Memory that nobody has touched costs nothing.
         self._map = mmap.mmap(-1, -(-base.size_bytes // self._cluster))

@@ -101,7 +101,7 @@ def inserted(drive: PlacedDrive, backend: BlockBackend) -> dict[str, Any]:
 
     options = backend.options
     path = image_path(drive)
-    image: dict[str, Any] = {"filename": path, "format": "raw", "virtual-size": backend.size_bytes}
+    image: dict[str, Any] = {"filename": path, "format": backend.format, "virtual-size": backend.size_bytes}
     try:
         image["actual-size"] = os.stat(path).st_blocks * 512
     except OSError:  # it has another name by now, or none
@@ -110,7 +110,7 @@ def inserted(drive: PlacedDrive, backend: BlockBackend) -> dict[str, Any]:
         "file": drive.file,
         "node-name": drive.id,
         "ro": backend.read_only,
-        "drv": "raw",
+        "drv": backend.format,
         "backing_file_depth": 1 if drive.keeps_writes else 0,
         "encrypted": False,
         "detect_zeroes": options.detect_zeroes,
@@ -169,7 +169,7 @@ def eject(served: Served, device: str | None = None, id: str | None = None, forc
 
 @command(
     "blockdev-change-medium",
-    {**WHICH, "filename": STR, "format": Optional(Enum("raw")), "force": Optional(BOOL)},
+    {**WHICH, "filename": STR, "format": Optional(Enum("raw", "qcow2")), "force": Optional(BOOL)},
     waits=True,
 )
 def blockdev_change_medium(

@@ -299,7 +299,7 @@ def info_block(machine: Machine, cpu_index: int) -> str:
     lines = []
     for about in drives_of(machine):
         medium = about.get("inserted")
-        kind = "raw, read-only" if medium and medium["ro"] else "raw"
+        kind = (medium["drv"] + (", read-only" if medium["ro"] else "")) if medium else ""
         what = f"{medium['image']['filename']} ({kind})" if medium else "[not inserted]"
         lines.append(f"{about['device']}: {what}\n")
         if about["removable"]:

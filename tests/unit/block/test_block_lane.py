@@ -59,17 +59,17 @@ def test_nothing_beyond_the_disk_is_touched(drive: Open, image: Path, at: int) -
 
 
 def test_more_pieces_than_a_system_call_takes(drive: Open) -> None:
-    lane = lane_of(drive())
+    lane = lane_of(drive(format="raw"))
     assert lane.readv(0, [bytearray(1)] * 1024) == 1024
     assert lane.readv(0, [bytearray(1)] * 1025) == -EAGAIN
 
 
 def test_its_requests_are_counted_as_the_drives(drive: Open) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     through(lane, 0, 3)
     read(backend, 0, 1)
-    lane.writev(0, [bytes(2 * SECTOR)])
+    lane.writev(SECTOR, [bytes(2 * SECTOR)])
     assert (backend.stats.read.operations, backend.stats.read.bytes) == (2, 4 * SECTOR)
     assert (backend.stats.write.operations, backend.stats.write.bytes) == (1, 2 * SECTOR)
     assert backend.stats.read.operations == 2  # folded once
@@ -109,7 +109,7 @@ def test_none_with_o_direct_and_none_through_a_filter(drive: Open, image: Path, 
 
 
 def test_the_guest_turns_the_write_cache_off_and_on(drive: Open) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     backend.write_cache = False
     assert lane.kinds == READS
@@ -119,7 +119,7 @@ def test_the_guest_turns_the_write_cache_off_and_on(drive: Open) -> None:
 
 
 def test_a_write_through_it_has_to_be_flushed(drive: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     synced = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
@@ -170,7 +170,7 @@ def test_a_request_that_was_put_aside_is_cancelled() -> None:
 
 
 def test_none_while_a_state_is_loaded(drive: Open) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     state = backend.save()
     backend.load(state)
@@ -185,7 +185,7 @@ def test_none_while_a_state_is_loaded(drive: Open) -> None:
 
 
 def test_a_loaded_state_remembers_what_is_not_flushed(drive: Open) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     lane.writev(0, [bytes(SECTOR)])
     backend.load(backend.save())
@@ -196,7 +196,7 @@ def test_a_loaded_state_remembers_what_is_not_flushed(drive: Open) -> None:
 
 
 def test_none_of_a_drive_that_is_closed(drive: Open) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     backend.close()
     assert lane.kinds == 0
@@ -204,7 +204,7 @@ def test_none_of_a_drive_that_is_closed(drive: Open) -> None:
 
 
 def test_none_in_a_child_of_fork(drive: Open) -> None:
-    backend = drive()
+    backend = drive(format="raw")
     lane = lane_of(backend)
     assert write(backend, 0, bytes(SECTOR)) == 0
     child = os.fork()

@@ -69,7 +69,7 @@ def test_parse(text: str, values: dict[str, object]) -> None:
         ("file=x,logical-block-size=4k,physical-block-size=512", "physical_block_size=512 is below logical_block_size"),
         ("file=x,num-queues=0", "from 1 to 64"),
         ("file=x,if=scsi", "interface='scsi': use ide or virtio"),
-        ("file=x,format=qcow2", "format='qcow2': use raw"),
+        ("file=x,format=vmdk", "format='vmdk': use raw or qcow2"),
         ("file=x,rerror=enospc", "rerror='enospc': use report, ignore or stop"),
         ("file=x,werror=maybe", "werror='maybe': use enospc, report, ignore or stop"),
         ("file=x,index=one", "index=one: give a number"),

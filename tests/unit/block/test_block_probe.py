@@ -43,8 +43,6 @@ def zipped(path: Path) -> bytes:
 
 HEADS = [
     ("QCOW1", "qemu-img convert -f qcow ", b"QFI\xfb\0\0\0\1"),
-    ("qcow2", "qemu-img convert -f qcow2 ", b"QFI\xfb\0\0\0\2"),
-    ("qcow2", "qemu-img convert -f qcow2 ", b"QFI\xfb\0\0\0\3"),
     ("QED", "-f qed ", b"QED\0"),
     ("VMDK", "-f vmdk ", b"KDMV\1\0\0\0"),
     ("VMDK", "-f vmdk ", b"COWD\1\0\0\0"),

@@ -1,0 +1,28 @@
+"""A little of what tests/qcow2_trials.py does at length: qcow2 against a model and QEMU's programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from qcow2_trials import kill_one, operations
+
+
+@pytest.mark.parametrize(
+    ("layers", "features"),
+    [
+        (1, {}),
+        (3, {}),
+        (3, {"compat": "0.10"}),
+        (1, {"cluster_size": 4096, "refcount_bits": 2}),
+        (1, {"cluster_size": 512, "refcount_bits": 64}),
+        (3, {"compression_type": "zstd"}),
+    ],
+)
+def test_random_operations(tmp_path: Path, layers: int, features: dict[str, object]) -> None:
+    operations(tmp_path, 7, 120, layers, 2, **features)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_end_at_any_moment_leaves_at_most_leaks(tmp_path: Path, seed: int) -> None:
+    kill_one(tmp_path, seed, 0.15)
