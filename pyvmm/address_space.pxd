@@ -1,6 +1,7 @@
 from libc.stdint cimport uint64_t
 
 from pyvmm.bus cimport BUS_OK, access_t, flat_view_t, goes_direct, region_t
+from pyvmm.device cimport DeviceLock
 from pyvmm.region cimport MemoryRegion, region_access
 
 
@@ -19,17 +20,20 @@ cdef class AddressSpace:
     cdef readonly FlatView view
     cdef list users
     cdef list _reserved
-    cdef object _change             # a lock: the view and who uses it
-    cdef object _telling            # a lock, taken before _change: one change at a time, told in its order
-    cdef bint _changing
+    cdef DeviceLock _change         # the view and who uses it
+    cdef DeviceLock _telling        # taken before _change: one change at a time, told in its order
+    cdef unsigned long _changer     # the thread that makes one, 0: none
     cdef list _ears
     cdef int _holders
-    cdef _add(self, base, MemoryRegion region)
-    cdef _take_out(self, MemoryRegion region)
-    cdef _wait_for_handlers(self, MemoryRegion region)
-    cdef _begin(self)
-    cdef _end(self)
-    cdef bint _concerned(self, MemoryRegion region) except -1
+    cdef _put_in(self, placed)
+    cdef _insert(self, list regions, base, MemoryRegion region)
+    cdef _publish(self, list regions)
+    cdef _take_out(self, list gone)
+    cdef int _wait_for_handlers(self, MemoryRegion region) except -1
+    cdef int _begin(self) except -1
+    cdef int _end(self) except -1
+    cdef bint _changed_here(self) noexcept
+    cdef bint _concerned(self, list regions) except -1
     cdef list _told(self, list ears, list regions)
     cdef object _tell_new(self, list ears, list regions)
     cdef object _tell_gone(self, list told)

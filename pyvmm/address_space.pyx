@@ -14,13 +14,14 @@ Whoever has to follow what is mapped (KVM's ioeventfds do) is a SpaceListener.
 """
 
 from cpython.object cimport PyObject
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
 from pyvmm.atomic cimport ATOMIC_SEQ_CST, atomic_store
 from pyvmm.bus cimport BUS_OK, access_t, flat_view_find, flat_view_t, ones, region_t, take_lock
 from pyvmm.device cimport DeviceLock, pthread_mutex_unlock
-from pyvmm.region cimport MemoryRegion, region_access
+from pyvmm.region cimport LateRegion, MemoryRegion, region_access
 
 from pyvmm.errors import ConfigError, KindError, StateError
 
@@ -220,6 +221,19 @@ class Held:
         self._release()
 
 
+cdef dict _own_methods = {}     # by class
+
+
+cdef tuple own_methods(kind):
+    """The methods of a listener that its class has of its own."""
+    found = _own_methods.get(kind)
+    if found is None:
+        names = ("region_add", "region_del", "eventfd_add", "eventfd_del", "coalesced_add", "coalesced_del", "commit")
+        found = _own_methods[kind] = tuple([name for name in names
+                                            if getattr(kind, name) is not getattr(SpaceListener, name)])
+    return found
+
+
 cdef class _Ear:
     """A listener and those of its methods that it has of its own: the others are not called."""
     cdef object listener
@@ -228,10 +242,7 @@ cdef class _Ear:
 
     def __cinit__(self, listener):
         self.listener = listener
-        self.methods = {}
-        for name in ("region_add", "region_del", "eventfd_add", "eventfd_del", "coalesced_add", "coalesced_del", "commit"):
-            if getattr(type(listener), name) is not getattr(SpaceListener, name):
-                self.methods[name] = getattr(listener, name)
+        self.methods = {name: getattr(listener, name) for name in own_methods(type(listener))}
 
     cdef tell(self, str name, tuple arguments):
         method = self.methods.get(name)
@@ -272,8 +283,11 @@ cdef class AddressSpace:
 
     def reserve(self, base, size, name):
         """Nothing can be mapped into this range from now on: who answers there is below us, and no access comes here."""
-        with self._change:
+        self._change.acquire()
+        try:
             self._reserved.append((base, size, name))
+        finally:
+            self._change.release()
 
     def add(self, base, region):
         """Map ``region`` at ``base``. ConfigError where it overlaps another (both named) or leaves the space, and where
@@ -281,53 +295,78 @@ cdef class AddressSpace:
 
         What a listener raises comes out here, and the region is not mapped then.
         """
-        if not isinstance(region, MemoryRegion):
-            raise KindError(f"{region!r} is no region: make one of it, or map() the device")
-        if not is_int(base):
-            raise KindError(f"{region.name} at {base!r}: give a whole number for the {self.name} address")
+        self.add_all(((base, region),))
+        return region
+
+    def add_all(self, placed):
+        """``add`` of each (base, region), in one change: all of them or none."""
+        cdef MemoryRegion mapped
+        cdef list new = []
         error = None
+        for base, region in placed:
+            if not isinstance(region, MemoryRegion):
+                raise KindError(f"{region!r} is no region: make one of it, or map() the device")
+            if not is_int(base):
+                raise KindError(f"{region.name} at {base!r}: give a whole number for the {self.name} address")
+            new.append(region)
         self._begin()
         try:
-            self._add(base, region)
-            if self._ears and self._concerned(region):
-                error = self._tell_new(self._ears, [region])
+            self._put_in(placed)
+            if self._ears and self._concerned(new):
+                error = self._tell_new(self._ears, new)
                 if error is not None:
-                    self._take_out(region)
+                    self._take_out(new)
         finally:
             self._end()
         if error is not None:
-            self._wait_for_handlers(region)
+            for mapped in new:
+                self._wait_for_handlers(mapped)
             raise error
-        return region
 
-    cdef _add(self, base, MemoryRegion region):
+    cdef _put_in(self, placed):
+        cdef list regions, done = []
+        cdef MemoryRegion region
+        self._change.acquire()
+        try:
+            regions = list(self.view.regions)
+            for base, region in placed:
+                self._insert(regions, base, region)
+                done.append(region)
+            self._publish(regions)
+        except BaseException:
+            for region in done:
+                region.c.mapped = False
+                region.space = None
+            raise
+        finally:
+            self._change.release()
+
+    cdef _insert(self, list regions, base, MemoryRegion region):
+        """Into ``regions``, where there is room for it at ``base``."""
         cdef MemoryRegion other
         cdef uint64_t first, last
         cdef int at = 0
-        with self._change:
-            if region.c.mapped:
-                raise StateError(f"{region!r} is mapped already: unmap it first")
-            if base < 0 or base + region.size > self.size:
-                raise ConfigError(f"{region.name} at {base:#x}+{region.size:#x} leaves the {self.name} space "
-                                  f"of {self.size:#x}")
-            first = base
-            last = base + region.size - 1
-            for other in self.view.regions:
-                if first <= other.c.last and other.c.base <= last:
-                    raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} overlaps {other.name} at "
-                                      f"{other.base:#x}-{other.base + other.size - 1:#x} in {self.name}")
-                at += other.c.base < first
-            for start, size, name in self._reserved:
-                if base < start + size and start < base + region.size:
-                    raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} lies in {name} at "
-                                      f"{start:#x}-{start + size - 1:#x}, which answers by itself: map it elsewhere")
-            region.c.base = first
-            region.c.last = last
-            region.c.mapped = True
-            region.space = self
-            regions = list(self.view.regions)
-            regions.insert(at, region)
-            self._publish(regions)
+        if region.c.mapped:
+            raise StateError(f"{region!r} is mapped already: unmap it first")
+        if base < 0 or base + region.size > self.size:
+            raise ConfigError(f"{region.name} at {base:#x}+{region.size:#x} leaves the {self.name} space of "
+                              f"{self.size:#x}")
+        first = base
+        last = first + region.size - 1
+        for other in regions:
+            if first <= other.c.last and other.c.base <= last:
+                raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} overlaps {other.name} at "
+                                  f"{other.base:#x}-{other.base + other.size - 1:#x} in {self.name}")
+            at += other.c.base < first
+        for start, size, name in self._reserved:
+            if start <= last and first < start + size:
+                raise ConfigError(f"{region.name} at {base:#x}-{base + region.size - 1:#x} lies in {name} at "
+                                  f"{start:#x}-{start + size - 1:#x}, which answers by itself: map it elsewhere")
+        region.c.base = first
+        region.c.last = last
+        region.c.mapped = True
+        region.space = self
+        regions.insert(at, region)
 
     def map(self, base, size, device, *, name=None, read=None, write=None, valid_sizes=None, impl_sizes=None,
             unaligned=None):
@@ -348,7 +387,7 @@ cdef class AddressSpace:
             if self._ears:
                 # Before the region goes: what KVM does no longer, the region still does.
                 error = self._tell_gone(self._told(self._ears, [region]))
-            self._take_out(region)
+            self._take_out([region])
         finally:
             self._end()
         self._wait_for_handlers(region)
@@ -358,16 +397,14 @@ cdef class AddressSpace:
     def unmap_all(self):
         """As ``unmap`` of every region, in one change."""
         cdef MemoryRegion region
+        cdef list regions
         error = None
         self._begin()
         try:
-            regions = list(self.view.regions)
-            if self._ears:
+            regions = self.view.regions
+            if self._ears and self._concerned(regions):
                 error = self._tell_gone(self._told(self._ears, regions))
-            with self._change:
-                for region in regions:
-                    region.space = None
-                self._publish([])
+            self._take_out(regions)
         finally:
             self._end()
         for region in regions:
@@ -375,17 +412,54 @@ cdef class AddressSpace:
         if error is not None:
             raise error
 
-    cdef _wait_for_handlers(self, MemoryRegion region):
+    def replace(self, list late, list regions):
+        """Each of ``late``, which are LateRegions mapped here, makes room for that of ``regions`` which has its place in
+        the list: in one change, so that no access finds nobody. What a listener raises comes out at the end.
+        """
+        cdef MemoryRegion old, new
+        cdef list placed
+        error = None
+        self._begin()
+        try:
+            told = self._ears and self._concerned(regions)
+            if told:
+                error = self._tell_gone(self._told(self._ears, late))
+            self._change.acquire()
+            try:
+                placed = list(self.view.regions)
+                for old, new in zip(late, regions):
+                    placed[placed.index(old)] = new
+                    new.c.base, new.c.last, new.c.mapped, new.space = old.c.base, old.c.last, True, self
+                    # It stays ``mapped``: accesses that are on their way to it go on from there.
+                    (<LateRegion?>old)._home, old.space = self, None
+                self._publish(placed)
+            finally:
+                self._change.release()
+            if told:
+                error = self._tell_new(self._ears, regions) or error
+        finally:
+            self._end()
+        if error is not None:
+            raise error
+
+    cdef int _wait_for_handlers(self, MemoryRegion region) except -1:
         # No lock of ours is held while waiting for the device's: its handler may itself be mapping something.
-        with region._lock:
-            region.c.mapped = False
+        region._lock.acquire()
+        region.c.mapped = False
+        region._lock.release()
+        return 0
 
-    cdef _take_out(self, MemoryRegion region):
-        with self._change:
-            region.space = None
-            self._publish([r for r in self.view.regions if r is not region])
+    cdef _take_out(self, list gone):
+        cdef MemoryRegion region
+        self._change.acquire()
+        try:
+            for region in gone:
+                region.space = None
+            self._publish([region for region in self.view.regions if region.space is not None])
+        finally:
+            self._change.release()
 
-    def _publish(self, regions):
+    cdef _publish(self, list regions):
         cdef ViewUser user
         self.view = FlatView(regions)
         for user in self.users:
@@ -448,23 +522,31 @@ cdef class AddressSpace:
         if error is not None:
             raise error
 
-    cdef _begin(self):
+    cdef int _begin(self) except -1:
         """One change at a time, so that listeners hear of them in their order. The lock is recursive, a change is not."""
         self._telling.acquire()
-        if self._changing:
+        if self._changer:
             self._telling.release()
             raise StateError(f"a listener of {self.name} changes it while it is told of a change: do it afterwards")
-        self._changing = True
+        self._changer = PyThread_get_thread_ident()
+        return 0
 
-    cdef _end(self):
-        self._changing = False
+    cdef int _end(self) except -1:
+        self._changer = 0
         self._telling.release()
+        return 0
 
-    cdef bint _concerned(self, MemoryRegion region) except -1:
-        """Whether any listener wants to hear of a region that has neither eventfds nor gathered writes."""
+    cdef bint _changed_here(self) noexcept:
+        """Whether a listener asks, in the middle of a change: no other one can begin."""
+        return self._changer == PyThread_get_thread_ident()
+
+    cdef bint _concerned(self, list regions) except -1:
+        """Whether any listener wants to hear of these: most have neither eventfds nor gathered writes."""
+        cdef MemoryRegion region
         cdef _Ear ear
-        if region.eventfds or region.coalesced:
-            return True
+        for region in regions:
+            if region.eventfds or region.coalesced:
+                return True
         for ear in self._ears:
             if "region_add" in ear.methods:
                 return True
@@ -522,8 +604,11 @@ cdef class AddressSpace:
 
     cdef FlatView current(self):
         # Under the lock: without the GIL, ``view`` could be replaced and freed between its load and the reference to it.
-        with self._change:
-            return self.view
+        cdef FlatView view
+        self._change.acquire()
+        view = self.view
+        self._change.release()
+        return view
 
     cdef int attach(self, ViewUser user) except -1:
         with self._change:
@@ -538,7 +623,10 @@ cdef class AddressSpace:
 
     @property
     def regions(self):
-        """The mapped regions, by address."""
+        """The mapped regions, by address. Who asks sees all devices, also those that nobody has wanted yet."""
+        for region in self.current().regions:
+            if isinstance(region, LateRegion) and not self._changed_here():
+                region.arrive()
         return list(self.current().regions)
 
     def find(self, addr):
@@ -547,6 +635,9 @@ cdef class AddressSpace:
         # By the C fields: a region that is being unmapped meanwhile has no ``base`` any more.
         for region in self.current().regions:
             if region.c.base <= addr <= region.c.last:
+                if isinstance(region, LateRegion) and region.space is self and not self._changed_here():
+                    region.arrive()
+                    return self.find(addr)
                 return region
         return None
 

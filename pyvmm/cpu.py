@@ -52,6 +52,8 @@ class Cpu:
         self.exec = exec_
         self.cpuid = cpuid
         self.parked = True
+        self.retired = False
+        """Its thread has come to its end with the guest's run."""
         self._control = control
         self._on_stop = on_stop
         self._thread: Thread | None = None
@@ -260,10 +262,13 @@ class Cpu:
     @property
     def thread_id(self) -> int:
         """The kernel's number of its thread, to pin it or to look at it; 0 until the machine has first run."""
-        return 0 if self._thread is None else self._thread.native_id
+        return 0 if self._thread is None or self.retired else self._thread.native_id
 
     def start(self) -> None:
-        """Start the thread, once; it parks until the machine runs."""
+        """Start the thread, once a life of the guest; it parks until the machine runs."""
+        if self.retired:
+            self.join()
+            self._thread, self.retired = None, False
         if self._thread is None:
             lock, cond = self._control.parking
             # Nothing in these refers to the Cpu: see main().

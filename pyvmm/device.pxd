@@ -19,4 +19,6 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef class DeviceLock:
     cdef pthread_mutex_t mutex
+    cpdef acquire(self)
+    cpdef release(self)
 

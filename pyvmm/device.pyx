@@ -22,13 +22,13 @@ cdef class DeviceLock:
     def __dealloc__(self):
         pthread_mutex_destroy(&self.mutex)
 
-    def acquire(self):
+    cpdef acquire(self):
         """Take the lock, or take it once more where this thread has it already."""
         if pthread_mutex_trylock(&self.mutex) != 0:
             with nogil:
                 pthread_mutex_lock(&self.mutex)
 
-    def release(self):
+    cpdef release(self):
         """Give the lock back; RuntimeError where this thread does not hold it."""
         if pthread_mutex_unlock(&self.mutex) != 0:
             raise RuntimeError("release of a device lock that this thread does not hold")

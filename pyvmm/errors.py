@@ -37,7 +37,7 @@ def add_access_note(error: BaseException, text: str) -> None:
 # What calls handlers and callbacks: their frames come first in every traceback and say nothing.
 _CALLERS = (
     *("pyvmm.event_loop", "pyvmm.cpu", "pyvmm.cpu_exec", "pyvmm.machine", "pyvmm.run_control", "pyvmm.address_space"),
-    *("pyvmm.chassis", "pyvmm.consoles", "pyvmm.events", "pyvmm.restart", "pyvmm.region"),
+    *("pyvmm.chassis", "pyvmm.consoles", "pyvmm.events", "pyvmm.restart", "pyvmm.region", "pyvmm.late"),
 )
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyvmm.irqfd import IrqFd, Msi
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
+    from pyvmm.late import Late
 
 KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
 # How long after its PIT has been made KVM is told to lose missed ticks (KvmPit).
@@ -55,7 +56,7 @@ class Irqchip:
     # -- what a kind of them brings ----------------------------------------------------------------------------
 
     @property
-    def devices(self) -> Mapping[str, Device]:
+    def devices(self) -> Mapping[str, Late]:
         """The controllers that are Devices, by name: the board resets and saves them with its own."""
         return {}
 
@@ -65,8 +66,7 @@ class Irqchip:
         return {}
 
     def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
-        """Into the guest's address spaces, each at the place that it has on every PC."""
-        raise NotImplementedError
+        """Into the guest's address spaces, what is none of ``devices``; each at the place that it has on every PC."""
 
     def attach(self, loop: CpuExec) -> None:
         """The run loop of a processor they interrupt."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MSR_TSC = 0x10
 MSR_TSC_DEADLINE = 0x6E0
+COUNTS = (MSR_TSC, MSR_TSC_DEADLINE)
 MASK_64 = (1 << 64) - 1
 
 
@@ -71,9 +72,10 @@ class KvmClock:
         if self._clock_ns is not None:
             return
         self._clock_ns = self._vm.get_clock()["clock"]
-        self._tsc = tsc(self._cpus[0].vcpu)
         # Before one runs out: KVM forgets a deadline when it has told the guest of it.
-        self._deadlines = [deadline(cpu.vcpu) for cpu in self._cpus]
+        counts = [cpu.vcpu.get_msrs(COUNTS) for cpu in self._cpus]
+        self._tsc = counts[0][MSR_TSC]
+        self._deadlines = [count.get(MSR_TSC_DEADLINE, 0) for count in counts]
 
     def forget_timers(self) -> None:
         """A reset has disarmed them."""

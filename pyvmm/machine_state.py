@@ -94,7 +94,7 @@ class MachineState:
         return [
             ("clock", chassis.clock),
             ("run", Run(self._board, chassis.control)),
-            *self._board.parts,
+            *self._board.holders(),
             *((f"drive {name}", backend) for name, backend in chassis.drives.backends.items()),
             *self._platform.holders(),
             *((f"console {name}", chardev) for name, chardev in chassis.consoles.by_name.items()),

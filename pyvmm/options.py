@@ -240,6 +240,7 @@ class Options:
 
     rows: dict[str, Row] = {}
     other_words: Mapping[str, tuple[str, Callable[[str], Any]]] = {}  # word: (option, its way)
+    defaults: dict[str, Any] = {}
     noun = ""  # what comes before an option's name in messages
     thing = ""  # what has them, in messages
     frozen = False
@@ -251,6 +252,7 @@ class Options:
                 row.name = name
                 cls.rows[name] = row
                 setattr(cls, name, row.default)
+        cls.defaults = {name: row.default for name, row in cls.rows.items()}
         if cls.__doc__ is not None:
             cls.__doc__ = Doc(cls.__doc__)  # type: ignore[assignment]  # it gives a string
 
@@ -303,7 +305,7 @@ class Options:
 
     def taken(self) -> dict[str, Any]:
         """Every option's value in its one form, each checked by itself. The object stays as it is."""
-        values = {name: row.default for name, row in self.rows.items()}
+        values = dict(self.defaults)
         for name, value in self.__dict__.items():
             values[name] = self.rows[name].kind.take(f"{self.noun}{name}", value)
         return values

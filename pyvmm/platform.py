@@ -315,7 +315,9 @@ def python_irqchip(chassis: Chassis) -> Irqchip:
     """Of machines without KVM's interrupt controllers."""
     from pyvmm.python_irqchip import PythonIrqchip
 
-    return chassis.closers.add(PythonIrqchip(chassis.clock, chassis.loop, chassis.memory))
+    return chassis.closers.add(
+        PythonIrqchip(chassis.clock, chassis.loop, chassis.memory, chassis.pio, chassis.mmio)
+    )
 
 
 def check_limits(kvm: Kvm, cpus: int) -> None:

@@ -45,12 +45,8 @@ BUILDING = (
     "pyvmm.chardev",
     "pyvmm.clock",
     "pyvmm.console_options",
-    "pyvmm.devices.acpi_gpe",
-    "pyvmm.devices.acpi_pm",
     "pyvmm.devices.debug_exit",
     "pyvmm.devices.debugcon",
-    "pyvmm.devices.fw_cfg",
-    "pyvmm.devices.i8042",
     "pyvmm.devices.ide.atapi",
     "pyvmm.devices.ide.channel",
     "pyvmm.devices.ide.disk",
@@ -59,11 +55,7 @@ BUILDING = (
     "pyvmm.devices.pci.i440fx",
     "pyvmm.devices.pci.piix3",
     "pyvmm.devices.pci.piix4_pm",
-    "pyvmm.devices.port80",
-    "pyvmm.devices.port92",
-    "pyvmm.devices.reset_control",
     "pyvmm.devices.pvpanic",
-    "pyvmm.devices.rtc",
     "pyvmm.devices.serial",
     "pyvmm.devices.testdev",
     "pyvmm.devices.vga_text",
@@ -77,7 +69,6 @@ BUILDING = (
     "pyvmm.devices.virtio.pci",
     "pyvmm.devices.virtio.ring",
     "pyvmm.devices.virtio.rng",
-    "pyvmm.devices.vmgenid",
     "pyvmm.devices.virtio.vsock",
     "pyvmm.guests",
     "pyvmm.kvm.access",
@@ -124,6 +115,17 @@ RUNNING = (
     "pyvmm.boards.pc_drives",  # another medium
     "pyvmm.control.qmp.server",
     "pyvmm.control.gdb.server",  # clients of gdb's, with all that they need
+    "pyvmm.devices.acpi_gpe",  # devices that are made when a guest touches them
+    "pyvmm.devices.acpi_pm",
+    "pyvmm.devices.fw_cfg",
+    "pyvmm.devices.i8042",
+    "pyvmm.devices.i8254",
+    "pyvmm.devices.port80",
+    "pyvmm.devices.port92",
+    "pyvmm.devices.reset_control",
+    "pyvmm.devices.rtc",
+    "pyvmm.devices.user_irqchip",
+    "pyvmm.devices.vmgenid",
     "pyvmm.dump",
     "pyvmm.exit_stats",
     "pyvmm.gsi_routes",  # MSIs and irqfds, as irqfd
@@ -142,6 +144,7 @@ RUNNING = (
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
+    "pyvmm.x86.e820",  # for fw_cfg
     "pyvmm.x86.elf_core",  # what clients ask for, as page_tables
     "pyvmm.x86.page_tables",
     "pyvmm.x86.irqchip_state",  # resets, as pit_state

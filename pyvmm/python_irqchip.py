@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from posix import eventfd_write
 
-from pyvmm.devices.i8254 import I8254
-from pyvmm.devices.user_irqchip import UserIrqchip
 from pyvmm.errors import BusError
 from pyvmm.irqchip import Irqchip
-from pyvmm.irqfd import Msi
+from pyvmm.late import Late
+from pyvmm.light import Lock
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -18,49 +17,85 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.clock import Clock
     from pyvmm.cpu_exec import CpuExec
-    from pyvmm.device import Device
+    from pyvmm.devices.i8254 import I8254
     from pyvmm.devices.irq_pins import ControllerPins
+    from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.event_loop import EventLoop
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.irqfd import IrqFd
 
 
 class PythonIrqchip(Irqchip):
-    """PIC pair, IOAPIC, the local APIC of one processor and the PIT, in Python; irqfds are the event loop's."""
+    """PIC pair, IOAPIC, the local APIC of one processor and the PIT, in Python, made when the guest looks at them or is
+    interrupted (late.py); irqfds are the event loop's.
+    """
 
-    def __init__(self, clock: Clock, event_loop: EventLoop, memory: GuestMemory) -> None:
+    def __init__(
+        self, clock: Clock, event_loop: EventLoop, memory: GuestMemory, pio: AddressSpace, mmio: AddressSpace
+    ) -> None:
         super().__init__()
         self._memory = memory
+        self._clock = clock
+        self._powered_on_ns = clock.now_ns()
         self._event_loop = event_loop
         self._processor: CpuExec | None = None
-        self._chips = UserIrqchip(clock, self._interrupt)
-        self._pit = I8254(clock, self.line(layout.IRQ_TIMER, "pit"))
+        self._made: UserIrqchip | None = None
+        self._making = Lock()
+        self._timer_line = self.line(layout.IRQ_TIMER, "pit")
         self._resampled: dict[int, list[IrqFd]] = {}
+        self._devices = {
+            "pic": Late(
+                lambda: self._chips.pic,
+                (pio, layout.PORT_PIC_MASTER, 2, "pic.master", "master"),
+                (pio, layout.PORT_PIC_SLAVE, 2, "pic.slave", "slave"),
+                (pio, layout.PORT_PIC_ELCR, 2, "pic.elcr", "elcr"),
+            ),
+            "ioapic": Late(lambda: self._chips.ioapic, (mmio, layout.IOAPIC, layout.IOAPIC_BYTES, "ioapic", "")),
+            "lapic": Late(lambda: self._chips.lapic, (mmio, layout.LAPIC, layout.LAPIC_BYTES, "lapic", "")),
+            "pit": Late(
+                self._make_pit,
+                (pio, layout.PORT_PIT, 4, "pit", ""),
+                (pio, layout.PORT_SPEAKER, 1, "speaker", "speaker"),
+            ),
+        }
 
     @property
-    def devices(self) -> Mapping[str, Device]:
-        chips = self._chips
-        return {"pic": chips.pic, "ioapic": chips.ioapic, "lapic": chips.lapic, "pit": self._pit}
+    def devices(self) -> Mapping[str, Late]:
+        return self._devices
 
     @property
     def controllers(self) -> Mapping[str, ControllerPins]:
         return self._chips.controllers
 
-    def place(self, pio: AddressSpace, mmio: AddressSpace) -> None:
-        chips, pit = self._chips, self._pit
-        pio.map(layout.PORT_PIC_MASTER, 2, chips.pic.master, name="pic.master")
-        pio.map(layout.PORT_PIC_SLAVE, 2, chips.pic.slave, name="pic.slave")
-        pio.map(layout.PORT_PIC_ELCR, 2, chips.pic.elcr, name="pic.elcr")
-        mmio.map(layout.IOAPIC, layout.IOAPIC_BYTES, chips.ioapic, name="ioapic")
-        mmio.map(layout.LAPIC, layout.LAPIC_BYTES, chips.lapic, name="lapic")
-        pio.map(layout.PORT_PIT, 4, pit, name="pit")
-        pio.map(layout.PORT_SPEAKER, 1, pit.speaker, name="speaker")
+    @property
+    def _chips(self) -> UserIrqchip:
+        if self._made is None:
+            from pyvmm.devices.user_irqchip import UserIrqchip
+
+            with self._making:
+                if self._made is None:
+                    chips = UserIrqchip(self._clock, self._interrupt)
+                    if self._processor is not None:
+                        self._wire(chips, self._processor)
+                    self._made = chips
+        return self._made
+
+    def _make_pit(self) -> I8254:
+        from pyvmm.devices.i8254 import I8254
+
+        return I8254(self._clock, self._timer_line, powered_on_ns=self._powered_on_ns)
 
     def attach(self, loop: CpuExec) -> None:
-        loop.acknowledge = self._chips.acknowledge
-        loop.on_tpr = self._chips.lapic.look_at_cpu
-        self._chips.lapic.cpu = loop
-        self._processor = loop
+        with self._making:
+            self._processor = loop
+            if self._made is not None:
+                self._wire(self._made, loop)
+
+    @staticmethod
+    def _wire(chips: UserIrqchip, loop: CpuExec) -> None:
+        loop.acknowledge = chips.acknowledge
+        loop.on_tpr = chips.lapic.look_at_cpu
+        chips.lapic.cpu = loop
 
     def _interrupt(self, level: int) -> None:
         if self._processor is not None:
@@ -79,6 +114,8 @@ class PythonIrqchip(Irqchip):
         return lambda level: self._chips.set(gsi, level)
 
     def _connect(self, irqfd: IrqFd) -> None:
+        from pyvmm.irqfd import Msi
+
         target = irqfd.target
         if isinstance(target, Msi):
             interrupt: Callable[[], object] = target.fire
@@ -102,9 +139,11 @@ class PythonIrqchip(Irqchip):
         for irqfd in self._resampled.get(gsi, ()):
             if irqfd.line is not None and irqfd.resample_fd >= 0:
                 irqfd.line.lower()
-                os.eventfd_write(irqfd.resample_fd, 1)
+                eventfd_write(irqfd.resample_fd, 1)
 
     def _disconnect(self, irqfd: IrqFd) -> None:
+        from pyvmm.irqfd import Msi
+
         self._event_loop.remove_reader(irqfd.fd)
         if irqfd.line is not None and not isinstance(irqfd.target, Msi):
             gsi = irqfd.target

@@ -23,6 +23,13 @@ cdef class MemoryRegion:
     cdef object _end
     cdef object _buffer
     cdef object _source
+    cdef int _set_up(self, size, name, lock, valid_sizes, impl_sizes, bint unaligned) except -1
+    cdef int _set_handlers(self, read, write) except -1
+
+
+cdef class LateRegion(MemoryRegion):
+    cdef object _home       # the AddressSpace it is or was mapped in
+    cdef object _arrived(self)
 
 
 # What answers without Python. BUS_OK or BUS_RAISED, as all of these.

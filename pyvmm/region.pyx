@@ -185,7 +185,10 @@ cdef void handler_raised(region_t *region, access_t *access) noexcept with gil:
     PyErr_Fetch(&kind, &value, &where)
     PyErr_NormalizeException(&kind, &value, &where)
     try:
-        add_access_note(<object>value, (<MemoryRegion>region.owner)._handler(access.offset, access.size, access.is_write))
+        # Of what a late region has passed on it is told already.
+        if not isinstance(<object>region.owner, LateRegion) or (<LateRegion>region.owner).space is not None:
+            add_access_note(<object>value,
+                            (<MemoryRegion>region.owner)._handler(access.offset, access.size, access.is_write))
     except BaseException:
         pass    # one that takes no notes
     PyErr_Restore(kind, value, where)
@@ -198,6 +201,7 @@ cdef int raised() except -1:
     return -1
 
 
+cdef object LONGEST = 1 << 64    # no region is so long
 cdef object SIZES = frozenset([(a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) if a <= b])
 
 
@@ -260,14 +264,14 @@ cdef class MemoryRegion:
         check_handler("write", write)
         self._set_handlers(read, write)
 
-    def _set_up(self, size, name, lock, valid_sizes, impl_sizes, unaligned):
+    cdef int _set_up(self, size, name, lock, valid_sizes, impl_sizes, bint unaligned) except -1:
         check_sizes("valid_sizes", valid_sizes)
         check_sizes("impl_sizes", impl_sizes)
         if not isinstance(name, str):
             raise KindError(f"name={name!r}: give a string")
-        if not is_int(size):
+        if type(size) is not int and not is_int(size):
             raise KindError(f"{name}: a region of {size!r} bytes: give a whole number")
-        if size <= 0 or size >= 1 << 64:
+        if size <= 0 or size >= LONGEST:
             raise ConfigError(f"{name}: a region of {size} bytes: give at least 1, and less than 2**64")
         if impl_sizes[0] > valid_sizes[0] and size % impl_sizes[0]:
             raise ConfigError(f"{name}: {size} bytes is no multiple of the smallest implemented access, {impl_sizes[0]}")
@@ -286,8 +290,9 @@ cdef class MemoryRegion:
             if n >= self.c.valid_min and n >= self.c.impl_min and n <= self.c.valid_max and n <= self.c.impl_max:
                 self.c.direct_sizes |= 1 << n
             n *= 2
+        return 0
 
-    def _set_handlers(self, read, write):
+    cdef int _set_handlers(self, read, write) except -1:
         # A method of the device is called as its plain function with the device as first argument: one object less
         # to touch while the caches are cold.
         device = self.device
@@ -298,6 +303,7 @@ cdef class MemoryRegion:
         self._write = write
         self.c.read_func = <PyObject *>read
         self.c.write_func = <PyObject *>write
+        return 0
 
     def add_eventfd(self, fd, *, offset=0, size=0, datamatch=None):
         """A write of ``size`` bytes (0: any) at ``offset``, of the value ``datamatch`` where that is given, signals the
@@ -429,6 +435,38 @@ cdef class RegisterRegion(MemoryRegion):
     def gathering(self):
         """Whether writes are being kept."""
         return bool(self.c.shortcuts & SHORTCUT_GATHER)
+
+
+cdef class LateRegion(MemoryRegion):
+    """Where a device will be that is made when somebody wants it (late.py). ``arrive()`` makes it and maps it in this
+    one's place; the access that came here goes to it there, and so does one that was on its way here meanwhile.
+    """
+
+    def __init__(self, size, name, lock, arrive):
+        self._set_up(size, name, lock, (1, 8), (1, 8), True)
+        self.c.kind = REGION_PYTHON
+        self._end = arrive
+        self._read, self._write = type(self)._pass_read, type(self)._pass_write
+        self.c.device = <PyObject *>self
+        self.c.read_func = <PyObject *>self._read
+        self.c.write_func = <PyObject *>self._write
+
+    def arrive(self):
+        """Have the device there. Returns when it is."""
+        self._end()
+
+    def _pass_read(self, offset, size):
+        return self._arrived().read(self.c.base + offset, size)
+
+    def _pass_write(self, offset, size, value):
+        self._arrived().write(self.c.base + offset, size, value)
+
+    cdef object _arrived(self):
+        """The space, in which the device is by now."""
+        self._end()
+        if self._home is None:
+            raise StateError(f"{self.name} has not come to its place: a listener has wanted it while it was told of one")
+        return self._home
 
 
 cdef class LatchRegion(MemoryRegion):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
         index: int
         parked: bool
+        retired: bool
 
         @property
         def exec(self) -> Loop: ...
@@ -215,6 +216,10 @@ class RunControl:
                 # A kick meant for the last stay must not end this one.
                 cpu.exec.cancel_kick()
                 return True
+            if self._state is RunState.SHUTDOWN and not self._held and not self._requests:
+                # A guest that has ended needs no thread any more; what comes after a reset starts another one.
+                cpu.retired = True
+                return False
             return None
         return False
 

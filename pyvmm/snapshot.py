@@ -26,7 +26,7 @@ from pyvmm.machine_state import FORMAT
 from pyvmm.origin import Origin
 from pyvmm.snapshot_file import SnapshotFile, Writer
 from pyvmm.snapshot_piece import SnapshotPiece, listed, piece_sums, run_sums, whole_pages, write_piece
-from pyvmm.state import check_names, known, shown, value_of
+from pyvmm.state import Known, check_names, known, shown, value_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Snapshot:
         """For MachineState.load: all but the memory. From the second machine on that which remembers what it is."""
         if self._state is None:
             self._state = {"format": FORMAT, "machine": self.machine, "parts": self.parts, "memory": None}
-        elif self._state["parts"] is self.parts:
+        elif not isinstance(self._state["parts"], Known):
             self._state["parts"] = known(self.parts)
         return self._state
 

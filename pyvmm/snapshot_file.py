@@ -20,6 +20,7 @@ from zlib import crc32
 
 from pyvmm.errors import ConfigError, HostError, StateError, remedy
 from pyvmm.msgpack import pack, unpack
+from pyvmm.state import Known, known
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -255,12 +256,9 @@ class SnapshotFile:
         if crc32(data) != checksum:
             raise self._damaged("its manifest has been changed")
         try:
-            manifest = unpack(data)
+            return manifest_of(data)
         except StateError as error:
             raise self._damaged(str(error)) from None
-        if not isinstance(manifest, dict):
-            raise self._damaged("its manifest is no dict")
-        return manifest
 
     def check_range(self, offset: object, size: int) -> int:
         """``offset``, where ``size`` bytes of memory are there in whole pages: to be mapped. StateError where not."""
@@ -298,6 +296,29 @@ class SnapshotFile:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+# What the last few manifests say, by their bytes: a process that goes on from one file again and again reads it once.
+MOST_READ, MOST_READ_BYTES = 4, 1 << 20
+_read: dict[bytes, dict[str, Any]] = {}
+
+
+def manifest_of(data: bytes) -> dict[str, Any]:
+    """Not to be changed: another reader of the same bytes has it too. From the second time on the states in it remember
+    what they are (Known). StateError.
+    """
+    manifest = _read.get(data)
+    if manifest is None:
+        manifest = unpack(data)
+        if not isinstance(manifest, dict):
+            raise StateError("its manifest is no dict")
+        if len(data) <= MOST_READ_BYTES:
+            while len(_read) >= MOST_READ:
+                _read.pop(next(iter(_read), b""), None)
+            _read[data] = manifest
+    elif not isinstance(manifest.get("parts"), Known):
+        manifest = _read[data] = {**manifest, "parts": known(manifest.get("parts"))}
+    return manifest
 
 
 def open_file(path: str) -> int:

@@ -32,6 +32,7 @@ as ``_clock``. ``STATE_VERSION`` goes up when the meaning of a table changes.
 """
 
 from pyvmm.errors import StateError
+from pyvmm.late import Late
 
 LONGEST_NUMBER_BITS = 64
 # So far from now a moment may be: 146 years. The sum of two such times is a whole number of 64 bits still.
@@ -321,16 +322,33 @@ def load_all(holders, saved, between=None):
     state. Some of them may have been loaded by then: what they belong to is to be reset, or thrown away.
     """
     check_holders(holders, saved)
+    loaded = []
     for name, holder in holders:
-        told(name, holder.load, saved[name]["state"])
+        entry = saved[name]
+        if not is_as_made(holder, entry):
+            told(name, holder.load, entry["state"])
+            loaded.append((name, holder))
     if between is not None:
         between()
-    for name, holder in holders:
+    for name, holder in loaded:
         told(name, holder.after_load)
+
+
+def is_as_made(holder, entry):
+    """Whether a holder that is made late (late.py) need not be made for this state: it would begin with it anyway. That
+    takes making one to find out, so it is asked of states that many machines go on from, and once.
+    """
+    if type(entry) is not Known or not isinstance(holder, Late) or holder.made:
+        return False
+    return once(entry, Late, lambda: holder.device.save() == entry["state"])
 
 
 def check_holders(holders, saved):
     """StateError where ``saved`` is not of these holders, in these versions."""
+    once(saved, tuple([name for name, _ in holders]), lambda: check_each(holders, saved))
+
+
+def check_each(holders, saved):
     if not isinstance(saved, dict):
         raise StateError(f"{shown(saved)} is no state of a machine: give what save_state() gave")
     names = [name for name, _ in holders]
@@ -349,6 +367,7 @@ def check_holders(holders, saved):
                 f"the state of {name} is version {shown(entry['version'])}, this pyvmm has {holder.STATE_VERSION}: "
                 "load it with the pyvmm that saved it"
             )
+    return True
 
 
 def told(name, call, *args):

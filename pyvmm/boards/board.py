@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.images import image_name
+from pyvmm.late import Late
 from pyvmm.memory_map import MemoryMap
 from pyvmm.places import Places
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any, TypeVar
 
     from pyvmm.balloon import Balloon
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pyvmm.platform import Platform
     from pyvmm.region import MemoryRegion
     from pyvmm.spec import Spec
+    from pyvmm.state import Holder
     from pyvmm.x86.cpu_state import BootState
 
     Made = TypeVar("Made", bound=Device)
@@ -49,8 +51,7 @@ CONSOLE_GATHER_NS = 10_000_000
 class Board:
     """RAM, a kernel or flat binary in it, and no device: subclasses add those.
 
-    ``parts`` are its devices with their names, in the order in which they were added: a reset goes by it. ``ports`` and
-    ``windows`` give out I/O ports and addresses of memory-mapped registers, each once.
+    ``ports`` and ``windows`` give out I/O ports and addresses of memory-mapped registers, each once.
     """
 
     window = range(0)
@@ -68,15 +69,14 @@ class Board:
         self.runs_guests = runs_guests
         self.first_boot = True
         """There was no reset yet: what firmware is told for its first boot only still holds."""
-        self.parts: list[tuple[str, Device]] = []
+        self._parts: dict[str, Device | Late] = {}
         self.disks: dict[str, VirtioBlk] = {}
         """Those on virtio, by the names of their drives."""
-        self._names: set[str] = set()  # of those
         self.ports = Places("port", 0, self.pio.size)
         self.windows = Places("address", 0, self.mmio.size)
         self._aml: list[Callable[[], bytes]] = []
         self._words: list[str] = []
-        chassis.closers.call(self._clear, self.parts.clear)
+        chassis.closers.call(self._clear, self._parts.clear)
 
     @classmethod
     def check(cls, config: Spec) -> None:
@@ -125,8 +125,7 @@ class Board:
         """Everything on the board."""
         self.platform = platform
         self.irqchip = platform.irqchip
-        for name, device in self.irqchip.devices.items():
-            self.add(name, device)
+        self.add_late(self.irqchip.devices)
         self.irqchip.place(self.pio, self.mmio)
         self.make_devices()
 
@@ -137,11 +136,39 @@ class Board:
         """``device`` is part of the board: it is reset with it, and Machine.devices has it by this name. ConfigError
         where another one has that.
         """
-        if name in self._names:
-            raise ConfigError(f"two devices with the name {name}: give the one that you have named another id")
-        self._names.add(name)
-        self.parts.append((name, device))
+        self._take_name(name, device)
         return device
+
+    def _take_name(self, name: str, part: Device | Late) -> None:
+        if name in self._parts:
+            raise ConfigError(f"two devices with the name {name}: give the one that you have named another id")
+        self._parts[name] = part
+
+    def add_late(self, devices: Mapping[str, Late]) -> None:
+        """``add`` of devices that are made when somebody wants them, and mapped at the places that they say; those are
+        theirs already.
+        """
+        placed: dict[str, list[tuple[int, MemoryRegion]]] = {self.pio.name: [], self.mmio.name: []}
+        for name, late in devices.items():
+            self._take_name(name, late)
+            for space, address, region in late.regions():
+                placed[space.name].append((address, region))
+        for space in (self.pio, self.mmio):
+            space.add_all(placed[space.name])
+
+    def part(self, name: str) -> Any:
+        """The device of that name. KeyError where there is none."""
+        part = self._parts[name]
+        return part.device if isinstance(part, Late) else part
+
+    def holders(self) -> list[tuple[str, Holder]]:
+        """What has state on the board, by name and in its order; of a late device what stands for it."""
+        return list(self._parts.items())
+
+    @property
+    def parts(self) -> list[tuple[str, Device]]:
+        """The devices with their names, in the order in which they were added: a reset goes by it."""
+        return [(name, self.part(name)) for name in self._parts]
 
     def describe(self, aml: Callable[[], bytes] | None = None, words: str = "") -> None:
         """What a device that is placed says of itself to the guest: ``aml()`` makes its term of the DSDT, when tables
@@ -292,7 +319,10 @@ class Board:
         """Nothing is mapped any more, and nobody keeps the devices."""
         self.pio.unmap_all()
         self.mmio.unmap_all()
-        self.parts.clear()
+        for part in self._parts.values():
+            if isinstance(part, Late):
+                part.forget()
+        self._parts.clear()
         self.disks.clear()
 
 

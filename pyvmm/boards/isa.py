@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from pyvmm.boards.board import Board
-from pyvmm.x86 import e820, layout
+from pyvmm.late import Late
+from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.isa_checks import Ports
+    from pyvmm.devices.acpi_gpe import GpeBlock
+    from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.debug_exit import DebugExit
     from pyvmm.devices.debugcon import DebugCon
+    from pyvmm.devices.fw_cfg import FwCfg
+    from pyvmm.devices.i8042 import I8042
+    from pyvmm.devices.port80 import Port80
+    from pyvmm.devices.port92 import Port92
     from pyvmm.devices.pvpanic import PvPanic
+    from pyvmm.devices.reset_control import ResetControl
+    from pyvmm.devices.rtc import Rtc
     from pyvmm.devices.testdev import TestDev
+    from pyvmm.devices.vmgenid import VmGenId
+    from pyvmm.late import Place
     from pyvmm.spec import Spec
     from pyvmm.x86.cpu_state import BootState
 
 
 class IsaBoard(Board):
-    """What microvm and pc have in common. ``make_isa_devices`` maps all of it but the PM block and the reset register,
-    which a chipset may have elsewhere.
-    """
+    """What microvm and pc have in common: ``make_isa_devices``."""
 
+    pm_port: int | None = None
+    """Where ACPI's PM block is on a board without a chipset that has it elsewhere."""
+    reset_port: int | None = None
+    """The same of the reset register."""
     debugcon: DebugCon | None = None
     debug_exit: DebugExit | None = None
     testdev: TestDev | None = None
     pvpanic: PvPanic | None = None
+    _fw_cfg: FwCfg | None = None  # once it is made
 
     @classmethod
     def check(cls, config: Spec) -> None:
@@ -50,80 +64,187 @@ class IsaBoard(Board):
         return True
 
     def make_isa_devices(self) -> None:
-        """COM1, ACPI's PM block and events, the generation's number, the reset register, fw_cfg, RTC, i8042, port 0x92,
-        POST codes; and what is asked for.
+        """COM1; ACPI's PM block and events, the generation's number, the reset register, fw_cfg, RTC, i8042, port 0x92,
+        POST codes, all of which are made when somebody wants them; and what is asked for.
         """
-        from pyvmm.devices.acpi_gpe import GpeBlock
+        self.serial = self.add_serial()
+        # What others may ask about before that: who has which interrupt, what time it was, what memory there was.
+        self._sci = self.irq_line(layout.IRQ_SCI, "acpi_pm")
+        self._rtc_irq = self.irq_line(layout.IRQ_RTC, "rtc")
+        self._keyboard_irq = self.irq_line(layout.IRQ_KEYBOARD, "i8042")
+        self._powered_on_ns = self.clock.now_ns(), self.clock.wall_ns()
+        self._ram = self.memory.regions
+        self.chassis.closers.call(self._close_fw_cfg)
+        self.add_late(
+            {
+                "acpi_pm": Late(self._make_pm, *self.places_at(self.pm_port, layout.PM_BYTES, "acpi_pm")),
+                "gpe0": Late(self._make_gpe, *self.places_at(layout.PORT_GPE0, layout.PORT_GPE0_BYTES, "gpe0")),
+                "vmgenid": Late(self._make_vmgenid, (self.mmio, layout.VM_GENERATION_ID, 16, "vmgenid", "")),
+                "reset_control": Late(self._make_reset_control, *self.places_at(self.reset_port, 1, "reset")),
+                "fw_cfg": Late(
+                    self._make_fw_cfg,
+                    *self.places_at(layout.PORT_FW_CFG, 2, "fw_cfg"),
+                    *self.places_at(layout.PORT_FW_CFG_DMA, 8, "fw_cfg.dma", "dma"),
+                ),
+                "rtc": Late(self._make_rtc, *self.places_at(layout.PORT_RTC, 2, "rtc")),
+                "i8042": Late(
+                    self._make_i8042,
+                    *self.places_at(layout.PORT_I8042_DATA, 1, "i8042.data"),
+                    *self.places_at(layout.PORT_I8042_COMMAND, 1, "i8042.command", "command"),
+                ),
+                "port92": Late(self._make_port92, *self.places_at(layout.PORT_FAST_A20, 1, "port92")),
+                "port80": Late(self._make_port80, *self.places_at(layout.PORT_POST, 1, "port80")),
+            }
+        )
+        self.describe(rtc_aml)
+        self.describe(keyboard_aml)
+        self.describe(generation_aml)
+        if self.config.fw_cfg:
+            self.part("fw_cfg")  # what is wrong with somebody's files is told now
+        self._make_debug_devices()
+        if self.config.vga == "text":
+            self._make_vga()
+
+    def places_at(self, port: int | None, size: int, name: str, part: str = "") -> tuple[Place, ...]:
+        """``size`` ports from ``port`` on are those of ``part`` of a device that is made late. None: there are none."""
+        if port is None:
+            return ()
+        return ((self.pio, self.ports.take(port, size, name), size, name, part),)
+
+    # -- the devices, by name ----------------------------------------------------------------------------------
+
+    @property
+    def pm(self) -> AcpiPm:
+        pm: AcpiPm = self.part("acpi_pm")
+        return pm
+
+    @property
+    def gpe(self) -> GpeBlock:
+        gpe: GpeBlock = self.part("gpe0")
+        return gpe
+
+    @property
+    def vmgenid(self) -> VmGenId:
+        vmgenid: VmGenId = self.part("vmgenid")
+        return vmgenid
+
+    @property
+    def reset_control(self) -> ResetControl:
+        reset_control: ResetControl = self.part("reset_control")
+        return reset_control
+
+    @property
+    def fw_cfg(self) -> FwCfg:
+        fw_cfg: FwCfg = self.part("fw_cfg")
+        return fw_cfg
+
+    @property
+    def rtc(self) -> Rtc:
+        rtc: Rtc = self.part("rtc")
+        return rtc
+
+    @property
+    def i8042(self) -> I8042:
+        i8042: I8042 = self.part("i8042")
+        return i8042
+
+    @property
+    def port92(self) -> Port92:
+        port92: Port92 = self.part("port92")
+        return port92
+
+    @property
+    def port80(self) -> Port80:
+        port80: Port80 = self.part("port80")
+        return port80
+
+    # -- how they are made -------------------------------------------------------------------------------------
+
+    def _make_pm(self) -> AcpiPm:
         from pyvmm.devices.acpi_pm import AcpiPm
-        from pyvmm.devices.fw_cfg import FwCfg
-        from pyvmm.devices.reset_control import ResetControl
-        from pyvmm.devices.vmgenid import ID_BYTES, VmGenId
 
         power = self.chassis.power
-        self.serial = self.add_serial()
-        pm = AcpiPm(
+        return AcpiPm(
             self.clock,
-            self.irq_line(layout.IRQ_SCI, "acpi_pm"),
+            self._sci,
             power.off,
             s5_type=layout.SLP_TYP_S5,
             s3_type=None if self.config.no_s3 else layout.SLP_TYP_S3,
             on_suspend=power.suspend,
             on_wake=power.wake,
+            powered_on_ns=self._powered_on_ns[0],
         )
-        self.pm = self.add("acpi_pm", pm)
-        gpe = self.gpe = self.add("gpe0", GpeBlock(pm.general_event))
-        self.map_ports(layout.PORT_GPE0, layout.PORT_GPE0_BYTES, gpe, "gpe0")
-        self.vmgenid = self.add("vmgenid", VmGenId(lambda: gpe.happen(layout.GPE_VM_GENERATION)))
-        self.mmio.map(layout.VM_GENERATION_ID, ID_BYTES, self.vmgenid, name="vmgenid")
-        why = f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"
-        self.reset_control = self.add("reset_control", ResetControl(lambda: power.reset(by=why)))
-        self.fw_cfg = self.add("fw_cfg", FwCfg(self.memory))
-        self.chassis.closers.call(self.fw_cfg.close)  # it may have views of the images
-        self.map_ports(layout.PORT_FW_CFG, 2, self.fw_cfg, "fw_cfg")
-        self.map_ports(layout.PORT_FW_CFG_DMA, 8, self.fw_cfg.dma, "fw_cfg.dma")
-        self._make_old_chips()
-        self._make_debug_devices()
-        if self.config.vga == "text":
-            self._make_vga()
 
-    def _make_old_chips(self) -> None:
-        from pyvmm.devices.i8042 import I8042
-        from pyvmm.devices.port92 import Port92
+    def _make_gpe(self) -> GpeBlock:
+        from pyvmm.devices.acpi_gpe import GpeBlock
+
+        return GpeBlock(lambda pending: self.pm.general_event(pending))
+
+    def _make_vmgenid(self) -> VmGenId:
+        from pyvmm.devices.vmgenid import VmGenId
+
+        return VmGenId(lambda: self.gpe.happen(layout.GPE_VM_GENERATION))
+
+    def _make_reset_control(self) -> ResetControl:
+        from pyvmm.devices.reset_control import ResetControl
+
+        why = f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"
+        return ResetControl(lambda: self.chassis.power.reset(by=why))
+
+    def _make_fw_cfg(self) -> FwCfg:
+        """With what firmware and kvm-unit-tests ask for, and the embedder's own files."""
+        from pyvmm.devices.fw_cfg import FwCfg
+        from pyvmm.x86 import e820
+
+        cpus = self.config.cpus
+        made = FwCfg(self.memory)
+        made.describe_machine(cpus, cpus, self.memory.size_bytes, e820.pack_fw_cfg(self._ram))
+        for name, data in self.config.fw_cfg.items():
+            made.add_file(name, bytes(data))
+        self._fw_cfg = made
+        return made
+
+    def _close_fw_cfg(self) -> None:
+        """It may have views of the images."""
+        if self._fw_cfg is not None:
+            self._fw_cfg.close()
+
+    def _make_rtc(self) -> Rtc:
         from pyvmm.devices.rtc import Rtc
 
-        power = self.chassis.power
         low = min(self.memory.size_bytes, layout.RAM_HOLE)
-        rtc = Rtc(
-            self.irq_line(layout.IRQ_RTC, "rtc"),
+        return Rtc(
+            self._rtc_irq,
             self.clock,
             ram_below_4g_bytes=low,
             ram_above_4g_bytes=self.memory.size_bytes - low,
             cpus=self.config.cpus,
-            on_alarm=self.pm.rtc_alarm,
+            on_alarm=lambda: self.pm.rtc_alarm(),
+            powered_on_ns=self._powered_on_ns,
         )
-        i8042 = I8042(
-            self.irq_line(layout.IRQ_KEYBOARD, "i8042"),
-            lambda: power.reset(by=f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"),
-        )
-        port92 = Port92(lambda: power.reset(by=f"port {layout.PORT_FAST_A20:#x}"))
-        self.rtc, self.i8042, self.port92 = self.add("rtc", rtc), self.add("i8042", i8042), self.add("port92", port92)
-        self.describe(rtc_aml)
-        self.describe(keyboard_aml)
-        self.describe(generation_aml)
-        self.map_ports(layout.PORT_RTC, 2, rtc, "rtc")
-        self.map_ports(layout.PORT_I8042_DATA, 1, i8042, "i8042.data")
-        self.map_ports(layout.PORT_I8042_COMMAND, 1, i8042.command, "i8042.command")
-        self.map_ports(layout.PORT_FAST_A20, 1, port92, "port92")
 
-    def _make_debug_devices(self) -> None:
-        """POST codes, the debug console, isa-debug-exit and, asked for, pc-testdev."""
-        from pyvmm.devices.debug_exit import DebugExit
-        from pyvmm.devices.debugcon import DebugCon
+    def _make_i8042(self) -> I8042:
+        from pyvmm.devices.i8042 import I8042
+
+        why = f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"
+        return I8042(self._keyboard_irq, lambda: self.chassis.power.reset(by=why))
+
+    def _make_port92(self) -> Port92:
+        from pyvmm.devices.port92 import Port92
+
+        return Port92(lambda: self.chassis.power.reset(by=f"port {layout.PORT_FAST_A20:#x}"))
+
+    def _make_port80(self) -> Port80:
         from pyvmm.devices.port80 import Port80
 
+        return Port80()
+
+    def _make_debug_devices(self) -> None:
+        """The debug console, isa-debug-exit and, asked for, pvpanic and pc-testdev."""
+        from pyvmm.devices.debug_exit import DebugExit
+        from pyvmm.devices.debugcon import DebugCon
+
         config = self.config
-        self.port80 = self.add("port80", Port80())
-        self.map_ports(layout.PORT_POST, 1, self.port80, "port80")
         if self.has_debugcon(config):
             self.debugcon = self.add("debugcon", DebugCon(self.chassis.consoles.open(config.debugcon, "debugcon")))
             # A line that has no end yet is nobody's hurry: the last one comes out when the machine is closed.
@@ -176,13 +297,6 @@ class IsaBoard(Board):
             layout.PORT_VGA_MONO, vga_text.MONO_PORTS, vga, "vga.mono", read=vga.read_mono, write=vga.write_mono
         )
         self.chassis.consoles.add_screen(vga.frame)
-
-    def describe_machine(self) -> None:
-        """What firmware and kvm-unit-tests ask fw_cfg for, and the embedder's own files."""
-        cpus = self.config.cpus
-        self.fw_cfg.describe_machine(cpus, cpus, self.memory.size_bytes, e820.pack_fw_cfg(self.memory.regions))
-        for name, data in self.config.fw_cfg.items():
-            self.fw_cfg.add_file(name, bytes(data))
 
     def make_virtio_devices(self) -> None:
         """What the Spec asks for of them."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 
 class Microvm(IsaBoard):
+    pm_port = layout.PORT_PM
+    reset_port = layout.PORT_RESET
+
     @classmethod
     def chipset_ports(cls) -> tuple[Ports, ...]:
         from pyvmm.boards.isa_checks import MICROVM
@@ -20,9 +23,6 @@ class Microvm(IsaBoard):
 
     def make_devices(self) -> None:
         self.make_isa_devices()
-        self.map_ports(layout.PORT_PM, layout.PM_BYTES, self.pm, "acpi_pm")
-        self.map_ports(layout.PORT_RESET, 1, self.reset_control, "reset")
-        self.describe_machine()
         self.make_virtio_devices()
         if self.config.uuid is not None:
             from pyvmm.devices.fw_cfg import UUID

@@ -104,7 +104,6 @@ class Pc(IsaBoard):
 
         self.make_isa_devices()
         self.describe(fw_cfg_aml)
-        self.describe_machine()
         self._make_chipset()
         self.make_virtio_devices()
         describe_to_firmware(self, self.units)

@@ -68,7 +68,9 @@ class AcpiPm(Device):
         on_wake: Callable[[int], None] = lambda events: None,
         timer_bits: int = 32,
         acpi_mode: bool = True,
+        powered_on_ns: int | None = None,
     ) -> None:
+        """``powered_on_ns``: guest time at power-on, where that is not now."""
         self._clock = clock
         self._sci = sci
         self._on_shutdown = on_shutdown
@@ -82,6 +84,8 @@ class AcpiPm(Device):
         self._ticks_offset = 0
         self._starts_in_acpi_mode = acpi_mode
         self._power_on()
+        if powered_on_ns is not None:
+            self._toggle = self._toggle_after(powered_on_ns * PM_TIMER_HZ // NS_PER_SECOND)
 
     def _power_on(self) -> None:
         self._status = 0
@@ -89,16 +93,16 @@ class AcpiPm(Device):
         self._control = 0
         self._asleep = False
         self._sci_en = SCI_EN if self._starts_in_acpi_mode else 0
-        self._toggle = self._next_toggle()
+        self._toggle = self._toggle_after(self._ticks())
         self._general = False
 
     def _ticks(self) -> int:
         """The PM timer, not yet cut to its width."""
         return self._clock.now_ns() * PM_TIMER_HZ // NS_PER_SECOND + self._ticks_offset
 
-    def _next_toggle(self) -> int:
-        """The tick at which the timer's highest bit changes next."""
-        return (self._ticks() // self._half + 1) * self._half
+    def _toggle_after(self, ticks: int) -> int:
+        """The tick after ``ticks`` at which the timer's highest bit changes."""
+        return (ticks // self._half + 1) * self._half
 
     # Registers
 
@@ -147,7 +151,7 @@ class AcpiPm(Device):
         """See what the clock has done since; drive SCI; have the timer call when it must be driven again."""
         if self._ticks() >= self._toggle:
             self._status |= TMR
-            self._toggle = self._next_toggle()
+            self._toggle = self._toggle_after(self._ticks())
         self._drive_sci()
         if self._enable & ~self._status & TMR:
             ticks = self._toggle - self._ticks_offset

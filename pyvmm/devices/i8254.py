@@ -401,16 +401,16 @@ class I8254(Device):
 
     impl_sizes = (1, 1)
 
-    def __init__(self, clock: Clock, irq0: IrqLine) -> None:
+    def __init__(self, clock: Clock, irq0: IrqLine, *, powered_on_ns: int | None = None) -> None:
+        """``powered_on_ns``: guest time at power-on, where that is not now."""
         self._clock = clock
         self._irq0 = irq0
         self._timer = clock.timer(self._on_timer)
         self._quiet_until_ns = 0
         self.speaker = SpeakerPort(self)
-        self._power_on()
+        self._power_on(self.pulse() if powered_on_ns is None else powered_on_ns * FREQUENCY_HZ // NS_PER_SECOND)
 
-    def _power_on(self) -> None:
-        pulse = self.pulse()
+    def _power_on(self, pulse: int) -> None:
         # The gates of counters 0 and 1 are tied high; counter 2's is in port 0x61.
         self.counters = [Counter(1, pulse), Counter(1, pulse), Counter(0, pulse)]
         self.port_b = 0
@@ -487,7 +487,7 @@ class I8254(Device):
 
     def reset(self) -> None:
         with self.lock:
-            self._power_on()
+            self._power_on(self.pulse())
             self._settle()
 
     STATE = {"port_b": 4, "_quiet_until_ns": "moment", "_timer": "timer"}

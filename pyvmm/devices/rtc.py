@@ -117,9 +117,11 @@ class Rtc(Device):
         ram_above_4g_bytes: int = 0,
         cpus: int = 1,
         on_alarm: Callable[[], None] | None = None,
+        powered_on_ns: tuple[int, int] | None = None,
     ) -> None:
         """``on_alarm()`` is called when the alarm asserts the interrupt, with ``lock`` held. ``cmos`` may be set
-        directly for what firmware looks up besides: boot order, disk types.
+        directly for what firmware looks up besides: boot order, disk types. ``powered_on_ns``: the guest's time and the
+        host's at power-on, where that is not now.
         """
         self._irq = irq
         self._clock = clock
@@ -135,10 +137,11 @@ class Rtc(Device):
         # SeaBIOS takes the larger of this and fw_cfg's sixteen bits.
         self.cmos[LAST_CPU] = min(cpus - 1, 0xFF)
         self._put_memory_sizes(ram_below_4g_bytes, ram_above_4g_bytes)
-        now_ns, wall_ns = clock.now_ns(), clock.wall_ns()
+        now_ns, wall_ns = powered_on_ns or (clock.now_ns(), clock.wall_ns())
         self._chain_start_ns = now_ns - wall_ns % NS_PER_S
         self._base_s = wall_ns // NS_PER_S
-        self._looked_ns = self._chain_ns()  # how far the chain's edges have gone into the flags of register C
+        # How far the chain's edges have gone into the flags of register C.
+        self._looked_ns = now_ns - self._chain_start_ns
         self._refresh_time()
 
     def _put_memory_sizes(self, below_4g_bytes: int, above_4g_bytes: int) -> None:

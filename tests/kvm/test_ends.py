@@ -101,3 +101,18 @@ def test_the_power_button(boot: Callable[..., Guest]) -> None:
     guest.machine.powerdown()
     guest.wait()
     assert guest.machine.control.status == 0
+
+
+def test_a_guest_that_has_ended_needs_no_thread(boot: Callable[..., Guest]) -> None:
+    """It is gone before the machine is, and a reset brings another one."""
+    guest = boot("finish 1")
+    machine = guest.machine
+    for turn in (1, 2):
+        assert guest.run() == 3
+        cpu = machine.cpus[0]
+        cpu.join()
+        assert cpu.thread_id == 0, turn
+        machine.reset()
+    machine.pause()
+    assert machine.state is RunState.PAUSED
+    assert machine.run() == 3

@@ -47,11 +47,13 @@ class Bench:
     def __init__(self) -> None:
         self.loop = Loop()
         self.memory = GuestMemory(2 << 20)
-        self.chip = PythonIrqchip(VirtualClock(), self.loop, self.memory)
         self.pio = AddressSpace("pio", 1 << 16)
         self.mmio = AddressSpace("mmio", 1 << 52)
-        self.chip.place(self.pio, self.mmio)
-        self.lapic = self.chip.devices["lapic"]
+        self.chip = PythonIrqchip(VirtualClock(), self.loop, self.memory, self.pio, self.mmio)
+        for late in self.chip.devices.values():
+            for space, address, region in late.regions():
+                space.add(address, region)
+        self.lapic = self.chip.devices["lapic"].device
         self.apic(SVR, 0x1FF)
         self.apic(LINT0, MASKED)
 

@@ -1,0 +1,99 @@
+"""Late: a device that is made when somebody first wants it: a guest that touches it, or whoever asks for it.
+
+Of the devices that every PC has a small guest touches two or three, and to make all of them takes as long as a third of
+what KVM does for a machine. So a board says where a device is, and how it is made; whoever looks, at the bus, at the
+board's parts, by a reset or a save, finds it made. Where making one may go wrong by what somebody has asked for, it is
+made at once: nobody is told of such a thing when the guest runs.
+
+It is made as it would have been at power-on: a device that takes the time then is told when that was.
+"""
+
+from __future__ import annotations
+
+from pyvmm.device import DeviceLock
+from pyvmm.region import LateRegion, MemoryRegion
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.address_space import AddressSpace
+    from pyvmm.device import Device
+
+    # Space, address, how many; the region's name, and which attribute of the device answers there: "" is itself.
+    Place = tuple[AddressSpace, int, int, str, str]
+
+
+class Late:
+    """``make()`` makes the device, which is mapped at ``places`` from then on. Once, from any thread."""
+
+    __slots__ = ("_device", "_lock", "_make", "_places", "_regions")
+
+    def __init__(self, make: Callable[[], Device], *places: Place) -> None:
+        self._make = make
+        self._places = places
+        self._device: Device | None = None
+        self._lock = DeviceLock()
+        self._regions: list[LateRegion] = []
+
+    @property
+    def device(self) -> Device:
+        """It, made by now."""
+        return self._device or self._arrive()
+
+    @property
+    def made(self) -> bool:
+        """Whether anybody has wanted it."""
+        return self._device is not None
+
+    # -- state (state.pyx has the contract): the device's
+
+    @property
+    def STATE_VERSION(self) -> int:
+        return self.device.STATE_VERSION
+
+    def save(self) -> dict[str, Any]:
+        return self.device.save()
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.device.load(state)
+
+    def after_load(self) -> None:
+        self.device.after_load()
+
+    # -- its places
+
+    def regions(self) -> list[tuple[AddressSpace, int, MemoryRegion]]:
+        """What stands for it until then: (space, address, region), to be mapped before anybody asks for it."""
+        found: list[tuple[AddressSpace, int, MemoryRegion]] = []
+        for space, address, size, name, _part in self._places:
+            region = LateRegion(size, name, self._lock, self._arrive)
+            self._regions.append(region)
+            found.append((space, address, region))
+        return found
+
+    def _arrive(self) -> Device:
+        with self._lock:
+            if self._device is None:
+                made = self._make()
+                try:
+                    self._take_places(made)
+                finally:
+                    self._device = made
+            return self._device
+
+    def _take_places(self, made: Device) -> None:
+        spaces: dict[str, tuple[AddressSpace, list[MemoryRegion], list[MemoryRegion]]] = {}
+        for (space, _address, size, name, part), late in zip(self._places, self._regions, strict=True):
+            region = MemoryRegion(size, getattr(made, part) if part else made, name=name)
+            _space, lates, regions = spaces.setdefault(space.name, (space, [], []))
+            lates.append(late)
+            regions.append(region)
+        self._regions.clear()
+        for space, lates, regions in spaces.values():
+            space.replace(lates, regions)
+
+    def forget(self) -> None:
+        """At the end: nobody asks any more."""
+        self._regions.clear()

@@ -1,0 +1,220 @@
+"""Devices that are made when somebody first wants them: nobody can tell."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from pyvmm import Machine
+from pyvmm.address_space import AddressSpace, SpaceListener
+from pyvmm.clock import VirtualClock
+from pyvmm.device import Device
+from pyvmm.errors import ConfigError
+from pyvmm.late import Late
+from pyvmm.region import LateRegion, MemoryRegion
+
+PORT, BYTES, SECOND = 0x70, 2, 0x90
+SECOND_NS = 1_000_000_000
+
+
+class Words(Device):
+    """Two bytes to be written and read one by one; ``other`` answers at its second place."""
+
+    impl_sizes = (1, 1)
+
+    def __init__(self) -> None:
+        self.cells = [0x11, 0x22]
+        self.seen: list[tuple[int, int]] = []
+        self.other = Other()
+
+    def read(self, offset: int, size: int) -> int:
+        self.seen.append((offset, size))
+        return self.cells[offset]
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.cells[offset] = value
+
+
+class Other(Device):
+    def read(self, offset: int, size: int) -> int:
+        raise ValueError("other")
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.pio = AddressSpace("pio", 1 << 16)
+        self.made: list[Words] = []
+        self.late = Late(self.make, (self.pio, PORT, BYTES, "words", ""), (self.pio, SECOND, 4, "other", "other"))
+        self.pio.add_all([(address, region) for _space, address, region in self.late.regions()])
+
+    def make(self) -> Words:
+        self.made.append(Words())
+        return self.made[-1]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_an_access_makes_it_and_is_answered_by_it(bench: Bench) -> None:
+    assert bench.pio.read(PORT + 1, 1) == 0x22
+    bench.pio.write(PORT, 1, 0x33)
+    assert bench.pio.read(PORT, 2) == 0x2233
+    assert len(bench.made) == 1 and bench.late.device is bench.made[0]
+    assert bench.made[0].seen == [(1, 1), (0, 1), (1, 1)]
+
+
+def test_the_first_access_is_split_as_every_later_one(bench: Bench) -> None:
+    """Past its end, and in pieces of the size that it implements."""
+    first = bench.pio.read(PORT, 4), bench.pio.read(PORT - 1, 4)
+    assert first == (bench.pio.read(PORT, 4), bench.pio.read(PORT - 1, 4)) == (0xFFFF2211, 0xFF2211FF)
+
+
+def test_a_write_makes_it(bench: Bench) -> None:
+    bench.pio.write(PORT, 2, 0x5544)
+    assert bench.made[0].cells == [0x44, 0x55]
+
+
+def test_who_looks_at_the_bus_finds_it(bench: Bench) -> None:
+    assert bench.made == []
+    found = bench.pio.find(PORT)
+    assert found is not None and found.device is bench.late.device
+    assert [(region.base, region.size, region.name) for region in bench.pio.regions] == [
+        *((PORT, BYTES, "words"), (SECOND, 4, "other"))
+    ]
+    assert not any(isinstance(region, LateRegion) for region in bench.pio.regions)
+
+
+def test_an_overlap_names_it_although_there_is_none_yet(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"mine at 0x71-0x71 overlaps words at 0x70-0x71 in pio"):
+        bench.pio.map(PORT + 1, 1, Words(), name="mine")
+    assert bench.made == []
+
+
+def test_what_its_handler_raises_is_told_of_the_handler(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="other") as raised:
+        bench.pio.read(SECOND, 4)
+    assert [str(note) for note in raised.value.__notes__] == [
+        "Other.read (port 0x90, 4 bytes, region other)"
+    ] and len(bench.made) == 1
+
+
+def test_many_threads_find_one(bench: Bench) -> None:
+    ready, found = threading.Barrier(8), []
+
+    def look() -> None:
+        ready.wait()
+        found.append(bench.pio.read(PORT, 1))
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [0x11] * 8 and len(bench.made) == 1
+
+
+def test_an_access_on_its_way_to_the_place_finds_the_device(bench: Bench) -> None:
+    """A vCPU has the view of before, and the place in its hand."""
+    place = next(region for region in bench.pio.view.regions if region.name == "words")
+    assert isinstance(place, LateRegion)
+    assert bench.pio.read(PORT, 1) == 0x11
+    assert place._pass_read(1, 1) == 0x22
+    place._pass_write(0, 1, 7)
+    assert bench.pio.read(PORT, 1) == 7
+
+
+def test_what_can_not_be_made_is_an_error_of_whoever_wanted_it() -> None:
+    pio = AddressSpace("pio", 1 << 16)
+
+    def make() -> Device:
+        raise OSError(24, "Too many open files")
+
+    late = Late(make, (pio, PORT, BYTES, "words", ""))
+    pio.add_all([(address, region) for _space, address, region in late.regions()])
+    with pytest.raises(OSError, match="Too many") as raised:
+        pio.read(PORT, 1)
+    assert "region words" in str(raised.value.__notes__[0])
+    with pytest.raises(OSError, match="Too many"):
+        _ = late.device
+
+
+def test_a_listener_may_look_in_the_middle_of_a_change(bench: Bench) -> None:
+    class Looks(SpaceListener):
+        def region_add(self, space: AddressSpace, region: MemoryRegion) -> None:
+            seen.append((region.name, len(space.regions)))
+
+    seen: list[tuple[str, int]] = []
+    bench.pio.listen(Looks())
+    bench.pio.map(0x10, 1, Words(), name="mine")
+    assert seen == [("words", 2), ("other", 2), ("mine", 3)] and bench.made == []
+    assert bench.pio.read(PORT, 1) == 0x11
+    assert seen[3:] == [("words", 3), ("other", 3)]
+
+
+# -- on a machine ------------------------------------------------------------------------------------------------------
+
+
+def unmade(machine: Machine) -> set[str]:
+    return {region.name for space in (machine.pio, machine.mmio) for region in space.view.regions
+            if isinstance(region, LateRegion)}  # fmt: skip
+
+
+def test_a_board_makes_what_is_touched() -> None:
+    with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
+        before = unmade(machine)
+        assert {"rtc", "acpi_pm", "fw_cfg", "lapic", "pit", "pic.master", "i8042.data"} < before
+        machine.pio.write(0x70, 1, 0x0D)
+        assert machine.pio.read(0x71, 1) == 0x80
+        assert before - unmade(machine) == {"rtc"}
+        machine.irq_line(9).raise_()
+        assert machine.irqchip.controllers["pic"].inputs.count == 16
+        assert machine.pio.read(0x20, 1) == 1 << 2  # the IRR: the slave, whose is IRQ 9
+        assert machine.pio.read(0xA0, 1) == 1 << 1
+        assert machine.board.pm.press() is None
+        assert "acpi_pm" not in unmade(machine)
+
+
+def test_who_asks_for_the_parts_has_all_of_them_in_their_order() -> None:
+    names = "pic ioapic lapic pit serial acpi_pm gpe0 vmgenid reset_control fw_cfg rtc i8042 port92 port80"
+    with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
+        machine.pio.read(0x71, 1)
+        assert list(machine.devices) == [*names.split(), "debugcon", "debug_exit"]
+        assert unmade(machine) == set()
+        assert all(isinstance(device, Device) for device in machine.devices.values())
+
+
+def test_made_late_it_is_as_made_at_power_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that shows: whether a device was there from the beginning or came just now, guest and save find the same."""
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000 * SECOND_NS + 123)
+    states = []
+    for early in (True, False):
+        with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
+            if early:
+                assert machine.devices
+            assert isinstance(machine.clock, VirtualClock)
+            machine.clock.step(700 * SECOND_NS)
+            for port, value in ((0x70, 0x0B), (0x71, 0x02), (0x70, 0x0C), (0x600, 0)):
+                machine.pio.write(port, 1, value)
+            shown = machine.pio.read(0x71, 1), machine.pio.read(0x600, 2), machine.pio.read(0x608, 4)
+            parts = machine.save_state(memory=False)["parts"]
+            del parts["vmgenid"]  # a number drawn
+            states.append((shown, parts))
+    assert states[0][0][0] & 0x10 and states[0][0][1] == 1  # the update's flag, the PM timer's
+    assert states[0][0] == states[1][0]
+    assert [name for name, part in states[0][1].items() if states[1][1][name] != part] == []
+
+
+def test_a_generation_is_told_of_by_devices_that_nobody_has_touched() -> None:
+    with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
+        machine.board.new_generation()
+        assert {"vmgenid", "gpe0", "acpi_pm"}.isdisjoint(unmade(machine))
+        assert machine.pio.read(0xAFE0, 2) == 1 << 5
+
+
+def test_files_that_can_not_be_are_told_of_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="etc/e820"):
+        Machine(machine="microvm", accel="qtest", memory_mib=2, fw_cfg={"etc/e820": b"mine"})
