@@ -63,6 +63,7 @@ class RegisterRegion(MemoryRegion):
     @property
     def gathering(self) -> bool: ...
 
+@disjoint_base
 class LateRegion(MemoryRegion):
     def __init__(self, size: int, name: str, lock: DeviceLock, arrive: Callable[[], object]) -> None: ...
     def arrive(self) -> None: ...
@@ -94,7 +95,6 @@ class EventRegion(MemoryRegion):
         self, size: int, fd: int, *, write_size: int = 0, datamatch: int | None = None, name: str = "event"
     ) -> None: ...
 
-@disjoint_base
 class FifoRegion(MemoryRegion):
     def __init__(
         self, size: int, device: Device, on_end: Callable[[], object], *, wide: bool = False, name: str = "fifo"

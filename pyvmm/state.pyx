@@ -32,7 +32,6 @@ as ``_clock``. ``STATE_VERSION`` goes up when the meaning of a table changes.
 """
 
 from pyvmm.errors import StateError
-from pyvmm.late import Late
 
 LONGEST_NUMBER_BITS = 64
 # So far from now a moment may be: 146 years. The sum of two such times is a whole number of 64 bits still.
@@ -338,9 +337,9 @@ def is_as_made(holder, entry):
     """Whether a holder that is made late (late.py) need not be made for this state: it would begin with it anyway. That
     takes making one to find out, so it is asked of states that many machines go on from, and once.
     """
-    if type(entry) is not Known or not isinstance(holder, Late) or holder.made:
+    if type(entry) is not Known or getattr(holder, "made", True):
         return False
-    return once(entry, Late, lambda: holder.device.save() == entry["state"])
+    return once(entry, "as made", lambda: holder.save() == entry["state"])
 
 
 def check_holders(holders, saved):
