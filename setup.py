@@ -9,13 +9,19 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 # Setuptools has it by this name only, also for Pythons without a distutils of their own.
 from distutils.command.build_scripts import build_scripts  # isort: skip
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import build_facts  # noqa: E402
+
 UNITS = sorted(p.relative_to(HERE) for p in (HERE / "pyvmm").rglob("*.pyx"))
 
 
@@ -38,10 +44,14 @@ def assemble_guests() -> None:
 
 def bundle_modules(directory: Path) -> None:
     """All modules in Python of the package there in one file, beside them."""
-    sys.path.insert(0, str(HERE))
     from pyvmm.bundle_build import build
 
     build(str(directory))
+
+
+def tell_what_it_is(directory: Path) -> None:
+    """For `pyvmm --version`."""
+    (directory / "built.txt").write_text(build_facts.text(build_facts.facts()))
 
 
 class BuildPy(build_py):
@@ -52,6 +62,7 @@ class BuildPy(build_py):
         super().run()
         if not self.editable_mode:
             bundle_modules(Path(self.build_lib, "pyvmm"))
+            tell_what_it_is(Path(self.build_lib, "pyvmm"))
 
 
 class BuildExt(build_ext):
@@ -63,6 +74,7 @@ class BuildExt(build_ext):
         if self.inplace:
             assemble_guests()
             bundle_modules(HERE / "pyvmm")
+            tell_what_it_is(HERE / "pyvmm")
         super().run()
         if self.inplace:
             # Of a build from before: one for each unit.
@@ -87,6 +99,28 @@ class BuildExt(build_ext):
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=ext.extra_link_args, build_temp=self.build_temp
         )
+
+
+class Wheel(bdist_wheel):
+    """With a bill of materials beside the metadata, where PEP 770 wants it."""
+
+    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
+        super().egg2dist(egginfo_path, distinfo_path)
+        sboms = Path(distinfo_path, "sboms")
+        sboms.mkdir()
+        about = self.distribution
+        bill = build_facts.bill(
+            build_facts.facts(), about.get_name(), about.get_version(), list(about.install_requires)
+        )
+        (sboms / "pyvmm.cdx.json").write_text(bill)
+
+
+class Sdist(sdist):
+    """It says what it was made from: there is no repository around it any more."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "SOURCE").write_text(build_facts.source() + "\n")
 
 
 class BuildScripts(build_scripts):
@@ -119,7 +153,13 @@ def c_sources() -> list[str]:
 
 
 setup(
-    cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "build_scripts": BuildScripts},
+    cmdclass={
+        "bdist_wheel": Wheel,
+        "build_ext": BuildExt,
+        "build_py": BuildPy,
+        "build_scripts": BuildScripts,
+        "sdist": Sdist,
+    },
     scripts=["pyvmm/launcher/pyvmm"],
     ext_modules=[
         Extension(

@@ -12,6 +12,7 @@ import pytest
 import pyvmm
 
 KERNEL = os.environ.get("KERNEL", f"/boot/vmlinuz-{os.uname().release}")
+MORE = os.environ.get("APPEND", "")  # for the kernel's command line
 LIMIT_S = float(os.environ.get("LIMIT_S", "60"))
 
 
@@ -19,7 +20,7 @@ LIMIT_S = float(os.environ.get("LIMIT_S", "60"))
 def dmesg():
     """All that the kernel says, until it finds no root and panics; `panic=-1` makes a reboot of that, which ends it."""
     said = []
-    options = {"append": "console=ttyS0 panic=-1", "memory_mib": 512, "cpus": 2, "no_reboot": True}
+    options = {"append": f"console=ttyS0 panic=-1 {MORE}", "memory_mib": 512, "cpus": 2, "no_reboot": True}
     with pyvmm.Machine(kernel=KERNEL, serial=said.append, **options) as m:
         m.run(timeout_s=LIMIT_S)
     return b"".join(said).decode(errors="replace").replace("\r", "")

@@ -108,9 +108,9 @@ def dispatch(args: list[str]) -> int:
         print(USAGE, end="")
         return 0 if args else STATUS_USAGE
     if verb == "--version":
-        from pyvmm import __version__
+        from pyvmm.cli.version import version_text
 
-        print(f"pyvmm {__version__}")
+        print(version_text(), end="")
         return 0
     if verb == "run":
         load_ahead()
