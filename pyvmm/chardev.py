@@ -51,6 +51,7 @@ class Chardev:
     size: tuple[int, int] | None = None
     """Columns and lines of the screen at the other end, where that is one and its size is known."""
     _fed: Feed | None = None
+    _listeners: tuple[Callable[[bytes], object], ...] = ()
     _on_resize: Callable[[], None] | None = None
 
     def __init__(self) -> None:
@@ -62,6 +63,27 @@ class Chardev:
     def write(self, data: bytes) -> None:
         """Send ``data`` to the host's side. Never blocks."""
         raise NotImplementedError
+
+    def listen(self, heard: Callable[[bytes], object]) -> None:
+        """Have ``heard(data)`` called too, with all that the device writes from now on: with the device's lock held, so
+        it must not wait. Where nobody listens ``write`` is as if there were no such thing.
+        """
+        with _feed_lock:
+            if not self._listeners:
+                vars(self)["write"] = self._tell
+            self._listeners = (*self._listeners, heard)
+
+    def forget(self, heard: Callable[[bytes], object]) -> None:
+        """One call may still be under way."""
+        with _feed_lock:
+            self._listeners = tuple(each for each in self._listeners if each != heard)
+            if not self._listeners:
+                vars(self).pop("write", None)
+
+    def _tell(self, data: bytes) -> None:
+        type(self).write(self, data)
+        for heard in self._listeners:
+            heard(data)
 
     def set_receiver(
         self,
@@ -165,7 +187,7 @@ class Chardev:
         """In a child of fork: close what this process has, and touch nothing that the parent has too. Takes no lock."""
 
 
-_feed_lock = Lock()  # of making Chardev._fed
+_feed_lock = Lock()  # of making Chardev._fed, and of who listens
 
 
 class Feed:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         shares: Sequence[ShareOptions | str]
         firmware: Image | None
         boot: str
+        name: str | None
         uuid: str | None
         kernel: Image | None
         initrd: Image | None
@@ -339,6 +340,24 @@ def take_cpu(name: str, value: Any) -> str:
 
 
 CPU = Kind(take_cpu, metavar="SPEC")
+NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+LONGEST_NAME = 64  # it is part of a socket's path
+
+
+def take_machine_name(name: str, value: Any) -> str | None:
+    """A name that is one of a file too (control/registry.py)."""
+    if value is None:
+        return None
+    usable = isinstance(value, str) and value[:1].isalnum() and len(value) <= LONGEST_NAME
+    if not usable or any(char not in NAME_CHARS for char in value):
+        raise ConfigError(
+            f"{name}={value!r}: give a letter or a digit and then letters, digits, '.', '-' and '_',"
+            f" {LONGEST_NAME} characters at most"
+        )
+    return str(value)
+
+
+NAME = Kind(take_machine_name, metavar="NAME")
 INTERNAL = Kind(take_flag, file="", metavar="")  # for the code that makes the machine: no file says it
 
 
@@ -469,6 +488,10 @@ class MachineConfig(Options):
         BOOT, "cad", "what firmware tries in turn: c disk, d CD-ROM, n kernel, a floppy; or QEMU's words: order=cd,"
         "once=d,menu=on,splash-time=3000,reboot-timeout=5000,strict=on (times in ms)", cli="--boot", many=True,
         own_words=True)  # fmt: skip
+    name: str | None = option(
+        NAME, None, "the machine's: with one `pyvmm run` lets this user's `pyvmm list`, attach, qmp, save and top find"
+        " it, once the guest is on its way", cli="--name", own_words=True, python="; Machine.register does it in"
+        " Python")  # fmt: skip
     uuid: str | None = option(
         UUID, None, "the machine's, for SMBIOS and fw_cfg, in 8-4-4-4-12 hexadecimal digits; without it all zeros",
         cli="--uuid")  # fmt: skip

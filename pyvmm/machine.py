@@ -235,6 +235,29 @@ class Machine(MovingMachine):
         else:
             self._chassis.when_it_runs(serve)
 
+    def register(self) -> None:
+        """Let this user's `pyvmm list`, ``attach``, ``qmp``, ``save`` and ``top`` find the machine by its ``name``, as
+        soon as the guest is on its way and until the machine is closed. `pyvmm run` does it where there is a name.
+
+        Sockets for that are in a folder that only this user may enter, ``pyvmm`` in XDG_RUNTIME_DIR. ConfigError for a
+        machine without a name, where another one that is running has it, and where there can't be such a folder.
+        """
+        from pyvmm.control.registry import Registry
+
+        self._usable("register")
+        if self.config.name is None:
+            raise ConfigError("register(): the machine has no name, give it one by name=")
+        qmp, consoles = (self._chassis.closers.add(each) for each in Registry().register(self.config.name))
+
+        def serve() -> None:
+            from pyvmm.control.console import ConsoleServer
+            from pyvmm.control.qmp.server import QmpServer
+
+            self._chassis.closers.add(QmpServer(self)).add(qmp)
+            self._chassis.closers.add(ConsoleServer(self.consoles, consoles))
+
+        self._chassis.when_it_runs(serve)
+
     def serve_gdb(self, where: str | PathLike[str] | int, *, wait: bool = False) -> GdbServer:
         """Let gdb connect: ``target remote PATH``, or ``target remote :PORT``. ``where`` is the path of a Unix socket,
         or a port of the loopback (0: any; the result's ``where`` tells which). One debugger at a time.

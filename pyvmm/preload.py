@@ -113,7 +113,9 @@ RUNNING = (
     "linecache",
     "mmap",
     "pyvmm.boards.pc_drives",  # another medium
+    "pyvmm.control.console",  # who asks for a machine by its name, as registry
     "pyvmm.control.qmp.server",
+    "pyvmm.control.registry",
     "pyvmm.control.gdb.server",  # clients of gdb's, with all that they need
     "pyvmm.devices.acpi_gpe",  # devices that are made when a guest touches them
     "pyvmm.devices.acpi_pm",

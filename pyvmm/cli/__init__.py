@@ -24,8 +24,21 @@ usage: pyvmm VERB [OPTIONS]
   image    tell of disk images, make, copy, check and resize them (qcow2, raw)
   bench    what an exit and a start cost on this host, against a loop in C and other VMMs
 
+  list     the running machines of this user that have a name (pyvmm run --name NAME)
+  attach   a console of one of them, on this terminal
+  qmp      a QMP command to one of them
+  save     one of them to a file, to go on from later
+
   --help, --version
 """
+
+# What is asked of machines that run already.
+RUNNING = {
+    "list": ("pyvmm.cli.machines", "list_machines"),
+    "attach": ("pyvmm.cli.attach", "attach"),
+    "qmp": ("pyvmm.cli.machines", "qmp"),
+    "save": ("pyvmm.cli.machines", "save"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,4 +150,9 @@ def dispatch(args: list[str]) -> int:
         from pyvmm.cli.bench import bench
 
         return bench(args[1:])
-    raise ConfigError(f"there is no verb {verb!r}: use run, demo, doctor, qtest, image or bench")
+    if verb in RUNNING:
+        module, function = RUNNING[verb]
+        __import__(module)
+        status: int = getattr(sys.modules[module], function)(args[1:])
+        return status
+    raise ConfigError(f"there is no verb {verb!r}: `pyvmm --help` lists them")

@@ -38,7 +38,6 @@ INSTEAD = {
     "mem-prealloc": "use --huge-pages 2M or 1G",
     "D": "leave it out: there is no log of that kind; --exit-stats tells what exits cost",
     "d": "leave it out: there is no log of that kind; --exit-stats tells what exits cost",
-    "name": "leave it out: a machine has no name here",
     "daemonize": "start it with `&`, or by systemd-run, and give --serial none, pty or file:PATH",
     "pidfile": "start it with `&`: the shell's $! is its pid",
     "qtest": "use `pyvmm qtest --connect PATH`",
@@ -164,6 +163,7 @@ def value_words(option: str, text: str) -> list[str] | None:
         "--fw-cfg": fw_cfg,
         "--net": net,
         "--qmp": qmp,
+        "--name": name,
     }
     words = meanings[option](text) if option in meanings else None
     return None if words == [option, text] else words
@@ -240,6 +240,16 @@ def qmp(text: str) -> list[str]:
     if not path.startswith("unix:") or set(words) - {"server=on", "wait=off", "nowait=on"} or "server=on" not in words:
         raise ConfigError(f"--qmp {text} is not there yet: give the path of a Unix socket that is to be made")
     return ["--qmp", path.removeprefix("unix:")]
+
+
+def name(text: str) -> list[str]:
+    """QEMU's -name [guest=]NAME,debug-threads=on: threads have their names anyway."""
+    values = split(text, "guest")
+    guest = values.pop("guest", "")
+    values.pop("debug-threads", None)
+    for key, value in values.items():
+        raise ConfigError(f"--name {key}={value} is not there yet: leave it out")
+    return ["--name", guest]
 
 
 def console(option: str, text: str) -> list[str]:

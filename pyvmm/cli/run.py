@@ -128,9 +128,11 @@ def run(args: list[str]) -> int:
             say(f"pyvmm: gdb: target remote {serve_gdb(machine, gdb, wait_gdb)}")
         for path in sockets:  # from here on a client may end the machine, at any moment
             machine.serve_qmp(path, at_once=wait_gdb)  # else it waits for nothing: the guest comes first
+        if machine.config.name is not None:
+            machine.register()
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
-        return go(machine, timeout_s, exit_stats, attended=bool(sockets))
+        return go(machine, timeout_s, exit_stats, attended=bool(sockets) or machine.config.name is not None)
 
 
 def serve_gdb(machine: Machine, place: str | int, wait: bool) -> str:

@@ -130,7 +130,6 @@ class Serial(Device):
         "_lsr",
         "_mcr",
         "_msr",
-        "_put",
         "_rbr",
         "_refused",
         "_rx",
@@ -152,7 +151,6 @@ class Serial(Device):
         self._last_put_ns = -gather_ns
         self._irq = irq
         self._chardev = chardev
-        self._put = chardev.write
         self._thr_open = False
         self._clock = clock
         self._timeout = clock.timer(self._on_timeout)
@@ -210,7 +208,7 @@ class Serial(Device):
                 if self._gather_ns:
                     self._put_gathered(value)
                 else:
-                    self._put(BYTES[value])
+                    self._chardev.write(BYTES[value])
                     if not self._chardev.can_write:
                         self._thr_open = False
             elif self._lcr & LCR_DLAB:
@@ -365,7 +363,7 @@ class Serial(Device):
             self._last_put_ns = now_ns
 
     def _put_all(self, data: bytes) -> None:
-        self._put(data)
+        self._chardev.write(data)
         if not self._chardev.can_write:
             self._thr_open = False
             self.region.release()
@@ -448,7 +446,7 @@ class Serial(Device):
             while tx:
                 self._take(tx.popleft() & self._word_mask)
         elif self._chardev.can_write:
-            self._put(bytes(byte & self._word_mask for byte in tx))
+            self._chardev.write(bytes(byte & self._word_mask for byte in tx))
             tx.clear()
         else:
             return

@@ -263,6 +263,8 @@ FORBIDDEN = {
 LATE = {"pyvmm.cli.doctor", "pyvmm.cli.demo", "pyvmm.cli.__main__", "pyvmm.__main__"}
 LATE |= {"pyvmm.config_file", "pyvmm.config_places"}
 LATE |= {"pyvmm.cli.config_given", "pyvmm.cli.config_print", "pyvmm.cli.config_schema"}
+# And who talks to machines that run already.
+LATE |= {"pyvmm.cli.attach", "pyvmm.cli.machines", "pyvmm.control.qmp_client"}
 LATE |= {name for p in sources(".py") if (name := module_name(p)).startswith("pyvmm.control.qmp.")}
 
 

@@ -796,13 +796,7 @@ class Gathering(Bench):
         self.pio.add(0x3F8, self.uart.region)
         self.clock.step(1_000_000_000)
         self.writes: list[bytes] = []
-        put = self.line.write
-
-        def write(data: bytes) -> None:
-            self.writes.append(data)
-            put(data)
-
-        self.uart._put = write
+        self.line.listen(self.writes.append)
 
     def inb(self, offset: int) -> int:
         return self.pio.read(0x3F8 + offset, 1)

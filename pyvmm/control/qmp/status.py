@@ -49,7 +49,8 @@ def query_status(served: Served) -> dict[str, Any]:
 
 @command("query-name", returns=Struct({"name": Optional(STR)}))
 def query_name(served: Served) -> dict[str, Any]:
-    return {}
+    name = served.machine.config.name
+    return {} if name is None else {"name": name}
 
 
 @command("query-uuid", returns=Struct({"UUID": STR}))
