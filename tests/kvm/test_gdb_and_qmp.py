@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from elftools.elf.elffile import ELFFile
 from gdb_client import RIP, GdbClient
 from guests import TIMEOUT_S, Guest
 from qmp_peer import QmpPeer
 
 from pyvmm import RunState
+
+pytestmark = pytest.mark.native  # the lab has no breakpoints
 
 LOOP = "mov $5, %ecx\n here: inc %ebx\n there: dec %ecx\n jnz here\n jmp here"
 
