@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-from pyvmm.chardev import CallableChardev
+from pyvmm.dialog import LIMIT_S, Dialog
 
 LOOK_S = 1.0  # how often a limit is looked at while nothing comes
 CTRL_A = "\x01"
@@ -132,29 +132,10 @@ def pyvmm_run(*args: str) -> GuestConsole:
     return GuestConsole(*PYVMM_RUN, *args)
 
 
-class SerialLine:
-    """The host's end of the serial port of a Machine in this process: ``Machine(serial=line.chardev)``."""
+class SerialLine(Dialog):
+    """The host's end of the serial port of a Machine in this process: ``Machine(serial=line.chardev)``. Here what is
+    expected is text, as of a Console, and no pattern.
+    """
 
-    def __init__(self) -> None:
-        self.chardev = CallableChardev(self._hear)
-        self.output = ""
-        self._seen = 0
-        self._changed = threading.Condition()
-
-    def send(self, text: str) -> None:
-        self.chardev.feed(text.encode())
-
-    def expect(self, text: str, timeout_s: float) -> str:
-        """As Console.expect."""
-        with self._changed:
-            came = self._changed.wait_for(lambda: self.output.find(text, self._seen) >= 0, timeout_s)
-            assert came, f"no {text!r} within {timeout_s} s; the last of the output:\n{self.output[-3000:]}"
-            at = self.output.find(text, self._seen)
-            between = self.output[self._seen : at]
-            self._seen = at + len(text)
-            return between
-
-    def _hear(self, data: bytes) -> None:
-        with self._changed:
-            self.output += data.decode("utf-8", "replace")
-            self._changed.notify_all()
+    def expect(self, pattern: str | re.Pattern[str], timeout_s: float = LIMIT_S) -> str:
+        return super().expect(re.escape(pattern) if isinstance(pattern, str) else pattern, timeout_s)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import boot_assets
 import pytest
-from console import SerialLine
 
 import pyvmm
+from pyvmm.dialog import Dialog
+from pyvmm.pytest_plugin import Machines
 
 LIMIT_S = 240.0
 
@@ -20,28 +21,21 @@ def test_what_wants_a_bios_is_told_so() -> None:
 
 
 @pytest.mark.lab
-def test_ipxe_by_firmware(firmware: Path) -> None:
+def test_ipxe_by_firmware(firmware: Path, vm: Machines, console: Dialog) -> None:
     """Its set-up code is real-mode code that calls the BIOS. Software KVM lacks the IRET of its shell."""
-    line = SerialLine()
-    with pyvmm.Machine(
-        machine="pc", memory_mib=64, firmware=firmware, kernel=boot_assets.ipxe(), serial=line.chardev
-    ) as m:
-        m.resume()
-        line.expect("iPXE initialising devices...", LIMIT_S)  # newer ones say no more "ok"
-        line.expect("Open Source Network Boot Firmware", LIMIT_S)
-        line.expect("No more network devices", LIMIT_S)
+    vm(machine="pc", memory_mib=64, firmware=firmware, kernel=boot_assets.ipxe()).resume()
+    console.expect("iPXE initialising devices...", LIMIT_S)  # newer ones say no more "ok"
+    console.expect("Open Source Network Boot Firmware", LIMIT_S)
+    console.expect("No more network devices", LIMIT_S)
 
 
 @pytest.mark.lab
 @pytest.mark.parametrize("cpus", [1, 2])
-def test_memtest_tests_with_all_processors(cpus: int) -> None:
+def test_memtest_tests_with_all_processors(cpus: int, vm: Machines, console: Dialog) -> None:
     """Its own local APIC is off when it wakes the others. Software KVM lacks FWAIT, with which it begins."""
-    line = SerialLine()
-    with pyvmm.Machine(
-        kernel=boot_assets.memtest(), append="console=ttyS0,115200", cpus=cpus, memory_mib=64, serial=line.chardev
-    ) as m:
-        m.resume()
-        said = line.expect("Status: Testing", LIMIT_S)
-        threads = re.findall(r"SMP: (\w+)", said)
-        assert threads[-1] == ("Disabled" if cpus == 1 else f"{cpus}T")
-        assert m.resets.count == 0
+    m = vm(kernel=boot_assets.memtest(), append="console=ttyS0,115200", cpus=cpus, memory_mib=64)
+    m.resume()
+    said = console.expect("Status: Testing", LIMIT_S)
+    threads = re.findall(r"SMP: (\w+)", said)
+    assert threads[-1] == ("Disabled" if cpus == 1 else f"{cpus}T")
+    assert m.resets.count == 0

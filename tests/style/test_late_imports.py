@@ -11,7 +11,7 @@ from tree import PACKAGE, sources
 from pyvmm import preload
 
 # Commands and their tools; what stands there is no part of a machine.
-OUTSIDE = ("cli", "control", "guests")
+OUTSIDE = ("cli", "control", "guests", "pytest_plugin.py")
 LISTED = {*preload.BUILDING, *preload.RUNNING, *preload.GUESTS, *preload.EXTRAS}
 
 

@@ -265,6 +265,7 @@ LATE |= {"pyvmm.config_file", "pyvmm.config_places"}
 LATE |= {"pyvmm.cli.config_given", "pyvmm.cli.config_print", "pyvmm.cli.config_schema"}
 # And who talks to machines that run already.
 LATE |= {"pyvmm.cli.attach", "pyvmm.cli.machines", "pyvmm.control.qmp_client"}
+LATE |= {"pyvmm.dialog", "pyvmm.pytest_plugin"}  # tools of programs and of tests
 LATE |= {name for p in sources(".py") if (name := module_name(p)).startswith("pyvmm.control.qmp.")}
 
 
