@@ -61,7 +61,7 @@ def kinds() -> list[DiskKind]:
     """Every contender there may be, the reference first."""
     return [
         *(QemuKind("threads"), QemuKind("io_uring"), QemuKind("io_uring", iothread=True)),
-        *(OwnKind("threads"), OwnKind("io_uring")),
+        *(OwnKind("threads"), OwnKind("io_uring"), QemuKind("nbd"), OwnKind("nbd")),
     ]
 
 

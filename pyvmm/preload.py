@@ -33,6 +33,8 @@ BUILDING = (
     "pyvmm.block.protocols.file_posix",
     "pyvmm.block.protocols.image",
     "pyvmm.block.protocols.io_uring",
+    "pyvmm.block.protocols.nbd",
+    "pyvmm.block.protocols.nbd_address",
     "pyvmm.block.throttle",
     "pyvmm.boards.drive_places",
     "pyvmm.boards.gathered_writes",

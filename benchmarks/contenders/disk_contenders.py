@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from pyvmm_benchmarks import environment
-from pyvmm_benchmarks.contenders.exit_contender import Contender, Kind, read_line
+from pyvmm_benchmarks.contenders.exit_contender import LOOK_S, CantRun, Contender, Kind, read_line
 from pyvmm_benchmarks.disk_cases import MEMORY_MIB, Answer, DiskCase, take
 
 CHILD = Path(__file__).with_name("disk_child.py")
@@ -21,6 +22,14 @@ class Disk(Contender):
     """A running one. ``case`` is that of the next turn."""
 
     case: DiskCase
+    server: subprocess.Popen[bytes] | None = None
+    """Where its disk is, if that is another process."""
+
+    def close(self) -> None:
+        super().close()
+        if self.server is not None:
+            self.server.terminate()
+            self.server.wait()
 
     def requests(self, case: DiskCase, count: int, limit_s: float) -> Answer:
         """A turn of so many requests; the process is stopped before and after it."""
@@ -64,15 +73,50 @@ class OwnDisk(Disk):
 
 
 class DiskKind(Kind):
+    """``engine`` is the drive's aio; "nbd": its image is that of a qemu-nbd, at a Unix socket."""
+
+    engine: str
+
     def on_image(self, image: Path) -> DiskKind:
         """The same, on that image."""
         self.image = image
         return self
 
+    @property
+    def file(self) -> str:
+        """What the drive is told."""
+        return f"nbd:unix:{self.image}.nbd" if self.engine == "nbd" else str(self.image)
+
+    def why_not(self, case: DiskCase) -> str:
+        if self.engine == "nbd" and not environment.find("qemu-nbd", "PYVMM_QEMU_NBD"):
+            return "no qemu-nbd (Debian: qemu-utils; or name it in PYVMM_QEMU_NBD)"
+        return ""
+
+    def serve(self) -> subprocess.Popen[bytes] | None:
+        """The server of its image, listening; None where it needs none."""
+        if self.engine != "nbd":
+            return None
+        program = environment.find("qemu-nbd", "PYVMM_QEMU_NBD")
+        assert program is not None
+        path = f"{self.image}.nbd"
+        command = [program, "--socket", path, "--format", "raw", "--cache", "writeback", "--persistent"]
+        server = subprocess.Popen([*command, str(self.image)])
+        end = time.monotonic() + ANSWER_S
+        while not listens(path):
+            if server.poll() is not None or time.monotonic() > end:
+                server.kill()
+                server.wait()
+                raise CantRun(f"qemu-nbd does not serve {self.image}")
+            time.sleep(LOOK_S)
+        return server
+
+
+def listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as line:
+        return not line.connect_ex(path)
+
 
 class OwnKind(DiskKind):
-    """``engine`` is the drive's aio."""
-
     ours = True
 
     def __init__(self, engine: str = "threads") -> None:
@@ -80,12 +124,15 @@ class OwnKind(DiskKind):
         self.engine = engine
 
     def command(self, case: DiskCase, directory: Path) -> list[str]:
-        work = {"image": str(self.image), "rom": str(directory / "disk.rom"), "memory_mib": MEMORY_MIB,
-                "aio": self.engine}  # fmt: skip
+        work = {"image": self.file, "rom": str(directory / "disk.rom"), "memory_mib": MEMORY_MIB,
+                "aio": "threads" if self.engine == "nbd" else self.engine}  # fmt: skip
         return [sys.executable, "-P", str(CHILD), json.dumps(work)]
 
     def start(self, case: DiskCase, directory: Path, pin: int | None) -> Disk:
-        return OwnDisk(self, case, self.command(case, directory), pin)
+        server = self.serve()
+        disk = OwnDisk(self, case, self.command(case, directory), pin)
+        disk.server = server
+        return disk
 
 
 class QemuKind(DiskKind):
@@ -101,11 +148,14 @@ class QemuKind(DiskKind):
         return environment.version(self.program, "--version") if self.program else "not installed"
 
     def why_not(self, case: DiskCase) -> str:
-        return "" if self.program else "not installed (Debian: qemu-system-x86; or name it in PYVMM_QEMU)"
+        if not self.program:
+            return "not installed (Debian: qemu-system-x86; or name it in PYVMM_QEMU)"
+        return super().why_not(case)
 
     def command(self, case: DiskCase, directory: Path) -> list[str]:
         assert self.program is not None
-        drive = f"file={self.image},if=none,id=d,format=raw,cache=writeback,aio={self.engine}"
+        drive = f"file={self.file},if=none,id=d,format=raw,cache=writeback"
+        drive += "" if self.engine == "nbd" else f",aio={self.engine}"
         device = "virtio-blk-pci,drive=d,addr=04.0"
         command = [self.program, "-machine", "pc", "-accel", "kvm", "-m", str(MEMORY_MIB)]
         command += ["-bios", str(directory / "disk.rom"), "-nodefaults", "-no-user-config", "-display", "none"]
@@ -116,7 +166,10 @@ class QemuKind(DiskKind):
         return [*command, "-device", device]
 
     def start(self, case: DiskCase, directory: Path, pin: int | None) -> Disk:
-        return Disk(self, case, self.command(case, directory), pin)
+        server = self.serve()
+        disk = Disk(self, case, self.command(case, directory), pin)
+        disk.server = server
+        return disk
 
 
 class SystemCalls:

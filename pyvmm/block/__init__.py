@@ -14,6 +14,7 @@ General layout, in the order a request walks it:
     protocols/   blkdebug   a filter that fails on purpose, in front of another protocol
                  file_posix a file or block device of the host, by preadv and pwritev on the workers of thread_pool
                  io_uring   the same by the other engine, on uring, a ring of the kernel's
+                 nbd        an export of an NBD server: nbd_address, nbd_handshake, nbd_replies are its tools
                  image      the opened file; locking: who else may have it open; fallocate, bounce: its tools
     open         from options to drivers, by tables of formats and protocols; probe: by how a file begins and ends
     options      DriveOptions: what a user may say about a drive

@@ -372,6 +372,8 @@ class BlockBackend:
     def close(self) -> None:
         """Drain, flush, and give the image back; what was put aside is dropped. Idempotent."""
         self._on_error = None  # nobody is left to stop
+        if self._driver is not None:
+            self._driver.ending()
         self.drain()
         self.drop_stalled()
         if self._driver is not None:

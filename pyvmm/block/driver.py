@@ -78,6 +78,9 @@ class ProtocolDriver:
     def give_up(self) -> None:
         """Let somebody else have the image: nothing is in flight, and no request comes before ``claim``."""
 
+    def ending(self) -> None:
+        """The drive is about to be closed: from now on nothing may wait for long, whatever its policy is."""
+
     def close(self) -> None:
         """Give everything back; nothing is in flight."""
 
@@ -143,6 +146,9 @@ class FormatDriver:
     def peek(self, offset: int, length: int) -> bytes:
         """As ProtocolDriver.peek, of the guest's disk."""
         return b""
+
+    def ending(self) -> None:
+        """As ProtocolDriver.ending."""
 
     def abandon(self) -> None:
         """As a protocol's."""

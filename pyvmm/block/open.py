@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.block.driver import FormatDriver, ProtocolDriver
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.protocols.image import Image
+    from pyvmm.block.protocols.nbd_address import NbdAddress
     from pyvmm.clock import Clock
 
 
@@ -164,7 +165,39 @@ def open_blkdebug(rules: str, file: ProtocolDriver, opening: Opening) -> Protoco
     return BlkDebug(file, read_rules(rules), opening.context)
 
 
-PROTOCOLS: dict[str, Callable[[str, Opening], ProtocolDriver]] = {"file": open_file}
+def open_nbd(path: str, opening: Opening) -> ProtocolDriver:
+    from pyvmm.block.protocols.nbd_address import parse_nbd
+
+    return open_export(parse_nbd(path), opening)
+
+
+def open_nbd_unix(path: str, opening: Opening) -> ProtocolDriver:
+    from pyvmm.block.protocols.nbd_address import parse_nbd_unix
+
+    return open_export(parse_nbd_unix(path), opening)
+
+
+def open_export(address: NbdAddress, opening: Opening) -> ProtocolDriver:
+    """What an NBD server has."""
+    options = opening.options
+    if options.aio == "io_uring":
+        raise ConfigError(f"the drive {options.file} is no file, and aio=io_uring is for those: leave it out")
+    from pyvmm.block.protocols.nbd import Nbd
+
+    return Nbd(
+        address,
+        opening.context,
+        read_only=options.read_only or options.keeps_writes,
+        reconnect_delay_s=options.reconnect_delay,
+        timeout_s=options.timeout,
+    )
+
+
+PROTOCOLS: dict[str, Callable[[str, Opening], ProtocolDriver]] = {
+    "file": open_file,
+    "nbd": open_nbd,
+    "nbd+unix": open_nbd_unix,
+}
 # In front of a protocol or of another filter.
 FILTERS: dict[str, Callable[[str, ProtocolDriver, Opening], ProtocolDriver]] = {"blkdebug": open_blkdebug}
 FILTER_WORDS = {"blkdebug": "RULES"}  # what the argument of each is, for messages

@@ -72,6 +72,7 @@ DISCARD = word("unmap", "ignore", from_text=discard)
 BYTES = whole(give="bytes from the image's beginning", from_text=count, file="integer string")
 SIZE = whole(least=1, none=True, give="bytes, or None for all there are", from_text=count, file="integer string")
 PLACE = whole(none=True, give="a whole number from 0, or None", from_text=count)
+SECONDS = whole(most=1 << 31, give="seconds", from_text=count, file="integer string")
 RATE = whole(give="a whole number a second, 0 for no limit", from_text=count, file="integer string")
 GEOMETRY_NUMBER = whole(least=1, none=True, from_text=count)
 SAID = text(none=True, printable=True)
@@ -100,8 +101,9 @@ class DriveOptions(Options):
     other_words = {"force-share": ("locking", lambda text: not on_or_off(text))}
 
     file: str | None = option(
-        IMAGE, None, "path of the image or block device; file:PATH, or blkdebug:RULES:PATH, which fails as the file"
-        " RULES says (pyvmm/block/protocols/blkdebug.py); a CD drive may have none", words="file")  # fmt: skip
+        IMAGE, None, "path of the image or block device; nbd:unix:PATH[:exportname=E], nbd://HOST[:PORT]/EXPORT or"
+        " nbd+unix:///EXPORT?socket=PATH; file:PATH, or blkdebug:RULES:PATH, which fails as the file RULES says"
+        " (pyvmm/block/protocols/blkdebug.py); a CD drive may have none", words="file")  # fmt: skip
     format: str | None = option(
         word("raw", "qcow2", none=True), None, "raw: the image's bytes are the disk, whatever they look like; qcow2;"
         " without it as the image begins; VMDK, VHD, gzip and their like are refused", words="format")  # fmt: skip
@@ -146,6 +148,12 @@ class DriveOptions(Options):
     locking: bool = option(
         LOCKING, True, "refuse an image that another program uses (also auto; force-share=on for off)",
         words="locking file.locking")  # fmt: skip
+    reconnect_delay: int = option(
+        SECONDS, 0, "with nbd: how many seconds requests wait for a server that is lost to come back; 0: they fail at"
+        " once, until it is back", words="reconnect-delay file.reconnect-delay")  # fmt: skip
+    timeout: int = option(
+        SECONDS, 30, "with nbd: after how many seconds without an answer the server is taken for lost; 0:"
+        " never", words="timeout")  # fmt: skip
     offset: int = option(BYTES, 0, "where in the image the disk begins, in bytes", words="offset")
     size: int | None = option(
         SIZE, None, "how many bytes of the image are the"

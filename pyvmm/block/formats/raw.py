@@ -139,6 +139,9 @@ class RawDriver(FormatDriver):
     def peek(self, offset: int, length: int) -> bytes:
         return self._file.peek(self._offset + offset, min(length, self.size_bytes - offset))
 
+    def ending(self) -> None:
+        self._file.ending()
+
     def close(self) -> None:
         self._file.close()
 

@@ -166,6 +166,9 @@ class SnapshotDriver(FormatDriver):
     def ends_with_process(self) -> bool:
         return self._map.find(TOP) >= 0
 
+    def ending(self) -> None:
+        self._base.ending()
+
     def close(self) -> None:
         self._base.close()
         self._top.close()

@@ -245,6 +245,9 @@ class BlkDebug(ProtocolDriver):
     def peek(self, offset: int, length: int) -> bytes:
         return self._file.peek(offset, length)
 
+    def ending(self) -> None:
+        self._file.ending()
+
     def close(self) -> None:
         self._pool.close()
         self._file.close()

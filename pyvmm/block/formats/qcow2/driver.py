@@ -655,6 +655,13 @@ class Qcow2Driver(FormatDriver):
             ret = self._context.run(self.co_readv(offset, [view], len(data))) if data else 0
         return bytes(data) if ret >= 0 else b""
 
+    def ending(self) -> None:
+        if self.backing is not None:
+            self.backing.ending()
+        if self._data is not self.file:
+            self._data.ending()
+        self.file.ending()
+
     def close(self) -> None:
         self.tables.close()
         if self.backing is not None:
