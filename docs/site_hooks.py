@@ -240,15 +240,18 @@ def docstring(thing: Any) -> str:
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
+LANGUAGES = {".py": "python", ".S": "gas", ".c": "c"}
+
+
 def examples_page() -> str:
     """The files of docs/examples, with what each says of itself."""
     text = [
         "# Examples\n",
-        "Each is one file of less than a hundred lines that runs as it is: `python NAME.py`. They are in",
-        "`docs/examples` of the source, and a test runs each of them.\n",
+        "Each is a file of less than a hundred lines that runs as it is: `python NAME.py`. They are in `docs/examples`",
+        "of the source, and tests run each of them.\n",
     ]
-    for path in sorted((ROOT / "docs" / "examples").glob("*.py")):
+    for path in sorted((ROOT / "docs" / "examples").glob("*.*")):
         source = path.read_text()
-        told = (ast.get_docstring(ast.parse(source)) or "").replace("``", "`")
-        text += [f"## `{path.name}`\n", told, "", "```python", source, "```", ""]
+        told = (ast.get_docstring(ast.parse(source)) or "").replace("``", "`") if path.suffix == ".py" else ""
+        text += [f"## `{path.name}`\n", told, "", f"```{LANGUAGES[path.suffix]}", source, "```", ""]
     return "\n".join(text)

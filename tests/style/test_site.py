@@ -38,6 +38,13 @@ def test_every_page_is_made(site: Path) -> None:
     assert pages and {path for path in pages if not (site / path).with_suffix(".html").exists()} == set()
 
 
+def test_every_example_is_shown(site: Path) -> None:
+    text = (site / "examples.html").read_text()
+    names = [path.name for path in (ROOT / "docs" / "examples").glob("*.*")]
+    assert names
+    assert [name for name in names if not re.search(rf'<h2 id="[^"]+"><code>{re.escape(name)}</code>', text)] == []
+
+
 def test_the_reference_has_every_option(site: Path) -> None:
     text = words(site / "reference/options.html")
     names = [name for option in OPTIONS for name in option.names]
