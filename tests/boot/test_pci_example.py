@@ -31,4 +31,4 @@ def test_linux_drives_it(tmp_path: Path, make_initrd: Callable[..., Path]) -> No
         status = m.run(BOOT_S)
     text = b"".join(said).decode(errors="replace")
     assert status == 0, text
-    assert "message 0x51, text: HELLO FROM LINUX" in text
+    assert "1 interrupt, text: HELLO FROM LINUX" in text
