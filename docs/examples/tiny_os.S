@@ -1,7 +1,7 @@
 # tiny_os.S: two tasks and a clock that switches between them, in long mode. tiny_os.py assembles and runs it.
 #
-# pyvmm enters it with the first 4 GiB mapped one to one, in the code segment 0x10, interrupts off. What a task is between
-# two turns lies on its stack: the registers, and below them what the interrupt itself has pushed.
+# pyvmm enters it with the first 4 GiB mapped one to one, in the code segment 0x10, interrupts off. What a task is
+# between two turns lies on its stack: the registers, and below them what the interrupt itself has pushed.
 
         .set    COM1, 0x3f8
         .set    IDT, 0x8000             # interrupt descriptor table
