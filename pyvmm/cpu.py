@@ -147,6 +147,10 @@ class Cpu:
         self._control.not_from_inside("step")
         if self._control.held:
             raise StateError(f"a debugger has the machine: let it step vCPU {self.index}")
+        from pyvmm.debug_probe import NO_STEP, steps_here
+
+        if not steps_here(self.vcpu):
+            raise StateError(f"step() of vCPU {self.index}: {NO_STEP}")
         self.stepping = STEP | GUESTDBG_BLOCKIRQ
         try:
             self.start()

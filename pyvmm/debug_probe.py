@@ -33,6 +33,8 @@ INT3 = b"\xcc"
 # suberror 1), with the guest's registers as they were before: as good as a breakpoint.
 INT1 = b"\xf1"
 EMULATION = 1  # that suberror
+USER_MODE = 3  # of SS.DPL, which is the CPL (SDM vol. 3, 5.5)
+NO_STEP = "this KVM, in software, can't step user mode: let the guest run on, into its kernel"
 
 # Of the probe's guest: one page of real mode, flat.
 CODE, DATA, END = 0x800, 0x900, 0xA00
@@ -128,6 +130,14 @@ class Probe:
             if self.stops(GUESTDBG_USE_SW_BP, code=byte + PROGRAM[1:]):
                 return byte
         return None
+
+
+def steps_here(vcpu: Vcpu) -> bool:
+    """Whether a vCPU can be stepped where it stands. Software KVM runs user mode on the bare processor, and what the
+    trap flag does there the guest's kernel has as a #DB of its own: its process would be killed, or all of it by a
+    triple fault. Nor do breakpoints stop anybody there.
+    """
+    return vcpu.sregs["ss"]["dpl"] != USER_MODE or "software" not in kvm_kind()
 
 
 def probe(kvm: Kvm) -> Facilities:

@@ -119,6 +119,7 @@ RUNNING = (
     "pyvmm.control.qmp.server",
     "pyvmm.control.registry",
     "pyvmm.control.gdb.server",  # clients of gdb's, with all that they need
+    "pyvmm.debug_probe",  # Cpu.step
     "pyvmm.devices.acpi_gpe",  # devices that are made when a guest touches them
     "pyvmm.devices.acpi_pm",
     "pyvmm.devices.fw_cfg",

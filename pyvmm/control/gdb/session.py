@@ -20,7 +20,7 @@ from pyvmm.control.gdb.packets import (
     escape,
     frame,
 )
-from pyvmm.control.gdb.target import Unsupported
+from pyvmm.control.gdb.target import Unsteppable, Unsupported
 from pyvmm.errors import BusError, StateError, VmmError
 from pyvmm.light import Lock
 
@@ -158,8 +158,8 @@ class Session:
             return refused.reply
         except Unsupported:
             return b""
-        except NoMore as no_more:
-            return b"E." + str(no_more).encode("ascii", "replace")
+        except (NoMore, Unsteppable) as error:
+            return b"E." + str(error).encode("ascii", "replace")
         except BusError:
             return FAULT
         except StateError:

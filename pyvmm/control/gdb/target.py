@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pyvmm.breakpoints import ACCESS, EXECUTION, WRITE, Breakpoints, where
 from pyvmm.control.gdb.registers import Registers
-from pyvmm.debug_probe import probe
-from pyvmm.errors import BusError, StateError
+from pyvmm.debug_probe import NO_STEP, probe, steps_here
+from pyvmm.errors import BusError, ConfigError, StateError
 from pyvmm.kvm.vcpu import GUESTDBG_BLOCKIRQ, GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP
 from pyvmm.run_control import ALIVE, ENDED
 from pyvmm.run_state import RunState
@@ -44,6 +44,10 @@ CPUID_1_ECX_AVX = 1 << 28
 
 class Unsupported(Exception):
     """There is no such thing here: an empty reply, and the debugger goes another way."""
+
+
+class Unsteppable(ConfigError):
+    """A vCPU can't execute a single instruction where it is."""
 
 
 class Stop:
@@ -157,8 +161,10 @@ class Target:
 
     def resume(self, steps: Mapping[int, bool], hold_interrupts: bool) -> None:
         """Let vCPUs go on, by their index: True by one instruction, False until something stops them. Those that are
-        not named stay. StateError where the guest has ended.
+        not named stay. StateError where the guest has ended; Unsteppable, and then nobody has gone on.
         """
+        if not self.runs and not all(steps_here(self.cpus[n].vcpu) for n, step in steps.items() if step):
+            raise Unsteppable(NO_STEP)
         for cpu in self.cpus:
             step = steps.get(cpu.index, False)
             cpu.stepping = (STEP | GUESTDBG_BLOCKIRQ if hold_interrupts else STEP) if step else 0
@@ -280,24 +286,30 @@ class Target:
             self._first_that_does(
                 lambda: breakpoints.add_software(address, cpu),
                 lambda: self._add_point(EXECUTION, address, 1),
-                lambda: breakpoints.trap(address),
+                lambda: self._stepping(cpu).trap(address),
             )
         elif kind == HARDWARE:
             self._first_that_does(
                 lambda: self._add_point(EXECUTION, address, 1),
                 lambda: breakpoints.add_software(address, cpu),
-                lambda: breakpoints.trap(address),
+                lambda: self._stepping(cpu).trap(address),
             )
         elif kind == WATCH_WRITE:
             self._first_that_does(
                 lambda: self._add_point(WRITE, address, length),
-                lambda: breakpoints.watch(address, length),
+                lambda: self._stepping(cpu).watch(address, length),
             )
         elif kind == WATCH_ACCESS and breakpoints.facilities.watchpoints:
             self._add_point(ACCESS, address, length)
         else:
             raise Unsupported
         self._program(before)
+
+    def _stepping(self, cpu: Cpu) -> Breakpoints:
+        """For what is looked at after each instruction; from where it stands, all of them are steps."""
+        if not steps_here(cpu.vcpu):
+            raise Unsteppable(NO_STEP)
+        return self._debugging()
 
     @staticmethod
     def _first_that_does(*ways: Callable[[], None]) -> None:
