@@ -250,7 +250,7 @@ def examples_page() -> str:
         "Each is a file of less than a hundred lines that runs as it is: `python NAME.py`. They are in `docs/examples`",
         "of the source, and tests run each of them.\n",
     ]
-    for path in sorted((ROOT / "docs" / "examples").glob("*.*")):
+    for path in sorted(p for p in (ROOT / "docs" / "examples").iterdir() if p.suffix in LANGUAGES):
         source = path.read_text()
         told = (ast.get_docstring(ast.parse(source)) or "").replace("``", "`") if path.suffix == ".py" else ""
         text += [f"## `{path.name}`\n", told, "", f"```{LANGUAGES[path.suffix]}", source, "```", ""]
