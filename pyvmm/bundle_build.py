@@ -26,7 +26,7 @@ boards.microvm consoles light run_state run_control drives clock event_loop even
 kvm.ioctl kvm.stats kvm.vcpu cpu_exec outcomes reset_count power chassis closers guest_memory cpu kvm.vm irq irqchip
 kvm.access kvm.system kvm_clock kvm_listener platform builder chardev cli.options cli.signals console_words config
 machine_base machine_running machine_saving machine_moving spec machine cli.run devices devices.debug_exit
-devices.debugcon devices.serial terminal x86.image x86.boot x86.cpu_features x86.cpu_state x86.cpuid x86.flat
+devices.serial terminal x86.image x86.boot x86.cpu_features x86.cpu_state x86.cpuid x86.flat
 """
 AHEAD = tuple(f"pyvmm.{name}" for name in NAMES_AHEAD.split())
 

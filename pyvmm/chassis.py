@@ -56,8 +56,7 @@ class Chassis:
         self.memory = memory
         self.pio = AddressSpace("pio", PORTS)
         self.mmio = AddressSpace("mmio", 1 << ADDRESS_BITS)
-        self.loop = EventLoop(self._callback_raised)
-        self.loop.clock.stop()
+        self.loop = EventLoop(self._callback_raised, stands=True)
         self.events = Events(self.loop.call_soon, self._callback_raised, self.loop.alive)
         self.io_threads = closers.add(IoThreads(self._callback_raised))
         """The threads that serve queues. They stand while guest time does."""

@@ -38,10 +38,10 @@ class LoopClock(Clock):
 
     __slots__ = ("_loop", "_offset_ns", "_stopped_at_ns")
 
-    def __init__(self, loop: EventLoop) -> None:
+    def __init__(self, loop: EventLoop, *, stands: bool) -> None:
         self._loop = loop
         self._offset_ns = monotonic_ns()
-        self._stopped_at_ns: int | None = None
+        self._stopped_at_ns: int | None = 0 if stands else None
 
     def now_ns(self) -> int:
         stopped_at_ns = self._stopped_at_ns
@@ -182,7 +182,8 @@ class EventLoop(Watches):
     is no longer watched: it would be ready, and its callback raise, for ever.
     """
 
-    def __init__(self, on_error: Callable[[BaseException], None]) -> None:
+    def __init__(self, on_error: Callable[[BaseException], None], *, stands: bool = False) -> None:
+        """``stands``: its time has not begun, and does with ``clock.resume``."""
         super().__init__()
         self._on_error = on_error
         self._timer_done = Condition(self._lock)
@@ -199,7 +200,7 @@ class EventLoop(Watches):
         self._asleep = False  # the thread sleeps, and nobody has woken it yet
         self._sleeps_until_ns: int | None = None  # guest time; None: no timer ends this sleep
         self._closed = False
-        self.clock = LoopClock(self)
+        self.clock = LoopClock(self, stands=stands)
 
     # -- registration ---------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pyvmm.address_space import AddressSpace
     from pyvmm.device import Device
 
-    # Space, address, how many; the region's name, and which attribute of the device answers there: "" is itself.
+    # Space, address, how many; the region's name, and which attribute of the device answers there, itself a device or a
+    # region: "" is all of it.
     Place = tuple[AddressSpace, int, int, str, str]
 
 
@@ -86,7 +87,8 @@ class Late:
     def _take_places(self, made: Device) -> None:
         spaces: dict[str, tuple[AddressSpace, list[MemoryRegion], list[MemoryRegion]]] = {}
         for (space, _address, size, name, part), late in zip(self._places, self._regions, strict=True):
-            region = MemoryRegion(size, getattr(made, part) if part else made, name=name)
+            answers = getattr(made, part) if part else made
+            region = answers if isinstance(answers, MemoryRegion) else MemoryRegion(size, answers, name=name)
             _space, lates, regions = spaces.setdefault(space.name, (space, [], []))
             lates.append(late)
             regions.append(region)

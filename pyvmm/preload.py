@@ -48,7 +48,6 @@ BUILDING = (
     "pyvmm.clock",
     "pyvmm.console_options",
     "pyvmm.devices.debug_exit",
-    "pyvmm.devices.debugcon",
     "pyvmm.devices.ide.atapi",
     "pyvmm.devices.ide.channel",
     "pyvmm.devices.ide.disk",
@@ -58,7 +57,6 @@ BUILDING = (
     "pyvmm.devices.pci.piix3",
     "pyvmm.devices.pci.piix4_pm",
     "pyvmm.devices.pvpanic",
-    "pyvmm.devices.serial",
     "pyvmm.devices.testdev",
     "pyvmm.devices.vga_text",
     "pyvmm.devices.virtio.balloon",
@@ -122,6 +120,7 @@ RUNNING = (
     "pyvmm.debug_probe",  # Cpu.step
     "pyvmm.devices.acpi_gpe",  # devices that are made when a guest touches them
     "pyvmm.devices.acpi_pm",
+    "pyvmm.devices.debugcon",
     "pyvmm.devices.fw_cfg",
     "pyvmm.devices.i8042",
     "pyvmm.devices.i8254",
@@ -129,6 +128,7 @@ RUNNING = (
     "pyvmm.devices.port92",
     "pyvmm.devices.reset_control",
     "pyvmm.devices.rtc",
+    "pyvmm.devices.serial",
     "pyvmm.devices.user_irqchip",
     "pyvmm.devices.vmgenid",
     "pyvmm.dump",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pyvmm.balloon import Balloon
     from pyvmm.boards.drive_places import PlacedDrive
+    from pyvmm.chardev import Chardev
     from pyvmm.chassis import Chassis
     from pyvmm.device import Device
     from pyvmm.devices.serial import Serial
@@ -165,6 +166,17 @@ class Board:
         """What has state on the board, by name and in its order; of a late device what stands for it."""
         return list(self._parts.items())
 
+    def has(self, name: str) -> bool:
+        """Whether a device of that name is part of the board."""
+        return name in self._parts
+
+    def made(self, name: str) -> Any:
+        """The device of that name, where it is made already; None where it is not, or there is none."""
+        part = self._parts.get(name)
+        if isinstance(part, Late):
+            return part.device if part.made else None
+        return part
+
     @property
     def parts(self) -> list[tuple[str, Device]]:
         """The devices with their names, in the order in which they were added: a reset goes by it."""
@@ -211,19 +223,19 @@ class Board:
 
     def add_serial(self) -> Serial:
         """COM1, with the console that MachineConfig.serial says."""
-        from pyvmm.devices.serial import Serial
-
         consoles = self.chassis.consoles
-        serial = Serial(
-            self.irq_line(layout.IRQ_COM1, "serial"),
-            consoles.open(self.config.serial, "serial"),
-            self.clock,
-            gather_ns=CONSOLE_GATHER_NS if self.runs_guests else 0,
-        )
+        irq = self.irq_line(layout.IRQ_COM1, "serial")
+        serial = self.make_serial(irq, consoles.open(self.config.serial, "serial"))
         consoles.add_flush(serial.flush)
         self.add_ports(layout.PORT_COM1, serial.region)
         self.describe(serial_aml)
         return self.add("serial", serial)
+
+    def make_serial(self, irq: IrqLine, console: Chardev) -> Serial:
+        """A UART at these two."""
+        from pyvmm.devices.serial import Serial
+
+        return Serial(irq, console, self.clock, gather_ns=CONSOLE_GATHER_NS if self.runs_guests else 0)
 
     # -- the guest ---------------------------------------------------------------------------------------------
 

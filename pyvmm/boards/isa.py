@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pyvmm.boards.board import Board
+from pyvmm.boards.board import Board, serial_aml
 from pyvmm.late import Late
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.isa_checks import Ports
+    from pyvmm.chardev import Chardev
     from pyvmm.devices.acpi_gpe import GpeBlock
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.debug_exit import DebugExit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.pvpanic import PvPanic
     from pyvmm.devices.reset_control import ResetControl
     from pyvmm.devices.rtc import Rtc
+    from pyvmm.devices.serial import Serial
     from pyvmm.devices.testdev import TestDev
     from pyvmm.devices.vmgenid import VmGenId
     from pyvmm.late import Place
@@ -34,7 +36,6 @@ class IsaBoard(Board):
     """Where ACPI's PM block is on a board without a chipset that has it elsewhere."""
     reset_port: int | None = None
     """The same of the reset register."""
-    debugcon: DebugCon | None = None
     debug_exit: DebugExit | None = None
     testdev: TestDev | None = None
     pvpanic: PvPanic | None = None
@@ -67,7 +68,7 @@ class IsaBoard(Board):
         """COM1; ACPI's PM block and events, the generation's number, the reset register, fw_cfg, RTC, i8042, port 0x92,
         POST codes, all of which are made when somebody wants them; and what is asked for.
         """
-        self.serial = self.add_serial()
+        self._add_com1()
         # What others may ask about before that: who has which interrupt, what time it was, what memory there was.
         self._sci = self.irq_line(layout.IRQ_SCI, "acpi_pm")
         self._rtc_irq = self.irq_line(layout.IRQ_RTC, "rtc")
@@ -112,6 +113,16 @@ class IsaBoard(Board):
         return ((self.pio, self.ports.take(port, size, name), size, name, part),)
 
     # -- the devices, by name ----------------------------------------------------------------------------------
+
+    @property
+    def serial(self) -> Serial:
+        serial: Serial = self.part("serial")
+        return serial
+
+    @property
+    def debugcon(self) -> DebugCon | None:
+        debugcon: DebugCon | None = self.part("debugcon") if self.has("debugcon") else None
+        return debugcon
 
     @property
     def pm(self) -> AcpiPm:
@@ -178,7 +189,11 @@ class IsaBoard(Board):
     def _make_gpe(self) -> GpeBlock:
         from pyvmm.devices.acpi_gpe import GpeBlock
 
-        return GpeBlock(lambda pending: self.pm.general_event(pending))
+        def tell(pending: bool) -> None:
+            if pending or self.made("acpi_pm") is not None:  # else it begins with none
+                self.pm.general_event(pending)
+
+        return GpeBlock(tell)
 
     def _make_vmgenid(self) -> VmGenId:
         from pyvmm.devices.vmgenid import VmGenId
@@ -239,25 +254,58 @@ class IsaBoard(Board):
 
         return Port80()
 
+    def _add_com1(self) -> None:
+        """With a console at once. A guest that has none may never look at it; then input makes it, a program's."""
+        if self.config.serial not in (None, "none"):
+            self.add_serial()
+            return
+        consoles = self.chassis.consoles
+        irq, console = self.irq_line(layout.IRQ_COM1, "serial"), consoles.open(None, "serial")
+
+        def wanted() -> int:
+            self.part("serial")  # it tells the console by itself how much it takes, and is asked again
+            return 0
+
+        def on_break() -> None:
+            self.part("serial")
+            console.send_break()
+
+        console.set_receiver(lambda data: None, wanted, on_break)
+        place = self.places_at(layout.PORT_COM1, 8, "serial", "region")
+        self.add_late({"serial": Late(lambda: self.make_serial(irq, console), *place)})
+        consoles.add_flush(lambda: self._flush("serial"))
+        self.describe(serial_aml)
+
+    def _flush(self, name: str) -> None:
+        """What a device keeps back for a while, if it is made."""
+        if (device := self.made(name)) is not None:
+            device.flush()
+
     def _make_debug_devices(self) -> None:
         """The debug console, isa-debug-exit and, asked for, pvpanic and pc-testdev."""
         from pyvmm.devices.debug_exit import DebugExit
-        from pyvmm.devices.debugcon import DebugCon
 
         config = self.config
         if self.has_debugcon(config):
-            self.debugcon = self.add("debugcon", DebugCon(self.chassis.consoles.open(config.debugcon, "debugcon")))
+            console = self.chassis.consoles.open(config.debugcon, "debugcon")
+            place = self.places_at(layout.PORT_DEBUG_CONSOLE, 1, "debugcon")
+            self.add_late({"debugcon": Late(lambda: self._make_debugcon(console), *place)})
             # A line that has no end yet is nobody's hurry: the last one comes out when the machine is closed.
-            self.chassis.closers.call(self.debugcon.flush)
-            self.chassis.consoles.add_flush(self.debugcon.flush, in_a_pause=False)
-            self.map_ports(layout.PORT_DEBUG_CONSOLE, 1, self.debugcon, "debugcon")
+            self.chassis.closers.call(lambda: self._flush("debugcon"))
+            self.chassis.consoles.add_flush(lambda: self._flush("debugcon"), in_a_pause=False)
         if config.debug_exit is not None:
+            # Nobody waits for its first access but for how soon the guest has ended.
             self.debug_exit = self.add("debug_exit", DebugExit(self.chassis.power.debug_exit))
             self.map_ports(config.debug_exit, 4, self.debug_exit, "isa-debug-exit")
         if config.pvpanic:
             self._make_pvpanic()
         if config.testdev:
             self._make_testdev()
+
+    def _make_debugcon(self, console: Chardev) -> DebugCon:
+        from pyvmm.devices.debugcon import DebugCon
+
+        return DebugCon(console)
 
     def _make_pvpanic(self) -> None:
         from pyvmm.devices.pvpanic import PvPanic

@@ -211,8 +211,32 @@ def test_made_late_it_is_as_made_at_power_on(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_generation_is_told_of_by_devices_that_nobody_has_touched() -> None:
     with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
         machine.board.new_generation()
-        assert {"vmgenid", "gpe0", "acpi_pm"}.isdisjoint(unmade(machine))
+        assert {"vmgenid", "gpe0"}.isdisjoint(unmade(machine))
+        assert "acpi_pm" in unmade(machine)  # there is nothing to tell it yet
         assert machine.pio.read(0xAFE0, 2) == 1 << 5
+        machine.pio.write(0xAFE2, 2, 1 << 5)
+        assert "acpi_pm" not in unmade(machine) and machine.board.irqchip.wires[-1][:2] == (9, 1)
+
+
+def test_input_for_a_port_that_nobody_has_looked_at_makes_it() -> None:
+    """As the line has it: one byte is in the receiver, what follows waits at the console."""
+    with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
+        assert "serial" in unmade(machine)
+        machine.consoles["serial"].feed(b"root")
+        assert "serial" not in unmade(machine) and machine.consoles["serial"].fed_bytes == 3
+        assert [machine.pio.read(0x3F8, 1) for _ in range(4)] == list(b"root")
+    with Machine(machine="microvm", accel="qtest", memory_mib=2) as machine:
+        machine.consoles["serial"].send_break()
+        assert machine.pio.read(0x3FD, 1) & 0x10  # LSR: BI
+
+
+def test_a_line_of_the_debug_console_that_has_no_end_comes_out_at_the_end() -> None:
+    said: list[bytes] = []
+    with Machine(machine="microvm", accel="qtest", memory_mib=2, debugcon=said.append) as machine:
+        assert "debugcon" in unmade(machine)
+        machine.pio.write(0x402, 1, ord("x"))
+        assert said == []
+    assert said == [b"x"]
 
 
 def test_files_that_can_not_be_are_told_of_before_anything_runs() -> None:
