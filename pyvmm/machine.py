@@ -235,6 +235,31 @@ class Machine(MovingMachine):
         else:
             self._chassis.when_it_runs(serve)
 
+    def serve_metrics(self, where: str | int, *, at_once: bool = True) -> str | int:
+        """Let Prometheus read what the machine counts, at http://.../metrics: ``where`` is a port of the loopback (0:
+        any), "ADDRESS:PORT", or "unix:PATH", which only this user may connect to; until the machine is closed. Returns
+        the port or the path.
+
+        ``at_once=False``: clients can connect, and are heard as soon as the guest is on its way. ConfigError for a
+        place where that can't be, and without prometheus-client (extra ``metrics``).
+        """
+        from pyvmm.control.metrics import check_installed, listener_at
+
+        self._usable("serve_metrics")
+        check_installed()
+        listener = self._chassis.closers.add(listener_at(where))
+
+        def serve() -> None:
+            from pyvmm.control.metrics import MetricsServer
+
+            self._chassis.closers.add(MetricsServer(self, listener))
+
+        if at_once:
+            serve()
+        else:
+            self._chassis.when_it_runs(serve)
+        return listener.place
+
     def register(self) -> None:
         """Let this user's `pyvmm list`, ``attach``, ``qmp``, ``save`` and ``top`` find the machine by its ``name``, as
         soon as the guest is on its way and until the machine is closed. `pyvmm run` does it where there is a name.

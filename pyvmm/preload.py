@@ -114,6 +114,7 @@ RUNNING = (
     "mmap",
     "pyvmm.boards.pc_drives",  # another medium
     "pyvmm.control.console",  # who asks for a machine by its name, as registry
+    "pyvmm.control.metrics",
     "pyvmm.control.qmp.server",
     "pyvmm.control.registry",
     "pyvmm.control.gdb.server",  # clients of gdb's, with all that they need
@@ -181,7 +182,7 @@ GUESTS = (
     "zstandard",
 )
 # While it runs, where they are installed.
-EXTRAS = ("iced_x86",)
+EXTRAS = ("iced_x86", "pyvmm.control.metrics_text")
 
 
 def load() -> None:

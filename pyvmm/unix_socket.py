@@ -42,6 +42,10 @@ class UnixListener:
         """-1 once it is closed."""
         return self._socket.fileno()
 
+    @property
+    def place(self) -> str:
+        return self.path
+
     def accept(self) -> int:
         """The descriptor of the next peer, which does not block. OSError where none is there any more."""
         return accept(self._socket)

@@ -249,7 +249,7 @@ def check_words(words: list[str]) -> None:
     words = [word for word in words if word not in ("sudo", "&")]
     if words[:2] == ["pyvmm", "run"]:
         given = parse(OPTIONS, words[2:], verb="run", words="images")
-        for name in ("timeout", "exit_stats", "qmp", "gdb", "wait_gdb", "restore", "incoming"):
+        for name in ("timeout", "exit_stats", "qmp", "gdb", "wait_gdb", "metrics", "restore", "incoming"):
             given.pop(name, None)
         if any(name in given for name in ("kernel", "flat", "images", "drives", "cdrom")):
             specify(configure(given), {})

@@ -28,6 +28,7 @@ usage: pyvmm VERB [OPTIONS]
   attach   a console of one of them, on this terminal
   qmp      a QMP command to one of them
   save     one of them to a file, to go on from later
+  top      what they are doing: exits, time, drives, network
 
   --help, --version
 """
@@ -38,6 +39,7 @@ RUNNING = {
     "attach": ("pyvmm.cli.attach", "attach"),
     "qmp": ("pyvmm.cli.machines", "qmp"),
     "save": ("pyvmm.cli.machines", "save"),
+    "top": ("pyvmm.cli.top", "top"),
 }
 
 

@@ -82,6 +82,10 @@ OPTIONS = (
         "--gdb", "PATH|PORT", "let gdb connect: at a Unix socket, or a port of the loopback (0: any)", gdb_place,
         file="integer string",
     ),
+    Option(
+        "--metrics", "[ADDRESS:]PORT|unix:PATH", "let Prometheus read what the machine counts, at /metrics there; a"
+        " port alone is the loopback's", file="integer string",
+    ),
     Option("--wait-gdb", "", "with --gdb: the guest begins when gdb says so"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float, file="number"),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
@@ -113,7 +117,7 @@ def run(args: list[str]) -> int:
         return 0
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
-    sockets = given.pop("qmp", ())
+    sockets, metrics = given.pop("qmp", ()), given.pop("metrics", None)
     snapshot, incoming = given.pop("restore", None), given.pop("incoming", None)
     if snapshot is not None and incoming is not None:
         raise ConfigError("--restore beside --incoming: a machine comes from one of them, leave the other out")
@@ -130,6 +134,8 @@ def run(args: list[str]) -> int:
             machine.serve_qmp(path, at_once=wait_gdb)  # else it waits for nothing: the guest comes first
         if machine.config.name is not None:
             machine.register()
+        if metrics is not None:
+            machine.serve_metrics(metrics, at_once=False)
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
         return go(machine, timeout_s, exit_stats, attended=bool(sockets) or machine.config.name is not None)

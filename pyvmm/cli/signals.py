@@ -9,9 +9,14 @@ from pyvmm.light import on_main_thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from typing import Any
+    from typing import Any, Protocol
 
-    from pyvmm.terminal import Terminal
+    class Terminal(Protocol):
+        """pyvmm.terminal's, or another (cli/top.py). None of it takes a lock."""
+
+        def enter_raw(self) -> None: ...
+        def leave_raw(self) -> None: ...
+        def resized(self) -> None: ...
 else:
     import _signal as signal  # signal itself is this one with enums, which take a tenth of a start
 

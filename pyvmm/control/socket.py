@@ -13,7 +13,7 @@ that is told of things and does not read is cut off. More clients than MOST_CLIE
 
 from __future__ import annotations
 
-from _socket import AF_INET, SHUT_RDWR, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+from _socket import AF_INET, AF_INET6, SHUT_RDWR, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
 from pyvmm.errors import ConfigError, remedy
 from pyvmm.event_loop import EventLoop
@@ -53,13 +53,15 @@ LOOPBACK = "127.0.0.1"
 
 
 class TcpListener:
-    """Listens at a port of this host's loopback: anybody on this host may connect, and nobody else."""
+    """Listens at a port of this host's loopback: anybody on this host may connect, and nobody else. Or at another
+    address of its, where that is asked for.
+    """
 
-    def __init__(self, port: int, backlog: int, *, what: str) -> None:
-        self._socket = socket(AF_INET, SOCK_STREAM)
+    def __init__(self, port: int, backlog: int, *, what: str, address: str = LOOPBACK) -> None:
+        self._socket = socket(AF_INET6 if ":" in address else AF_INET, SOCK_STREAM)
         try:
             self._socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-            self._socket.bind((LOOPBACK, port))
+            self._socket.bind((address, port))
             self._socket.listen(backlog)
             self._socket.setblocking(False)
             self.port: int = self._socket.getsockname()[1]
@@ -71,6 +73,10 @@ class TcpListener:
     @property
     def fd(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def place(self) -> int:
+        return self.port
 
     def accept(self) -> int:
         return accept(self._socket)

@@ -264,7 +264,8 @@ LATE = {"pyvmm.cli.doctor", "pyvmm.cli.demo", "pyvmm.cli.__main__", "pyvmm.__mai
 LATE |= {"pyvmm.config_file", "pyvmm.config_places"}
 LATE |= {"pyvmm.cli.config_given", "pyvmm.cli.config_print", "pyvmm.cli.config_schema"}
 # And who talks to machines that run already.
-LATE |= {"pyvmm.cli.attach", "pyvmm.cli.machines", "pyvmm.control.qmp_client"}
+LATE |= {"pyvmm.cli.attach", "pyvmm.cli.machines", "pyvmm.cli.top"}
+LATE |= {"pyvmm.control.metrics", "pyvmm.control.metrics_text", "pyvmm.control.qmp_client"}
 LATE |= {"pyvmm.dialog", "pyvmm.pytest_plugin"}  # tools of programs and of tests
 LATE |= {name for p in sources(".py") if (name := module_name(p)).startswith("pyvmm.control.qmp.")}
 

@@ -21,6 +21,7 @@ from pyvmm.control.qmp import (
     snapshots,
     stats,
     status,
+    watch,
 )
 from pyvmm.control.qmp.news import News
 from pyvmm.control.qmp.session import QmpSession
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pyvmm.control.socket import Peer
     from pyvmm.unix_socket import UnixListener
 
-GROUPS = (block, cpus, memory, migration, monitor, net, objects, pci, schema, snapshots, stats, status)
+GROUPS = (block, cpus, memory, migration, monitor, net, objects, pci, schema, snapshots, stats, status, watch)
 
 
 class QmpServer:

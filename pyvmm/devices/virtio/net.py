@@ -470,6 +470,20 @@ class VirtioNet(VirtioDevice):
             self._announce = False
             self.config[STATUS] &= ~S_ANNOUNCE & 0xFF
 
+    def counters(self) -> dict[str, int]:
+        """Frames and bytes, all pairs together, as the guest has them: "rx_packets" it has been sent. From any thread;
+        the lanes count on.
+        """
+        ports = self.backend.ports
+        return {
+            "rx_packets": sum(port.received for port in ports),
+            "rx_bytes": sum(port.received_bytes for port in ports),
+            "rx_dropped": sum(port.too_long for port in ports) + sum(lane.dropped + lane.filtered for lane in self._rx),
+            "tx_packets": sum(port.sent for port in ports),
+            "tx_bytes": sum(port.sent_bytes for port in ports),
+            "tx_dropped": sum(port.lost for port in ports) + sum(lane.dropped for lane in self._tx),
+        }
+
     # -- state ------------------------------------------------------------------------------------------------------
 
     STATE = {
