@@ -7,6 +7,7 @@ from pyvmm.device cimport DeviceLock
 from pyvmm.exit_stats cimport ExitStats, exit_stat_t
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.vcpu cimport Vcpu
+from pyvmm.trace.tap cimport trace_tap_t
 
 
 # Why the loop came back to Python. Three things, three names: KVM's exit reason stands in kvm_run.exit_reason and is
@@ -32,6 +33,7 @@ cdef class CpuExec(ViewUser):
     cdef region_t *recent_port      # the region that answered last: guests poll
     cdef exit_stat_t *stat          # where the exit under way is accounted
     cdef uint64_t left_kvm          # TSC when KVM_RUN returned
+    cdef trace_tap_t *tap           # where exits are recorded; NULL: nobody traces
     cdef uapi.kvm_coalesced_mmio_ring *ring
     cdef flat_view_t *pio_regions
     cdef flat_view_t *mmio_regions
@@ -44,6 +46,7 @@ cdef class CpuExec(ViewUser):
     cdef FlatView _mmio_view
     cdef DeviceLock _ring_lock
     cdef object _page
+    cdef object _tap                # what ``tap`` points into, or did last: a thread may be on its way there
     cdef public object acknowledge
     cdef public object msr_handler
     cdef public object on_hypercall
@@ -66,6 +69,7 @@ cdef class CpuExec(ViewUser):
     cdef loop_code _run_error(self, int number) noexcept nogil
     cdef int _take_views(self) except -1
     cdef void _account(self) noexcept nogil
+    cdef void _trace_exit(self, uint64_t ticks) noexcept nogil
     cdef object _handle(self, loop_code code)
     cdef object _exit(self, uint32_t reason)
     cdef object _inject(self)

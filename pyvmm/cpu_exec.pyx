@@ -27,6 +27,7 @@ from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport ioctl
 from pyvmm.kvm.vcpu cimport Vcpu
 from pyvmm.region cimport fifo_string
+from pyvmm.trace.tap cimport TAP_RELEASE, TRACE_EXIT, TRACE_VECTOR, tap_of, tap_store, trace, trace_tap_t, unlikely
 
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.kvm.exits import SUBERRORS, SYSTEM_EVENTS, exit_name
@@ -212,6 +213,12 @@ cdef class CpuExec(ViewUser):
         """Drain KVM's coalesced ring, ``page_offset`` pages into the mapping; ``lock`` is the machine's one for it."""
         self._ring_lock = lock
         self.ring = <uapi.kvm_coalesced_mmio_ring *>(<char *>self.kvm_run + page_offset * PAGE_BYTES)
+
+    def trace_to(self, tap):
+        """Record every exit there (trace/recorder.pyx Tap), by the number that it has; None: no more. From any thread."""
+        tap_store(&self.tap, tap_of(tap), TAP_RELEASE)
+        if tap is not None:
+            self._tap = tap
 
     # -- of the local APIC, with irqchip off -------------------------------------------------------------------------
 
@@ -501,9 +508,37 @@ cdef class CpuExec(ViewUser):
 
     cdef void _account(self) noexcept nogil:
         """Charge the exit under way to its row: the guest is entered, the loop is left, or the vCPU goes to sleep."""
+        cdef uint64_t ticks
         if self.stat != NULL:
-            exit_stat_add(self.stat, rdtsc() - self.left_kvm)
+            ticks = rdtsc() - self.left_kvm
+            exit_stat_add(self.stat, ticks)
+            if unlikely(self.tap != NULL):
+                self._trace_exit(ticks)
             self.stat = NULL
+
+    cdef void _trace_exit(self, uint64_t ticks) noexcept nogil:
+        """The exit under way, which kvm_run still holds; format.py has what goes where."""
+        cdef trace_tap_t *tap = self.tap
+        cdef uapi.kvm_run *run = self.kvm_run
+        # The row's reason: where KVM_RUN returned an errno kvm_run may have an older one. The rest's row has none.
+        cdef uint32_t reason = <uint32_t>(self.stat.key >> 56)
+        cdef uint64_t a, value = 0
+        if tap == NULL:
+            return              # just switched off
+        if self.stat == self.stats.entries:
+            reason = run.exit_reason
+        a = <uint64_t>(reason if reason < 0x7f else 0x7f) << 57
+        if reason == uapi.KVM_EXIT_IO:
+            a |= run.io.port | <uint64_t>(run.io.count & 0xffff) << 16 | <uint64_t>(run.io.size - 1 & 7) << 52
+            a |= <uint64_t>(DIRECTION_OUT if run.io.direction == uapi.KVM_EXIT_IO_OUT else DIRECTION_IN) << 55
+            value = load(<uint8_t *>run + run.io.data_offset, min(<int>run.io.size, 8))
+        elif reason == uapi.KVM_EXIT_MMIO:
+            a |= run.mmio.phys_addr & 0xFFFFFFFFFFFFFULL | <uint64_t>(run.mmio.len - 1 & 7) << 52
+            a |= <uint64_t>(DIRECTION_OUT if run.mmio.is_write else DIRECTION_IN) << 55
+            value = load(run.mmio.data, min(<int>run.mmio.len, 8))
+        else:
+            a |= <uint64_t>DIRECTION_NONE << 55
+        tap.record(tap, TRACE_EXIT, self.left_kvm, ticks, a, value)
 
     cdef object _handle(self, loop_code code):
         """What _loop left: None to go back into it, or the StopReason."""
@@ -542,9 +577,13 @@ cdef class CpuExec(ViewUser):
 
     cdef object _inject(self):
         """The user-space PIC has an interrupt and the guest can take one: acknowledge it and hand the vector to KVM."""
+        cdef trace_tap_t *tap
         vector = self.acknowledge()
         if vector is not None and vector >= 0:
             self.vcpu.interrupt(vector)
+            tap = self.tap
+            if tap != NULL:
+                trace(tap, TRACE_VECTOR, vector, 0)
             # KVM holds one interrupt, and a second one before the next entry would take its place: so the window is
             # asked for first.
             self.kvm_run.ready_for_interrupt_injection = 0

@@ -2,6 +2,7 @@ from cpython.object cimport PyObject
 
 from pyvmm.device cimport pthread_mutex_t
 from pyvmm.kvm.vm cimport Vm
+from pyvmm.trace.tap cimport trace_tap_t
 
 
 cdef class IrqWire:
@@ -14,6 +15,8 @@ cdef class IrqWire:
     cdef IrqLine _further
     cdef object _call
     cdef PyObject *_borrowed_call
+    cdef trace_tap_t *tap           # where its levels are recorded; NULL: nobody traces
+    cdef object _tap
     cdef int change(self, IrqLine line, int level, bint has_gil) noexcept nogil
     cdef int drive(self, int level, bint has_gil) noexcept nogil
     cdef int take_sink(self, sink) except -1

@@ -4,6 +4,7 @@ from typing import Self
 from typing_extensions import disjoint_base
 
 from pyvmm.kvm.vm import Vm
+from pyvmm.trace.recorder import Tap
 
 @disjoint_base
 class IrqWire:
@@ -15,6 +16,7 @@ class IrqWire:
     @property
     def sink(self) -> Vm | IrqWire | Callable[[int], object] | None: ...
     def line(self) -> IrqLine: ...
+    def trace_to(self, tap: Tap | None) -> None: ...
     def connect(self, sink: Vm | IrqWire | Callable[[int], object] | None) -> None: ...
 
 @disjoint_base

@@ -19,6 +19,7 @@ from pyvmm.device cimport (PTHREAD_MUTEX_RECURSIVE, pthread_mutex_destroy, pthre
                            pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, pthread_mutexattr_destroy,
                            pthread_mutexattr_init, pthread_mutexattr_settype, pthread_mutexattr_t)
 from pyvmm.kvm.vm cimport Vm, vm_set_line
+from pyvmm.trace.tap cimport TAP_RELEASE, TRACE_LINE, tap_of, tap_store, trace, trace_tap_t, unlikely
 
 from pyvmm.errors import KindError
 
@@ -61,6 +62,12 @@ cdef class IrqWire:
     def line(self):
         """Another IrqLine that drives it."""
         return IrqLine(self)
+
+    def trace_to(self, tap):
+        """Record there (trace/recorder.pyx Tap) each level that it drives its input to; None: no more."""
+        tap_store(&self.tap, tap_of(tap), TAP_RELEASE)
+        if tap is not None:
+            self._tap = tap
 
     def connect(self, sink):
         """Drive ``sink`` from now on. Where a line is up, the sink there was goes down and the new one up."""
@@ -113,6 +120,9 @@ cdef class IrqWire:
 
     cdef int drive(self, int level, bint has_gil) noexcept nogil:
         """The sink to ``level``. The lock is held."""
+        cdef trace_tap_t *tap = self.tap
+        if unlikely(tap != NULL):
+            trace(tap, TRACE_LINE, level, 0)
         if self._further is not None:
             return self._further.wire.change(self._further, level, has_gil)
         if self._vm is not None and vm_set_line(self._vm, self.gsi, level) >= 0:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vm import Vm
     from pyvmm.late import Late
+    from pyvmm.trace.recorder import Tap
 
+TRACE_MSI = 13  # of the records of a trace (trace/format.py)
 KVM_IOAPIC_BYTES = 0x100  # what of its page the kernel's own decodes (IOAPIC_MEM_LENGTH)
 # How long after its PIT has been made KVM is told to lose missed ticks (KvmPit).
 LOSE_TICKS_AFTER_S = 0.1
@@ -52,6 +54,8 @@ class Irqchip:
         self._users: dict[int, list[str]] = {}  # who has lines to a GSI, or irqfds that are levels
         self._edges: dict[int, str] = {}  # who has its irqfd that makes edges, and so the GSI for itself
         self._fds: list[IrqFd] = []
+        self.tap: Tap | None = None
+        """Where MSIs are recorded, while somebody traces; not those of irqfds."""
 
     # -- what a kind of them brings ----------------------------------------------------------------------------
 
@@ -117,6 +121,10 @@ class Irqchip:
     def wires(self) -> list[tuple[int, int, list[str]]]:
         """GSI, level and who has lines to it, of every wire that somebody wants."""
         return [(gsi, wire.level, list(self._users.get(gsi, ()))) for gsi, wire in sorted(self._wires.items())]
+
+    def wires_by_gsi(self) -> list[tuple[int, IrqWire, list[str]]]:
+        """GSI, wire and who has lines to it, of every wire that somebody wants."""
+        return [(gsi, wire, list(self._users.get(gsi, ()))) for gsi, wire in sorted(self._wires.items())]
 
     def line(self, gsi: int, name: str = "a device") -> IrqLine:
         """Another line to GSI 0 to 23; as ``wire``."""
@@ -381,6 +389,8 @@ class KvmIrqchip(Irqchip):
         self._pit.state = state["pit"]
 
     def send(self, address: int, data: int) -> bool:
+        if (tap := self.tap) is not None:
+            tap.mark(TRACE_MSI, address, data)
         return self._vm.signal_msi(address, data)
 
     def _sink(self, gsi: int) -> Vm:

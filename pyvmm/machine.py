@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyvmm.control.gdb.server import GdbServer
     from pyvmm.exit_stats import ExitStat
     from pyvmm.irq import IrqLine
+    from pyvmm.tracing import Tracing
 
 
 STATUS_SHUTDOWN = states.STATUS_POWER_OFF
@@ -59,6 +60,8 @@ class Machine(MovingMachine):
     run, with a ResourceWarning. In a child of ``os.fork`` close() gives back the child's descriptors and mappings, and
     everything else is a StateError: the VM is its parent's.
     """
+
+    _tracing: Tracing | None = None  # from the first trace on
 
     def __init__(
         self,
@@ -210,6 +213,31 @@ class Machine(MovingMachine):
         first_ns, often = self.first_exit_ns, self.resets.sentence()
         first = "" if first_ns is None else f"\nthe first one {first_ns / 1e6:.2f} ms after the first KVM_RUN"
         return format_table(rows, names) + first + (often and f"\n{often}")
+
+    # -- tracing -------------------------------------------------------------------------------------------
+
+    def start_trace(self, path: str | PathLike[str]) -> None:
+        """Write what the machine does into the file ``path``, from now until ``stop_trace`` or its end: exits, requests
+        on their way, interrupts. ``pyvmm trace FILE`` reads it (docs/trace.md). From any thread, while the guest runs.
+
+        ConfigError for a file that can't be written, StateError where a trace is on.
+        """
+        self._usable("start_trace")
+        with self._closing:
+            if self._tracing is None:
+                from pyvmm.tracing import Tracing
+
+                self._tracing = self._chassis.closers.add(Tracing(self._chassis, self.board, self._platform))
+        self._tracing.start(fspath(path))
+
+    def stop_trace(self) -> int:
+        """End the trace; its file is whole then. How many records are missing in it, because they came faster than they
+        could be written. StateError where none is on, HostError where the file took no more before.
+        """
+        self._same_process("stop_trace")
+        if self._tracing is None:
+            raise StateError("no trace is being written")
+        return self._tracing.stop()
 
     # -- who is let in -------------------------------------------------------------------------------------
 

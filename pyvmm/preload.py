@@ -110,6 +110,7 @@ RUNNING = (
     "encodings.ascii",  # what devices and dumps say
     "encodings.cp437",  # text screens
     "errno",
+    "json",  # the names in a trace
     "linecache",
     "mmap",
     "pyvmm.boards.pc_drives",  # another medium
@@ -147,6 +148,9 @@ RUNNING = (
     "pyvmm.snapshot",
     "pyvmm.snapshot_piece",
     "pyvmm.unix_socket",
+    "pyvmm.tracing",  # traces, as trace.recorder, trace.format
+    "pyvmm.trace.recorder",
+    "pyvmm.trace.format",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from posix import eventfd_write
 
 from pyvmm.errors import BusError
-from pyvmm.irqchip import Irqchip
+from pyvmm.irqchip import TRACE_MSI, Irqchip
 from pyvmm.late import Late
 from pyvmm.light import Lock
 from pyvmm.x86 import layout
@@ -102,6 +102,8 @@ class PythonIrqchip(Irqchip):
             self._processor.interrupt(level)
 
     def send(self, address: int, data: int) -> bool:
+        if (tap := self.tap) is not None:
+            tap.mark(TRACE_MSI, address, data)
         return self._chips.message(address, data)
 
     def write(self, address: int, data: int) -> None:

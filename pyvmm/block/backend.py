@@ -22,7 +22,7 @@ from time import monotonic_ns
 from pyvmm.block.coroutine import AioContext, Waiter, start
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.iov import all_zeros, iov_length
-from pyvmm.block.stats import BlockStats
+from pyvmm.block.stats import TRACE_DONE, TRACE_SUBMIT, BlockStats
 from pyvmm.errors import ConfigError, StateError, remedy
 
 TYPE_CHECKING = False
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyvmm.block.options import DriveOptions
     from pyvmm.block.throttle import Throttle
     from pyvmm.clock import Clock
+    from pyvmm.trace.recorder import Tap
 
     Callback = Callable[[int], object]
     OnError = Callable[["BlockBackend", str, int, str], object]
@@ -161,6 +162,10 @@ class BlockBackend:
             with self._lock:
                 self._lane.fold(self._stats)
         return self._stats
+
+    def trace_to(self, tap: Tap | None) -> None:
+        """Record there what becomes of each request, from now on; None: no more."""
+        self._stats.tap = tap
 
     @property
     def write_cache(self) -> bool:
@@ -412,6 +417,9 @@ class BlockBackend:
         with self._lock:
             self._submitted += 1
             request.number = self._submitted
+            if (tap := self._stats.tap) is not None:
+                what = request.offset >> 9 & (1 << 48) - 1 | request.kind << 48
+                tap.mark(TRACE_SUBMIT, what, request.number & 0xFFFF_FFFF | min(request.length, 0xFFFF_FFFF) << 32)
             if self._stalled or self._held:
                 self._stalled.append(request)
                 return request
@@ -516,6 +524,8 @@ class BlockBackend:
             elif ret != -ECANCELED:
                 counters.failed += 1
             counters.time_ns += monotonic_ns() - request.since_ns
+            if (tap := self._stats.tap) is not None:
+                tap.mark(TRACE_DONE, request.number, ret)
             freed: Sequence[Turn] = NOBODY
             if request.dependents is None:
                 self._tracked.pop(request, None)

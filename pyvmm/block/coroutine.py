@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         """Whoever wants to know what its coroutine waits for, to cancel that."""
 
         waiter: Waiter | None
+        number: int
 
 
 class Waiter:
@@ -55,6 +56,12 @@ class Waiter:
         self._owner: Owner | None = None
         self.result = 0
         self.error: BaseException | None = None
+
+    @property
+    def asked_by(self) -> int:
+        """The number of the request that waits for it; 0 where that is not asleep yet."""
+        owner = self._owner
+        return 0 if owner is None else owner.number
 
     def __await__(self) -> Generator[Waiter, None, int]:
         yield self

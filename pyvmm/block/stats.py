@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.trace.recorder import Tap
+
+# What a drive's tap (trace/tap.pxd) is told of: a request, a system call for one, its end.
+TRACE_SUBMIT, TRACE_CALL, TRACE_DONE = 9, 10, 11
+
 
 class OperationStats:
     """Of one kind of operation.
@@ -28,9 +35,11 @@ class OperationStats:
 class BlockStats:
     """Counters of one drive; they only grow, but for ``in_flight``. Write-zeroes count as writes."""
 
-    __slots__ = ("discard", "flush", "in_flight", "max_in_flight", "read", "write")
+    __slots__ = ("discard", "flush", "in_flight", "max_in_flight", "read", "tap", "write")
 
     def __init__(self) -> None:
+        self.tap: Tap | None = None
+        """Where requests are recorded, while somebody traces them."""
         self.read = OperationStats()
         self.write = OperationStats()
         self.flush = OperationStats()

@@ -22,6 +22,7 @@ usage: pyvmm VERB [OPTIONS]
   doctor   can this host run guests, how well, and what to do about what is missing
   qtest    a board without a vCPU, driven from outside through QEMU's qtest protocol
   image    tell of disk images, make, copy, check and resize them (qcow2, raw)
+  trace    what a machine did, out of the FILE of `pyvmm run --trace FILE`
   bench    what an exit and a start cost on this host, against a loop in C and other VMMs
 
   list     the running machines of this user that have a name (pyvmm run --name NAME)
@@ -148,6 +149,10 @@ def dispatch(args: list[str]) -> int:
         from pyvmm.cli.image import image
 
         return image(args[1:])
+    if verb == "trace":
+        from pyvmm.cli.trace import trace
+
+        return trace(args[1:])
     if verb == "bench":
         from pyvmm.cli.bench import bench
 

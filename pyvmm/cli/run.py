@@ -9,7 +9,7 @@ from pyvmm.cli.options import Option, from_rows, parse, usage
 from pyvmm.cli.say import STATUS_INTERRUPTED, STATUS_TIMEOUT, say
 from pyvmm.cli.signals import Signals
 from pyvmm.config import DRIVES, MachineConfig, read_file
-from pyvmm.errors import ConfigError, GuestError, remedy
+from pyvmm.errors import ConfigError, GuestError, HostError, StateError, remedy
 from pyvmm.light import SIGNAL_CHECK_S
 from pyvmm.machine import STATUS_IO_ERROR, Machine
 from pyvmm.run_control import ENDED
@@ -88,6 +88,7 @@ OPTIONS = (
     ),
     Option("--wait-gdb", "", "with --gdb: the guest begins when gdb says so"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float, file="number"),
+    Option("--trace", "FILE", "write what it does into FILE: exits, requests, interrupts; `pyvmm trace FILE` reads it"),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
     Option("--help -h", "", "this; of one option: --help drive, or --drive help", file=""),
 )
@@ -117,7 +118,7 @@ def run(args: list[str]) -> int:
         return 0
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
-    sockets, metrics = given.pop("qmp", ()), given.pop("metrics", None)
+    sockets, metrics, trace = given.pop("qmp", ()), given.pop("metrics", None), given.pop("trace", None)
     snapshot, incoming = given.pop("restore", None), given.pop("incoming", None)
     if snapshot is not None and incoming is not None:
         raise ConfigError("--restore beside --incoming: a machine comes from one of them, leave the other out")
@@ -136,9 +137,12 @@ def run(args: list[str]) -> int:
             machine.register()
         if metrics is not None:
             machine.serve_metrics(metrics, at_once=False)
+        if trace is not None:
+            machine.start_trace(trace)
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
-        return go(machine, timeout_s, exit_stats, attended=bool(sockets) or machine.config.name is not None)
+        attended = bool(sockets) or machine.config.name is not None
+        return go(machine, timeout_s, exit_stats, attended=attended, trace=trace)
 
 
 def serve_gdb(machine: Machine, place: str | int, wait: bool) -> str:
@@ -254,8 +258,10 @@ def tell_of_resets(machine: Machine) -> None:
     machine.resets.on_often = tell
 
 
-def go(machine: Machine, timeout_s: float | None, exit_stats: bool, *, attended: bool = False) -> int:
-    """``attended``: somebody may pause it from outside, and have it go on."""
+def go(
+    machine: Machine, timeout_s: float | None, exit_stats: bool, *, attended: bool = False, trace: str | None = None
+) -> int:
+    """``attended``: somebody may pause it from outside, and have it go on. ``trace`` is being written."""
     message = ""
     tell_of_resets(machine)
     watches = watch_text_memory(machine)
@@ -275,12 +281,24 @@ def go(machine: Machine, timeout_s: float | None, exit_stats: bool, *, attended:
     for watch in watches:
         watch.look()
     table = machine.exit_stats_table() if exit_stats else ""
+    gaps = [] if trace is None else end_trace(machine, trace)
     # The terminal is given back first: what follows must not be printed in raw mode.
     machine.close()
-    for text in (message, *lost_output(machine), table):
+    for text in (message, *lost_output(machine), *gaps, table):
         if text:
             say(text)
     return status & 0xFF
+
+
+def end_trace(machine: Machine, path: str) -> list[str]:
+    """A sentence where the trace is not whole."""
+    try:
+        dropped = machine.stop_trace()
+    except HostError as error:
+        return [f"pyvmm: {error}"]
+    except StateError:
+        return []  # somebody else has stopped it
+    return [f"pyvmm: trace {path}: {dropped} records are missing, they came too fast"] if dropped else []
 
 
 def watch_text_memory(machine: Machine) -> list[TextWatch]:

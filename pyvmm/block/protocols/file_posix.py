@@ -31,6 +31,7 @@ from pyvmm.block.coroutine import Waiter
 from pyvmm.block.driver import ProtocolDriver
 from pyvmm.block.protocols import fallocate
 from pyvmm.block.protocols.bounce import BOUNCE_BYTES, BouncePool, copy_in, copy_out
+from pyvmm.block.stats import TRACE_CALL
 from pyvmm.block.thread_pool import ThreadPool
 
 TYPE_CHECKING = False
@@ -198,6 +199,8 @@ class FilePosix(ProtocolDriver):
 
     def _do(self, aiocb: Aiocb) -> None:
         """Make the call, and go on with the request on this thread. ``aiocb`` is not touched after that."""
+        tap = self._stats.tap
+        since = 0 if tap is None else tap.now()
         try:
             if aiocb.kind <= WRITE:
                 result = self._handle_aiocb_rw(aiocb)
@@ -212,6 +215,8 @@ class FilePosix(ProtocolDriver):
         except BaseException as exc:
             self._context.fail(aiocb, exc)
             return
+        if tap is not None:
+            tap.mark(TRACE_CALL, aiocb.asked_by, result, since)
         self._context.complete_here(aiocb, result)
 
     def _handle_aiocb_rw(self, aiocb: Aiocb) -> int:
@@ -371,6 +376,8 @@ class FilePosix(ProtocolDriver):
         first = batch[0]
         iov = [view for aiocb in batch for view in aiocb.iov]
         done = 0
+        tap = self._stats.tap
+        since = 0 if tap is None else tap.now()
         try:
             done = self._transfer(WRITE, first.offset, iov, sum(aiocb.length for aiocb in batch), first.flags)
         except BaseException:
@@ -385,6 +392,8 @@ class FilePosix(ProtocolDriver):
             self._stats.write.merged += max(0, whole - 1)
         for number, aiocb in enumerate(batch):
             if number < whole:
+                if tap is not None:
+                    tap.mark(TRACE_CALL, aiocb.asked_by, aiocb.length, since)
                 self._context.complete_here(aiocb, aiocb.length)
             else:
                 self._do(aiocb)

@@ -21,6 +21,7 @@ from pyvmm.control.qmp import (
     snapshots,
     stats,
     status,
+    trace,
     watch,
 )
 from pyvmm.control.qmp.news import News
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from pyvmm.control.socket import Peer
     from pyvmm.unix_socket import UnixListener
 
-GROUPS = (block, cpus, memory, migration, monitor, net, objects, pci, schema, snapshots, stats, status, watch)
+GROUPS = (block, cpus, memory, migration, monitor, net, objects, pci, schema, snapshots, stats, status, trace, watch)
 
 
 class QmpServer:

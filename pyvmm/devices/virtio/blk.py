@@ -243,6 +243,8 @@ class VirtioBlk(VirtioDevice):
             )
             return
         kind, _, sector = HEADER.unpack(header)
+        if queue.traced is not None:
+            queue.trace_begin(chain)
         asked = Asked(self, queue, chain)
         self._asked[queue.index][asked] = None
         REQUESTS.get(kind, VirtioBlk._unknown)(self, asked, sector)

@@ -13,6 +13,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from pyvmm.block.lane cimport LANE_READ, LANE_WRITE, Lane, iovec
 from pyvmm.devices.virtio.chain cimport Chain, chain_free, chain_init, chain_move, vq_chain, vq_seg
 from pyvmm.devices.virtio.ring cimport VQ_NONE, Virtqueue
+from pyvmm.trace.tap cimport TRACE_MOVE, pair, trace_now, trace_tap_t, unlikely
 
 cdef extern from * nogil:
     void pause "__builtin_ia32_pause" ()
@@ -247,7 +248,10 @@ cdef class FastBlk:
         """One call for what has been gathered of the requests from ``first`` to ``end``. Those that it did whole are done:
         the driver finds them at the next ``show``.
         """
+        cdef trace_tap_t *tap = self.queue.tap
+        cdef uint64_t began = trace_now() if unlikely(tap != NULL) else 0
         cdef ssize_t moved = self.lane.transfer(self.kind, self.at, self.iov, self.pieces, self.length)
+        cdef uint64_t ticks = trace_now() - began if began else 0
         cdef int n
         cdef int64_t count = 0, size = 0
         cdef asked_t *one
@@ -260,6 +264,9 @@ cdef class FastBlk:
             if moved < <ssize_t>one.length:
                 break
             moved -= one.length
+            if began:
+                tap.record(tap, TRACE_MOVE, began, ticks, one.at >> SECTOR_SHIFT | <uint64_t>one.kind << 48,
+                           pair(<uint32_t>one.chain.sequence, one.length))
             one.status[0] = BLK_OK
             if self.queue.vq_push(&one.chain, one.chain.writable_bytes) < 0:
                 break                   # no memory: it is done once more, by Python

@@ -205,6 +205,8 @@ class VirtioDevice(Device):
         """The queue was rung, or kicked: on its thread."""
         with queue.lock:
             if self.live and queue.ready:
+                if queue.traced is not None:
+                    queue.trace_kick()
                 if queue.owes_call:
                     queue.call_again()
                 try:

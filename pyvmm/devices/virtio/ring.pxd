@@ -2,6 +2,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyvmm.devices.virtio.chain cimport Chain, vq_chain
 from pyvmm.guest_memory cimport GuestMemory
+from pyvmm.trace.tap cimport trace_tap_t
 
 
 cdef struct vq_used:
@@ -49,6 +50,9 @@ cdef class Virtqueue:
     cdef readonly uint64_t taken            # counts, for who asks what a queue has done
     cdef readonly uint64_t notified
     cdef readonly bint owes_call            # since a load: whoever serves the queue calls ``call_again`` first
+    cdef trace_tap_t *tap                   # where it is recorded what becomes of chains; NULL: nobody traces
+    cdef readonly object traced             # the Tap, while there is one
+    cdef object _tap                        # the last one there was
     cdef GuestMemory _memory
     cdef list _regions                      # whoever holds a view of memory keeps it
     cdef vq_ram *_ram

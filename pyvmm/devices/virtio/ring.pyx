@@ -17,6 +17,8 @@ from posix.unistd cimport write
 
 from pyvmm.devices.virtio.chain cimport Chain, chain_add, chain_empty, chain_init, vq_chain
 from pyvmm.guest_memory cimport RamRegion
+from pyvmm.trace.tap cimport (TAP_RELEASE, TRACE_BEGIN, TRACE_KICK, TRACE_PUSH, TRACE_SHOW, TRACE_TAKE, pair,
+                              tap_of, tap_store, trace, trace_tap_t, unlikely)
 
 from pyvmm.device import DeviceLock as Lock
 from pyvmm.errors import StateError
@@ -145,6 +147,27 @@ cdef class Virtqueue:
         self._pending_count = 0
         self._sequence = self._next_pushed = 0
 
+    # -- tracing -----------------------------------------------------------------------------------------------------
+
+    def trace_to(self, tap):
+        """Record there (trace/recorder.pyx Tap) what becomes of each chain; None: no more. From any thread."""
+        tap_store(&self.tap, tap_of(tap), TAP_RELEASE)
+        self.traced = tap
+        if tap is not None:
+            self._tap = tap
+
+    def trace_kick(self):
+        """It was rung, and is about to be served."""
+        cdef trace_tap_t *tap = self.tap
+        if tap != NULL:
+            trace(tap, TRACE_KICK, 0, 0)
+
+    def trace_begin(self, Chain chain not None):
+        """What this thread asks of a drive from now on is for this chain."""
+        cdef trace_tap_t *tap = self.tap
+        if tap != NULL:
+            trace(tap, TRACE_BEGIN, chain.c.sequence, 0)
+
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     cdef _map_ram(self):
@@ -249,12 +272,16 @@ cdef class Virtqueue:
     cdef int vq_take(self, vq_chain *chain) noexcept nogil:
         """One chain into ``chain``. VQ_TAKEN, VQ_NONE, or what the driver has done wrong."""
         cdef int rc
+        cdef trace_tap_t *tap
         chain_empty(chain)
         rc = self._take_packed(chain) if self._packed else self._take_split(chain)
         if rc == VQ_TAKEN:
             chain.sequence = self._sequence
             self._sequence += 1
             self.taken += 1
+            tap = self.tap
+            if unlikely(tap != NULL):
+                trace(tap, TRACE_TAKE, chain.sequence, pair(chain.readable_bytes, chain.writable_bytes))
         return rc
 
     cdef int _take_split(self, vq_chain *chain) noexcept nogil:
@@ -402,6 +429,7 @@ cdef class Virtqueue:
     cdef int vq_push(self, vq_chain *chain, uint64_t written) noexcept nogil:
         cdef vq_used *more
         cdef uint32_t room
+        cdef trace_tap_t *tap = self.tap
         if self._pending_count == self._pending_room:
             room = max(16, 2 * self._pending_room)
             more = <vq_used *>realloc(self._pending, room * sizeof(vq_used))
@@ -415,6 +443,8 @@ cdef class Virtqueue:
         used.slots = chain.slots
         used.written = <uint32_t>min(written, chain.writable_bytes)
         self._pending_count += 1
+        if unlikely(tap != NULL):
+            trace(tap, TRACE_PUSH, chain.sequence, used.written)
         return 0
 
     def flush(self):
@@ -452,13 +482,19 @@ cdef class Virtqueue:
         """The same without the interrupt: whether there is to be one."""
         cdef uint32_t count = self._in_order_count() if self._in_order else self._pending_count
         cdef uint32_t passed
+        cdef bint wanted
+        cdef trace_tap_t *tap
         if count == 0:
             return False
         passed = self._show_packed(count) if self._packed else self._show_split(count)
         self._pending_count -= count
         if self._pending_count:
             memmove(self._pending, self._pending + count, self._pending_count * sizeof(vq_used))
-        return self._wants_call(passed)
+        wanted = self._wants_call(passed)
+        tap = self.tap
+        if unlikely(tap != NULL):
+            trace(tap, TRACE_SHOW, count, wanted)
+        return wanted
 
     cdef uint32_t _in_order_count(self) noexcept nogil:
         """VIRTIO_F_IN_ORDER (2.7.9, 2.8.11): sort what is pushed; how many of it may be shown by now."""
