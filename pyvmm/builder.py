@@ -55,7 +55,7 @@ def build(
             chassis.consoles.start()  # no resume() will
             chassis.io_threads.resume()
         closers.add(chassis.io_threads)  # the first to end: what they use is there until then
-        closers.call(chassis.events.flush)
+        closers.call(chassis.tell_last)
         return chassis, board, platform
     except BaseException:
         closers.close()

@@ -48,6 +48,10 @@ class Chardev:
     """
 
     can_write = True
+    lost_bytes = 0
+    """Output dropped because the queue was full."""
+    on_lost: Callable[[], object] | None = None
+    """Called when the first of it is, on any thread and with the chardev's lock held."""
     size: tuple[int, int] | None = None
     """Columns and lines of the screen at the other end, where that is one and its size is known."""
     _fed: Feed | None = None
@@ -280,8 +284,6 @@ class FdChardev(Chardev):
         self._chunk = QUEUE_LIMIT_BYTES
         self._own_fd = -1  # of a terminal
         self._edge = False
-        self.lost_bytes = 0
-        """Output dropped because the queue was full."""
         self.write_error: OSError | None = None
         """Why output was dropped first, where the descriptor refused it: a full disk, say. Not where a reader left."""
         if out_fd >= 0:
@@ -318,7 +320,9 @@ class FdChardev(Chardev):
     def _enqueue(self, data: bytes) -> None:
         if not self.can_write:
             kept = data[: max(0, QUEUE_LIMIT_BYTES - len(self._queue))]
-            self.lost_bytes += len(data) - len(kept)
+            before, self.lost_bytes = self.lost_bytes, self.lost_bytes + len(data) - len(kept)
+            if self.lost_bytes and not before and self.on_lost is not None:
+                self.on_lost()
             data = kept
         self._queue += data
         if len(self._queue) >= QUEUE_LIMIT_BYTES:

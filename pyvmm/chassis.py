@@ -57,7 +57,8 @@ class Chassis:
         self.pio = AddressSpace("pio", PORTS)
         self.mmio = AddressSpace("mmio", 1 << ADDRESS_BITS)
         self.loop = EventLoop(self._callback_raised, stands=True)
-        self.events = Events(self.loop.call_soon, self._callback_raised, self.loop.alive)
+        called = config.name or config.uuid or ""
+        self.events = Events(self.loop.call_soon, self._callback_raised, self.loop.alive, called)
         self.io_threads = closers.add(IoThreads(self._callback_raised))
         """The threads that serve queues. They stand while guest time does."""
         self.control = RunControl(self._on_time, self._holds_up_time, self.events.tell)
@@ -81,6 +82,7 @@ class Chassis:
             command=config.raw_terminal,
             on_quit=lambda: self.power.stop(0, "quit"),
             on_gone=self.power.reader_gone,
+            on_lost=lambda name, size: self.events.tell("console-lost", console=name, bytes=size),
             keys=(
                 ("w", "wake a guest that has suspended itself", lambda show: self.power.press_if_suspended()),
                 ("r", "registers of every vCPU", self.outcomes.dump),
@@ -129,6 +131,11 @@ class Chassis:
             self.consoles.flush()
         except BaseException as error:
             raise callback_failure(error) from error
+
+    def tell_last(self) -> None:
+        """The machine ends: what is left to be told, and to be heard."""
+        self.consoles.tell_losses()
+        self.events.flush()
 
     # -- work beside the guest ---------------------------------------------------------------------------------
 

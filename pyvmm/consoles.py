@@ -35,8 +35,10 @@ class Consoles:
         command: bool = False,
         on_quit: Callable[[], None] | None = None,
         on_gone: Callable[[], None] | None = None,
+        on_lost: Callable[[str, int], None] = lambda name, size: None,
         keys: Sequence[Key] = (),
     ) -> None:
+        self._on_lost = on_lost
         self._loop = loop
         self._closers = closers
         self._command = command
@@ -56,7 +58,14 @@ class Consoles:
         opened = self.by_name[name] = self._open(spec, name)
         if opened is not spec:
             self.made.append(self._closers.add(opened))
+        opened.on_lost = lambda: self._on_lost(name, opened.lost_bytes)
         return opened
+
+    def tell_losses(self) -> None:
+        """At the end: how much output of each console was lost, where any was."""
+        for name, opened in self.by_name.items():
+            if opened.lost_bytes:
+                self._on_lost(name, opened.lost_bytes)
 
     def _open(self, spec: HostEnd, name: str) -> Chardev:
         from pyvmm import chardev as c

@@ -18,6 +18,13 @@ tray           the tray of a CD drive has opened or closed: ``drive``, ``open``
 panic          the guest's kernel says that it has panicked (devices/pvpanic.py): ``goes_on``, into a kernel that saves
                what is left
 rx-filter      the guest has changed what its network card lets through: ``device``
+saved          a snapshot has been made: ``path``
+loaded         it has gone back to a snapshot: ``path``
+migration      it moves to another process: ``state`` started, completed or failed, ``address``, ``why``
+console-lost   output of a console is lost for want of a reader: ``console``, and ``bytes`` in all by then. Told of the
+               first, and at the end
+client         a client has come or gone: ``protocol``, and ``did``: came, left, was cut off
+trace          a trace begins, or ends: ``path``, ``on``, ``dropped`` records, ``error`` where it ends early
 =============  =============================================================================================
 
 Listeners are called on the event loop's thread, one event after the other, in the order in which they happened and with
@@ -27,6 +34,7 @@ nobody but the next event. `close` waits until all have been told.
 
 from __future__ import annotations
 
+from sys import modules
 from time import time_ns
 
 from pyvmm.errors import ConfigError, HostError, KindError
@@ -39,12 +47,24 @@ if TYPE_CHECKING:
 
     Listener = Callable[["Event"], object]
 
-NAMES = (
-    *("resume", "stop", "shutdown", "reset", "suspend", "wakeup"),
-    *("io-error", "console-port", "balloon", "device-broken", "powerdown", "tray", "panic", "rx-filter"),
-)
+# The events there are, and how much each matters, by logging's numbers (log.py).
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
+LEVELS = {
+    **dict.fromkeys(("resume", "stop", "shutdown", "reset", "suspend", "wakeup", "powerdown"), INFO),
+    **dict.fromkeys(("saved", "loaded", "migration", "trace", "balloon", "tray"), INFO),
+    **dict.fromkeys(("console-port", "rx-filter", "client"), DEBUG),
+    **dict.fromkeys(("io-error", "device-broken", "console-lost"), WARNING),
+    "panic": ERROR,
+}
+NAMES = tuple(LEVELS)
 # A guest can reset itself faster than a slow listener listens: what is not told is counted.
 WAITING_MAX = 1000
+
+
+def logged(level: int) -> bool:
+    """Whether somebody wants to have events of that level in the log. Nobody who has not imported ``logging``."""
+    find = getattr(modules.get("logging"), "getLogger", None)  # not while it is being imported
+    return find is not None and bool(find("pyvmm").isEnabledFor(level))
 
 
 class Event:
@@ -66,6 +86,7 @@ class Events:
 
     ``call_soon(callback)`` is the event loop's, ``alive()`` tells whether its thread is there. ``on_error(error)``
     hears what a listener raised, which keeps no other listener from hearing.
+    ``machine`` is what the log calls it (log.py).
     """
 
     def __init__(
@@ -73,7 +94,9 @@ class Events:
         call_soon: Callable[[Callable[[], None]], None],
         on_error: Callable[[BaseException], None],
         alive: Callable[[], bool] = lambda: True,
+        machine: str = "",
     ) -> None:
+        self.machine = machine
         self._call_soon = call_soon
         self._on_error = on_error
         self._alive = alive
@@ -105,7 +128,7 @@ class Events:
 
     def tell(self, name: str, **data: Any) -> None:
         """Queue an event that has happened. From any thread, and under any lock: nothing is called here."""
-        if not self._listeners:
+        if not self._listeners and not logged(LEVELS[name]):
             return
         with self._lock:
             if len(self._waiting) >= WAITING_MAX:
@@ -146,6 +169,10 @@ class Events:
                             listener(event)
                         except BaseException as error:
                             self._on_error(error)
+                try:
+                    self._log(event)  # last: a command sets its log up with the first event that it hears
+                except BaseException as error:
+                    self._on_error(error)
         except BaseException:
             # Not even the error could be told. What still waits is told by another call.
             with self._lock:
@@ -154,6 +181,12 @@ class Events:
             if self._waiting:
                 self._begin()
             raise
+
+    def _log(self, event: Event) -> None:
+        if logged(level := LEVELS[event.name]):
+            from pyvmm.log import write
+
+            write(level, self.machine, event.name, event.data, event.time_ns)
 
     def _next(self) -> Event | None:
         with self._lock:

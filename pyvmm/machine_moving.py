@@ -40,10 +40,16 @@ class MovingMachine(SavingMachine):
         state = self._all_state("migrate_to")
         with self._chassis.saving:
             self._departure = Departure(state, self.config, self._chassis.origin)
+            self.events.tell("migration", state="started", address=address, why="")
             try:
-                return self._departure.go(address)
+                migrated = self._departure.go(address)
+            except BaseException as error:
+                self.events.tell("migration", state="failed", address=address, why=str(error))
+                raise
             finally:
                 self._departure = None
+        self.events.tell("migration", state="completed", address=address, why="")
+        return migrated
 
     def cancel_migration(self) -> None:
         """The guest stays here: ``migrate_to`` raises, unless it has gone by then. StateError where none is on its way.

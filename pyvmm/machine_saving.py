@@ -66,7 +66,9 @@ class SavingMachine(RunningMachine):
 
         state = self._all_state("save")
         with self._chassis.saving:
-            return save(state, self.config, self._chassis.origin, fspath(path), base)
+            saved = save(state, self.config, self._chassis.origin, fspath(path), base)
+        self.events.tell("saved", path=fspath(path))
+        return saved
 
     def load(self, path: str | PathLike[str] | Snapshot, *, twin: bool = True) -> None:
         """Go back to a snapshot (``save``) of this machine, or of one of the same configuration; it runs on from there
@@ -89,6 +91,7 @@ class SavingMachine(RunningMachine):
             finally:
                 if ran and self.control.state is RunState.PAUSED:
                     self.resume()
+            self.events.tell("loaded", path=origin.path)
         if self.control.state is RunState.INTERNAL_ERROR and self.control.error is not None:
             raise self.control.error
 

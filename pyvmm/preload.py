@@ -112,6 +112,7 @@ RUNNING = (
     "errno",
     "json",  # the names in a trace
     "linecache",
+    "pyvmm.log",  # where somebody logs
     "mmap",
     "pyvmm.boards.pc_drives",  # another medium
     "pyvmm.control.console",  # who asks for a machine by its name, as registry

@@ -91,6 +91,7 @@ class Tracing:
                     raise ConfigError(f"trace {path}: {remedy(error, 'write elsewhere')}") from None
                 raise
             self._thread = thread
+        self._chassis.events.tell("trace", path=path, on=True, dropped=0, error="")
 
     def stop(self) -> int:
         """End it; all that was recorded is in the file. How many records were dropped. StateError where none is on,
@@ -113,6 +114,8 @@ class Tracing:
         self._let_go()
         fd, self._fd = self._fd, -1
         os.close(fd)
+        dropped = self._recorder.dropped
+        self._chassis.events.tell("trace", path=self.path, on=False, dropped=dropped, error=self.error)
 
     def close(self) -> None:
         """The machine ends."""

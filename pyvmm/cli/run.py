@@ -18,7 +18,7 @@ from pyvmm.run_state import RunState
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import FrameType
     from typing import Any
 
@@ -49,6 +49,13 @@ def gdb_place(text: str) -> str | int:
     if not path:
         raise ValueError(text)
     return path
+
+
+def log_option(text: str) -> str:
+    from pyvmm.cli.log import parts
+
+    parts(text)
+    return text
 
 
 OPTIONS = (
@@ -89,6 +96,13 @@ OPTIONS = (
     Option("--wait-gdb", "", "with --gdb: the guest begins when gdb says so"),
     Option("--timeout", "SECONDS", "stop a guest that runs longer; status 124", float, file="number"),
     Option("--trace", "FILE", "write what it does into FILE: exits, requests, interrupts; `pyvmm trace FILE` reads it"),
+    Option(
+        "--log",
+        "LEVEL[,file=PATH]",
+        "what happens to it, a JSON object a line, on standard error or at a file's end; debug, info, warning or error",
+        log_option,
+        file="string",
+    ),
     Option("--exit-stats", "", "at the end, what each kind of exit cost, on standard error"),
     Option("--help -h", "", "this; of one option: --help drive, or --drive help", file=""),
 )
@@ -119,6 +133,7 @@ def run(args: list[str]) -> int:
     timeout_s = given.pop("timeout", None)
     exit_stats = given.pop("exit_stats", False)
     sockets, metrics, trace = given.pop("qmp", ()), given.pop("metrics", None), given.pop("trace", None)
+    log = given.pop("log", None)
     snapshot, incoming = given.pop("restore", None), given.pop("incoming", None)
     if snapshot is not None and incoming is not None:
         raise ConfigError("--restore beside --incoming: a machine comes from one of them, leave the other out")
@@ -128,6 +143,7 @@ def run(args: list[str]) -> int:
     config = configure(given) if snapshot is None and incoming is None else None
     with Signals() as signals, made(config, snapshot, incoming, given) as machine:
         signals.terminal = machine.terminal
+        end_log = begin_log(machine, log)
         announce(machine)
         if gdb is not None:
             say(f"pyvmm: gdb: target remote {serve_gdb(machine, gdb, wait_gdb)}")
@@ -142,7 +158,19 @@ def run(args: list[str]) -> int:
         gc.freeze()  # the collector's first pass would look through all that has been made, for nothing
         gc.enable()
         attended = bool(sockets) or machine.config.name is not None
-        return go(machine, timeout_s, exit_stats, attended=attended, trace=trace)
+        try:
+            return go(machine, timeout_s, exit_stats, attended=attended, trace=trace)
+        finally:
+            end_log()
+
+
+def begin_log(machine: Machine, option: str | None) -> Callable[[], None]:
+    """What to call at the end."""
+    if option is None:
+        return lambda: None
+    from pyvmm.cli.log import begin
+
+    return begin(option, machine)
 
 
 def serve_gdb(machine: Machine, place: str | int, wait: bool) -> str:

@@ -101,6 +101,8 @@ class Peer:
         self._last = False  # closed when all of that is out
         self.closed = False
         """Nothing comes from it or goes there any more."""
+        self.too_slow = False
+        """It was cut off because it did not read."""
         self.held = False
         """Nothing is read from it for now."""
 
@@ -120,6 +122,7 @@ class Peer:
             if self.closed or self._last:
                 return
             if self._unsent_bytes > UNREAD_MOST_BYTES:
+                self.too_slow = True
                 self._cut_off_locked()
                 return
             waits = bool(self._unsent)
@@ -232,6 +235,7 @@ class SocketServer:
 
     ``listen`` and ``listen_port`` make sockets: clients can connect, and wait until ``serve``. ``close``, from any
     thread but the server's own, ends all of it. ``on_error(error)`` hears what a session raised; its client is cut off.
+    ``on_client(did)`` hears of each that it came, left or was cut off.
     """
 
     def __init__(
@@ -241,7 +245,9 @@ class SocketServer:
         *,
         what: str,
         most_clients: int = MOST_CLIENTS,
+        on_client: Callable[[str], object] = lambda did: None,
     ) -> None:
+        self._on_client = on_client
         self._make_session = make_session
         self._on_error = on_error
         self._what = what
@@ -321,6 +327,7 @@ class SocketServer:
 
     def _begin(self, end: socket) -> None:
         peer = Peer(self, end)
+        self._on_client("came")
         try:
             self._sessions[peer] = self._make_session(peer)
         except Exception as error:
@@ -358,6 +365,7 @@ class SocketServer:
 
     def _end(self, peer: Peer) -> None:
         session = self._sessions.pop(peer, None)
+        self._on_client("was cut off: it does not read" if peer.too_slow else "left")
         peer.dispose()
         if session is not None:
             try:

@@ -267,6 +267,7 @@ LATE |= {"pyvmm.cli.config_given", "pyvmm.cli.config_print", "pyvmm.cli.config_s
 LATE |= {"pyvmm.cli.attach", "pyvmm.cli.machines", "pyvmm.cli.top"}
 LATE |= {"pyvmm.control.metrics", "pyvmm.control.metrics_text", "pyvmm.control.qmp_client"}
 LATE |= {"pyvmm.dialog", "pyvmm.pytest_plugin"}  # tools of programs and of tests
+LATE |= {"pyvmm.log", "pyvmm.cli.log"}  # Python's log is imported with the first event
 LATE |= {name for p in sources(".py") if (name := module_name(p)).startswith("pyvmm.control.qmp.")}
 
 

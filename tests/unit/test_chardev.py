@@ -232,8 +232,12 @@ def test_queue_is_bounded_and_tells_when_it_has_room_again(loop: EventLoop, pipe
     settle(loop)
     assert not writable.is_set() and not chardev.can_write
     assert chardev.lost_bytes == 0  # the last one found it with room
+    losses: list[int] = []
+    chardev.on_lost = lambda: losses.append(chardev.lost_bytes)
     chardev.write(b"no room for this")
-    assert chardev.lost_bytes == len(b"no room for this")
+    chardev.write(b"nor for this")
+    assert losses == [len(b"no room for this")]  # told once
+    assert chardev.lost_bytes == len(b"no room for thisnor for this")
     assert QUEUE_LIMIT_BYTES <= sent < QUEUE_LIMIT_BYTES + 4096 + 1000
     read_exactly(pipe[0], sent)
     assert writable.wait(LIMIT_S)

@@ -41,7 +41,7 @@ class GdbServer:
         self.registers = target.registers
         self._events = events
         self._session: Session | None = None
-        self._server = SocketServer(self._begin, on_error, what=WHAT, most_clients=1)
+        self._server = SocketServer(self._begin, on_error, what=WHAT, most_clients=1, on_client=self._client)
         try:
             self.where = self._listen(where)
             if wait:
@@ -62,6 +62,9 @@ class GdbServer:
     def _begin(self, peer: Peer) -> Session:
         self._session = Session(peer, self._target, self._ended)
         return self._session
+
+    def _client(self, did: str) -> None:
+        self._events.tell("client", protocol="gdb", did=did)
 
     def _ended(self) -> None:
         self._session = None

@@ -50,7 +50,7 @@ class QmpServer:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.greeting: dict[str, Any] = {"QMP": {"version": version(), "capabilities": []}}
-        self.sockets = SocketServer(lambda peer: self._session(peer), complain, what="--qmp")
+        self.sockets = SocketServer(lambda peer: self._session(peer), complain, what="--qmp", on_client=self._client)
         self.kvm_stats: Any = None
         """The kernel's statistics, once somebody has asked for them (stats.py)."""
         self.migration: dict[str, Any] = {"status": "none"}
@@ -75,6 +75,9 @@ class QmpServer:
         self.sockets.add(listener)
 
     # -- clients ----------------------------------------------------------------------------------------------------
+
+    def _client(self, did: str) -> None:
+        self.machine.events.tell("client", protocol="qmp", did=did)
 
     def _session(self, peer: Peer) -> QmpSession:
         return QmpSession(self, peer)

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from pyvmm.control.qmp.subject import Served
 
 
-@command("x-pyvmm-trace-start", {"path": STR})
-def x_pyvmm_trace_start(served: Served, path: str) -> None:
-    """Write what the machine does into the file ``path``, from now on."""
-    served.machine.start_trace(path)
+@command("x-pyvmm-trace-start", {"filename": STR})
+def x_pyvmm_trace_start(served: Served, filename: str) -> None:
+    """Write what the machine does into the file ``filename``, from now on."""
+    served.machine.start_trace(filename)
 
 
 @command("x-pyvmm-trace-stop", returns=Struct({"dropped": SIZE}), waits=True)

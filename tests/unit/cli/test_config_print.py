@@ -50,6 +50,7 @@ TAKES: dict[str, list[str]] = {
     "balloon": ["none", "{n}M", "{n}M,deflate-on-oom=on,free-page-reporting=on"],
     "fw_cfg": ["opt/{n}={exists}"],
     "timeout": ["{n}", "0.5"],
+    "log": ["info", "debug,file={file}"],
     "gdb": ["{n}", "unix:{file}", "{file}"],
 }  # fmt: skip
 LEFT_OUT = {"config", "print_config", "restore", "incoming", "help"}

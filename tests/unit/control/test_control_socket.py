@@ -65,9 +65,11 @@ class Made:
         self.errors: list[BaseException] = []
         self.may_end = threading.Event()
         self.crowded = threading.Event()
+        self.clients: list[str] = []
         self.server = SocketServer(
-            lambda peer: Echo(peer, self), self.errors.append, what="--test", most_clients=most_clients
-        )
+            lambda peer: Echo(peer, self), self.errors.append, what="--test", most_clients=most_clients,
+            on_client=self.clients.append,
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -224,6 +226,7 @@ def test_a_client_that_is_told_and_does_not_read_is_cut_off(made: Made, path: Pa
             assert sent < 8 * UNREAD_MOST_BYTES
         assert sent > UNREAD_MOST_BYTES
         assert session.left.wait(LIMIT_S)
+        assert made.clients == ["came", "came", "was cut off: it does not read"]
         assert ended(deaf)
         other.send(b"x")
         assert read(other, 1) == b"x"
