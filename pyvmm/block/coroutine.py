@@ -97,10 +97,11 @@ class Waiter:
 class Nobody:
     """The owner of a coroutine that is not cancelled."""
 
-    __slots__ = ("waiter",)
+    __slots__ = ("number", "waiter")
 
     def __init__(self) -> None:
         self.waiter: Waiter | None = None
+        self.number = 0
 
 
 def start(coroutine: Coroutine[Waiter, None, None], owner: Owner) -> None:

@@ -33,7 +33,7 @@ def command() -> None:
     sys.meta_path.append(sys.modules[__name__])
     status = main()
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if stream is not None and not stream.closed:  # as where its reader has gone (cli/say.py, give_up)
             stream.flush()
     from posix import _exit
 

@@ -166,6 +166,13 @@ def test_the_status_and_all_output_come_out(home: Path, path: Path, status: int)
     assert (made.returncode, len(made.stdout), made.stderr) == (status, 100001, b"e")
 
 
+def test_an_output_that_was_given_up_is_not_flushed(home: Path, path: Path) -> None:
+    file = package(site_packages(home))
+    (file.parent / "cli/__init__.py").write_text("def main():\n    import sys; sys.stdout.close()\n    return 141\n")
+    made = subprocess.run([home / "bin/pyvmm"], capture_output=True, env={"PATH": f"{path}:/usr/bin:/bin"})
+    assert (made.returncode, made.stdout, made.stderr) == (141, b"", b"")
+
+
 def test_the_installed_command_is_this_one() -> None:
     command = Path(sys.prefix) / "bin/pyvmm"
     text = (ROOT / "pyvmm/launcher/pyvmm").read_text()
