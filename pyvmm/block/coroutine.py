@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         """Whoever wants to know what its coroutine waits for, to cancel that."""
 
         waiter: Waiter | None
-        number: int
 
 
 class Waiter:
@@ -59,9 +58,8 @@ class Waiter:
 
     @property
     def asked_by(self) -> int:
-        """The number of the request that waits for it; 0 where that is not asleep yet."""
-        owner = self._owner
-        return 0 if owner is None else owner.number
+        """The number of the request that waits for it; 0 where that is not asleep yet, or it is none."""
+        return getattr(self._owner, "number", 0)
 
     def __await__(self) -> Generator[Waiter, None, int]:
         yield self
@@ -97,11 +95,10 @@ class Waiter:
 class Nobody:
     """The owner of a coroutine that is not cancelled."""
 
-    __slots__ = ("number", "waiter")
+    __slots__ = ("waiter",)
 
     def __init__(self) -> None:
         self.waiter: Waiter | None = None
-        self.number = 0
 
 
 def start(coroutine: Coroutine[Waiter, None, None], owner: Owner) -> None:
