@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pyvmm.block import image_tool
+from pyvmm.block.options import DriveOptions
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import ConfigError
 from pyvmm_benchmarks import environment
@@ -31,6 +33,9 @@ from pyvmm_benchmarks.report import TOLERANCE, Case, Report, Result, case_lines,
 
 REFERENCE = "qemu-threads"
 TURN_S = 30.0
+# The disk in its image: as it is; in qcow2, all of it there; in qcow2 with nothing in it, where reads are of zeros and
+# the first write to each cluster has to make it.
+IMAGES = ("raw", "qcow2", "qcow2-empty")
 SETS, ROUNDS = 3, 10
 QUICK_SETS, QUICK_ROUNDS = 1, 4
 MEMORY_DIRECTORY = "/dev/shm"
@@ -43,6 +48,7 @@ OPTIONS = (
     Option("--rounds", "N", f"rounds a set (default {ROUNDS})", int),
     Option("--scale", "N", "requests a turn, times this (default 1)", float),
     Option("--pin", "CPU|none", "where the vCPU runs; all other threads run elsewhere (default: the last one)"),
+    Option("--format", "FORMAT", f"what the images are: {', '.join(IMAGES)} (default raw)"),
     Option("--directory", "DIR", f"where the images are made (default: {MEMORY_DIRECTORY})"),
     Option("--json", "FILE", "write everything found to FILE"),
     Option("--compare", "OLD.json", "print what changed beyond noise; exit status 1 on a regression of pyvmm"),
@@ -94,14 +100,19 @@ def measured(given: dict[str, object]) -> Report:
         pin = environment.choose_pin(str(given["pin"]) if "pin" in given else None)
     except ValueError:
         raise ConfigError(f"--pin {given['pin']}: give the number of a CPU, or none") from None
-    settings = {"sets": sets, "rounds": rounds, "scale": scale, "pin": pin}
+    image = str(given.get("format", IMAGES[0]))
+    if image not in IMAGES:
+        raise ConfigError(f"--format {image}: use {', '.join(IMAGES)}")
+    for kind in contenders:
+        kind.format = image.partition("-")[0]
+    settings = {"format": image, "sets": sets, "rounds": rounds, "scale": scale, "pin": pin}
     programs = {kind.name: version for kind in contenders if (version := kind.version()) is not None}
     report = Report("disk", environment.describe(pin, programs), settings)
     print("\n".join(environment.lines(report.host)) + "\n", flush=True)
     place = str(given.get("directory", MEMORY_DIRECTORY if os.path.isdir(MEMORY_DIRECTORY) else "")) or None
     with tempfile.TemporaryDirectory(dir=place) as name, environment.left_to_contenders(pin):
         directory = Path(name)
-        make_images(directory, contenders)
+        make_images(directory, contenders, image)
         found = {case.name: Found(case, contenders) for case in cases}
         for _ in range(sets):
             one_set(cases, contenders, directory, found, rounds, scale, pin)
@@ -111,13 +122,20 @@ def measured(given: dict[str, object]) -> Report:
     return report
 
 
-def make_images(directory: Path, contenders: Sequence[DiskKind]) -> None:
+def make_images(directory: Path, contenders: Sequence[DiskKind], what: str) -> None:
     (directory / "disk.rom").write_bytes(rom())
     first = directory / "disk.img"
-    with open(first, "wb") as file:
-        source = random.Random(1)
-        for _ in range(IMAGE_MIB):
-            file.write(source.randbytes(1 << 20))
+    if what == "qcow2-empty":
+        image_tool.create(str(first), "qcow2", IMAGE_MIB << 20)
+    else:
+        with open(first, "wb") as file:
+            source = random.Random(1)
+            for _ in range(IMAGE_MIB):
+                file.write(source.randbytes(1 << 20))
+        if what == "qcow2":
+            packed = directory / "disk.qcow2"
+            image_tool.convert(DriveOptions(first, format="raw"), str(packed), "qcow2", preallocation="metadata")
+            packed.replace(first)
     for kind in contenders:
         image = directory / f"{kind.name}.img"
         shutil.copyfile(first, image)

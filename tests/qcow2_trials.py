@@ -18,8 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent / "unit" / "block"))
+sys.path.append(str(Path(__file__).parent / "unit" / "block"))
 
 from block_drives import SECTOR, Result, TestLoop, flush, read, write
 

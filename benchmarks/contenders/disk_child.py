@@ -49,7 +49,7 @@ def main() -> None:
     calls = Calls()
     calls.watch(VirtioBlk, "handle")
     calls.watch(FilePosix, "_aio_worker")
-    drive = DriveOptions(work["image"], interface="virtio", aio=work["aio"])
+    drive = DriveOptions(work["image"], format=work["format"], interface="virtio", aio=work["aio"])
     options = {"firmware": work["rom"], "memory_mib": work["memory_mib"], "drives": [drive]}
     with pyvmm.Machine(machine="pc", **options) as machine:
         base = machine.memory.ram[0].host_address

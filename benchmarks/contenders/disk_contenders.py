@@ -76,6 +76,7 @@ class DiskKind(Kind):
     """``engine`` is the drive's aio; "nbd": its image is that of a qemu-nbd, at a Unix socket."""
 
     engine: str
+    format = "raw"  # of its image
 
     def on_image(self, image: Path) -> DiskKind:
         """The same, on that image."""
@@ -99,7 +100,7 @@ class DiskKind(Kind):
         program = environment.find("qemu-nbd", "PYVMM_QEMU_NBD")
         assert program is not None
         path = f"{self.image}.nbd"
-        command = [program, "--socket", path, "--format", "raw", "--cache", "writeback", "--persistent"]
+        command = [program, "--socket", path, "--format", self.format, "--cache", "writeback", "--persistent"]
         server = subprocess.Popen([*command, str(self.image)])
         end = time.monotonic() + ANSWER_S
         while not listens(path):
@@ -125,7 +126,8 @@ class OwnKind(DiskKind):
 
     def command(self, case: DiskCase, directory: Path) -> list[str]:
         work = {"image": self.file, "rom": str(directory / "disk.rom"), "memory_mib": MEMORY_MIB,
-                "aio": "threads" if self.engine == "nbd" else self.engine}  # fmt: skip
+                "aio": "threads" if self.engine == "nbd" else self.engine,
+                "format": "raw" if self.engine == "nbd" else self.format}  # fmt: skip
         return [sys.executable, "-P", str(CHILD), json.dumps(work)]
 
     def start(self, case: DiskCase, directory: Path, pin: int | None) -> Disk:
@@ -154,7 +156,8 @@ class QemuKind(DiskKind):
 
     def command(self, case: DiskCase, directory: Path) -> list[str]:
         assert self.program is not None
-        drive = f"file={self.file},if=none,id=d,format=raw,cache=writeback"
+        format = "raw" if self.engine == "nbd" else self.format  # qemu-nbd serves the disk in it
+        drive = f"file={self.file},if=none,id=d,format={format},cache=writeback"
         drive += "" if self.engine == "nbd" else f",aio={self.engine}"
         device = "virtio-blk-pci,drive=d,addr=04.0"
         command = [self.program, "-machine", "pc", "-accel", "kvm", "-m", str(MEMORY_MIB)]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from qcow2_trials import kill_one, operations
 
+from pyvmm.block.formats.qcow2 import refcounts, tables
+
 
 @pytest.mark.parametrize(
     ("layers", "features"),
@@ -21,6 +23,13 @@ from qcow2_trials import kill_one, operations
 )
 def test_random_operations(tmp_path: Path, layers: int, features: dict[str, object]) -> None:
     operations(tmp_path, 7, 120, layers, 2, **features)
+
+
+def test_random_operations_with_room_for_few_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and blocks are given up and written in the middle of everything."""
+    monkeypatch.setattr(tables, "CACHE_BYTES", 0)
+    monkeypatch.setattr(refcounts, "CACHE_BYTES", 0)
+    operations(tmp_path, 8, 120, 3, 2, cluster_size=512, refcount_bits=64)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 PACKED = 4  # beside HERE, ZEROS, BELOW and ASK: a compressed cluster
 INCOMPATIBLE_AT, AUTOCLEAR_AT = 72, 88  # in the header
+USUAL_HEADER_BYTES, USUAL_CLUSTER_BITS = 65536, b"\0\0\0\x10"  # and its field's bytes
 MOST_UNPACKED_BYTES = 4 << 20
 MOST_FREED = 4096  # ranges that wait for their counts to go down
 MOST_ZEROS_BYTES = 1 << 20
@@ -106,7 +107,10 @@ class Qcow2Driver(FormatDriver):
     # -- opening ---------------------------------------------------------------------------------------------
 
     def _read_header(self) -> Header:
-        return read_header(self.path, self.file.peek(0, MOST_HEADER_BYTES), self.file.size_bytes)
+        head = self.file.peek(0, USUAL_HEADER_BYTES)
+        if head[20:24] > USUAL_CLUSTER_BITS:
+            head = self.file.peek(0, MOST_HEADER_BYTES)
+        return read_header(self.path, head, self.file.size_bytes)
 
     def attach(self, backing: FormatDriver | None, data: ProtocolDriver | None) -> None:
         """The disk below, and the external file for the data: they are this one's from here on."""
@@ -316,9 +320,10 @@ class Qcow2Driver(FormatDriver):
             if offset >= self.map.end:
                 raise Failed(EIO)
             data = self._read_packed(await co_load(self.file, offset, length), self.cluster)
-            while len(self._unpacked) >= max(1, MOST_UNPACKED_BYTES // self.cluster):
-                self._unpacked.pop(next(iter(self._unpacked)), None)
-            self._unpacked[entry] = data
+            with self._context.lock:
+                while len(self._unpacked) >= max(1, MOST_UNPACKED_BYTES // self.cluster):
+                    del self._unpacked[next(iter(self._unpacked))]
+                self._unpacked[entry] = data
         for view in iov:
             view[:] = data[into : into + len(view)]
             into += len(view)
@@ -569,6 +574,21 @@ class Qcow2Driver(FormatDriver):
                 self._free(entry)
         return begin + (last - place) * self.cluster
 
+    async def co_drop_table(self, index: int) -> None:
+        """An L2 table and all that it maps is given back: the disk is about to end before."""
+        await self.co_with_tables(lambda: self._co_dropped(index))
+
+    async def _co_dropped(self, index: int) -> None:
+        self._check_writable()
+        table = await self.tables.co_table(index)
+        for place in range(self.tables.per_table):
+            entry = self.map.entry(index, place)
+            self._check_entry(entry, (index * self.tables.per_table + place) * self.cluster)
+            self._free(entry)
+        self.tables.drop(index)
+        if table.offset:
+            self.refcounts.free(table.offset // self.cluster)
+
     # -- bringing it all into the file -----------------------------------------------------------------------
 
     def unsettled(self) -> bool:
@@ -623,7 +643,8 @@ class Qcow2Driver(FormatDriver):
         if refcounts.freed:
             await self.co_barrier()
             self.map.settle()  # whoever had looked up one of these clusters is done with it
-            self._unpacked.clear()
+            with self._context.lock:
+                self._unpacked.clear()
             holes = await refcounts.co_apply_freed()
             await refcounts.co_write()
             for first, count in holes:

@@ -219,8 +219,8 @@ def read_extensions(header: Header, head: bytes, name_at: int, wrong: Wrong) -> 
 
 def take_extension(header: Header, kind: int, data: bytes, wrong: Wrong) -> None:
     if kind == BACKING_FORMAT:
-        header.backing_format = data.decode(errors="replace")
-    elif kind == DATA_FILE:
+        header.backing_format = checked_name(data, wrong) if data else None
+    elif kind == DATA_FILE and data:
         header.data_file = checked_name(data, wrong)
     else:
         if kind == BITMAPS_EXTENSION:
@@ -235,9 +235,11 @@ def read_name(head: bytes, at: int, length: int, header: Header, wrong: Wrong) -
 
 
 def checked_name(data: bytes, wrong: Wrong) -> str:
-    if not data or b"\0" in data:
-        raise wrong.why("the name of a file in its header is none")
-    return data.decode(errors="surrogateescape")
+    name = data.decode(errors="surrogateescape")
+    # It will stand in messages: a stranger's bytes are no commands of a terminal's.
+    if not name or not name.isprintable():
+        raise wrong.why("the name of a file in its header is none that can be shown")
+    return name
 
 
 def check_features(header: Header, path: str, head: bytes, wrong: Wrong) -> None:

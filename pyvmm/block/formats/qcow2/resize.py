@@ -83,9 +83,13 @@ async def co_shrink(disk: OpenDisk, size: int) -> None:
     ret = 0
     if size < end:
         ret = await disk.co_write_zeroes(size, min(end, before) - size, False, False)  # nor does it show after a growth
-    if ret == 0 and end < before:
-        ret = await disk.co_write_zeroes(end, before - end, True, False)
+    tables = end + -end % disk.header.table_bytes  # what whole tables map goes with them
+    if ret == 0 and end < min(tables, before):
+        ret = await disk.co_write_zeroes(end, min(tables, before) - end, True, False)
     if ret < 0:
         raise Failed(-ret)
+    for index in range(tables // disk.header.table_bytes, len(disk.tables.l1)):
+        if disk.tables.l1[index]:
+            await disk.co_drop_table(index)
     await disk.co_with_tables(lambda: co_store(disk.file, SIZE_AT, size.to_bytes(8, "big")))
     disk.header.size = disk.size_bytes = size

@@ -72,5 +72,5 @@ def chosen(path: str, snapshots: list[InternalSnapshot], wanted: str) -> Interna
         for one in snapshots:
             if getattr(one, attribute) == wanted:
                 return one
-    have = ", ".join(f"{one.id} ({one.name})" for one in snapshots) or "none"
+    have = ", ".join(f"{one.id!a} ({one.name!a})" for one in snapshots) or "none"
     raise ConfigError(f"the image {path} has no internal snapshot {wanted!r}: it has {have}")

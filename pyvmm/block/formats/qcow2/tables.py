@@ -148,6 +148,14 @@ class Tables:
         self._changed.add(index)
         self._tables[index].dirty.add(place * ENTRY_BYTES, (place + 1) * ENTRY_BYTES, self.cluster)
 
+    def drop(self, index: int) -> None:
+        """The L1 table leads to it no more."""
+        self.map.drop(index)
+        del self._tables[index]
+        self._changed.discard(index)
+        self.l1[index] = 0
+        self.l1_dirty.add(index)
+
     async def co_write(self) -> None:
         """L2 tables that have changed."""
         for index in sorted(self._changed):
