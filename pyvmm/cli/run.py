@@ -63,6 +63,12 @@ OPTIONS = (
     CDROM,
     SNAPSHOT,
     Option(
+        "--cloud-init",
+        "user=NAME[,ssh-key=KEY|FILE][,password=WORD][,hostname=NAME]",
+        "a cloud image's user, by a read-only drive with a seed for cloud-init (NoCloud); needs the extra cloud",
+        file="",
+    ),
+    Option(
         "--config", "FILE", "options from a TOML or JSON file (docs/configuration.md), as by an argument NAME.toml;"
         " those given here win", file="",
     ),
@@ -107,22 +113,33 @@ OPTIONS = (
     Option("--help -h", "", "this; of one option: --help drive, or --drive help", file=""),
 )
 
+HOST = "host"  # in a kernel's place
 CDROM_INDEX = 2  # master of the second channel, as QEMU's -cdrom
 
 TITLE = """\
 usage: pyvmm run [OPTIONS] [MACHINE.TOML] [DISK.IMG ...]
 
-Runs one guest: from disk images by firmware, or a kernel, or a flat binary. On a terminal Ctrl-A x quits and
-Ctrl-A h tells the other keys. Exit status: 0 guest power-off or Ctrl-A x, odd (value << 1) | 1 by isa-debug-exit, 2
-wrong use or host error, 4 KVM internal error or unhandled exit, 6 reset with --no-reboot, 8 a device raised, 124
---timeout. A guest that a drive's error has stopped (werror, rerror) goes on at SIGCONT."""
+Runs one guest: from disk images by firmware, or a kernel (host: this host's own), or a flat binary. On a terminal
+Ctrl-A x quits and Ctrl-A h tells the other keys. Exit status: 0 guest power-off or Ctrl-A x, odd (value << 1) | 1 by
+isa-debug-exit, 2 wrong use or host error, 4 KVM internal error or unhandled exit, 6 reset with --no-reboot, 8 a device
+raised, 124 --timeout. A guest that a drive's error has stopped (werror, rerror) goes on at SIGCONT."""
 
 
 def run(args: list[str]) -> int:
+    if not args:
+        from pyvmm.cli.first_guest import no_guest
+
+        raise ConfigError(no_guest())
     given = parse(OPTIONS, args, verb="run", words="images")
     if "help" in given:
         print(help_text(given["help"], TITLE, OPTIONS), end="")
         return 0
+    if given.get("kernel") == HOST:
+        take_host_kernel(given)
+    others = [name for name in ("print_config", "restore", "incoming") if name in given]
+    if "cloud_init" in given and others:
+        other = others[0].replace("_", "-")
+        raise ConfigError(f"--cloud-init makes a drive for this one run: leave it or --{other} out")
     if "config" in given or any(path.endswith(".toml") for path in given.get("images", ())):
         from pyvmm.cli.config_given import with_file
 
@@ -173,6 +190,16 @@ def begin_log(machine: Machine, option: str | None) -> Callable[[], None]:
     return begin(option, machine)
 
 
+def take_host_kernel(given: dict[str, Any]) -> None:
+    """--kernel host: with its initial RAM disk and a console, where none are given."""
+    from pyvmm.cli.first_guest import host_kernel
+
+    given["kernel"], initrd = host_kernel()
+    if initrd is not None:
+        given.setdefault("initrd", initrd)
+    given.setdefault("append", "console=ttyS0")
+
+
 def serve_gdb(machine: Machine, place: str | int, wait: bool) -> str:
     """What to tell gdb."""
     where = machine.serve_gdb(place, wait=wait).where
@@ -206,6 +233,10 @@ def configure(given: dict[str, Any]) -> MachineConfig:
     join_drives(given)
     if not (given["drives"] or any(name in given for name in ("kernel", "flat", "firmware"))):
         raise ConfigError("no guest: give a disk image, --kernel FILE or --flat FILE (or see `pyvmm demo`)")
+    if "cloud_init" in given:
+        from pyvmm.cli.cloud_init import seed_drive
+
+        given["drives"] = [*given["drives"], seed_drive(given.pop("cloud_init"))]
     join_boot_words(given)
     if "fw_cfg" in given:
         given["fw_cfg"] = {name: read_file(path) for name, path in given["fw_cfg"]}

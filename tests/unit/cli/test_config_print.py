@@ -53,7 +53,7 @@ TAKES: dict[str, list[str]] = {
     "log": ["info", "debug,file={file}"],
     "gdb": ["{n}", "unix:{file}", "{file}"],
 }  # fmt: skip
-LEFT_OUT = {"config", "print_config", "restore", "incoming", "help"}
+LEFT_OUT = {"cloud_init", "config", "print_config", "restore", "incoming", "help"}
 
 
 @st.composite

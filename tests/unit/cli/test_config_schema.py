@@ -57,7 +57,7 @@ def test_every_option_is_there() -> None:
     assert {option.key for option in OPTIONS if option.file} == set(told["run"]["properties"])
     # What a command line only can say.
     assert {option.key for option in OPTIONS if not option.file} - set(MachineConfig.rows) == {
-        *("cdrom", "snapshot", "config", "print_config", "restore", "incoming", "help")
+        *("cdrom", "snapshot", "cloud_init", "config", "print_config", "restore", "incoming", "help")
     }
 
 
