@@ -22,20 +22,6 @@ import pyvmm  # noqa: E402
 from pyvmm.options import Options  # noqa: E402
 
 
-def on_config(config: Any) -> Any:
-    """The navigation without the pages that are still to be written."""
-    config.nav = [page for page in map(written, config.nav) if page]
-    return config
-
-
-def written(entry: Any) -> Any:
-    ((title, where),) = entry.items()
-    if isinstance(where, list):
-        return {title: pages} if (pages := [page for page in map(written, where) if page]) else None
-    made = where.startswith("reference/") or where == "examples.md"
-    return entry if made or (ROOT / "docs" / where).exists() else None
-
-
 def on_files(files: Files, *, config: Any) -> Files:
     files.append(File.generated(config, "reference/options.md", content=options_page()))
     files.append(File.generated(config, "reference/api.md", content=api_page()))
