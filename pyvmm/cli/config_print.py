@@ -38,7 +38,7 @@ def add_option(row: Row, value: Any, lines: list[str], tables: list[str]) -> Non
         for one in taken if several else [taken] if taken is not None else []:
             tables += ["", head, *pairs(own(one))]
     elif "object" in kind.file:
-        tables += ["", f"[{row.name}]", *pairs(value)]
+        tables += ["", f"[{row.name}]", *pairs(dict(value).items())]  # of two of one name the later is what counts
     elif row.name == "modules":
         lines += pairs([(row.name, [f"{file} {line}" if line else file for file, line in value])])
     else:
