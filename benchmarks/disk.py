@@ -112,9 +112,9 @@ def measured(given: dict[str, object]) -> Report:
     place = str(given.get("directory", MEMORY_DIRECTORY if os.path.isdir(MEMORY_DIRECTORY) else "")) or None
     with tempfile.TemporaryDirectory(dir=place) as name, environment.left_to_contenders(pin):
         directory = Path(name)
-        make_images(directory, contenders, image)
         found = {case.name: Found(case, contenders) for case in cases}
         for _ in range(sets):
+            make_images(directory, contenders, image)  # anew: what each has written to its own differs
             one_set(cases, contenders, directory, found, rounds, scale, pin)
         for one in found.values():
             report.cases.append(one.case_report())
