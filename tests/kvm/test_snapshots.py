@@ -27,6 +27,8 @@ from pyvmm.snapshot_file import MemoryWriter
 from pyvmm.x86 import layout
 
 MIB = 1 << 20
+# The log of writes; on an older kernel every machine stands while it is saved.
+HAS_WRITE_LOG = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 7)
 
 
 def add_notebook(m: Machine) -> None:
@@ -126,7 +128,7 @@ def test_saved_again_and_again_while_it_runs(boot: Callable[..., Guest], tmp_pat
 
 def test_with_a_balloon_it_stands(boot: Callable[..., Guest]) -> None:
     """A page that goes back to the host is zeros then, and was not written: no log of writes tells of it."""
-    for balloon, live in ((None, True), (0, False)):
+    for balloon, live in ((None, HAS_WRITE_LOG), (0, False)):
         guest = boot(PAGES, memory_mib=64, balloon=balloon)
         guest.start()
         state = MachineState(guest.machine.board.chassis, guest.machine.board, guest.machine.board.platform)
