@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from block_drives import SECTOR, Result, flush, read, write
@@ -222,6 +223,43 @@ def test_leaks_and_wrong_counts_are_found_and_mended(path: Path) -> None:
     assert (found.leaks_repaired, found.errors_repaired) == (2, 1)
     assert check(str(path), None).as_dict()["messages"] == []
     assert "No errors" in qemu_img("check", path).stdout
+
+
+@pytest.mark.parametrize("entries", [[3], [2, 3, 4], list(range(1, 9)), list(range(1, 64))])
+@pytest.mark.parametrize("dirty", [False, True])
+def test_new_refcount_blocks_are_not_put_where_data_is(tmp_path: Path, entries: list[int], dirty: bool) -> None:
+    """What QEMU leaves with lazy refcounts: data that no block counts yet, also where a block's own place would be."""
+    raw, path = tmp_path / "raw", tmp_path / "lazy.qcow2"
+    raw.write_bytes(Random(5).randbytes(MIB))
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=512,lazy_refcounts=on", raw, path)
+    data = bytearray(path.read_bytes())
+    table = int.from_bytes(data[48:56], "big")
+    for entry in entries:
+        data[table + 8 * entry : table + 8 * entry + 8] = bytes(8)
+    if dirty:
+        data[79] |= 1
+    path.write_bytes(data)
+    if dirty:
+        with Disk(path):
+            pass
+    else:
+        found = check(str(path), None, repair=True)
+        assert found.errors > 200
+        assert found.errors_repaired == found.errors
+    qemu_img("check", path)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, path)
+
+
+def test_a_longer_refcount_table_is_not_put_where_data_is(tmp_path: Path) -> None:
+    """Of an image whose table was cut: all behind what it reaches has no counts, and is there."""
+    raw, path = tmp_path / "raw", tmp_path / "cut.qcow2"
+    raw.write_bytes(Random(6).randbytes(10 * MIB))
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=512", raw, path)
+    assert int.from_bytes(path.read_bytes()[56:60], "big") > 1
+    patched(path, 56, struct.pack(">I", 1))
+    check(str(path), None, repair=True)
+    qemu_img("check", path)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, path)
 
 
 def test_bitmaps_are_told_to_be_out_of_date(path: Path) -> None:

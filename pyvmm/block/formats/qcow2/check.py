@@ -232,9 +232,36 @@ class Check:
         if repair:
             # What is used more often than its refcount can say is no leak, and stays an error.
             right = [(cluster, wanted) for cluster, wanted in wrong if wanted <= refcounts.most]
+            for index in sorted({cluster // refcounts.per_block for cluster, wanted in right if wanted}):
+                await self._co_new_block(index)
             for cluster, wanted in right:
                 await refcounts.co_set(cluster, wanted)
             found.leaks_repaired, found.errors_repaired = found.leaks, len(right) - found.leaks
+
+    async def _co_new_block(self, index: int) -> None:
+        """There is a refcount block of that number. A new one comes where nothing leads to: that all of its counts
+        were 0 says nothing of an image that is being repaired.
+        """
+        refcounts, per_block = self._disk.refcounts, self._disk.refcounts.per_block
+        await refcounts.co_reach(index)
+        if await refcounts.co_block(index) is not None:
+            return
+        first = index * per_block
+        cluster = self._unused(first, first + per_block)
+        while cluster < 0:
+            behind = -(-refcounts.end // self._cluster)
+            if behind // per_block >= len(refcounts.table):
+                await refcounts.co_reach(behind // per_block)  # that is behind the end too, and moves it
+                continue
+            await self._co_new_block(behind // per_block)
+            cluster = self._unused(behind, behind + per_block - behind % per_block)
+        await refcounts.co_put_block(index, cluster)
+        self._counts.add(cluster)
+        await refcounts.co_set(cluster, 1)
+
+    def _unused(self, begin: int, end: int) -> int:
+        """The first cluster there that nothing leads to; -1 without one."""
+        return next((cluster for cluster in range(begin, end) if not self._counts.get(cluster)), -1)
 
     def _differs(self, cluster: int, count: int, wanted: int, wrong: list[tuple[int, int]]) -> None:
         wrong.append((cluster, wanted))

@@ -220,17 +220,28 @@ class Refcounts:
         block.set(place, count)
         self._changed.add(index)
 
-    async def _co_made_block(self, index: int) -> Block:
+    async def co_reach(self, index: int) -> None:
+        """The table has an entry for block ``index``."""
         if index >= len(self.table):
             await self._co_grow_table(index)
+
+    async def _co_made_block(self, index: int) -> Block:
+        await self.co_reach(index)
         block = await self.co_block(index)
         if block is not None:
             return block
         # The first cluster that it counts is its own: all of them are free.
-        offset = index * self.per_block * self.cluster
+        block = await self.co_put_block(index, index * self.per_block)
+        block.set(0, 1)
+        return block
+
+    async def co_put_block(self, index: int, cluster: int) -> Block:
+        """A block in that cluster, which nothing else uses, and which has still to be counted. The table reaches it,
+        and there was none before.
+        """
+        offset = cluster * self.cluster
         self._check_free(offset)
         block = Block(bytearray(self.cluster), self.order)
-        block.set(0, 1)
         block.dirty.add(0, self.cluster, self.cluster)
         await self._co_make_room()
         self.table[index] = offset
@@ -306,11 +317,14 @@ class Refcounts:
 
     async def _co_grow_table(self, index: int) -> None:
         """A table with room for block ``index``, half as long again as before. It and the blocks that count it lie in
-        clusters that the old one has no counts for.
+        clusters that the old one has no counts for, and behind the file's end: what has no counts may be in use all the
+        same, in an image that is being repaired.
         """
         per_cluster = self.cluster // ENTRY_BYTES
-        first = len(self.table) * self.per_block
-        clusters = max(self._header.refcount_table_clusters * 3 // 2, index // per_cluster) + 1
+        first_block = max(len(self.table), -(-self.end // (self.per_block * self.cluster)))
+        first = first_block * self.per_block
+        clusters = max(self._header.refcount_table_clusters * 3 // 2, index // per_cluster, first_block // per_cluster)
+        clusters += 1
         blocks = 1
         while blocks * self.per_block < clusters + blocks:
             blocks += 1
@@ -323,6 +337,7 @@ class Refcounts:
         await self.co_write()
         await self._co_store_counts(first, blocks, clusters)
         table = self.table[:]
+        table.extend([0] * (first_block - len(table)))
         table.extend([(first + n) * self.cluster for n in range(blocks)])
         table.extend([0] * (clusters * per_cluster - len(table)))
         await co_store(self._file, (first + blocks) * self.cluster, as_big_endian(table))
