@@ -13,7 +13,7 @@ from stat import S_ISREG
 
 from pyvmm.errors import ConfigError, HostError, StateError, remedy
 from pyvmm.light import Lock, Thread
-from pyvmm.trace.format import END, NAMES, chunk_bytes, header_bytes
+from pyvmm.trace.format import END, LONGEST_NAME, MOST_REGIONS, NAMES, chunk_bytes, header_bytes
 from pyvmm.trace.recorder import Recorder, clock_pair
 
 TYPE_CHECKING = False
@@ -171,12 +171,13 @@ class Tracing:
             gsis[gsi] = ", ".join(dict.fromkeys(users))
         self._platform.irqchip.tap = self._tap("msi", 0)
         regions = [
-            (space, region.base, region.size, region.name)
+            (space, region.base, region.size, region.name[:LONGEST_NAME])
             for space, of in (("IO", self._chassis.pio), ("MMIO", self._chassis.mmio))
             for region in of.regions
             if region.base is not None
         ]
         drives = {number: name for name, number in self._drives.items()}
+        regions = regions[:MOST_REGIONS]
         self._tell(NAMES, cpus=len(self._platform.cpus), queues=queues, drives=drives, gsis=gsis, regions=regions)
 
     # -- the file --------------------------------------------------------------------------------------------------

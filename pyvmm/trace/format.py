@@ -31,6 +31,9 @@ A record is four words: a TSC value; ticks << 24 | source << 8 | kind; a; b. By 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from heapq import heappop, heappush
+from itertools import count
 from struct import Struct
 
 from pyvmm.errors import ConfigError, remedy
@@ -48,6 +51,11 @@ RECORD = Struct("<QQQQ")
 CHUNK_MAGIC = 0x4B4E4843
 RECORDS, NAMES, END = 1, 2, 3
 LONGEST_CHUNK_BYTES = 64 << 20
+LONGEST_NAMES_BYTES = 4 << 20  # as objects they take twenty times as much
+# So many regions, with names so long, are in less than that.
+MOST_REGIONS, LONGEST_NAME = 1 << 12, 160
+# What waits for its turn in the order of time: all rings of a machine with two vCPUs, full.
+MOST_WAITING = 1 << 20
 
 (THREAD, EXIT, KICK, TAKE, BEGIN, MOVE, PUSH, SHOW, SUBMIT, CALL, DONE, LINE, MSI, VECTOR) = range(1, 15)
 MOST_SOURCES = 1 << 16
@@ -76,11 +84,36 @@ class Names:
         for row in rows if isinstance(rows, list) else ():
             if is_region(row):
                 self.regions[row[0]].append((row[1], row[2], clean(row[3])))
+        for space, given in self.regions.items():
+            self.regions[space] = apart(given)
 
     def region(self, space: str, address: int, size: int = 1) -> str:
         """Whoever answers in that range; more than one name where they share it, "" where nobody does."""
-        found = [n for base, length, n in self.regions[space] if base < address + size and address < base + length]
+        regions = self.regions[space]
+        found: list[str] = []
+        for at in range(max(0, bisect_right(regions, address, key=base_of) - 1), len(regions)):
+            base, length, name = regions[at]
+            if base >= address + size or len(found) == MOST_NAMED:
+                break
+            if address < base + length:
+                found.append(name)
         return ", ".join(found)
+
+
+MOST_NAMED = 16
+
+
+def base_of(region: tuple[int, int, str]) -> int:
+    return region[0]
+
+
+def apart(regions: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """By address, without what overlaps one before it: no bus has such."""
+    kept: list[tuple[int, int, str]] = []
+    for base, size, name in sorted(regions, key=base_of):
+        if not kept or base >= kept[-1][0] + kept[-1][1]:
+            kept.append((base, size, name))
+    return kept
 
 
 def is_region(row: Any) -> bool:
@@ -197,7 +230,8 @@ class TraceFile:
                 self.damage = f"it ends at byte {at}, and what comes after that is missing"
                 return
             magic, kind, ring, length, dropped, tsc, monotonic_ns = CHUNK.unpack(head)
-            wrong = magic != CHUNK_MAGIC or length > LONGEST_CHUNK_BYTES or (kind == RECORDS and length % RECORD.size)
+            most = LONGEST_NAMES_BYTES if kind in (NAMES, END) else LONGEST_CHUNK_BYTES
+            wrong = magic != CHUNK_MAGIC or length > most or (kind == RECORDS and length % RECORD.size)
             if wrong or at + CHUNK.size + length > size:
                 what = "is damaged" if wrong else "ends"
                 self.damage = f"it {what} at byte {at}, and what comes after that is missing"
@@ -233,17 +267,15 @@ class TraceFile:
         its end; what is younger waits for the next one.
         """
         threads: dict[int, Thread] = {}
-        waiting: list[Record] = []
+        waiting: list[tuple[int, int, Record]] = []  # a heap: in no file does a round cost more than its records
+        number = count()
         last_ring, began = -1, 0
         for kind, ring, data, _, (tsc, _) in self._chunks(file, (RECORDS,), self._end):
             if kind != RECORDS:
                 continue
             if ring <= last_ring or last_ring < 0:
-                if last_ring >= 0:
-                    waiting.sort(key=by_time)
-                    ready = upto(waiting, began)
-                    yield from waiting[:ready]
-                    del waiting[:ready]
+                while waiting and last_ring >= 0 and waiting[0][0] <= began:
+                    yield heappop(waiting)[2]
                 began = tsc
             last_ring = ring
             thread = threads.setdefault(ring, Thread(ring))
@@ -251,26 +283,13 @@ class TraceFile:
                 if what & 0xFF == THREAD:
                     name = (a.to_bytes(8, "little") + b.to_bytes(8, "little")).split(b"\0")[0]
                     thread = threads[ring] = Thread(ring, what >> 24, clean(name.decode("ascii", "replace")))
-                else:
-                    waiting.append(Record(thread, since, what, a, b))
-        waiting.sort(key=by_time)
-        yield from waiting
-
-
-def by_time(record: Record) -> int:
-    return record.at
-
-
-def upto(records: list[Record], tsc: int) -> int:
-    """How many of them, which are in order, are not younger."""
-    low, high = 0, len(records)
-    while low < high:
-        middle = (low + high) // 2
-        if records[middle].at <= tsc:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+                    continue
+                record = Record(thread, since, what, a, b)
+                heappush(waiting, (record.at, next(number), record))
+                if len(waiting) > MOST_WAITING:
+                    yield heappop(waiting)[2]
+        while waiting:
+            yield heappop(waiting)[2]
 
 
 def from_json(data: bytes) -> Any:

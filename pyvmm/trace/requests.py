@@ -8,6 +8,7 @@ is the first that the thread raises on which the request was done.
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
 from itertools import pairwise
 
 from pyvmm.trace.events import drive_name, operation, queue_name, signed
@@ -15,9 +16,12 @@ from pyvmm.trace.format import BEGIN, CALL, DONE, EXIT, KICK, LINE, MOVE, PUSH, 
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import OrderedDict
     from collections.abc import Iterator
 
     from pyvmm.trace.format import Names, Record, Thread, TraceFile
+else:
+    from _collections import OrderedDict  # as ``light`` has deque
 
 # What the time between two points is called. They follow one another without a gap, so where some are missing a stage
 # is longer: what the page cache has, a drive does at once.
@@ -34,7 +38,7 @@ STAGES = {
     ("done", "told"): "interrupt",
 }
 POINTS = ("doorbell", "taken", "submitted", "called", "returned", "done", "told")
-# What is under way at once; a file that claims more is none of ours.
+# What is under way at once, of each sort and on all queues and drives; a file that claims more is none of ours.
 MOST_PENDING = 1 << 16
 
 
@@ -43,7 +47,7 @@ class Request:
 
     __slots__ = (
         *("bytes", "calls", "device", "drive", "in_exit", "interrupted", "kind", "number", "owed", "points", "result"),
-        *("sector", "thread"),
+        *("pushed", "sector", "thread"),
     )
 
     def __init__(self, device: str, thread: Thread, number: int) -> None:
@@ -60,6 +64,7 @@ class Request:
         self.interrupted = False
         self.in_exit = False  # the exit that asked for it is not over
         self.owed = False  # done, and an interrupt may follow
+        self.pushed = False  # a chain whose queue has it back
 
     def mark(self, point: str, tsc: int) -> None:
         self.points[point] = tsc
@@ -90,10 +95,13 @@ class Requests:
         self._names = names
         self._kicks: dict[int, int] = {}
         self._chains: dict[int, dict[int, Request]] = {}  # by queue, by number
-        self._pushed: dict[int, list[int]] = {}
+        self._taken = 0  # chains in all of them
+        self._pushed: dict[int, list[int]] = {}  # by queue: numbers, as a heap
         self._begun: dict[int, Request] = {}  # by ring: the chain that its thread works for
         self._asked: dict[tuple[int, int], tuple[Request, bool]] = {}  # by drive and number; whether for a chain
+        self._uncalled = Uncalled()
         self._in_exit: dict[int, list[Request]] = {}  # by ring: what has no doorbell yet
+        self._exiting = 0  # requests in all of them
         self._done: dict[int, Request] = {}  # by ring: over, but for its interrupt
 
     def feed(self, record: Record) -> list[Request]:
@@ -111,10 +119,16 @@ class Requests:
         return []
 
     def _take(self, record: Record) -> list[Request]:
+        if self._taken >= MOST_PENDING:
+            self._chains.clear()
+            self._pushed.clear()
+            self._taken = 0
         queue = self._chains.setdefault(record.source, {})
-        if record.a in queue or len(queue) >= MOST_PENDING:
+        if record.a in queue:
+            self._taken -= len(queue)
             queue.clear()  # the queue has been reset
             self._pushed.pop(record.source, None)
+        self._taken += 1
         request = queue[record.a] = Request(queue_name(self._names, record.source), record.thread, record.a)
         request.bytes = (record.b & 0xFFFF_FFFF) + (record.b >> 32)
         if record.source in self._kicks:
@@ -147,19 +161,19 @@ class Requests:
     def _push(self, record: Record) -> list[Request]:
         request = self._chains.get(record.source, {}).get(record.a)
         if request is not None:
+            if not request.pushed:
+                heappush(self._pushed.setdefault(record.source, []), record.a)
+            request.pushed = True
             request.mark("done", record.at)
-            pushed = self._pushed.setdefault(record.source, [])
-            if len(pushed) < MOST_PENDING:
-                pushed.append(record.a)
         return []
 
     def _show(self, record: Record) -> list[Request]:
         """The oldest that were pushed, where not all are shown: that is a queue in order (virtio 1.2, 2.7.9)."""
         self._kicks.pop(record.source, None)  # what is taken from now on was not rung for: it was found
-        pushed = sorted(self._pushed.get(record.source, ()))
-        shown, self._pushed[record.source] = pushed[: record.a], pushed[record.a :]
+        pushed = self._pushed.get(record.source, [])
         queue = self._chains.get(record.source, {})
-        over = [queue.pop(number) for number in shown if number in queue]
+        over = [queue.pop(heappop(pushed)) for _ in range(min(record.a, len(pushed)))]
+        self._taken -= len(over)
         for request in over:
             request.mark("told", record.at)
             request.interrupted = bool(record.b)
@@ -174,23 +188,29 @@ class Requests:
         of_a_chain = request is not None
         if request is None:
             request = Request(name, record.thread, record.b & 0xFFFF_FFFF)
-            waiting = self._in_exit.setdefault(ring, [])
-            if record.thread.is_vcpu and len(waiting) < MOST_PENDING:
+            if record.thread.is_vcpu and self._exiting < MOST_PENDING:
                 request.in_exit = True
-                waiting.append(request)
+                self._in_exit.setdefault(ring, []).append(request)
+                self._exiting += 1
         request.drive = name
         self._what(request, record)
         request.points.setdefault("submitted", record.at)
         if len(self._asked) >= MOST_PENDING:
             self._asked.clear()
-        self._asked[record.source, record.b & 0xFFFF_FFFF] = request, of_a_chain
+            self._uncalled = Uncalled()
+        number = record.b & 0xFFFF_FFFF
+        self._uncalled.remove(record.source, number)
+        self._asked[record.source, number] = request, of_a_chain
+        self._uncalled.add(record.source, number, record.b >> 32)
         return []
 
     def _call(self, record: Record) -> list[Request]:
-        known = self._asked.get((record.source, record.a & 0xFFFF_FFFF))
-        if known is None:  # its coroutine was not asleep yet: the first that has none of that length
-            known = next((pair for (drive, _), pair in self._asked.items() if drive == record.source
-                          and not pair[0].calls and (pair[0].bytes == record.b or signed(record.b) < 0)), None)
+        drive, number = record.source, record.a & 0xFFFF_FFFF
+        if (drive, number) in self._asked:
+            self._uncalled.remove(drive, number)
+        else:  # its coroutine was not asleep yet: the first that has none of that length
+            number = self._uncalled.first(drive, None if signed(record.b) < 0 else record.b)
+        known = self._asked.get((drive, number))
         if known is not None:
             request = known[0]
             request.points.setdefault("called", record.since)
@@ -199,7 +219,9 @@ class Requests:
         return []
 
     def _finish(self, record: Record) -> list[Request]:
-        request, of_a_chain = self._asked.pop((record.source, record.a & 0xFFFF_FFFF), (None, False))
+        number = record.a & 0xFFFF_FFFF
+        request, of_a_chain = self._asked.pop((record.source, number), (None, False))
+        self._uncalled.remove(record.source, number)
         if request is None:
             return []
         request.result = signed(record.b)
@@ -234,7 +256,9 @@ class Requests:
         ring = record.thread.ring
         self._begun.pop(ring, None)
         over = self._settle(ring)
-        for request in self._in_exit.pop(ring, ()):
+        waiting = self._in_exit.pop(ring, [])
+        self._exiting -= len(waiting)
+        for request in waiting:
             request.in_exit = False
             if request.points["submitted"] >= record.since:
                 request.mark("doorbell", record.since)
@@ -248,6 +272,36 @@ class Requests:
             request.in_exit = False
         for ring in list(self._done):
             yield from self._settle(ring)
+
+
+class Uncalled:
+    """What drives were asked for and no system call is known of, found by its length without a look at the others."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[tuple[int, int], int] = {}  # by drive and number
+        self._numbers: dict[tuple[int, int | None], OrderedDict[int, None]] = {}  # by drive and length; None: any
+
+    def add(self, drive: int, number: int, size: int) -> None:
+        self._bytes[drive, number] = size
+        for length in (size, None):
+            self._numbers.setdefault((drive, length), OrderedDict())[number] = None
+
+    def remove(self, drive: int, number: int) -> None:
+        size = self._bytes.pop((drive, number), None)
+        for length in () if size is None else (size, None):
+            numbers = self._numbers[drive, length]
+            del numbers[number]
+            if not numbers:
+                del self._numbers[drive, length]
+
+    def first(self, drive: int, size: int | None) -> int:
+        """The number of the oldest of that length, which is one of these no more; -1 where there is none."""
+        numbers = self._numbers.get((drive, size))
+        if numbers is None:
+            return -1
+        number = next(iter(numbers))
+        self.remove(drive, number)
+        return number
 
 
 WORK = {

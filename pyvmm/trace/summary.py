@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from pyvmm.trace.requests import Request
 
     Wanted = Callable[[Record], bool]
+    ExitRow = tuple[str, int | None, str]
 
+MOST_ROWS = 4096  # of each table; what comes beyond is summed up as OTHERS
+OTHERS = "others"
 STEPS = 64  # in a factor of two: a percentile is right within 1.6%
 
 
@@ -84,9 +87,7 @@ class Summary:
         self.span_ns = max(self.span_ns, self.trace.ns(record.at))
         if record.kind == EXIT:
             row = Exit(record).row
-            if row not in self.exits:
-                self.exits[row] = Times()
-            self.exits[row].add(self.trace.ticks_ns(record.ticks))
+            times_of(self.exits, row).add(self.trace.ticks_ns(record.ticks))
             return
         name = ""
         if record.kind == LINE and record.a:
@@ -97,10 +98,13 @@ class Summary:
         elif record.kind == VECTOR:
             name = f"vector {record.a:#x}"
         if name:
+            name = name if name in self.interrupts or len(self.interrupts) < MOST_ROWS else OTHERS
             self.interrupts[name] = self.interrupts.get(name, 0) + 1
 
     def _add(self, request: Request) -> None:
         key = request.device, request.kind
+        if key not in self.requests and len(self.requests) >= MOST_ROWS:
+            key = OTHERS, ""
         self.requests.setdefault(key, Times()).add(self.trace.ticks_ns(request.end - request.begin))
         self.sizes[key] = self.sizes.get(key, 0) + request.bytes
         for stage, begin, end in request.stages():
@@ -139,6 +143,13 @@ class Summary:
         if self.unfinished:
             lines.append(f"{self.unfinished} under way at the end")
         return lines
+
+
+def times_of(table: dict[ExitRow, Times], row: ExitRow) -> Times:
+    """The row's, which is made where there is room for one, or that of all others."""
+    if row not in table and len(table) >= MOST_ROWS:
+        row = OTHERS, None, ""
+    return table.setdefault(row, Times())
 
 
 HEADS = f"{'count':>9} {'mean':>9} {'p50':>9} {'p90':>9} {'p99':>9} {'max':>10}"

@@ -16,6 +16,7 @@ from guests import PASSED, TIMEOUT_S, Guest
 
 from pyvmm import ConfigError, Machine, StateError
 from pyvmm.cli import main
+from pyvmm.region import LatchRegion
 from pyvmm.trace.events import Exit
 from pyvmm.trace.export import everything, export
 from pyvmm.trace.format import EXIT, LINE, TraceFile
@@ -193,3 +194,14 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, error = capfd.readouterr()
     assert "exit IO out 0xf4 1 0x15 isa-debug-exit" in out
     assert error == ""
+
+
+def test_a_bus_with_more_regions_than_names_are_told_of(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    machine = boot("finish").machine
+    path = tmp_path / "trace"
+    machine.mmio.add_all([(0xD8000000 + n, LatchRegion(1, name="x" * 1000)) for n in range(5000)])
+    machine.start_trace(path)
+    machine.stop_trace()
+    trace = TraceFile(str(path))
+    assert (trace.damage, trace.ended) == ("", True)
+    assert trace.names.region("IO", 0x3F8) == "serial"
