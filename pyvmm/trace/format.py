@@ -233,9 +233,14 @@ class TraceFile:
             most = LONGEST_NAMES_BYTES if kind in (NAMES, END) else LONGEST_CHUNK_BYTES
             wrong = magic != CHUNK_MAGIC or length > most or (kind == RECORDS and length % RECORD.size)
             if wrong or at + CHUNK.size + length > size:
+                # Of records cut off, as by a full disk, those that are whole count.
+                length = 0 if wrong or kind != RECORDS else (size - at - CHUNK.size) // RECORD.size * RECORD.size
+                at += CHUNK.size + length if length else 0
                 what = "is damaged" if wrong else "ends"
                 self.damage = f"it {what} at byte {at}, and what comes after that is missing"
-                return
+                if not length:
+                    return
+                size = at
             data = b""
             if kind in wanted:
                 data = file.read(length)
