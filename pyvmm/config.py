@@ -344,12 +344,15 @@ NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 LONGEST_NAME = 64  # it is part of a socket's path
 
 
+def is_machine_name(text: str) -> bool:
+    return text[:1].isalnum() and len(text) <= LONGEST_NAME and all(char in NAME_CHARS for char in text)
+
+
 def take_machine_name(name: str, value: Any) -> str | None:
     """A name that is one of a file too (control/registry.py)."""
     if value is None:
         return None
-    usable = isinstance(value, str) and value[:1].isalnum() and len(value) <= LONGEST_NAME
-    if not usable or any(char not in NAME_CHARS for char in value):
+    if not isinstance(value, str) or not is_machine_name(value):
         raise ConfigError(
             f"{name}={value!r}: give a letter or a digit and then letters, digits, '.', '-' and '_',"
             f" {LONGEST_NAME} characters at most"

@@ -1,7 +1,8 @@
 """The running machines of a user, by their names: a folder of sockets, one of QMP's and one of the consoles' for each.
 
 The folder is ``pyvmm`` in XDG_RUNTIME_DIR (XDG Base Directory Specification), which only its user may enter and which
-goes with his last session; without that, or where it is not his, in /run/user/UID, and else /tmp/pyvmm-UID. A machine
+goes with his last session; without that, where it is not his or nothing can be made in it, in /run/user/UID, and else
+/tmp/pyvmm-UID. A machine
 is there for as long as somebody listens at its socket: what a killed process has left is taken away by whoever meets
 it.
 The kernel tells whose socket it is (SO_PEERCRED, unix(7)), so there is no file with a pid that could be another's.
@@ -15,6 +16,7 @@ import stat
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_STREAM, SOL_SOCKET, socket
 from _struct import unpack
 
+from pyvmm.config import is_machine_name
 from pyvmm.errors import ConfigError, remedy
 from pyvmm.unix_socket import UnixListener, check_path, remove_stale
 
@@ -62,12 +64,14 @@ class Registry:
                 raise
 
     def names(self) -> list[str]:
-        """Of the machines that are running, in order. What others have left is taken away."""
+        """Of the machines that are running, in order. What others have left is taken away; what no machine can be
+        called is none, whoever listens there.
+        """
         if not there(self.path):
             return []
         with Locked(self.path):
             names = [entry.removesuffix(QMP) for entry in os.listdir(self.path) if entry.endswith(QMP)]
-            return sorted(name for name in names if self._running(name))
+            return sorted(name for name in names if is_machine_name(name) and self._running(name))
 
     def _running(self, name: str) -> bool:
         if listening_pid(self.qmp_path(name)) is not None:
@@ -117,8 +121,10 @@ def place(environ: Mapping[str, str]) -> str:
             status = os.stat(base)
         except (OSError, ValueError):
             continue
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-            return os.path.join(base, FOLDER)
+        folder = os.path.join(base, FOLDER)
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if ours and (os.path.lexists(folder) or os.access(base, os.W_OK | os.X_OK, effective_ids=True)):
+            return folder
     return f"/tmp/{FOLDER}-{os.geteuid()}"
 
 

@@ -113,3 +113,30 @@ def test_a_path_that_is_too_long_is_one_sentence(tmp_path: Path) -> None:
     deep.mkdir()
     with pytest.raises(ConfigError, match="at most 107 bytes"):
         Registry({"XDG_RUNTIME_DIR": str(deep)}).register("web")
+
+
+def test_where_nothing_can_be_made_it_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of his own that is read only, as in some containers; root may write where others may not."""
+    allowed = os.access
+
+    def access(path: str, mode: int, **how: bool) -> bool:
+        return path != str(tmp_path) and allowed(path, mode, **how)
+
+    monkeypatch.setattr(os, "access", access)
+    assert Registry({"XDG_RUNTIME_DIR": str(tmp_path)}).path == Registry({}).path
+    (tmp_path / "pyvmm").mkdir(mode=0o700)  # made by whoever may
+    assert Registry({"XDG_RUNTIME_DIR": str(tmp_path)}).path == f"{tmp_path}/pyvmm"
+
+
+def test_what_no_machine_can_be_called_is_not_listed(registry: Registry) -> None:
+    qmp, console = registry.register("web")
+    strange: list[socket.socket] = []
+    for name in ("a\x1b[2J", "a b", "-x", ""):
+        strange.append(socket.socket(socket.AF_UNIX))
+        strange[-1].bind(registry.qmp_path(name))
+        strange[-1].listen()
+    assert registry.names() == ["web"]
+    for end in strange:
+        end.close()
+    for each in (qmp, console):
+        each.close()
