@@ -218,7 +218,10 @@ class BlockBackend:
                 f"drive {self.name} has its size for good, by size=, snapshot=on or read-only=on: leave that out"
             )
         try:
-            driver.grow(self.options, size_bytes)
+            if size_bytes is None:
+                driver.grow(self.options, None)
+            else:
+                self._grow_to(driver, size_bytes)
         except OSError as error:
             why = remedy(error, "make the image longer by other means, as truncate -s")
             raise ConfigError(f"drive {self.name} can't grow: {why}") from None
@@ -229,6 +232,25 @@ class BlockBackend:
             if self._lane is not None:
                 self._lane.grow(self.size_bytes)
         return grew
+
+    def _grow_to(self, driver: FormatDriver, size_bytes: int) -> None:
+        """As a request that writes the last sector: a format may write the rest of that one's cluster."""
+        last = max(0, self.size_bytes - SECTOR_BYTES)
+        request = Request(self, WRITE, last, min(self.size_bytes, SECTOR_BYTES), (), bool)
+        with self._lock:
+            self._enter_locked(request)
+        try:
+            if request.turn is not None:
+                self._context.run(self._co_turn(request.turn))
+            driver.grow(self.options, size_bytes)
+        finally:
+            with self._lock:
+                freed = self._untrack_locked(request)
+                self._count_out_locked()
+            self._give_turns(freed)
+
+    async def _co_turn(self, turn: Turn) -> int:
+        return await turn
 
     def _writes(self) -> int:
         """How many are complete."""

@@ -6,12 +6,14 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from block_drives import SECTOR, Result, flush, read, write
 from qcow2_trials import Disk, qemu_img, qemu_io, whole
 
 from pyvmm.block import BlockBackend, DriveOptions
+from pyvmm.block.formats.qcow2.driver import Qcow2Driver
 from pyvmm.block.image_tool import check, convert, create, info, resize
 from pyvmm.block.lane import READS, WRITES
 from pyvmm.errors import ConfigError
@@ -379,6 +381,27 @@ def test_growing_shows_nothing_of_what_lies_below(tmp_path: Path) -> None:
     create(str(top), "qcow2", MIB, backing="base", backing_format="raw")
     resize(str(top), None, 2 * MIB)
     assert whole(top, 2 * MIB) == b"b" * MIB + bytes(MIB)
+
+
+def test_a_write_beside_the_end_waits_while_the_disk_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both copy the disk's last cluster: neither may undo what the other has done."""
+    below, path = tmp_path / "below.raw", tmp_path / "disk.qcow2"
+    below.write_bytes(b"b" * MIB)
+    size = 3 * 65536 + 5 * SECTOR
+    create(str(path), "qcow2", size, backing=below.name, backing_format="raw")
+    result, fill = Result(), Qcow2Driver._co_fill
+    with Disk(path) as disk:
+
+        async def interrupted(driver: Qcow2Driver, *words: Any) -> None:
+            monkeypatch.undo()
+            disk.aio_writev(3 * 128 + 1, [memoryview(b"g" * SECTOR)], result)
+            await fill(driver, *words)
+
+        monkeypatch.setattr(Qcow2Driver, "_co_fill", interrupted)
+        assert disk.grow(size + 20 * SECTOR)
+        assert result.wait() == 0
+        assert read(disk, 3 * 128, 25) == b"b" * SECTOR + b"g" * SECTOR + b"b" * 3 * SECTOR + bytes(20 * SECTOR)
+    qemu_img("check", path)
 
 
 @pytest.mark.parametrize("cluster_bytes", [512, 4096])
