@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 
 S = 1e9  # nanoseconds
+OPENMETRICS = "application/openmetrics-text"
 OPERATIONS = ("read", "write", "flush", "discard")
 # Upper bounds of the histogram, nanoseconds: each bucket of ours goes to the next of these, whatever the TSC's rate.
 BOUNDS_NS = [1 << n for n in range(6, 37)]
@@ -65,7 +66,12 @@ def encoders(machine: Watched) -> Callable[[str], tuple[Callable[[], bytes], str
     registry.register(MachineCollector(machine))
 
     def choose(accept: str) -> tuple[Callable[[], bytes], str]:
-        encode, content_type = choose_encoder(accept)
+        # The library says a version back as it was asked for, and raises for one that is none: a client gets one of two.
+        try:
+            wants_openmetrics = choose_encoder(accept)[1].startswith(OPENMETRICS)
+        except (TypeError, ValueError):
+            wants_openmetrics = False
+        encode, content_type = choose_encoder(OPENMETRICS if wants_openmetrics else "")
         return lambda: encode(registry), content_type
 
     return choose

@@ -118,3 +118,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "info IMAGE" in said(capsys, "--help")
     assert "--backing-format" in said(capsys, "create", "--help")
     assert image([]) == 2
+
+
+@pytest.mark.parametrize("backing", ["base.raw", "./base.raw", "middle.qcow2"])
+def test_no_new_image_takes_the_place_of_what_it_stands_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.raw").write_bytes(b"what was there".ljust(1 << 20, b"."))
+    image(["create", "middle.qcow2", "-b", "base.raw"])
+    with pytest.raises(ConfigError) as caught:
+        image(["create", "base.raw", "-b", backing])
+    assert "base.raw" in str(caught.value)
+    assert Path("base.raw").read_bytes() == b"what was there".ljust(1 << 20, b".")
