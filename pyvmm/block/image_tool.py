@@ -156,14 +156,24 @@ def create(
         raise ConfigError(f"an image in the format {format!r} can't be made: use {' or '.join(FORMATS)}")
     if format == "raw" and (backing is not None or any(features.values())):
         raise ConfigError("a raw image has no backing file and no options: leave them out, or make a qcow2 one")
-    if backing is not None:
-        backing_format, below = looked_at(path, backing, backing_format)
-        size = below if size is None else size
+    if backing is None:
+        return created(path, format, size, **features)
+    options = DriveOptions(opener.beside(path, backing), format=backing_format, read_only=True)
+    if what_is_at(path) is not None and what_is_at(opener.image_path(options)) == what_is_at(path):
+        raise ConfigError(f"{path} is the backing file that it is to stand on: give another path")
+    with Opened(options) as below:  # with all below it, so that none of them is what is overwritten
+        kind = "qcow2" if isinstance(below.disk, Qcow2Driver) else "raw"
+        size = below.disk.size_bytes + -below.disk.size_bytes % SECTOR_BYTES if size is None else size
+        return created(path, format, size, backing=backing, backing_format=kind, **features)
+
+
+def created(path: str, format: str, size: int | None, **features: Any) -> int:
+    """As ``create``; a backing file has been looked at."""
     if size is None or size < 0 or size % SECTOR_BYTES or size >> 63:
         raise ConfigError(f"a disk of {size} bytes: give whole sectors of 512 bytes")
     made = None
     if format == "qcow2":
-        made = NewImage(size, backing=backing, backing_format=backing_format, **features)
+        made = NewImage(size, **features)
         made.header.pack()
     with New(path) as fd:
         if made is None:
@@ -175,15 +185,6 @@ def create(
                 os.ftruncate(other, size)
         made.write(fd)
     return size
-
-
-def looked_at(path: str, backing: str, format: str | None) -> tuple[str, int]:
-    """(format, size in bytes) of a backing file. ConfigError where it can't be one."""
-    options = DriveOptions(opener.beside(path, backing), format=format, read_only=True)
-    with Opened(options) as below:
-        kind = "qcow2" if isinstance(below.disk, Qcow2Driver) else "raw"
-        size = below.disk.size_bytes
-        return kind, size + -size % SECTOR_BYTES
 
 
 class New:
