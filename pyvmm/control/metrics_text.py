@@ -66,7 +66,8 @@ def encoders(machine: Watched) -> Callable[[str], tuple[Callable[[], bytes], str
     registry.register(MachineCollector(machine))
 
     def choose(accept: str) -> tuple[Callable[[], bytes], str]:
-        # The library says a version back as it was asked for, and raises for one that is none: a client gets one of two.
+        # The library says a version back as it was asked for, and raises for one that is none: whoever asks gets one of
+        # two.
         try:
             wants_openmetrics = choose_encoder(accept)[1].startswith(OPENMETRICS)
         except (TypeError, ValueError):

@@ -129,6 +129,18 @@ def test_hostile_clients_hold_up_neither_the_machine_nor_a_right_one(guest: Gues
         end.close()
 
 
+@pytest.mark.parametrize("version", ["x", "1.0.\xff", "9" * 5000, "2.0\nX-Mine: 1", "1.0.7", "", "-1"])
+def test_a_version_that_somebody_has_thought_of(guest: Guest, version: str, capfd: pytest.CaptureFixture[str]) -> None:
+    port = guest.machine.serve_metrics(0)
+    with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT_S) as end:
+        accept = f"application/openmetrics-text;version={version};q=z"
+        end.sendall(f"GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode("latin-1"))
+        answer = end.makefile("rb").read()
+    head = answer.partition(b"\r\n\r\n")[0].decode("ascii")
+    assert head.startswith("HTTP/1.1 200 OK\r\n") and "X-Mine" not in head and "1.0.7" not in head
+    assert capfd.readouterr().err == ""
+
+
 def test_by_a_unix_socket_that_is_the_user_s(guest: Guest, tmp_path: Path) -> None:
     path = tmp_path / "metrics"
     assert guest.machine.serve_metrics(f"unix:{path}") == str(path)
