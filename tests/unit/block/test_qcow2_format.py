@@ -383,6 +383,25 @@ def test_growing_shows_nothing_of_what_lies_below(tmp_path: Path) -> None:
     assert whole(top, 2 * MIB) == b"b" * MIB + bytes(MIB)
 
 
+@pytest.mark.parametrize(("what", "skip"), [*(("write", n) for n in range(14)), *(("flush", n) for n in range(4))])
+def test_a_growth_that_fails_has_not_been(tmp_path: Path, what: str, skip: int) -> None:
+    """Nor is what could not be written taken for written when it is tried again."""
+    path, rules, size = tmp_path / "disk.qcow2", tmp_path / "rules", 16 * MIB
+    (tmp_path / "below.raw").write_bytes(b"b" * MIB)
+    create(str(path), "qcow2", 33 * SECTOR, backing="below.raw", backing_format="raw", cluster_bytes=512)
+    rules.write_text(f'[inject-error]\niotype = "{what}"\nskip = "{skip}"\nonce = "on"\n')
+    with Disk(Path(f"blkdebug:{rules}:{path}")) as disk:
+        with pytest.raises(ConfigError):
+            disk.grow(size)
+        assert disk.size_bytes == 33 * SECTOR
+        assert disk.grow(size)
+    assert info(str(path), None)["virtual-size"] == size
+    assert whole(path, size) == b"b" * 33 * SECTOR + bytes(size - 33 * SECTOR)
+    found = check(str(path), None)
+    assert found.errors == 0
+    assert not found.leaks or (what, skip) == ("write", 2)  # who knows whether a header that failed is there
+
+
 def test_a_write_beside_the_end_waits_while_the_disk_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both copy the disk's last cluster: neither may undo what the other has done."""
     below, path = tmp_path / "below.raw", tmp_path / "disk.qcow2"

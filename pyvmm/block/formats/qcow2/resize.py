@@ -22,14 +22,17 @@ async def co_grow(disk: OpenDisk, size: int) -> None:
     await disk.co_with_tables(lambda: co_lengthen(disk, size))
     backing = disk.backing
     end = min(size, backing.size_bytes) if backing is not None else 0
-    if before < end:
-        # What lay behind the disk's end was none of its own, and must not show now.
-        disk.size_bytes = size
-        ret = await disk.co_write_zeroes(before, end - before, True, False)
-        if ret < 0:
-            disk.size_bytes = before
-            raise Failed(-ret)
-    await disk.co_with_tables(lambda: co_store(disk.file, SIZE_AT, size.to_bytes(8, "big")))
+    try:
+        if before < end:
+            # What lay behind the disk's end was none of its own, and must not show now.
+            disk.size_bytes = size
+            ret = await disk.co_write_zeroes(before, end - before, True, False)
+            if ret < 0:
+                raise Failed(-ret)
+        await disk.co_with_tables(lambda: co_store(disk.file, SIZE_AT, size.to_bytes(8, "big")))
+    except Failed:
+        disk.size_bytes = before
+        raise
     disk.header.size = size
 
 
@@ -45,12 +48,16 @@ async def co_lengthen(disk: OpenDisk, size: int) -> None:
     first = await co_take_in_a_row(disk, clusters)
     entries = tables.l1[:]
     entries.extend([0] * (clusters * disk.cluster // ENTRY_BYTES - len(entries)))
-    await co_store(disk.file, first * disk.cluster, as_big_endian(entries))
-    await disk.co_write_back()
-    await disk.co_barrier()
+    try:
+        await co_store(disk.file, first * disk.cluster, as_big_endian(entries))
+        await disk.co_write_back()
+        await disk.co_barrier()
+    except Failed:
+        await refcounts.co_give_back(first, clusters)
+        raise
     before = header.l1_offset // disk.cluster, -(-header.l1_entries * ENTRY_BYTES // disk.cluster)
+    await co_store(disk.file, L1_AT, needed.to_bytes(4, "big") + (first * disk.cluster).to_bytes(8, "big"))
     header.l1_offset, header.l1_entries = first * disk.cluster, needed
-    await co_store(disk.file, L1_AT, needed.to_bytes(4, "big") + header.l1_offset.to_bytes(8, "big"))
     tables.grow(needed, header.l1_offset)
     refcounts.free(*before)
 
