@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from stat import S_ISREG
 
+from pyvmm.block.protocols.locking import lock_image, unlock_image
 from pyvmm.errors import ConfigError, HostError, StateError, remedy
 from pyvmm.light import Lock, Thread
 from pyvmm.trace.format import END, LONGEST_NAME, MOST_REGIONS, NAMES, chunk_bytes, header_bytes
@@ -86,7 +87,7 @@ class Tracing:
                 if self._stop.locked():
                     self._stop.release()
                 self._fd = -1
-                os.close(fd)
+                close_file(fd)
                 if isinstance(error, OSError):
                     raise ConfigError(f"trace {path}: {remedy(error, 'write elsewhere')}") from None
                 raise
@@ -113,7 +114,7 @@ class Tracing:
         thread.join()  # before taps are taken away: it may be giving them out
         self._let_go()
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        close_file(fd)
         dropped = self._recorder.dropped
         self._chassis.events.tell("trace", path=self.path, on=False, dropped=dropped, error=self.error)
 
@@ -213,16 +214,27 @@ class Tracing:
 
 
 def open_file(path: str) -> int:
-    """A regular file, empty: what can make its writer wait is none. ConfigError."""
+    """A regular file, empty, and nobody else's: what can make its writer wait is none, and what a machine has for a
+    disk is not emptied. ConfigError.
+    """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
     except OSError as error:
         raise ConfigError(f"trace {path}: {remedy(error, 'give a file that can be written')}") from None
     if not S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ConfigError(f"trace {path}: this is no regular file, give one")
+    if not lock_image(fd, writes=True):
+        os.close(fd)
+        raise ConfigError(f"trace {path}: it is the image of a drive, or somebody's trace: give another file")
     os.ftruncate(fd, 0)
     return fd
+
+
+def close_file(fd: int) -> None:
+    """A child of fork may have a copy of the descriptor: the lock goes all the same."""
+    unlock_image(fd)
+    os.close(fd)
 
 
 def write_whole(fd: int, data: bytes) -> None:

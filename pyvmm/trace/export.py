@@ -9,6 +9,8 @@ where they stand. Chrome's is its Trace Event Format: "X" with a duration, "i", 
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.errors import ConfigError, remedy
 from pyvmm.trace.events import Exit, text
 from pyvmm.trace.format import EXIT, KICK, LINE, MSI, VECTOR
@@ -31,6 +33,8 @@ FIRST_THREAD = 1 << 20  # above a process's and requests' numbers
 def export(trace: TraceFile, path: str, wanted: Wanted) -> None:
     """Write it to ``path``: Chrome's form where that ends in .json, else Perfetto's. ConfigError."""
     try:
+        if os.path.exists(path) and os.path.samefile(path, trace.path):
+            raise ConfigError(f"--export {path}: that is the trace itself: give another file")
         with open(path, "wb") as file:
             (write_json if path.endswith(".json") else write_perfetto)(trace, file, wanted)
     except OSError as error:

@@ -205,3 +205,31 @@ def test_a_bus_with_more_regions_than_names_are_told_of(boot: Callable[..., Gues
     trace = TraceFile(str(path))
     assert (trace.damage, trace.ended) == ("", True)
     assert trace.names.region("IO", 0x3F8) == "serial"
+
+
+def test_what_somebody_has_for_a_drive_or_a_trace_is_not_emptied(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    disk, path = tmp_path / "disk", tmp_path / "trace"
+    disk.write_bytes(bytes(1 << 20))
+    machine = boot("finish", drives=[f"file={disk},format=raw"]).machine
+    with pytest.raises(ConfigError, match="the image of a drive"):
+        machine.start_trace(disk)
+    assert disk.stat().st_size == 1 << 20
+    machine.start_trace(path)
+    other = boot("finish").machine
+    with pytest.raises(ConfigError, match="somebody's trace"):
+        other.start_trace(path)
+    machine.stop_trace()
+    other.start_trace(path)
+    assert TraceFile(str(path)).names.cpus == 1
+
+
+def test_a_trace_is_not_exported_over_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    image, path, link = tmp_path / "guest.bin", tmp_path / "trace", tmp_path / "link"
+    image.write_bytes(bytes.fromhex("b0 15 e6 f4 f4"))
+    assert main(["run", "--flat", str(image), "--trace", str(path)]) == 43
+    link.symlink_to(path)
+    whole = path.read_bytes()
+    for out in (path, link):
+        assert main(["trace", str(path), "--export", str(out)]) == 2
+        assert "that is the trace itself" in capfd.readouterr().err
+    assert path.read_bytes() == whole
