@@ -77,24 +77,25 @@ class Late:
     def _arrive(self) -> Device:
         with self._lock:
             if self._device is None:
-                made = self._make()
-                try:
-                    self._take_places(made)
-                finally:
-                    self._device = made
+                self._device = self._make()
+            # Also where it is made, and could not go there: a listener has wanted it in the middle of a change.
+            if self._regions:
+                self._take_places(self._device)
             return self._device
 
     def _take_places(self, made: Device) -> None:
         spaces: dict[str, tuple[AddressSpace, list[MemoryRegion], list[MemoryRegion]]] = {}
         for (space, _address, size, name, part), late in zip(self._places, self._regions, strict=True):
+            if late.space is None:
+                continue  # it is there
             answers = getattr(made, part) if part else made
             region = answers if isinstance(answers, MemoryRegion) else MemoryRegion(size, answers, name=name)
             _space, lates, regions = spaces.setdefault(space.name, (space, [], []))
             lates.append(late)
             regions.append(region)
-        self._regions.clear()
         for space, lates, regions in spaces.values():
             space.replace(lates, regions)
+        self._regions.clear()
 
     def forget(self) -> None:
         """At the end: nobody asks any more."""

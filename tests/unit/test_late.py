@@ -11,7 +11,7 @@ from pyvmm import Machine
 from pyvmm.address_space import AddressSpace, SpaceListener
 from pyvmm.clock import VirtualClock
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, StateError
 from pyvmm.late import Late
 from pyvmm.region import LateRegion, MemoryRegion
 
@@ -153,6 +153,34 @@ def test_a_listener_may_look_in_the_middle_of_a_change(bench: Bench) -> None:
     assert seen == [("words", 2), ("other", 2), ("mine", 3)] and bench.made == []
     assert bench.pio.read(PORT, 1) == 0x11
     assert seen[3:] == [("words", 3), ("other", 3)]
+
+
+def test_one_that_a_listener_wants_in_the_middle_of_a_change_comes_to_its_places_afterwards(bench: Bench) -> None:
+    class Wants(SpaceListener):
+        def region_add(self, space: AddressSpace, region: MemoryRegion) -> None:
+            if region.name == "mine":
+                assert bench.late.device
+
+    bench.pio.listen(Wants())
+    with pytest.raises(StateError, match="do it afterwards"):
+        bench.pio.map(0x10, 1, Words(), name="mine")
+    bench.pio.map(0x10, 1, Words(), name="mine")
+    found = bench.pio.find(PORT)
+    assert found is not None and found.device is bench.late.device
+    assert bench.pio.read(PORT, 1) == 0x11 and len(bench.made) == 1
+    assert not any(isinstance(region, LateRegion) for region in bench.pio.view.regions)
+
+
+def test_what_a_listener_raises_of_its_coming_leaves_it_there(bench: Bench) -> None:
+    class Refuses(SpaceListener):
+        def region_add(self, space: AddressSpace, region: MemoryRegion) -> None:
+            if bench.made:
+                raise ValueError("not here")
+
+    bench.pio.listen(Refuses())
+    with pytest.raises(ValueError, match="not here"):
+        bench.pio.read(PORT, 1)
+    assert (bench.pio.read(PORT, 1), bench.late.device) == (0x11, bench.made[0]) and len(bench.made) == 1
 
 
 # -- on a machine ------------------------------------------------------------------------------------------------------
