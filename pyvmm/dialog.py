@@ -29,6 +29,7 @@ LIMIT_S = 60.0
 LOOK_S = 0.25  # how often it is looked whether the machine is still there
 KEPT_CHARACTERS = 4 << 20  # a guest may print for ever: the oldest half goes when there are more
 SHOWN_CHARACTERS = 3000
+MOST_NEWS = 4096  # pieces, until they are joined
 LONGEST_LINE_BYTES = 4095  # what a terminal of Linux's takes as one line (N_TTY_BUF_SIZE, termios(3))
 
 
@@ -41,13 +42,19 @@ class Dialog:
     def __init__(self) -> None:
         self.chardev = CallableChardev(self._hear)
         self.machine: Machine | None = None
-        self.output = ""
+        self._text = ""
+        self._news: list[str] = []  # what has come since: a guest prints it a character at a time
         self.match: re.Match[str] | None = None
         """What ``expect`` found last."""
         self._seen = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._lock = Lock()
         self._changed = Condition(self._lock)
+
+    @property
+    def output(self) -> str:
+        with self._lock:
+            return self._heard()
 
     def send(self, text: str) -> None:
         """Type ``text``, as it is: a line ends with ``\\n``."""
@@ -64,9 +71,9 @@ class Dialog:
         with self._lock:
             while True:
                 ended = self._ended()  # before the look: what it said last is there by then
-                found = wanted.search(self.output, self._seen)
+                found = wanted.search(self._heard(), self._seen)
                 if found is not None:
-                    before = self.output[self._seen : found.start()]
+                    before = self._text[self._seen : found.start()]
                     self.match, self._seen = found, found.end()
                     return before
                 left_s = end - monotonic()
@@ -111,9 +118,18 @@ class Dialog:
 
     def _hear(self, data: bytes) -> None:
         with self._lock:
-            self.output += self._decoder.decode(data)
-            if len(self.output) > KEPT_CHARACTERS:
-                gone = len(self.output) - KEPT_CHARACTERS // 2
-                self.output = self.output[gone:]
-                self._seen = max(0, self._seen - gone)
+            self._news.append(self._decoder.decode(data))
+            if len(self._news) >= MOST_NEWS or len(data) >= MOST_NEWS:
+                self._heard()
             self._changed.notify_all()
+
+    def _heard(self) -> str:
+        """All of it; the lock is held."""
+        if self._news:
+            self._text += "".join(self._news)
+            self._news.clear()
+            if len(self._text) > KEPT_CHARACTERS:
+                gone = len(self._text) - KEPT_CHARACTERS // 2
+                self._text = self._text[gone:]
+                self._seen = max(0, self._seen - gone)
+        return self._text

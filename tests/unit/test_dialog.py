@@ -7,6 +7,7 @@ import pty
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -106,3 +107,15 @@ def test_what_prints_for_ever_is_kept_in_part() -> None:
     line.chardev.write(b"end")
     assert len(line.output) <= KEPT_CHARACTERS
     assert line.expect("end", 0) == ""
+
+
+def test_a_guest_that_prints_a_character_at_a_time_is_not_slowed_down_by_what_it_has_printed() -> None:
+    """Each piece is copied a few times, whatever came before it."""
+    line = Dialog()
+    line.chardev.write(b"x" * KEPT_CHARACTERS)
+    begin = time.thread_time()
+    for _ in range(100000):
+        line.chardev.write(b"y")
+    assert time.thread_time() - begin < 1.5  # that many copies of all of it: 4 s and more
+    assert line.output.endswith("y" * 100000)
+    assert line.expect("y{100000}$", 0)[-1] == "x"
