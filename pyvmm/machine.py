@@ -223,11 +223,12 @@ class Machine(MovingMachine):
         ConfigError for a file that can't be written, StateError where a trace is on.
         """
         self._usable("start_trace")
-        with self._closing:
+        with self._adding:
             if self._tracing is None:
                 from pyvmm.tracing import Tracing
 
                 self._tracing = self._chassis.closers.add(Tracing(self._chassis, self.board, self._platform))
+        self._usable("start_trace")  # or close() may have been through what there was to close
         self._tracing.start(fspath(path))
 
     def stop_trace(self) -> int:

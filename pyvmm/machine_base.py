@@ -58,6 +58,7 @@ class MachineBase:
         self.config = config
         self._pid = getpid()
         self._closing = Lock()
+        self._adding = Lock()  # of what is made once; close() waits for threads that may want it, and does not hold it
         made = builder.build(config, board, self, snapshot, fresh=fresh, later=later)
         self._chassis, self.board, self._platform = made
         self._closed = False

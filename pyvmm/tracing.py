@@ -47,6 +47,7 @@ class Tracing:
         self._drives: dict[str, int] = {}
         self._thread: Thread | None = None
         self._fd = -1
+        self._over = False  # the machine is closed
         self._told = b""
         self.path = ""
         self.error = ""
@@ -66,6 +67,8 @@ class Tracing:
         on.
         """
         with self._lock:
+            if self._over:
+                raise StateError("the machine is closed")
             if self._thread is not None:
                 if not self.error:
                     raise StateError(f"a trace is being written to {self.path}: stop that one first")
@@ -121,6 +124,7 @@ class Tracing:
     def close(self) -> None:
         """The machine ends."""
         with self._lock:
+            self._over = True
             if self._thread is not None:
                 self._end_locked()
 

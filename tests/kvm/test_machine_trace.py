@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -233,3 +234,26 @@ def test_a_trace_is_not_exported_over_itself(tmp_path: Path, capfd: pytest.Captu
         assert main(["trace", str(path), "--export", str(out)]) == 2
         assert "that is the trace itself" in capfd.readouterr().err
     assert path.read_bytes() == whole
+
+
+def test_one_that_is_begun_while_the_machine_is_closed(
+    boot: Callable[..., Guest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of QMP has come as far as asking whether the machine is usable: close() waits for its thread."""
+    machine = boot("finish").machine
+    late = threading.Thread(target=machine.start_trace, args=(tmp_path / "trace",), daemon=True)
+
+    def wait_for_it() -> None:
+        late.start()
+        late.join(TIMEOUT_S)
+        assert not late.is_alive()
+
+    machine._chassis.closers.call(wait_for_it)
+    monkeypatch.setattr(Machine, "_usable", lambda machine, call: None)
+    machine.close()
+    assert TraceFile(str(tmp_path / "trace")).ended
+    monkeypatch.undo()
+    assert machine._tracing is not None
+    with pytest.raises(StateError, match="closed"):
+        machine._tracing.start(str(tmp_path / "another"))
+    assert not (tmp_path / "another").exists()
