@@ -252,6 +252,21 @@ def test_new_refcount_blocks_are_not_put_where_data_is(tmp_path: Path, entries: 
     qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, path)
 
 
+def test_what_can_be_mended_is_beside_what_can_not(path: Path) -> None:
+    qemu_io(path, "write 0 128k")
+    data = path.read_bytes()
+    (l1,) = struct.unpack_from(">Q", data, 40)
+    (l2,) = struct.unpack_from(">Q", data, l1)
+    l2 &= (1 << 56) - 512
+    patched(path, l2 + 8, struct.pack(">Q", 1 << 50 | 1 << 63))  # leads nowhere, and its cluster is leaked
+    patched(path, 72, struct.pack(">Q", 1))
+    found = check(str(path), None, repair=True)
+    assert (found.errors, found.errors_repaired, found.leaks, found.leaks_repaired) == (1, 0, 1, 1)
+    left = check(str(path), None)
+    assert (left.errors, left.leaks) == (1, 0)
+    assert path.read_bytes()[72:80] == struct.pack(">Q", 1)
+
+
 def test_a_longer_refcount_table_is_not_put_where_data_is(tmp_path: Path) -> None:
     """Of an image whose table was cut: all behind what it reaches has no counts, and is there."""
     raw, path = tmp_path / "raw", tmp_path / "cut.qcow2"

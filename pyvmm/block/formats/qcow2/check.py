@@ -130,7 +130,7 @@ class Check:
             raise ConfigError(f"the image {self._disk.path} has bitmaps, which pyvmm does not check: use qemu-img")
         await self._co_compare(repair)
         await self._co_copied(repair)
-        if repair and found.errors == found.errors_repaired:
+        if repair:
             await self._co_repaired()
         return found
 
@@ -311,9 +311,12 @@ class Check:
             self.found.errors_repaired += changed
 
     async def _co_repaired(self) -> None:
-        disk = self._disk
+        """What is mended stands in the file; the bits that say that something is not go where nothing is left."""
+        disk, found = self._disk, self.found
         await disk.co_write_back()
         await disk.co_barrier()
+        if found.errors > found.errors_repaired:
+            return
         self._header.incompatible &= ~(DIRTY | CORRUPT)
         if self._header.version >= 3:
             ret = await disk.co_store_field(INCOMPATIBLE_AT, self._header.incompatible)
