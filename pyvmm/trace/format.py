@@ -34,6 +34,7 @@ import os
 from bisect import bisect_right
 from heapq import heappop, heappush
 from itertools import count
+from stat import S_ISREG
 from struct import Struct
 
 from pyvmm.errors import ConfigError, remedy
@@ -68,6 +69,11 @@ def header_bytes(tsc_khz: int, tsc: int, monotonic_ns: int, wall_ns: int) -> byt
 def chunk_bytes(kind: int, data: bytes, tsc: int, monotonic_ns: int) -> bytes:
     """One of the chunks that are no records."""
     return CHUNK.pack(CHUNK_MAGIC, kind, 0, len(data), 0, tsc, monotonic_ns) + data
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An opener: a FIFO that nobody writes to is open at once."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Names:
@@ -183,7 +189,9 @@ class TraceFile:
         self.damage = ""
         self.tsc_khz = self.tsc = self.monotonic_ns = self.wall_ns = 0
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=without_waiting) as file:
+                if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ConfigError(f"trace {path}: this is no regular file, give the FILE of a --trace")
                 self._read_header(file)
                 self._end = HEADER.size
                 self._scan(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,9 @@ def test_it_is_none(tmp_path: Path) -> None:
         TraceFile(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="give the FILE of a --trace"):
         TraceFile(str(tmp_path))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match="no regular file"):
+        TraceFile(str(tmp_path / "fifo"))
     with pytest.raises(ConfigError, match="it is of version 2"):
         opened(tmp_path, HEADER.pack(b"PYVMMTRC", 2, HEADER.size, 0, 0, 0, 0))
 
