@@ -140,9 +140,9 @@ cdef void tap_record(trace_tap_t *tap, int kind, uint64_t since, uint64_t ticks,
     cdef recorder_t *recorder = <recorder_t *>tap.recorder
     cdef uint64_t session = load_u64(&recorder.session, RELAXED)
     cdef ring_t *ring
+    if not session:
+        return                  # it has just ended
     if pyvmm_trace_session != session:
-        if not session:
-            return              # it has just ended
         find_ring(recorder, session)
     ring = <ring_t *>pyvmm_trace_ring
     if ring == NULL:

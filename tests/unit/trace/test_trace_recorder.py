@@ -161,6 +161,15 @@ def test_a_stop_and_another_start(path: Path) -> None:
     assert recorder.recorded == 2
 
 
+def test_a_thread_that_comes_when_it_has_been_stopped_has_lost_nothing() -> None:
+    recorder = Recorder(1)
+    tap = recorder.tap(0)
+    recorder.start()
+    recorder.stop()
+    on_a_thread(lambda: tap.mark(layout.KICK))
+    assert recorder.dropped == 0
+
+
 def test_a_duration_is_cut_off_at_its_largest(path: Path) -> None:
     recorder = Recorder(1)
     recorder.start()
