@@ -56,7 +56,8 @@ class MetricsServer:
         self._machine = machine
         self._texts: dict[str, tuple[int, bytes]] = {}  # by content type: when it was made, and it
         self._encoders: Callable[[str], tuple[Callable[[], bytes], str]] | None = None
-        self._sockets = SocketServer(self._session, complain, what="metrics")
+        # A right client has its answer at once: whoever has been there the longest is none.
+        self._sockets = SocketServer(self._session, complain, what="metrics", crowd_out=True)
         self._sockets.add(listener)
         self._sockets.serve()
 

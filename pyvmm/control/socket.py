@@ -8,7 +8,8 @@ A protocol is a class with ``receive(data)`` and ``gone()``, called on that thre
 its ``Peer``, the way back.
 
 What clients can make grow is bounded. One that sends and does not read is not read from any more (``crowded``), one
-that is told of things and does not read is cut off. More clients than MOST_CLIENTS wait until others have left.
+that is told of things and does not read is cut off. More clients than MOST_CLIENTS wait until others have left,
+or where nobody stays long (``crowd_out``) the one that has been there the longest makes room.
 """
 
 from __future__ import annotations
@@ -245,6 +246,7 @@ class SocketServer:
         *,
         what: str,
         most_clients: int = MOST_CLIENTS,
+        crowd_out: bool = False,
         on_client: Callable[[str], object] = lambda did: None,
     ) -> None:
         self._on_client = on_client
@@ -252,6 +254,7 @@ class SocketServer:
         self._on_error = on_error
         self._what = what
         self._most_clients = most_clients
+        self._crowd_out = crowd_out
         self._listeners: list[Listener] = []
         self._sessions: dict[Peer, Session] = {}
         self._workers: set[Thread] = set()
@@ -302,6 +305,8 @@ class SocketServer:
                 return
             if len(self._sessions) >= self._most_clients:
                 self._accept_no_more()  # until one has left
+                if self._crowd_out:
+                    next(iter(self._sessions)).cut_off()
                 return
             try:
                 fd = listener.accept()
