@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from _socket import AF_INET, AF_INET6, SHUT_RDWR, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
-from pyvmm.errors import ConfigError, remedy
+from pyvmm.errors import ConfigError, StateError, remedy
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread, deque
 from pyvmm.unix_socket import UnixListener, accept
@@ -153,7 +153,10 @@ class Peer:
         """On the server's thread, from where ``receive`` may be called again."""
         self.held = False
         if not self.closed:
-            self._loop.add_reader(self.fd, self._readable)
+            try:
+                self._loop.add_reader(self.fd, self._readable)
+            except StateError:  # the server is being closed
+                self.cut_off()
 
     # -- below: the socket -------------------------------------------------------------------------------------
 
@@ -324,9 +327,11 @@ class SocketServer:
             self.loop.remove_reader(listener.fd)
 
     def _accept_again(self) -> None:
-        if not self._closed:
+        try:
             for listener in self._listeners:
                 self._watch(listener)
+        except StateError:
+            pass  # the server is being closed
 
     # -- clients, on the server's thread -----------------------------------------------------------------------
 

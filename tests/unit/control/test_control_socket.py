@@ -319,6 +319,38 @@ def test_the_end(tmp_path: Path) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_who_comes_or_leaves_as_it_is_closed_is_no_error(tmp_path: Path) -> None:
+    """close() has ended the loop, and its thread is in the middle of a callback."""
+    errors: list[BaseException] = []
+    left = threading.Event()
+
+    class Silent:
+        def __init__(self, peer: Peer) -> None:
+            if len(server._sessions) == 1:
+                server.loop.close()
+                server.over(peer)
+                left.set()
+
+        def receive(self, data: bytes) -> None: ...
+
+        def gone(self) -> None: ...
+
+    server = SocketServer(Silent, errors.append, what="--test", most_clients=2)
+    server.listen(str(tmp_path / "socket"))
+    server.serve()
+    ends = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    for end in ends:
+        end.settimeout(LIMIT_S)
+        end.connect(str(tmp_path / "socket"))
+    assert left.wait(LIMIT_S)
+    server.close()
+    server._accept_again()
+    assert [end.recv(1) for end in ends] == [b"", b""]
+    assert errors == []
+    for end in ends:
+        end.close()
+
+
 def test_a_child_of_fork_closes_its_descriptors_only(made: Made, path: Path) -> None:
     with greeted(path) as end:
         child = os.fork()
