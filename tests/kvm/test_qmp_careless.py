@@ -153,3 +153,23 @@ def test_every_command_in_every_state_is_answered(
                 else:
                     assert "internal error" not in answer["error"]["desc"], name
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_file_has_such_a_name(
+    boot: Callable[..., Guest], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine = boot("1: pause\n jmp 1b").machine
+    machine.serve_qmp(tmp_path / "qmp.sock")
+    files = sorted(tmp_path.iterdir())
+    asked = []
+    with QmpPeer(tmp_path / "qmp.sock") as peer:
+        for name, command in COMMANDS.items():
+            for member in command.arguments.members.keys() & {"filename", "base", "protocol"}:
+                for path in ("", "a\0b", "file:a\0b", "\ud800", "file:\ud800"):
+                    arguments = {**good(command.arguments), member: path}
+                    peer.send(json.dumps({"execute": name, "arguments": arguments}).encode())
+                    assert peer.reply()["error"]["desc"] == f"Parameter '{member}' expects the path of a file", name
+                    asked.append(name)
+    assert {"x-pyvmm-trace-start", "snapshot-save", "snapshot-load", "pmemsave", "dump-guest-memory"} <= set(asked)
+    assert sorted(tmp_path.iterdir()) == files
+    assert "Traceback" not in capfd.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.control.qmp.kinds import BOOL, INT, SIZE, STR, Enum, ListOf, Optional, QmpError, Struct
+from pyvmm.control.qmp.kinds import BOOL, FILE, INT, SIZE, STR, Enum, ListOf, Optional, QmpError, Struct
 from pyvmm.control.qmp.table import command
 
 TYPE_CHECKING = False
@@ -169,7 +169,7 @@ def eject(served: Served, device: str | None = None, id: str | None = None, forc
 
 @command(
     "blockdev-change-medium",
-    {**WHICH, "filename": STR, "format": Optional(Enum("raw", "qcow2")), "force": Optional(BOOL)},
+    {**WHICH, "filename": FILE, "format": Optional(Enum("raw", "qcow2")), "force": Optional(BOOL)},
     waits=True,
 )
 def blockdev_change_medium(

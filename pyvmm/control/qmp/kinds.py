@@ -6,6 +6,8 @@ Errors are QEMU's words (include/qapi/qmp/qerror.h, qapi/qobject-input-visitor.c
 
 from __future__ import annotations
 
+from os import fsencode
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +91,25 @@ class Int(Builtin):
         return number
 
 
+class FileName(Builtin):
+    """A path: text that the host can have for one. The schema's ``str``."""
+
+    def __init__(self) -> None:
+        super().__init__("str", "string", "string", str)
+
+    def take(self, where: str, value: Any) -> str:
+        path: str = super().take(where, value)
+        try:
+            usable = bool(path) and "\0" not in path and bool(fsencode(path))
+        except UnicodeEncodeError:  # a lone surrogate
+            usable = False
+        if not usable:
+            raise QmpError(f"Parameter '{where}' expects the path of a file")
+        return path
+
+
 STR = Builtin("str", "string", "string", str)
+FILE = FileName()
 BOOL = Builtin("bool", "boolean", "boolean", bool)
 NUMBER = Builtin("number", "number", "number", int, float)
 NULL = Builtin("null", "null", "null", type(None))

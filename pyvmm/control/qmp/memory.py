@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from pyvmm.control.qmp.kinds import BOOL, INT64_MAX, SIZE, STR, Enum, Int, ListOf, Optional, QmpError, Struct
+from pyvmm.control.qmp.kinds import BOOL, FILE, INT64_MAX, SIZE, Enum, Int, ListOf, Optional, QmpError, Struct
 from pyvmm.control.qmp.parked import while_parked
 from pyvmm.control.qmp.table import command
 from pyvmm.errors import ConfigError, StateError, remedy_for_path
@@ -92,7 +92,7 @@ def check_open(served: Served) -> None:
         raise StateError("the machine is being closed")
 
 
-@command("pmemsave", {"val": ADDRESS, "size": LENGTH, "filename": STR}, waits=True)
+@command("pmemsave", {"val": ADDRESS, "size": LENGTH, "filename": FILE}, waits=True)
 def pmemsave(served: Served, val: int, size: int, filename: str) -> None:
     """The guest goes on meanwhile, as with QEMU."""
     for _ in ram_and_rom(served.machine, val, size):
@@ -103,7 +103,7 @@ def pmemsave(served: Served, val: int, size: int, filename: str) -> None:
             file.write(piece)
 
 
-@command("memsave", {"val": ADDRESS, "size": LENGTH, "filename": STR, "cpu-index": Optional(SIZE)}, waits=True)
+@command("memsave", {"val": ADDRESS, "size": LENGTH, "filename": FILE, "cpu-index": Optional(SIZE)}, waits=True)
 def memsave(served: Served, val: int, size: int, filename: str, cpu_index: int = 0) -> None:
     """By addresses of the vCPU's, through its tables; it stands for each piece."""
     machine = served.machine
@@ -149,7 +149,7 @@ def query_dump_guest_memory_capability(served: Served) -> dict[str, Any]:
 
 @command(
     "dump-guest-memory",
-    {"paging": BOOL, "protocol": STR, "begin": Optional(SIZE), "length": Optional(LENGTH),
+    {"paging": BOOL, "protocol": FILE, "begin": Optional(SIZE), "length": Optional(LENGTH),
      "format": Optional(Enum("elf"))},
     waits=True,
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.control.qmp.kinds import SIZE, STR, Optional, QmpError, Struct
+from pyvmm.control.qmp.kinds import FILE, SIZE, Optional, Struct
 from pyvmm.control.qmp.table import command
 
 TYPE_CHECKING = False
@@ -14,22 +14,18 @@ if TYPE_CHECKING:
 SAVED = Struct({"written-bytes": SIZE, "stood-ns": SIZE})
 
 
-@command("snapshot-load", {"filename": STR}, waits=True)
+@command("snapshot-load", {"filename": FILE}, waits=True)
 def snapshot_load(served: Served, filename: str) -> None:
     """Back to it: the machine goes on from there if it ran, else it is paused there."""
-    if "\0" in filename or not filename:
-        raise QmpError("Parameter 'filename' expects the path of a file")
     served.machine.load(filename)
     served.machine.events.flush()
 
 
-@command("snapshot-save", {"filename": STR, "base": Optional(STR)}, SAVED, waits=True)
+@command("snapshot-save", {"filename": FILE, "base": Optional(FILE)}, SAVED, waits=True)
 def snapshot_save(served: Served, filename: str, base: str | None = None) -> dict[str, Any]:
     """Answered when all of it is on the disk. `pyvmm run --restore` goes on from there."""
     from pyvmm.snapshot import Snapshot
 
-    if "\0" in filename + (base or "") or not filename:
-        raise QmpError("Parameter 'filename' expects the path of a file")
     machine = served.machine
     if base is None:
         saved = machine.save(filename)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.control.qmp.kinds import SIZE, STR, Struct
+from pyvmm.control.qmp.kinds import FILE, SIZE, Struct
 from pyvmm.control.qmp.table import command
 
 TYPE_CHECKING = False
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pyvmm.control.qmp.subject import Served
 
 
-@command("x-pyvmm-trace-start", {"filename": STR})
+@command("x-pyvmm-trace-start", {"filename": FILE})
 def x_pyvmm_trace_start(served: Served, filename: str) -> None:
     """Write what the machine does into the file ``filename``, from now on."""
     served.machine.start_trace(filename)
