@@ -237,11 +237,18 @@ class BlockBackend:
         """As a request that writes the last sector: a format may write the rest of that one's cluster."""
         last = max(0, self.size_bytes - SECTOR_BYTES)
         request = Request(self, WRITE, last, min(self.size_bytes, SECTOR_BYTES), (), bool)
+        throttle = self._throttle
         with self._lock:
             self._enter_locked(request)
         try:
             if request.turn is not None:
-                self._context.run(self._co_turn(request.turn))
+                if throttle is not None:
+                    throttle.open()  # as for a drain
+                try:
+                    self._context.run(self._co_turn(request.turn))
+                finally:
+                    if throttle is not None:
+                        throttle.shut()
             driver.grow(self.options, size_bytes)
         finally:
             with self._lock:

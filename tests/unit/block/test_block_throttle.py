@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from errno import ECANCELED
 
 import pytest
@@ -29,6 +30,10 @@ class Instant(FormatDriver):
 
     async def co_flush(self) -> int:
         return 0
+
+    def grow(self, options: DriveOptions, size_bytes: int | None) -> None:
+        assert size_bytes is not None
+        self.size_bytes = size_bytes
 
     def close(self) -> None:
         pass
@@ -135,6 +140,22 @@ def test_drain_does_not_wait_for_guest_time() -> None:
     assert len(drive.done) == 50
     drive.clock.step(S)
     assert len(drive.done) == 60
+
+
+def test_a_growth_does_not_wait_for_guest_time() -> None:
+    """It waits for who writes the last sector: as a drain it lets them through."""
+    drive = Drive(throttle_iops=10)
+    drive._sector = drive.backend.sectors - 20
+    drive.submit("write", count=20)
+    assert len(drive.done) == 2
+    grown: list[bool] = []
+    thread = threading.Thread(target=lambda: grown.append(drive.backend.grow((1 << 30) + SECTOR)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert grown == [True]
+    assert len(drive.done) == 20
+    drive.submit("read", count=5)  # and afterwards the limit holds again
+    assert len(drive.done) < 25
 
 
 def test_drain_lets_through_what_callbacks_submit_meanwhile() -> None:
