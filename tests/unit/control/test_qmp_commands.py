@@ -130,7 +130,8 @@ def test_what_can_not_be_ejected(peer: QmpPeer, arguments: dict[str, str], desc:
 
 def test_a_disc_that_is_not_there_leaves_the_old_one(peer: QmpPeer, machine: Machine, tmp_path: Path) -> None:
     assert "nothing.iso" in peer.error("blockdev-change-medium", device="cd", filename=f"{tmp_path}/nothing.iso")
-    assert "\\x00" in peer.error("blockdev-change-medium", device="cd", filename="a\0b").replace("\0", "\\x00")
+    none = "Parameter 'filename' expects the path of a file"
+    assert peer.error("blockdev-change-medium", device="cd", filename="a\0b") == none
     assert read_cd(machine) == b"1"
     assert not peer.events
 
