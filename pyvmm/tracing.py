@@ -225,6 +225,8 @@ def open_file(path: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
     except OSError as error:
         raise ConfigError(f"trace {path}: {remedy(error, 'give a file that can be written')}") from None
+    except ValueError:
+        raise ConfigError(f"trace {path!r}: no file has such a name, give a file that can be written") from None
     if not S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ConfigError(f"trace {path}: this is no regular file, give one")

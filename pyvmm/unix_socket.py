@@ -32,6 +32,9 @@ class UnixListener:
             self._socket.listen(backlog)
             self._socket.setblocking(False)
             self._file = identity(path)
+        except ValueError:
+            self._socket.close()
+            raise ConfigError(f"{what}={path!r}: no file has such a name: give another path") from None
         except OSError as error:
             self._socket.close()
             why = remedy(error, "something is there already, or nothing can be made there: give another path")
@@ -75,7 +78,11 @@ def accept(listener: socket) -> int:
 
 def check_path(path: str, what: str) -> None:
     """ConfigError where it is longer than a socket's path can be."""
-    if len(os.fsencode(path)) > LONGEST_PATH_BYTES:
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:  # a lone surrogate
+        raise ConfigError(f"{what}={path!r}: no file has such a name: give another path") from None
+    if length > LONGEST_PATH_BYTES:
         raise ConfigError(f"{what}={path}: a path of a socket has at most {LONGEST_PATH_BYTES} bytes: shorten it")
 
 

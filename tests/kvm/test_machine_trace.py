@@ -151,9 +151,15 @@ def test_lines_of_devices(boot: Callable[..., Guest], tmp_path: Path) -> None:
 
 def test_a_file_that_there_can_be_none_of(boot: Callable[..., Guest], tmp_path: Path) -> None:
     machine = boot("finish").machine
-    for path, words in ((tmp_path, "give a file that can be written"), ("/dev/null", "this is no regular file")):
+    none = "no file has such a name"
+    for path, words in ((tmp_path, "give a file that can be written"), ("/dev/null", "this is no regular file"),
+                        ("a\0b", none), ("\ud800", none)):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             machine.start_trace(path)
+    for name in ("a\0b", "\ud800"):
+        for serve in (machine.serve_qmp, lambda path: machine.serve_metrics(f"unix:{path}")):
+            with pytest.raises(ConfigError, match=none):
+                serve(name)
     machine.start_trace(tmp_path / "trace")
     machine.stop_trace()
 
