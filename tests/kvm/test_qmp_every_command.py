@@ -40,7 +40,7 @@ def guest(boot: Callable[..., Guest], tmp_path: Path) -> Guest:
 
 def told(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """What each command is given, in an order that leaves the machine running to the last."""
-    file = {name: str(tmp_path / name) for name in ("memory", "physical", "core", "vm.snap", "cd.iso")}
+    file = {name: str(tmp_path / name) for name in ("memory", "physical", "core", "vm.snap", "cd.iso", "trace")}
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     given: dict[str, dict[str, Any]] = {
         "stop": {},
@@ -63,6 +63,8 @@ def told(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "human-monitor-command": {"command-line": "info"},
         "snapshot-save": {"filename": file["vm.snap"]},
         "snapshot-load": {"filename": file["vm.snap"]},
+        "x-pyvmm-trace-start": {"filename": file["trace"]},
+        "x-pyvmm-trace-stop": {},
         "migrate": {"uri": f"unix:{tmp_path}/nobody"},
     }
     queries = {name: given.get(name, {}) for name in COMMANDS if name.startswith("query-")}
