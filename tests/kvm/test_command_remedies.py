@@ -131,7 +131,7 @@ def test_a_url(tmp_path: Path, what: str, url: str) -> None:
 def test_a_file_url_and_a_protocol(flat: str) -> None:
     said = refused("run", "--flat", f"file://{flat}")
     assert pyvmm("run", "--flat", said.rpartition("give the path, ")[2]) == (STATUS, "")
-    assert "not there yet, give a local image" in refused("run", "--flat", flat, "nbd:localhost:10809")
+    assert "not there yet, give a local image" in refused("run", "--flat", flat, "rbd:pool/image")
 
 
 def test_an_empty_disk_and_an_empty_cd(flat: str, tmp_path: Path) -> None:
