@@ -5,6 +5,7 @@ end of the test's own, which answers each request with its bytes backwards.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -287,7 +288,9 @@ def test_a_word_that_nobody_asked_for_breaks_it(path: Path, back_end: b.BackEnd)
         guest.ask()
         back_end.say(b"hello")
         wait_for(lambda: told)
-        assert told == ["its back end can't be used: it says what nobody asked for"]
+        # The guest's answer may be there before the last ring is on: then the word comes in place of an answer to that.
+        assert len(told) == 1
+        assert re.search(r": (it says what nobody asked for|its answer to request \d+ is message \d+ .*)$", told[0])
 
 
 @pytest.mark.parametrize(
