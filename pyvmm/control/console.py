@@ -12,11 +12,9 @@ reads is not read from. With nobody attached a console is as it was made.
 
 from __future__ import annotations
 
-import sys
-
 from pyvmm.chardev import NullChardev
-from pyvmm.control.socket import SocketServer
-from pyvmm.errors import ConfigError, traceback_text
+from pyvmm.control.socket import SocketServer, complain
+from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,12 +134,3 @@ class ConsoleSession:
             self._type(b"")
         elif self._peer.held:
             self._peer.go_on()
-
-
-def complain(error: BaseException) -> None:
-    """A mistake of ours, of which no client can be told."""
-    if sys.stderr is not None:
-        try:
-            print(traceback_text(error), file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            pass  # nobody reads it

@@ -7,8 +7,7 @@ who asks all the time costs the machine no more than who asks four times a secon
 from __future__ import annotations
 
 from pyvmm.control.http import HttpSession, Response
-from pyvmm.control.qmp.server import complain
-from pyvmm.control.socket import LOOPBACK, SocketServer, TcpListener
+from pyvmm.control.socket import LOOPBACK, SocketServer, TcpListener, complain
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False

@@ -14,9 +14,10 @@ or where nobody stays long (``crowd_out``) the one that has been there the longe
 
 from __future__ import annotations
 
+import sys
 from _socket import AF_INET, AF_INET6, SHUT_RDWR, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
-from pyvmm.errors import ConfigError, StateError, remedy
+from pyvmm.errors import ConfigError, StateError, remedy, traceback_text
 from pyvmm.event_loop import EventLoop
 from pyvmm.light import Lock, Thread, deque
 from pyvmm.unix_socket import UnixListener, accept
@@ -437,3 +438,12 @@ class SocketServer:
             peer.abandon()
         for listener in self._listeners:
             listener.abandon()
+
+
+def complain(error: BaseException) -> None:
+    """A mistake of ours, of which no client can be told."""
+    if sys.stderr is not None:
+        try:
+            print(traceback_text(error), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass  # nobody reads it

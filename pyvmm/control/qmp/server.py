@@ -6,8 +6,6 @@ is the other end, in the tests.
 
 from __future__ import annotations
 
-import sys
-
 from pyvmm.control.qmp import (
     block,
     cpus,
@@ -27,8 +25,7 @@ from pyvmm.control.qmp import (
 from pyvmm.control.qmp.news import News
 from pyvmm.control.qmp.session import QmpSession
 from pyvmm.control.qmp.status import version
-from pyvmm.control.socket import SocketServer
-from pyvmm.errors import traceback_text
+from pyvmm.control.socket import SocketServer, complain
 from pyvmm.light import Lock
 
 TYPE_CHECKING = False
@@ -124,12 +121,3 @@ class QmpServer:
         stats, self.kvm_stats = self.kvm_stats, None
         if stats is not None:
             stats.close()
-
-
-def complain(error: BaseException) -> None:
-    """A mistake of ours, of which no client can be told."""
-    if sys.stderr is not None:
-        try:
-            print(traceback_text(error), file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            pass  # nobody reads it
