@@ -169,6 +169,7 @@ class RunControl:
         self._acting = 0  # the thread that carries out requests
         self._inside = 0
         self._requests: list[Request] = []
+        self._under_way: Request | None = None
         self._held: Sequence[RunState] = ()
         self.debugged = False
         """A debugger is there: it says when the machine goes on."""
@@ -258,7 +259,7 @@ class RunControl:
             while self._requests:
                 # The request before may have let vCPUs enter. As long as this loop runs none can be inside.
                 self._may_enter = False
-                request = self._requests.pop(0)
+                request = self._under_way = self._requests.pop(0)
                 try:
                     self._lock.release()
                     try:
@@ -275,7 +276,7 @@ class RunControl:
                 finally:
                     request.done = True
         finally:
-            self._acting = 0
+            self._acting, self._under_way = 0, None
             self._cond.notify_all()
 
     def _stop_time(self) -> None:
@@ -473,16 +474,28 @@ class RunControl:
                 self.go()
 
     def pause(self, wait: bool = True) -> None:
-        """Park every vCPU. In a handler or a timer's callback it takes effect when that returns."""
+        """Park every vCPU; what the guest had asked for before it stood, a reset say, is done then too. In a handler or
+        a timer's callback it takes effect when that returns.
+        """
+        asked_before: list[Request] = []
 
         def paused() -> None:
+            asked_before.extend(self._requests)
             if self._state in ALIVE:
                 self._stand(RunState.PAUSED, PAUSED, None, {})
 
         with self._lock:
-            if self._state not in ALIVE:
-                return
-        self.request("pause", then=paused, wait=wait)
+            alive = self._state in ALIVE
+            if not alive:
+                asked_before.extend(self._requests)
+                if self._under_way is not None:
+                    asked_before.append(self._under_way)
+        if alive:
+            self.request("pause", then=paused, wait=wait)
+        if wait:
+            with self._lock:
+                if not self._would_wait_for_itself():
+                    self._cond.wait_for(lambda: self._closing or all(request.done for request in asked_before))
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until no vCPU is inside and no request is left.

@@ -247,6 +247,41 @@ def test_pause_on_a_vcpus_own_thread_takes_effect_after_the_handler(board: Board
     assert board.all_parked()
 
 
+@pytest.mark.parametrize("paused_before", [False, True])
+def test_pause_returns_once_what_the_guest_had_asked_for_is_done(board: Board, paused_before: bool) -> None:
+    """A guest that resets itself in the moment of a pause has done so for whoever looks at it then."""
+    board.start()
+    inside, returned = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def reset() -> None:
+        if paused_before:
+            threading.Thread(target=pause).start()
+        returned.wait(0.1)  # a pause that does not wait for this one returns now
+        order.append("reset")
+
+    def handler() -> None:
+        inside.set()
+        with board.execs[0].cond:  # the pause is asked for, and waits for this vCPU to park
+            assert board.execs[0].cond.wait_for(lambda: board.execs[0].kicked, DEADLINE_S)
+        board.control.request("reset", reset, board.control.restarted)
+
+    def pause() -> None:
+        board.control.pause()
+        order.append("paused")
+        returned.set()
+
+    board.execs[0].do(handler)
+    assert inside.wait(DEADLINE_S)
+    if paused_before:
+        board.control.pause(wait=False)
+    else:
+        threading.Thread(target=pause).start()
+    assert returned.wait(DEADLINE_S)
+    assert order == ["reset", "paused"]
+    assert board.control.state is RunState.PAUSED
+
+
 def test_state_of_a_running_vcpu_is_refused(board: Board) -> None:
     cpu = board.cpus[0]
     assert cpu.regs == {"rip": 0xFFF0}
