@@ -76,10 +76,12 @@ class Machine(MovingMachine):
 
     def block_resize(self, drive: str, size_bytes: int | None = None) -> int:
         """Tell the guest that the image of the drive called ``drive`` has become longer; with ``size_bytes`` make the
-        disk so large first. Returns how many bytes the guest's disk has then.
+        disk so large, or so small, first. Returns how many bytes the guest's disk has then.
 
-        From any thread, while the guest runs. A disk on virtio only: IDE has no word for it. ConfigError for a drive
-        that there is none of, that can't grow or would shrink. (QEMU's block_resize; OASIS virtio 1.2, 5.2.4.)
+        From any thread, while the guest runs. What lies behind the end of a smaller disk is lost: have the guest give
+        it up before. A disk on virtio only: IDE has no word for it. ConfigError for a drive that there is none of, or
+        that has its size for good: with size=, snapshot=on or read-only=on, on NBD, and to become smaller on a block
+        device. (QEMU's block_resize; OASIS virtio 1.2, 5.2.4.)
         """
         self._usable("block_resize")
         backend = self.backends.get(drive)
@@ -90,8 +92,8 @@ class Machine(MovingMachine):
             raise ConfigError(f"block_resize({drive!r}): a guest does not hear of it on IDE: give the drive if=virtio")
         if size_bytes is not None and not is_int(size_bytes):
             raise ConfigError(f"block_resize({drive!r}, {size_bytes!r}): give a number of bytes")
-        if backend.grow(size_bytes):
-            disk.grown()
+        if backend.resize(size_bytes):
+            disk.resized()
         return backend.size_bytes
 
     def set_balloon(self, mib: int) -> None:

@@ -24,6 +24,7 @@ from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import TRACE_DONE, TRACE_SUBMIT, BlockStats
 from pyvmm.errors import ConfigError, StateError, remedy
+from pyvmm.light import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class BlockBackend:
         self._stalled: list[Request] = []  # put aside by a policy, and what came after
         self._held = False  # what is submitted is put aside: a saved state is being loaded
         self._written = self._flushed = 0  # counts of writes that are complete, and that were so at the last flush
+        self._resizing = Lock()  # one after the other; its callers hold no other lock
         self._lane: Lane | None = None  # whose writes are counted by itself
 
     # -- what a device asks -----------------------------------------------------------------------------------
@@ -201,43 +203,56 @@ class BlockBackend:
             kinds = READS | (WRITES if writes else 0)
         self._lane.grant(kinds)
 
-    def grow(self, size_bytes: int | None = None) -> bool:
+    def resize(self, size_bytes: int | None = None) -> bool:
         """The image may be longer by now, or is to be made so that the disk has ``size_bytes``: whether the disk has
-        become larger. From any thread. ConfigError where it can't.
+        another size now. What lies behind the end of a smaller one is lost, and requests that reach there fail with
+        EIO, those too that were put aside or waited for this. From any thread. ConfigError where it can't.
         """
         driver = self._driver
         if driver is None:
-            raise ConfigError(f"drive {self.name} has no medium: nothing of it can grow")
-        if size_bytes is not None and (size_bytes % SECTOR_BYTES or size_bytes < self.size_bytes):
+            raise ConfigError(f"drive {self.name} has no medium: there is nothing of which the size could change")
+        if size_bytes is not None and (size_bytes % SECTOR_BYTES or size_bytes <= 0):
             raise ConfigError(
-                f"drive {self.name}: size_bytes={size_bytes}: it has {self.size_bytes} bytes, and a guest that may use"
-                " them: give as many or more, whole sectors of 512"
+                f"drive {self.name}: size_bytes={size_bytes}: give whole sectors of 512 bytes, at least one"
             )
         if self.options.size is not None or self.options.keeps_writes or (size_bytes is not None and self.read_only):
             raise ConfigError(
                 f"drive {self.name} has its size for good, by size=, snapshot=on or read-only=on: leave that out"
             )
-        try:
-            if size_bytes is None:
-                driver.grow(self.options, None)
-            else:
-                self._grow_to(driver, size_bytes)
-        except OSError as error:
-            why = remedy(error, "make the image longer by other means, as truncate -s")
-            raise ConfigError(f"drive {self.name} can't grow: {why}") from None
+        with self._resizing:
+            before = self.size_bytes
+            try:
+                if size_bytes is None:
+                    driver.grow(self.options, None)
+                else:
+                    self._resize_to(driver, size_bytes)
+            except OSError as error:
+                what = "become smaller" if size_bytes is not None and size_bytes < before else "grow"
+                why = remedy(error, "make the image so long by other means, as truncate -s")
+                raise ConfigError(f"drive {self.name} can't {what}: {why}") from None
+            finally:
+                self._measure(driver)
+            return self.size_bytes != before
+
+    def _measure(self, driver: FormatDriver) -> None:
         with self._lock:
-            grew = driver.size_bytes > self.size_bytes
             self.size_bytes = driver.size_bytes
             self.sectors = -(-self.size_bytes // SECTOR_BYTES)
             if self._lane is not None:
-                self._lane.grow(self.size_bytes)
-        return grew
+                self._lane.resize(self.size_bytes)
 
-    def _grow_to(self, driver: FormatDriver, size_bytes: int) -> None:
-        """As a request that writes the last sector: a format may write the rest of that one's cluster."""
-        last = max(0, self.size_bytes - SECTOR_BYTES)
-        request = Request(self, WRITE, last, min(self.size_bytes, SECTOR_BYTES), (), bool)
+    def _resize_to(self, driver: FormatDriver, size_bytes: int) -> None:
+        """As a request that writes all that is to go, or else the last sector: a format may write the rest of that
+        one's cluster. Whoever is on the way to what is to go is waited for; who comes later waits, and sees what is
+        left.
+        """
+        smaller = size_bytes < self.size_bytes
+        first = size_bytes if smaller else max(0, self.size_bytes - SECTOR_BYTES)
+        request = Request(self, WRITE, first, self.size_bytes - first, (), bool)
         throttle = self._throttle
+        if smaller and self._lane is not None:
+            self._lane.resize(size_bytes)
+            self._lane.settle()
         with self._lock:
             self._enter_locked(request)
         try:
@@ -249,8 +264,12 @@ class BlockBackend:
                 finally:
                     if throttle is not None:
                         throttle.shut()
-            driver.grow(self.options, size_bytes)
+            if smaller:
+                driver.shrink(size_bytes)
+            else:
+                driver.grow(self.options, size_bytes)
         finally:
+            self._measure(driver)
             with self._lock:
                 freed = self._untrack_locked(request)
                 self._count_out_locked()
@@ -434,10 +453,9 @@ class BlockBackend:
 
     def _submit(self, request: Request) -> Request:
         driver = self._driver
-        end = request.offset + request.length
         if driver is None:
             return self._refuse(request, -ENOMEDIUM)
-        if request.offset < 0 or end > self.sectors * SECTOR_BYTES:
+        if request.offset < 0 or self._outside(request):
             return self._refuse(request, -EIO)
         if request.length % SECTOR_BYTES or request.length < 0:
             return self._refuse(request, -EINVAL)
@@ -455,6 +473,10 @@ class BlockBackend:
             self._enter_locked(request)
         start(self._co_do_rw(request, driver), request)
         return request
+
+    def _outside(self, request: Request) -> bool:
+        """Whether it reaches behind the disk's end. Not true of one in flight to become so: who shrinks waits."""
+        return request.offset + request.length > self.sectors * SECTOR_BYTES
 
     def _refuse(self, request: Request, ret: int) -> Request:
         """Fail a request that the guest got wrong. The drive's policies are for failures of the host, and not asked."""
@@ -505,6 +527,8 @@ class BlockBackend:
                     ret = await throttled
             if ret or request.cancelled:
                 ret = -ECANCELED
+            elif self._outside(request):
+                ret = -EIO  # the disk has become smaller since it was submitted
             elif request.kind == READ:
                 ret = await driver.co_readv(request.offset, request.iov, request.length)
             else:
@@ -544,7 +568,7 @@ class BlockBackend:
 
     def _finish(self, request: Request, ret: int) -> None:
         """Count it, ask the policy, tell the device."""
-        action = "" if ret >= 0 or request.cancelled else self._action(request.kind, -ret)
+        action = "" if ret >= 0 or request.cancelled or self._outside(request) else self._action(request.kind, -ret)
         with self._lock:
             counters = self._counters[request.kind]
             if ret >= 0:

@@ -60,6 +60,10 @@ class ProtocolDriver:
         """
         raise OSError(ENOTSUP, "it has its size for good")
 
+    def shorten(self, most_bytes: int) -> None:
+        """Make it no longer than that, and look again how long it is. OSError and ConfigError as ``measure``."""
+        raise OSError(ENOTSUP, "it has its size for good")
+
     def lane(self, offset: int, size_bytes: int) -> Lane | None:
         """A lane to these bytes, where a transfer is nothing but a system call (lane.pyx)."""
         return None
@@ -118,6 +122,12 @@ class FormatDriver:
     def grow(self, options: DriveOptions, size_bytes: int | None) -> None:
         """The image may be longer by now, or is to be made so that the disk has ``size_bytes``. The attribute says what
         it has then. OSError and ConfigError as ProtocolDriver.measure.
+        """
+        raise OSError(ENOTSUP, "it has its size for good")
+
+    def shrink(self, size_bytes: int) -> None:
+        """Make the disk so short; the attribute says so then. Nobody is on the way to what lies behind, or will be
+        before this is over. OSError and ConfigError as ProtocolDriver.measure.
         """
         raise OSError(ENOTSUP, "it has its size for good")
 

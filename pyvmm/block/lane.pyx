@@ -12,7 +12,8 @@ It keeps no order: among requests in flight that overlap, its users may not need
 virtio 1.2, 2.7.13).
 
 ``granted`` and ``busy`` are the two flags of Dekker's algorithm: who enters counts itself in and then looks whether it
-may, who takes leave back stores that and then waits until nobody is inside. So after ``settle`` nothing moves any more.
+may, who takes leave back stores that and then waits until nobody is inside. So after ``settle`` nothing moves any more. It is the
+same with ``size``.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -31,7 +32,9 @@ cdef extern from * nogil:
     int atomic_add "__atomic_add_fetch" (int *, int, int)
     int atomic_and "__atomic_and_fetch" (int *, int, int)
     int64_t atomic_add_64 "__atomic_add_fetch" (int64_t *, int64_t, int)
+    uint64_t atomic_load_size "__atomic_load_n" (uint64_t *, int)
     int64_t atomic_load_64 "__atomic_load_n" (int64_t *, int)
+    void atomic_store_64 "__atomic_store_n" (uint64_t *, uint64_t, int)
     int64_t atomic_exchange_64 "__atomic_exchange_n" (int64_t *, int64_t, int)
 
 READS = 1 << LANE_READ
@@ -52,9 +55,11 @@ cdef class Lane:
         self.size = size
         self.able = (1 << LANE_READ) | (1 << LANE_WRITE)
 
-    def grow(self, uint64_t size):
-        """The disk has so many bytes now, and not fewer than before. From any thread."""
-        self.size = size
+    def resize(self, uint64_t size):
+        """The disk has so many bytes now. From any thread. Where they are fewer, nothing moves behind them any more when
+        ``settle`` has returned.
+        """
+        atomic_store_64(&self.size, size, ATOMIC_SEQ_CST)
 
     def guard(self, uint64_t first):
         """Writes to what is before the disk's byte ``first`` are looked at, and so not for a lane."""
@@ -68,8 +73,9 @@ cdef class Lane:
         """
         cdef ssize_t done = -EAGAIN
         cdef int busy = atomic_add(&self.busy, 1, ATOMIC_SEQ_CST)
+        cdef uint64_t size = atomic_load_size(&self.size, ATOMIC_SEQ_CST)
         if (atomic_load(&self.granted, ATOMIC_SEQ_CST) & atomic_load(&self.able, ATOMIC_RELAXED)) >> kind & 1 \
-                and at <= self.size and length <= self.size - at and count <= MOST_PIECES \
+                and at <= size and length <= size - at and count <= MOST_PIECES \
                 and (at >= self.guarded or kind == LANE_READ):
             if busy > self.most_busy:
                 self.most_busy = busy

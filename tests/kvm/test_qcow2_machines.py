@@ -104,6 +104,9 @@ def test_block_resize(boot: Callable[..., Guest], image: Path) -> None:
     assert m.block_resize("disk", 4 << 30) == 4 << 30
     written(m, (4 << 30) // 512 - 1, b"e")
     assert there(m, (4 << 30) // 512 - 1) == b"e" * 512
+    written(m, 5, b"a")
+    assert m.block_resize("disk", 1 << 20) == 1 << 20
+    assert there(m, 5) == b"a" * 512
     m.close()
-    assert image_tool.info(str(image), None)["virtual-size"] == 4 << 30
+    assert image_tool.info(str(image), None)["virtual-size"] == 1 << 20
     assert "No errors" in qemu_img("check", image).stdout

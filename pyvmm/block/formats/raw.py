@@ -123,6 +123,12 @@ class RawDriver(FormatDriver):
         self.size_bytes = max(self.size_bytes, window_size(options, self._file))  # of a file cut short the end is zeros
         self._incomplete = self._offset + self.size_bytes > self._file.size_bytes
 
+    def shrink(self, size_bytes: int) -> None:
+        end = self._offset + size_bytes
+        self._file.shorten(end)
+        self.size_bytes = size_bytes
+        self._incomplete = end > self._file.size_bytes
+
     def _would_become_another(self, offset: int, iov: Iov, length: int) -> bool:
         """Whether a write makes the image one of another format, to whoever looks at it the next time."""
         at = self._offset + offset

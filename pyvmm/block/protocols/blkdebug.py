@@ -239,6 +239,10 @@ class BlkDebug(ProtocolDriver):
         self._file.measure(least_bytes)
         self.size_bytes = self._file.size_bytes
 
+    def shorten(self, most_bytes: int) -> None:
+        self._file.shorten(most_bytes)
+        self.size_bytes = self._file.size_bytes
+
     def may_grow_to(self, end: int) -> bool:
         return self._file.may_grow_to(end)
 

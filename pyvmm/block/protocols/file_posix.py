@@ -168,6 +168,10 @@ class FilePosix(ProtocolDriver):
         self._image.measure()
         self.size_bytes = self._image.size_bytes
 
+    def shorten(self, most_bytes: int) -> None:
+        self._image.shorten(most_bytes)
+        self.measure()
+
     def lane(self, offset: int, size_bytes: int) -> Lane | None:
         if self._image.direct:
             return None

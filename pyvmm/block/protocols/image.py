@@ -67,6 +67,18 @@ class Image:
         if self.size_bytes < size_bytes:
             os.ftruncate(self.fd, size_bytes)
 
+    def shorten(self, most_bytes: int) -> None:
+        """Make it no longer than that. OSError as ftruncate(2); ConfigError for a block device."""
+        self.measure()
+        if self.size_bytes <= most_bytes:
+            return
+        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            raise ConfigError(
+                f"the image {self.path} is a block device, which has its size from elsewhere: make the volume smaller"
+                " when the machine has ended"
+            )
+        os.ftruncate(self.fd, most_bytes)
+
     def may_grow_to(self, end: int) -> bool:
         """Whether a write may make it longer, up to byte ``end``: by its kind, its seals (fcntl(2), "File Sealing") and
         the process's limit (getrlimit(2), RLIMIT_FSIZE)."""

@@ -192,14 +192,15 @@ class VirtioBlk(VirtioDevice):
         if not self.features & F_CONFIG_WCE:
             self._set_write_cache(self._cache_at_power_on and bool(self.features & F_FLUSH))
 
-    def grown(self) -> None:
-        """The backend has more sectors: the driver is told (5.2.4: capacity; 5.2.6.1). From any thread, without a lock.
+    def resized(self) -> None:
+        """The backend has more sectors, or fewer: the driver is told (5.2.4: capacity; 5.2.6.1), and what it asks for
+        behind the end is S_IOERR. From any thread, without a lock.
         """
         with self.lock:
             self._sectors = self.backend.sectors - self.backend.sectors % (self._block // SECTOR_BYTES)
             for queue, fast in zip(self.queues, self._fast, strict=False):
                 with queue.lock:
-                    fast.grow(self._sectors * SECTOR_BYTES)
+                    fast.resize(self._sectors * SECTOR_BYTES)
             self.config[: CAPACITY.size] = CAPACITY.pack(self._sectors)
         self.config_changed()
 

@@ -93,8 +93,8 @@ cdef class FastBlk:
         for n in range(MOST_ASKED):
             chain_free(&self.asked[n].chain)
 
-    def grow(self, uint64_t size_bytes):
-        """The disk has so many bytes now, and not fewer than before."""
+    def resize(self, uint64_t size_bytes):
+        """The disk has so many bytes now."""
         self.size = size_bytes
 
     def serve(self, int64_t poll_ns):

@@ -149,7 +149,7 @@ def test_a_growth_does_not_wait_for_guest_time() -> None:
     drive.submit("write", count=20)
     assert len(drive.done) == 2
     grown: list[bool] = []
-    thread = threading.Thread(target=lambda: grown.append(drive.backend.grow((1 << 30) + SECTOR)), daemon=True)
+    thread = threading.Thread(target=lambda: grown.append(drive.backend.resize((1 << 30) + SECTOR)), daemon=True)
     thread.start()
     thread.join(20)
     assert grown == [True]

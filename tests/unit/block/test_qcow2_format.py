@@ -361,7 +361,7 @@ def test_a_guest_makes_no_other_format_of_an_image_that_was_probed_as_raw(drive:
 def test_a_disk_grows_while_it_is_open_and_shrinks_when_it_is_not(path: Path) -> None:
     with Disk(path) as disk:
         assert write(disk, 0, b"x" * SECTOR) == 0
-        assert disk.grow(10 << 40)
+        assert disk.resize(10 << 40)
         assert disk.size_bytes == 10 << 40
         assert write(disk, (9 << 40) // SECTOR, b"y" * SECTOR) == 0
     assert "No errors" in qemu_img("check", path).stdout
@@ -371,7 +371,7 @@ def test_a_disk_grows_while_it_is_open_and_shrinks_when_it_is_not(path: Path) ->
     assert "No errors" in qemu_img("check", path).stdout
     assert whole(path, MIB + 512)[:1024] == b"x" * SECTOR + bytes(512)
     with Disk(path) as disk, pytest.raises(ConfigError, match="can't grow"):
-        disk.grow(1 << 62)
+        disk.resize(1 << 62)
 
 
 def test_a_disk_that_shrinks_leaves_its_snapshots_alone(tmp_path: Path) -> None:
@@ -388,6 +388,30 @@ def test_a_disk_that_shrinks_leaves_its_snapshots_alone(tmp_path: Path) -> None:
     resize(str(path), None, MIB)
     assert whole(path, MIB) == bytes(range(256)) * 200 + bytes(MIB - 51200)
     assert path.stat().st_size < 3 * MIB
+
+
+@pytest.mark.parametrize(("what", "skip"), [*(("write", n) for n in range(8)), ("flush", 0), ("flush", 2)])
+def test_a_smaller_disk_that_fails_keeps_what_stands_before_its_end(tmp_path: Path, what: str, skip: int) -> None:
+    path, rules, end = tmp_path / "disk.qcow2", tmp_path / "rules", 77 * SECTOR
+    (tmp_path / "below.raw").write_bytes(b"b" * MIB)
+    create(str(path), "qcow2", MIB, backing="below.raw", backing_format="raw", cluster_bytes=1024)
+    with Disk(path) as disk:
+        assert write(disk, 0, b"o" * 60 * SECTOR) == 0
+        assert write(disk, 80, b"o" * 900 * SECTOR) == 0
+    rules.write_text(f'[inject-error]\niotype = "{what}"\nskip = "{skip}"\nonce = "on"\n')
+    with Disk(Path(f"blkdebug:{rules}:{path}")) as disk:
+        try:
+            disk.resize(end)
+        except ConfigError as error:
+            assert "can't become smaller" in str(error)
+            assert disk.size_bytes == MIB
+            disk.resize(end)
+        assert disk.size_bytes == end
+        assert read(disk, 0, 77) == b"o" * 60 * SECTOR + b"b" * 17 * SECTOR
+        disk.resize(MIB)
+        assert read(disk, 76, 5) == b"b" * SECTOR + bytes(4 * SECTOR)
+    found = check(str(path), None)
+    assert found.errors == 0
 
 
 def test_growing_shows_nothing_of_what_lies_below(tmp_path: Path) -> None:
@@ -407,9 +431,9 @@ def test_a_growth_that_fails_has_not_been(tmp_path: Path, what: str, skip: int) 
     rules.write_text(f'[inject-error]\niotype = "{what}"\nskip = "{skip}"\nonce = "on"\n')
     with Disk(Path(f"blkdebug:{rules}:{path}")) as disk:
         with pytest.raises(ConfigError):
-            disk.grow(size)
+            disk.resize(size)
         assert disk.size_bytes == 33 * SECTOR
-        assert disk.grow(size)
+        assert disk.resize(size)
     assert info(str(path), None)["virtual-size"] == size
     assert whole(path, size) == b"b" * 33 * SECTOR + bytes(size - 33 * SECTOR)
     found = check(str(path), None)
@@ -432,7 +456,7 @@ def test_a_write_beside_the_end_waits_while_the_disk_grows(tmp_path: Path, monke
             await fill(driver, *words)
 
         monkeypatch.setattr(Qcow2Driver, "_co_fill", interrupted)
-        assert disk.grow(size + 20 * SECTOR)
+        assert disk.resize(size + 20 * SECTOR)
         assert result.wait() == 0
         assert read(disk, 3 * 128, 25) == b"b" * SECTOR + b"g" * SECTOR + b"b" * 3 * SECTOR + bytes(20 * SECTOR)
     qemu_img("check", path)

@@ -11,6 +11,7 @@ from pyvmm.block.formats.qcow2.cluster_map cimport MAP_ASK, MAP_HERE, MAP_ZEROS,
 from pyvmm.block.lane cimport LANE_READ, LANE_WRITE, Lane, iovec
 
 cdef extern from * nogil:
+    uint64_t atomic_load_size "__atomic_load_n" (uint64_t *, int)
     int atomic_add "__atomic_add_fetch" (int *, int, int)
     long long atomic_add_64 "__atomic_add_fetch" (long long *, long long, int)
 
@@ -64,7 +65,8 @@ cdef class ClusterLane(Lane):
     cdef ssize_t transfer(self, int kind, uint64_t at, const iovec *iov, int count, uint64_t length) noexcept nogil:
         cdef ssize_t done = -EAGAIN
         cdef int busy = atomic_add(&self.busy, 1, ATOMIC_SEQ_CST)
-        if atomic_load(&self.granted, ATOMIC_SEQ_CST) >> kind & 1 and at <= self.size and length <= self.size - at \
+        cdef uint64_t size = atomic_load_size(&self.size, ATOMIC_SEQ_CST)
+        if atomic_load(&self.granted, ATOMIC_SEQ_CST) >> kind & 1 and at <= size and length <= size - at \
                 and count <= MOST_PIECES:
             if busy > self.most_busy:
                 self.most_busy = busy

@@ -36,7 +36,7 @@ from pyvmm.block.formats.qcow2.header import (
     read_header,
 )
 from pyvmm.block.formats.qcow2.refcounts import Corrupt, Refcounts
-from pyvmm.block.formats.qcow2.resize import co_grow
+from pyvmm.block.formats.qcow2.resize import co_grow, co_shrink
 from pyvmm.block.formats.qcow2.snapshots import chosen, read_snapshots
 from pyvmm.block.formats.qcow2.tables import Tables
 from pyvmm.block.formats.qcow2.transfer import Failed, co_load, co_read, co_store, co_write
@@ -45,7 +45,8 @@ from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any
 
     from pyvmm.block.coroutine import AioContext
     from pyvmm.block.driver import Iov, ProtocolDriver
@@ -663,12 +664,17 @@ class Qcow2Driver(FormatDriver):
     def grow(self, options: DriveOptions, size_bytes: int | None) -> None:
         if size_bytes is None or size_bytes <= self.size_bytes:
             return
-        ret = self._context.run(self.co_changed(co_grow(self, size_bytes)))
+        self._resized(co_grow(self, size_bytes))
+
+    def shrink(self, size_bytes: int) -> None:
+        self._resized(co_shrink(self, size_bytes))
+
+    def _resized(self, change: Coroutine[Any, Any, None]) -> None:
+        ret = self._context.run(self.co_changed(change))
         if ret < 0:
             from os import strerror
 
             raise OSError(-ret, strerror(-ret))
-        self.size_bytes = size_bytes
 
     def peek(self, offset: int, length: int) -> bytes:
         data = bytearray(max(0, min(length, self.size_bytes - offset)))

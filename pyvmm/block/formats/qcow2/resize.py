@@ -33,7 +33,7 @@ async def co_grow(disk: OpenDisk, size: int) -> None:
     except Failed:
         disk.size_bytes = before
         raise
-    disk.header.size = size
+    disk.header.size = disk.size_bytes = size
 
 
 async def co_lengthen(disk: OpenDisk, size: int) -> None:
