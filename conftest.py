@@ -14,7 +14,9 @@ import tried
 
 tried.install()
 
-# A shell without job control starts background jobs with SIGINT ignored, and all that those start inherits it: tests of
-# Ctrl-C would wait for ever, and so would ci/test at its time limit.
+# A shell without job control starts background jobs with SIGINT and SIGQUIT ignored, and all that those start inherits
+# it: tests of them would wait for ever, and so would ci/test at its time limit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)

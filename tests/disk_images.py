@@ -43,11 +43,15 @@ def seeded(seed: str, size: int) -> bytes:
     return hashlib.shake_128(seed.encode()).digest(size)
 
 
+ONE_BYTES = 256 << 10  # many tracks
+OTHER_AT = 200_001
+
+
 def files() -> dict[str, bytes]:
     """What is on every FAT partition and CD."""
-    one = seeded("one", MIB)
+    one = seeded("one", ONE_BYTES)
     other = bytearray(one)
-    other[700_001] ^= 1
+    other[OTHER_AT] ^= 1
     lines = [seeded(f"line {n}", 30).hex() for n in range(200)]  # some sectors that a loader can print
     return {
         "hello.txt": HELLO.encode(),

@@ -15,6 +15,7 @@ from pyvmm import ExitStatus
 
 # At how many moments in all of a test: more of them, by this, where that is what is to be shown.
 MOMENTS = int(os.environ.get("PYVMM_MOMENTS", "20"))
+MOMENTS_OF_FIRMWARE = int(os.environ.get("PYVMM_MOMENTS", "8"))  # software KVM takes a second to warm up each life
 
 LONG_LIFE_S = 2.0
 # MSR_KVM_SYSTEM_TIME and its newer number (Linux virt/kvm/x86/msr.rst): address of a pvclock_vcpu_time_info, bit 0 on.

@@ -25,6 +25,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from netns import refusal
+
 import pyvmm
 from pyvmm.cli.options import parse
 from pyvmm.cli.run import OPTIONS, configure
@@ -211,6 +213,10 @@ class Reader:
         if words[:2] == ["pyvmm", "run"] and boots_firmware(words):
             check_words(words)
             self.only_checked.append(f"{block}: {command}")
+            return
+        if "passt" in command and (refused := refusal("unshare", "--user")):
+            check_words(words)
+            self.only_checked.append(f"{block}: {command} (no user namespace may be made here: {refused})")
             return
         path = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"
         made = subprocess.run(

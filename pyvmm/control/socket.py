@@ -418,6 +418,9 @@ class SocketServer:
         """Cut off everybody, wait for work that is under way, take the sockets away. Again is fine."""
         self._closed = True
         self.loop.close()
+        # First: who is told of the end by us hanging up finds no socket any more.
+        while self._listeners:
+            self._listeners.pop().close()
         with self._lock:
             workers, self._workers = self._workers, set()
         for worker in workers:
@@ -427,8 +430,6 @@ class SocketServer:
             peer.cut_off()
             peer.dispose()
             session.gone()
-        while self._listeners:
-            self._listeners.pop().close()
 
     def abandon(self) -> None:
         """In a child of fork: only the descriptors. Takes no lock."""

@@ -181,8 +181,8 @@ def advice(said: str) -> str:
     """What to do about the mistakes that are likely."""
     if "setgroups" in said:
         return ": install uidmap, run pyvmm as root, or give socket= of a virtiofsd that root has started"
-    if "unshare" in said or "CLONE_NEW" in said or "pivot_root" in said:
-        return ": this host does not let it have namespaces: give sandbox=chroot as root, or socket= of one elsewhere"
+    if any(word in said for word in ("unshare", "CLONE_NEW", "pivot_root", "entering sandbox")):
+        return ": this host does not let it have namespaces of its own (a chroot, many containers): give sandbox=chroot as root, or socket= of one elsewhere"
     return ""
 
 

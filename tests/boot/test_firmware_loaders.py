@@ -8,7 +8,7 @@ from pathlib import Path
 
 import disk_images
 from console import Console, SerialLine, pyvmm_run
-from disk_images import GRUB2_PROMPT, GRUB_LEGACY_PROMPT, HELLO
+from disk_images import GRUB2_PROMPT, GRUB_LEGACY_PROMPT, HELLO, OTHER_AT
 
 import pyvmm
 from pyvmm.address_space import AddressSpace
@@ -113,9 +113,9 @@ def test_grub_legacy_reads_files_and_boots_a_multiboot_kernel(tmp_path: Path, fi
         assert "Partition num: 0,  Filesystem type is fat, partition type 0xe" in geometry
         assert typed(line, prompt, "cat (hd0,0)/hello.txt") == HELLO.strip()
         assert typed(line, prompt, "cmp (hd0,0)/one.bin (hd0,0)/same.bin") == ""
-        one, other = (signed(disk_images.files()[name][700_001]) for name in ("one.bin", "other.bin"))
+        one, other = (signed(disk_images.files()[name][OTHER_AT]) for name in ("one.bin", "other.bin"))
         assert typed(line, prompt, "cmp (hd0,0)/one.bin (hd0,0)/other.bin").replace("\n", "") == (
-            f"Differ at the offset 700001: {one:#x} [(hd0,0)/one.bin], {other:#x} [(hd0,0)/other.bin]"
+            f"Differ at the offset {OTHER_AT}: {one:#x} [(hd0,0)/one.bin], {other:#x} [(hd0,0)/other.bin]"
         )
 
         assert "[Multiboot-elf, <0x100000:" in typed(line, prompt, "kernel (hd0,0)/kernel of this test")

@@ -1,4 +1,6 @@
-"""The tests as a background job of a shell, with SIGINT ignored: Ctrl-C is tested all the same, and ends pytest."""
+"""The tests as a background job of a shell, with SIGINT and SIGQUIT ignored: they are tested all the same, and Ctrl-C
+ends pytest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120.0
-PYTEST = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+IGNORING = ["sh", "-c", 'trap "" INT QUIT; exec "$@"', "sh"]
+PYTEST = [*IGNORING, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def test_tests_of_ctrl_c() -> None:
@@ -17,6 +20,13 @@ def test_tests_of_ctrl_c() -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert ran.returncode == 0, ran.stdout
     assert " passed" in ran.stdout
+
+
+def test_what_it_starts_takes_sigquit(tmp_path: Path) -> None:
+    test = "import signal\ndef test_it():\n    assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL\n"
+    (tmp_path / "conftest.py").write_text(f"import runpy\nrunpy.run_path({str(ROOT / 'conftest.py')!r})\n")
+    (tmp_path / "test_quit.py").write_text(test)
+    subprocess.run([*PYTEST, str(tmp_path)], stdout=subprocess.DEVNULL, timeout=LIMIT_S, check=True)
 
 
 def test_an_interrupt_ends_it(tmp_path: Path) -> None:

@@ -36,9 +36,17 @@ def members() -> set[tuple[str, str]]:
                 bases += [(owner, base.strip().rpartition(".")[2]) for base in (new[2] or "").split(",")]
             elif member := re.match(r"\s+(?:async )?(?:c?p?def)\s+(?:[\w *]+ )?\*?(\w+)\(", line):
                 found.add((owner, member[1]))
-    while more := {(owner, name) for owner, base in bases for other, name in found if other == base} - found:
-        found |= more
-    return found
+    of: dict[str, set[str]] = {}
+    for owner, name in found:
+        of.setdefault(owner, set()).add(name)
+    grown = True
+    while grown:
+        grown = False
+        for owner, base in bases:
+            more = of.get(base, set()) - of.setdefault(owner, set())
+            of[owner] |= more
+            grown = grown or bool(more)
+    return {(owner, name) for owner, names in of.items() for name in names}
 
 
 def walked() -> set[tuple[str, str]]:

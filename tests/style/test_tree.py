@@ -79,3 +79,12 @@ def test_what_is_built_is_not_kept() -> None:
     )
     # Outside of a checkout (an unpacked sdist, say) nothing is kept at all.
     assert kept.stdout == ""
+
+
+@pytest.mark.parametrize(("marker", "folders"), [("lab|slow", ("boot", "kvm")), ("emulator", ("ci",))])
+def test_markers_are_where_ci_test_looks_for_them(marker: str, folders: tuple[str, ...]) -> None:
+    """It collects for them what is there only."""
+    tests = ROOT / "tests"
+    marked = [p for p in tests.rglob("test_*.py") if re.search(rf"\bmark\.({marker})\b", code(p))]
+    assert marked
+    assert [p for p in marked if p.relative_to(tests).parts[0] not in folders] == []

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from boot_assets import LeftOutError
+from netns import refusal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "virtio"))
 from machine_guest import MachineGuest, wait_for
@@ -68,6 +70,19 @@ class FuseGuest(MachineGuest):
         return self.ask(FUSE_READ, node, struct.pack("<QQIIQII", handle, 0, 4000, 0, 0, 0, 0))
 
 
+@pytest.fixture
+def served() -> dict[str, str]:
+    """Options by which virtiofsd can serve here. In a chroot, whose root is no mount point, it can't have a root of its
+    own in a namespace (pivot_root(2)); nor can a user have one by another way (unshare(2)).
+    """
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    if "/" in (line.split()[4] for line in mounts):
+        return {}
+    if os.geteuid():
+        raise LeftOutError("virtiofsd shuts itself off in a namespace, and in a chroot no user may make one")
+    return {"sandbox": "chroot"}
+
+
 def machine(folder: Path, **options: str) -> pyvmm.Machine:
     return pyvmm.Machine(accel="qtest", memory_mib=16, shares=[ShareOptions("data", folder, **options)])
 
@@ -88,8 +103,10 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])
-def test_a_guest_reads_what_is_in_the_folder_and_nothing_else(folder: Path, cache: str) -> None:
-    with machine(folder, cache=cache) as m:
+def test_a_guest_reads_what_is_in_the_folder_and_nothing_else(
+    folder: Path, served: dict[str, str], cache: str
+) -> None:
+    with machine(folder, cache=cache, **served) as m:
         guest = FuseGuest(m)
         assert guest.read("file") == b"what is in it"
         with pytest.raises(FileNotFoundError):
@@ -101,9 +118,9 @@ def test_a_guest_reads_what_is_in_the_folder_and_nothing_else(folder: Path, cach
     assert gone(pid)
 
 
-def test_each_driver_has_one_of_its_own(folder: Path) -> None:
+def test_each_driver_has_one_of_its_own(folder: Path, served: dict[str, str]) -> None:
     """What the one before had open, and where it stood, is nobody's any more."""
-    with machine(folder) as m:
+    with machine(folder, **served) as m:
         before = child_of(m)
         FuseGuest(m).read("file")
         assert child_of(m) == before
@@ -113,8 +130,8 @@ def test_each_driver_has_one_of_its_own(folder: Path) -> None:
         assert child_of(m) != before
 
 
-def test_one_that_is_killed_leaves_a_broken_device_until_the_next_reset(folder: Path) -> None:
-    with machine(folder) as m:
+def test_one_that_is_killed_leaves_a_broken_device_until_the_next_reset(folder: Path, served: dict[str, str]) -> None:
+    with machine(folder, **served) as m:
         told: list[str] = []
         m.events.listen(lambda event: told.append(event.data["why"]), "device-broken")
         guest = FuseGuest(m)
@@ -126,11 +143,11 @@ def test_one_that_is_killed_leaves_a_broken_device_until_the_next_reset(folder: 
         assert FuseGuest(m).read("file") == b"what is in it"
 
 
-def test_it_ends_with_a_process_that_is_killed(folder: Path) -> None:
+def test_it_ends_with_a_process_that_is_killed(folder: Path, served: dict[str, str]) -> None:
     program = f"""
 import pyvmm, signal
 from pyvmm.vhost_user.options import ShareOptions
-m = pyvmm.Machine(accel="qtest", memory_mib=16, shares=[ShareOptions("data", {str(folder)!r})])
+m = pyvmm.Machine(accel="qtest", memory_mib=16, shares=[ShareOptions("data", {str(folder)!r}, **{served})])
 print(m.devices["share data"]._server._child.pid, flush=True)
 signal.pause()
 """
@@ -162,6 +179,9 @@ def test_it_says_why_it_does_not_start(stand_in: Path, folder: Path) -> None:
         machine(folder)
     assert "share data: its back end can't be used: it has gone: unshare(CLONE_NEWPID): not here" in str(caught.value)
     assert "give sandbox=chroot as root, or socket= of one elsewhere" in str(caught.value)
+    write(stand_in, "echo 'Error entering sandbox: CleanMount(Os { code: 22 })' >&2; exit 1")  # in a chroot
+    with pytest.raises(ConfigError, match="give sandbox=chroot as root"):
+        machine(folder)
 
 
 def test_one_that_hangs_is_killed(stand_in: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +216,8 @@ def test_a_folder_that_is_none(folder: Path) -> None:
 
 
 def test_an_ordinary_user_can_share_too(folder: Path) -> None:
+    if refused := refusal("unshare", "--user"):
+        raise LeftOutError(f"virtiofsd wants a user namespace, and none may be made here: {refused}")
     program = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}

@@ -65,6 +65,9 @@ def pvh_kernel(load: int = 0x100_0000, code: bytes = b"\xf4" * 64, bss: int = 40
     return elf([(PT_LOAD, load, code, len(code) + bss)], note=pvh_note(entry or load, size=8))
 
 
+PATTERN = bytes((n >> 8 ^ n) & 0xFF for n in range(0x1_0000))
+
+
 def bzimage(
     payload: bytes = b"",
     *,
@@ -83,7 +86,7 @@ def bzimage(
     """A bzImage whose code is an easily recognised pattern, ``payload`` in its middle."""
     setup = bytearray((setup_sects + 1) * 512 if setup_sects else 5 * 512)
     payload_at = code_bytes // 2
-    code = bytearray((n >> 8 ^ n) & 0xFF for n in range(code_bytes))
+    code = bytearray((PATTERN * -(-code_bytes // len(PATTERN)))[:code_bytes])
     code[payload_at:payload_at] = payload
     code += bytes(-len(code) % 16)
     struct.pack_into("<BHIHHHH", setup, 0x1F1, setup_sects, 1, len(code) // 16, 0, 0, 0x301, 0xAA55)

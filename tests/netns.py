@@ -12,7 +12,8 @@ from boot_assets import LeftOutError
 
 UNSHARE = ("unshare", "--net", *(("--user", "--map-root-user") if os.geteuid() else ()))
 LONGEST_S = 120
-HEAD = f"import sys; sys.path[:0] = {[str(Path(__file__).parents[3]), str(Path(__file__).parent)]!r}\n"
+TESTS = Path(__file__).parent
+HEAD = f"import sys; sys.path[:0] = {[str(TESTS.parent), str(TESTS / 'unit' / 'net')]!r}\n"
 
 
 @functools.cache
