@@ -182,7 +182,8 @@ def advice(said: str) -> str:
     if "setgroups" in said:
         return ": install uidmap, run pyvmm as root, or give socket= of a virtiofsd that root has started"
     if any(word in said for word in ("unshare", "CLONE_NEW", "pivot_root", "entering sandbox")):
-        return ": this host does not let it have namespaces of its own (a chroot, many containers): give sandbox=chroot as root, or socket= of one elsewhere"
+        why = "a chroot and many containers let it have no namespaces of its own"
+        return f": {why}: give sandbox=chroot as root, or socket= of one elsewhere"
     return ""
 
 
