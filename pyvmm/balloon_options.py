@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import SWITCH, Options, is_int, option, split_commas, whole
+from pyvmm.options import SWITCH, Options, disable_legacy, disable_modern, is_int, option, split_commas, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class BalloonOptions(Options):
     free_page_reporting: bool = option(
         SWITCH, False, "the guest tells at any time of memory that it does not use, and it goes back to the host",
         words="free-page-reporting")  # fmt: skip
+    disable_legacy: str | None = disable_legacy()
+    disable_modern: str | None = disable_modern()
 
     def __init__(self, mib: int = 0, **values: Any) -> None:
         super().__init__(mib=mib, **values)

@@ -13,6 +13,8 @@ from pyvmm.options import (
     GIVEN,
     Kind,
     Options,
+    disable_legacy,
+    disable_modern,
     is_path,
     number,
     option,
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
         virtio_ring: str
         virtio_ioeventfd: str
         virtio_irqfd: str
+        virtio_disable_legacy: str
+        virtio_disable_modern: str
         accel: str
 
 
@@ -578,6 +582,8 @@ class MachineConfig(Options):
         word("on", "off"), "on", "on, or off: each doorbell is an exit to user space, for comparison")
     virtio_irqfd: str = option(
         word("on", "off"), "on", "on, or off: interrupts of queues by a call of ours each, for comparison")
+    virtio_disable_legacy: str = disable_legacy("auto")
+    virtio_disable_modern: str = disable_modern("off")
     accel: str = option(
         word("kvm", "qtest"), "kvm", "kvm, or qtest: devices only, driven from outside, no vCPU, guest time by hand")
 

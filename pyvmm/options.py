@@ -140,6 +140,25 @@ def word(
     return Kind(take, metavar="WORD", from_text=from_text, choices=choices)
 
 
+def disable_legacy(default: str | None = None) -> Any:
+    """The row by which a virtio device on PCI has no legacy interface (virtio 1.2, 1.3.1)."""
+    return interface_row("legacy", word("auto", "on", "off", none=True), "auto, on or off", default)
+
+
+def disable_modern(default: str | None = None) -> Any:
+    """The row by which it has the legacy interface only."""
+    return interface_row("modern", word("on", "off", none=True), "on or off", default)
+
+
+def interface_row(which: str, kind: Kind, choices: str, default: str | None) -> Any:
+    help, words, cli = f"{choices}: on PCI a virtio device has no {which} interface", f"disable-{which}", ""
+    if default is None:
+        help += "; without it as the machine's virtio devices"
+    else:
+        help, words, cli = f"{help}, where its own options do not say so", "", f"--virtio-disable-{which}"
+    return option(kind, default, help, words=words, cli=cli, metavar=choices.replace(", ", "|").replace(" or ", "|"))
+
+
 def text(*, none: bool = False, printable: bool = False) -> Kind:
     """A string without zeros; ``none``: or None. ``printable``: of ASCII characters that can be printed."""
 

@@ -44,6 +44,7 @@ BUILDING = (
     "pyvmm.boards.pc",
     "pyvmm.boards.pc_firmware",
     "pyvmm.boards.virtio",
+    "pyvmm.boards.virtio_interfaces",
     "pyvmm.chardev",
     "pyvmm.clock",
     "pyvmm.console_options",

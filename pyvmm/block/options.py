@@ -7,6 +7,8 @@ from pyvmm.options import (
     SWITCH,
     Kind,
     Options,
+    disable_legacy,
+    disable_modern,
     is_int,
     is_path,
     on_or_off,
@@ -175,6 +177,8 @@ class DriveOptions(Options):
     num_queues: int | None = option(
         QUEUES, None, "with if=virtio how many queues, each with a thread of its own; without it on a pc one a"
         " processor, up to 8, else one", words="num-queues")  # fmt: skip
+    disable_legacy: str | None = disable_legacy()
+    disable_modern: str | None = disable_modern()
     throttle_bps: int = rate("bytes a second, reads and writes together", "throttling.bps-total bps")
     throttle_bps_read: int = rate("bytes read a second", "throttling.bps-read bps_rd")
     throttle_bps_write: int = rate("bytes written a second", "throttling.bps-write bps_wr")

@@ -191,9 +191,10 @@ class Board:
         if words:
             self._words.append(words)
 
-    def add_virtio(self, name: str, device: VirtioDevice) -> None:
+    def add_virtio(self, name: str, device: VirtioDevice, asked: Any = None) -> None:
         """Place a virtio device where this kind of board has them: a transport with its interrupt and its doorbells, a
-        thread for the queues. ``device`` and its transport are parts of the board from then on.
+        thread for the queues. ``device`` and its transport are parts of the board from then on. ``asked``: the options
+        that say by which interfaces a driver finds it, where it has such.
         """
         from pyvmm.boards.virtio import add_mmio
 

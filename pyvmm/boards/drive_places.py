@@ -20,7 +20,7 @@ SERIAL_CHARACTERS = 20  # virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID
 # As far as the fields of virtio's geometry reach (5.2.4).
 GEOMETRY_LIMITS = dict(zip(GEOMETRY, (0xFFFF, 255, 255), strict=True))
 NOT_ON_VIRTIO = ("bus", "unit", "model", "ver")
-NOT_ON_IDE = ("logical_block_size", "physical_block_size", "num_queues")
+NOT_ON_IDE = ("logical_block_size", "physical_block_size", "num_queues", "disable_legacy", "disable_modern")
 
 
 class PlacedDrive(DriveOptions):

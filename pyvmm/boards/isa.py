@@ -48,6 +48,10 @@ class IsaBoard(Board):
 
             check_debug_exit(config, cls.chipset_ports(), debugcon=cls.has_debugcon(config))
             check_files(config, cls.firmware_files())
+        if config.wants_virtio:
+            from pyvmm.boards import virtio_interfaces
+
+            virtio_interfaces.check(config)
 
     @classmethod
     def chipset_ports(cls) -> tuple[Ports, ...]:

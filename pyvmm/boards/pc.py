@@ -18,6 +18,8 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.boards.isa_checks import Ports
     from pyvmm.devices.ide.atapi import AtapiDrive
@@ -188,10 +190,10 @@ class Pc(IsaBoard):
         channel.gather_writes()
         GatheredWrites(self.clock, self.platform.cpus, channel)
 
-    def add_virtio(self, name: str, device: VirtioDevice) -> None:
+    def add_virtio(self, name: str, device: VirtioDevice, asked: Any = None) -> None:
         from pyvmm.boards.virtio import add_pci
 
-        add_pci(self, name, device)
+        add_pci(self, name, device, asked)
 
     def leave_as_firmware_would(self) -> None:
         """A kernel that is booted directly expects that somebody has given the chipset its addresses."""

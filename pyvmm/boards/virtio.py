@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         disks: dict[str, VirtioBlk]
 
         def add(self, name: str, device: Any) -> Any: ...
-        def add_virtio(self, name: str, device: VirtioDevice) -> None: ...
+        def add_virtio(self, name: str, device: VirtioDevice, asked: Any = None) -> None: ...
         def describe(self, aml: Callable[[], bytes] | None = None, words: str = "") -> None: ...
         def irq_line(self, gsi: int, name: str = "a device") -> IrqLine: ...
 
@@ -100,7 +100,7 @@ def make_net(board: Board, options: NetOptions) -> None:
     card = VirtioNet(board.memory, backend, mac=address, mtu=options.mtu)
     events = board.chassis.events
     card.on_filter = lambda: events.tell("rx-filter", device=name)
-    board.add_virtio(name, card)
+    board.add_virtio(name, card, options)
 
 
 def make_vsock(board: Board, options: VsockOptions) -> None:
@@ -151,7 +151,7 @@ def make_disk(board: Board, drive: PlacedDrive) -> None:
         physical_block_bytes=drive.physical_block_size,
         geometry=disk_geometry(drive, backend)[0],
     )
-    board.add_virtio(f"blk{drive.index}", disk)
+    board.add_virtio(f"blk{drive.index}", disk, drive)
     board.disks[backend.name] = disk
 
 
@@ -194,7 +194,7 @@ def make_balloon(board: Board, options: BalloonOptions) -> None:
     )
     events = board.chassis.events
     balloon.on_actual = lambda pages: events.tell("balloon", actual_bytes=pages * layout.PAGE_BYTES)
-    board.add_virtio("balloon", balloon)
+    board.add_virtio("balloon", balloon, options)
     board.balloon = Balloon(balloon)
 
 
@@ -290,13 +290,16 @@ def edge(board: Board, name: str) -> tuple[int, Callable[[], object], int]:
 # -- virtio-pci ------------------------------------------------------------------------------------------------------
 
 
-def add_pci(pc: PciBoard, name: str, device: VirtioDevice) -> None:
+def add_pci(pc: PciBoard, name: str, device: VirtioDevice, asked: Any = None) -> None:
     """A function of its own in the lowest free slot."""
+    from pyvmm.boards.virtio_interfaces import interfaces
     from pyvmm.devices.virtio.pci import VirtioPci
 
     wire_up(pc, name, device)
     by_fd = pc.irqchip.in_kernel and pc.config.virtio_irqfd == "on"
-    function = VirtioPci(device, pc.pio, pc.mmio, Messages(pc.irqchip, name, by_fd))
+    legacy, modern = interfaces(pc.config, asked)
+    messages = Messages(pc.irqchip, name, by_fd)
+    function = VirtioPci(device, pc.pio, pc.mmio, messages, legacy=legacy, modern=modern)
     pc.pci.add(function, pc.pci_slots.give(1, name))
     pc.add(f"{name}.pci", function)
     if pc.config.virtio_ioeventfd == "off" and pc.runs_guests:

@@ -362,6 +362,8 @@ def global_property(text: str) -> list[str]:
     key, _, value = text.partition("=")
     if key == "isa-debugcon.iobase" and value in ("0x402", "1026"):
         return []
+    if key in ("virtio-pci.disable-legacy", "virtio-pci.disable-modern"):
+        return [f"--{key.replace('.', '-').replace('-pci', '')}", value]
     raise ConfigError(f"-global {text}: setting a device's properties is not there yet: leave it out")
 
 

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import SWITCH, Kind, Options, decimal, is_path, option, path_text, split_commas, text, whole, word
+from pyvmm.options import (
+    SWITCH,
+    Kind,
+    Options,
+    decimal,
+    disable_legacy,
+    disable_modern,
+    is_path,
+    option,
+    path_text,
+    split_commas,
+    text,
+    whole,
+    word,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -163,6 +177,8 @@ class NetOptions(Options):
         QUEUES, 1, f"queue pairs of a tap, 1 to {MOST_QUEUES}: one a vCPU spreads the work", words="queues")
     offloads: bool = option(
         SWITCH, True, "of tap: checksums and segments are left to the host's kernel where it can", words="offloads")
+    disable_legacy: str | None = disable_legacy()
+    disable_modern: str | None = disable_modern()
 
     def __init__(self, kind: str = "passt", **values: Any) -> None:
         super().__init__(kind=kind, **values)

@@ -21,10 +21,11 @@ def on_virtio(disk: Path, more: str = "") -> tuple[str, str]:
     return "--drive", f"file={disk},if=virtio{more}"
 
 
-def test_a_boot_sector_gets_what_a_bios_hands_over(tmp_path: Path, firmware: Path) -> None:
+@pytest.mark.parametrize("interfaces", ["", ",disable-legacy=on", ",disable-modern=on"])
+def test_a_boot_sector_gets_what_a_bios_hands_over(tmp_path: Path, firmware: Path, interfaces: str) -> None:
     disk = tmp_path / "handoff.img"
     disk_images.handoff(disk)
-    with run_firmware(firmware, *on_virtio(disk)) as console:
+    with run_firmware(firmware, *on_virtio(disk, interfaces)) as console:
         console.expect("SeaBIOS (version", BOOT_S)
         console.expect("Booting from Hard Disk...", BOOT_S)
         assert "DL: 80 " in console.expect("Press any key", BOOT_S)

@@ -138,6 +138,81 @@ on_irq:
     iretq
 """
 
+# The legacy registers in I/O space, 4.1.4.10: where the ring's parts are follows from its size (2.7.2).
+LEGACY = PCI[: PCI.index("    config  0x20 ")].replace(
+    '.include "virtio64.inc"',
+    '.include "virtio64.inc"\n    .set QUEUE_SIZE, 64\n    .set AVAIL, QUEUE_BASE + 0x400\n'
+    "    .set USED, QUEUE_BASE + 0x1000",
+).replace("movw    $0, 0x3000(%rbp)", "legacy  16, ax, 0") + """
+    .macro legacy register, width, value
+    mov     $\\value, %eax
+    lea     \\register(%rbp), %edx
+    out     %\\width, %dx
+    .endm
+    config  0x10                        # BAR 0
+    inl     %dx, %eax
+    and     $~3, %eax
+    mov     %eax, %ebp
+""" + PCI[PCI.index("    config  0x14 ") : PCI.index("    movb    $1, 20(%rbp)")] + """
+    config  0x20                        # no BAR 4, and no capability but MSI-X
+    inl     %dx, %eax
+    test    %eax, %eax
+    jne     failed
+    config  0x41
+    inb     %dx, %al
+    test    %al, %al
+    jne     failed
+    legacy  18, al, 1
+    legacy  18, al, 3
+    legacy  4, eax, 0                   # features: none
+    legacy  14, ax, 0
+    lea     12(%rbp), %edx
+    inw     %dx, %ax
+    cmp     $QUEUE_SIZE, %ax
+    jne     failed
+    legacy  22, ax, 1                   # the queue's vector
+    legacy  8, eax, QUEUE_BASE >> 12
+    legacy  18, al, 7
+""" + PCI[PCI.index(LOOP) :]
+
+
+@pytest.mark.parametrize(
+    ("options", "source"),
+    [
+        ({"virtio_disable_legacy": "on"}, PCI.replace("0x10051af4", "0x10441af4")),
+        ({"virtio_disable_legacy": "off"}, PCI),
+        ({"virtio_disable_modern": "on"}, LEGACY),
+    ],
+    ids=["modern", "transitional", "legacy"],
+)
+@pytest.mark.parametrize("ioeventfd", ["on", "off"])
+def test_each_interface_alone(
+    boot: Callable[..., Guest], options: dict[str, str], source: str, ioeventfd: str
+) -> None:
+    guest = boot(source, machine="pc", rng=True, virtio_ioeventfd=ioeventfd, **options)
+    assert guest.run() == PASSED
+    assert guest.machine.devices["rng"].faults == 0  # type: ignore[attr-defined]
+    assert guest.machine.memory.read(0x30000, 64) != bytes(64)
+    assert guest.value("rounds") == ROUNDS
+
+
+def test_a_legacy_driver_goes_on_elsewhere(boot: Callable[..., Guest]) -> None:
+    source = LEGACY.replace("cmpl    $20, rounds", "cmpl    $60, rounds")
+    guest, moves = boot(source, machine="pc", rng=True, virtio_disable_modern="on"), 0
+    while moves < 4:
+        enough = guest.value("rounds") + 5
+        guest.start()
+        while not guest.machine.wait(0.01) and guest.value("rounds") < enough:
+            pass
+        guest.machine.pause()
+        state = guest.machine.save_state()
+        guest.close()
+        guest = boot(source, machine="pc", rng=True, virtio_disable_modern="on")
+        guest.machine.load_state(state)
+        moves += 1
+    assert guest.run() == PASSED
+    assert guest.value("rounds") == 60
+
 
 @pytest.mark.parametrize("irqfd", ["on", "off"])
 @pytest.mark.parametrize("ioeventfd", ["on", "off"])

@@ -159,6 +159,7 @@ def test_a_file_may_set_every_option_but_one(tmp_path: Path) -> None:
     values = {"string": "none", "integer": 1, "boolean": True, "array": [], "object": {}}
     words = {"machine": "pc", "flat_mode": "long64", "irqchip": "off", "huge_pages": "2M", "accel": "qtest"}
     words |= {"boot": "c", "virtio_ring": "packed", "virtio_ioeventfd": "off", "virtio_irqfd": "off", "cpu": "host"}
+    words |= {"virtio_disable_legacy": "on", "virtio_disable_modern": "off"}
     words |= {"uuid": "12345678-1234-1234-1234-123456789abc"}
     names = set(MachineConfig.rows) - {"raw_terminal"}  # which a command decides for itself
     said = {name: words.get(name, values[MachineConfig.rows[name].kind.file.split()[0]]) for name in names}

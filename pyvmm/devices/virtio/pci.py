@@ -1,4 +1,4 @@
-"""VirtioPci: a virtio device as a function on PCI. OASIS virtio 1.2, 4.1: modern, and where asked transitional.
+"""VirtioPci: a virtio device as a function on PCI. OASIS virtio 1.2, 4.1: transitional, modern only or legacy only.
 
 BAR 4 has the modern structures (4.1.4), BAR 1 the MSI-X table, and of a transitional function BAR 0 the legacy
 registers in I/O space (4.1.4.10). QEMU's layout: drivers and firmware have seen it.
@@ -66,7 +66,8 @@ USED_BUFFER, CONFIG_CHANGE = 1, 2  # of ISR, 4.1.4.5
 class VirtioPci(PciDevice):
     """``device`` on PCI, with BARs in ``pio`` and ``mmio``, which sends its messages through ``interrupts``.
 
-    ``legacy``: transitional, where there is such an id. The queues have their eventfds already.
+    ``legacy``, where there is such an id, and ``modern``: the interfaces that it has, 1.3.1; both of them make it
+    transitional. The queues have their eventfds already.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class VirtioPci(PciDevice):
         interrupts: Interrupts,
         *,
         legacy: bool = True,
+        modern: bool = True,
     ) -> None:
         number = device.DEVICE_ID
         legacy = legacy and number in TRANSITIONAL_IDS
+        modern = modern or not legacy
         super().__init__(
             vendor_id=VENDOR,
             device_id=TRANSITIONAL_IDS[number] if legacy else MODERN_ID + number,
@@ -105,8 +108,11 @@ class VirtioPci(PciDevice):
             queue.on_call = self._caller(queue.index)
         if legacy:
             self._add_legacy_bar(pio)
-        self._add_bars(mmio)
-        self._add_capabilities()
+        self._add_msix(mmio)
+        self._window_data: int | None = None  # the register that leads to the modern structures
+        if modern:
+            self._add_modern_bar(mmio)
+            self._add_modern_capabilities()
 
     # -- what the guest finds ----------------------------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class VirtioPci(PciDevice):
 
         self.add_io_bar(LEGACY_BAR, size, pio, [(0, make)])
 
-    def _add_bars(self, mmio: AddressSpace) -> None:
+    def _add_msix(self, mmio: AddressSpace) -> None:
         device, msix = self.device, self.msix
         pending_bytes = (msix.count + 63) // 64 * 8
 
@@ -139,13 +145,20 @@ class VirtioPci(PciDevice):
                 valid_sizes=(4, 8), impl_sizes=(4, 4),
             )  # fmt: skip
 
+        self.add_memory_bar(MSIX_BAR, BAR_BYTES, mmio, [(0, table), (PENDING, pending)])
+        self._capabilities = Capabilities(self)
+        where = pack("<HII", msix.count - 1, MSIX_BAR, PENDING | MSIX_BAR)
+        self._msix_control = self._capabilities.add(MSIX, where, b"\0\xc0") + 2
+
+    def _add_modern_bar(self, mmio: AddressSpace) -> None:
+        device = self.device
+
         def doorbell(queue: Virtqueue) -> MemoryRegion:
             return EventRegion(NOTIFY_MULTIPLIER, queue.kick_fd, name=f"virtio.notify{queue.index}")
 
         def structures() -> MemoryRegion:
             return MemoryRegion(NOTIFY, device, name="virtio", read=self.read_modern, write=self.write_modern)
 
-        self.add_memory_bar(MSIX_BAR, BAR_BYTES, mmio, [(0, table), (PENDING, pending)])
         bells = [
             (NOTIFY + NOTIFY_MULTIPLIER * queue.index, lambda queue=queue: doorbell(queue))
             for queue in device.queues
@@ -154,11 +167,8 @@ class VirtioPci(PciDevice):
         parts = [(0, structures), *bells]
         self.add_memory_bar(MODERN_BAR, MODERN_BYTES, mmio, parts, prefetchable=True, wide=True)
 
-    def _add_capabilities(self) -> None:
-        capabilities = Capabilities(self)
-        control = self.msix.count - 1
-        where = pack("<HII", control, MSIX_BAR, PENDING | MSIX_BAR)
-        self._msix_control = capabilities.add(MSIX, where, b"\0\xc0") + 2
+    def _add_modern_capabilities(self) -> None:
+        capabilities = self._capabilities
         for kind, offset, size in (
             (COMMON_CFG, COMMON, COMMON_BYTES), (ISR_CFG, ISR, 1), (DEVICE_CFG, DEVICE, STRUCTURE_BYTES)
         ):  # fmt: skip
@@ -168,7 +178,7 @@ class VirtioPci(PciDevice):
         # 4.1.4.9: a way to the structures through configuration space. BAR, offset, length and data are the driver's.
         window = structure(PCI_CFG, 0, 0, bytes(4))
         writable = b"\0\0\xff\0\0\0" + b"\xff" * 12
-        self._window = capabilities.add(VENDOR_SPECIFIC, window, writable)
+        self._window_data = capabilities.add(VENDOR_SPECIFIC, window, writable) + 16
 
     # -- the device's side: from any thread --------------------------------------------------------------------------
 
@@ -376,8 +386,8 @@ class VirtioPci(PciDevice):
             self.msix.update(self.get(self._msix_control, 2))
 
     def config_read(self, register: int, size: int) -> int:
-        data = self._window + 16
-        if data <= register < data + 4 and (where := self._window_at()) is not None:
+        data = self._window_data
+        if data is not None and data <= register < data + 4 and (where := self._window_at(data)) is not None:
             offset, length = where
             with self.device.lock:
                 value = self.read_modern(offset, length) if offset < NOTIFY else 0
@@ -387,15 +397,15 @@ class VirtioPci(PciDevice):
 
     def config_write(self, register: int, size: int, value: int) -> None:
         super().config_write(register, size, value)
-        data = self._window + 16
-        if data <= register < data + 4 and (where := self._window_at()) is not None:
+        data = self._window_data
+        if data is not None and data <= register < data + 4 and (where := self._window_at(data)) is not None:
             offset, length = where
             with self.device.lock:
                 self.write_modern(offset, length, self.get(data, length))
 
-    def _window_at(self) -> tuple[int, int] | None:
+    def _window_at(self, data: int) -> tuple[int, int] | None:
         """Offset in BAR 4 and length of what the driver asks for there; None where that is no access (4.1.4.9.1)."""
-        bar, offset, length = self.get(self._window + 4), self.get(self._window + 8, 4), self.get(self._window + 12, 4)
+        bar, offset, length = self.get(data - 12), self.get(data - 8, 4), self.get(data - 4, 4)
         fits = length in (1, 2, 4) and offset % length == 0 and offset + length <= MODERN_BYTES
         return (offset, length) if bar == MODERN_BAR and fits else None
 

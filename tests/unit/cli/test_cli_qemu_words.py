@@ -48,6 +48,8 @@ def parsed(line: str) -> dict[str, Any]:
         ("-serial file:mon:x", "--serial file:mon:x"),
         ("-debugcon mon:stdio", "--debugcon stdio"),
         ("-debugcon file:x -global isa-debugcon.iobase=0x402", "--debugcon file:x"),
+        ("-global virtio-pci.disable-legacy=on", "--virtio-disable-legacy on"),
+        ("-global virtio-pci.disable-modern=on", "--virtio-disable-modern on"),
         ("-accel kvm", ""),
         ("-accel kvm:tcg", ""),
         ("-accel kvm,kernel-irqchip=off", "--irqchip off"),

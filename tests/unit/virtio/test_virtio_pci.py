@@ -6,15 +6,18 @@ import threading
 from collections.abc import Iterator
 from errno import EMFILE, ENOSPC
 from random import Random
+from typing import Any
 
 import pytest
 from driver import TestDriver
 
 import pyvmm
+from pyvmm.boards.virtio_interfaces import interfaces
 from pyvmm.devices.virtio import pci
 from pyvmm.devices.virtio.device import F_VERSION_1, NEEDS_RESET, VirtioDevice
 from pyvmm.devices.virtio.ring import Virtqueue
 from pyvmm.errors import ConfigError, KvmError
+from pyvmm.spec import Spec
 
 SLOT = 2
 BAR4, BAR1, BAR0 = 0xFE00_4000, 0xFE00_2000, 0xC100
@@ -121,6 +124,61 @@ def test_the_capabilities(bench: Bench) -> None:
     assert 5 in found
 
 
+@pytest.mark.parametrize(
+    ("asked", "ids", "revision", "subsystem", "bars", "capabilities"),
+    [
+        ("", 0x1002, 0, 5, (0, 1, 4, 5), {1, 2, 3, 4, 5}),
+        (",disable-legacy=auto", 0x1002, 0, 5, (0, 1, 4, 5), {1, 2, 3, 4, 5}),
+        (",disable-legacy=on", 0x1045, 1, 0x1100, (1, 4, 5), {1, 2, 3, 4, 5}),
+        (",disable-modern=on", 0x1002, 0, 5, (0, 1), set()),
+    ],
+)
+def test_the_interfaces_of_a_function(
+    asked: str, ids: int, revision: int, subsystem: int, bars: tuple[int, ...], capabilities: set[int]
+) -> None:
+    """What tells a driver which of them are there, 4.1.2; and it is as QEMU's."""
+    with pyvmm.Machine(machine="pc", accel="qtest", balloon=f"0{asked}", memory_mib=8) as machine:
+        function = machine.devices["balloon.pci"]
+        assert isinstance(function, pci.VirtioPci)
+        assert (function.get(0, 4), function.get(8), function.get(0x2E, 2)) == (ids << 16 | 0x1AF4, revision, subsystem)
+        function.config_write(4, 2, 0)
+        for n in range(6):
+            function.config_write(0x10 + 4 * n, 4, 0xFFFF_FFFF)
+        assert tuple(n for n in range(6) if function.get(0x10 + 4 * n, 4)) == bars
+        found, at = [], function.get(0x34)
+        while at:
+            found.append((function.get(at), function.get(at + 3)))
+            at = function.get(at + 1)
+        assert {kind for number, kind in found if number == 9} == capabilities
+        assert [number for number, _ in found].count(0x11) == 1
+        function.config_write(0x60, 4, 0xFFFF_FFFF)  # whatever is there, it is no way to what is not
+
+
+def test_a_device_says_more_than_the_machine() -> None:
+    nets, balloon = ["unix=/nowhere.sock,server=on,disable-modern=off"], "0,disable-legacy=off"
+    spec = Spec(machine="pc", accel="qtest", virtio_disable_legacy="on", nets=nets, rng=True, balloon=balloon)
+    assert interfaces(spec, None) == interfaces(spec, spec.nets[0]) == (False, True)
+    assert interfaces(spec, spec.balloon) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rng": True, "virtio_disable_legacy": "on", "virtio_disable_modern": "on"}, "the entropy device has"),
+        ({"balloon": "0,disable-modern=on,disable-legacy=on"}, "no driver could find it, leave one of them out"),
+        ({"machine": "microvm", "rng": True, "virtio_disable_legacy": "on"}, "on virtio-mmio: leave them out, or give"),
+        ({"machine": "microvm", "balloon": "0,disable-modern=on"}, "on virtio-mmio: leave them out, or give"),
+        ({"vsock": "cid=3,path=/x.sock", "virtio_disable_modern": "on"}, "vsock has no legacy interface"),
+        ({"drives": ["file=/x,disable-legacy=on"]}, "drive option disable_legacy='on' with if=ide: use if=virtio"),
+        ({"rng": True, "virtio_disable_legacy": "maybe"}, "virtio_disable_legacy='maybe': use auto, on or off"),
+    ],
+)
+def test_interfaces_that_can_not_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pyvmm.Machine(**{"machine": "pc", "accel": "qtest", **options})
+    assert words in str(caught.value)
+
+
 def test_bars_are_sized(bench: Bench) -> None:
     bench.place()
     for register, expected in ((0x10, 0xFFFF_FFE1), (0x14, 0xFFFF_F000), (0x20, 0xFFFF_C00C), (0x24, 0xFFFF_FFFF)):
@@ -180,7 +238,9 @@ def test_vectors_that_are_not_there(bench: Bench) -> None:
 
 def test_the_window_in_configuration_space(bench: Bench) -> None:
     """4.1.4.9: for firmware that maps no BAR."""
-    at = bench.function._window
+    at = bench.function._window_data
+    assert at is not None
+    at -= 16
     bench.config(at + 4, 1, 4)
 
     def access(offset: int, size: int, value: int | None = None) -> int:
