@@ -13,6 +13,7 @@ cdef class RamRegion:
     cdef bint reserved              # in huge pages that the host has set aside
     cdef bint file_behind           # a page that is given back is a file's again
     cdef readonly str name
+    cdef tuple _hear_discards
     cdef bint give_back(self, uint64_t offset, uint64_t size) noexcept nogil
 
 

@@ -85,6 +85,7 @@ cdef class RamRegion:
         self.from_file = self.file_behind = source is not None
         cdef unsigned int huge = _HUGE[huge_pages]
         self.reserved = huge != 0
+        self._hear_discards = ()
         cdef int flags
         cdef int file = -1
         cdef uint64_t start = 0
@@ -169,6 +170,16 @@ cdef class RamRegion:
         with nogil:
             rc = madvise(self.hva + offset, size, MADV_POPULATE_READ)
         return rc == 0
+
+    def hear_discards(self, hear):
+        """``hear(region, offset, size)`` for each range of whole pages that has gone back to the host from here on, on
+        the thread that gave it.
+        """
+        self._hear_discards += (hear,)
+
+    def hear_no_discards(self, hear):
+        """No more; of one that is not heard that is no harm."""
+        self._hear_discards = tuple([other for other in self._hear_discards if other != hear])
 
     cdef bint give_back(self, uint64_t offset, uint64_t size) noexcept nogil:
         """Whole pages to the host; whether it took them. It may refuse: mlock(2), a sealed memfd."""
@@ -286,7 +297,11 @@ cdef class GuestMemory:
                     return 0
                 with nogil:
                     taken = region.give_back(gpa - region.gpa, size)
-                return size if taken else 0
+                if not taken:
+                    return 0
+                for hear in region._hear_discards:  # now that it has happened: whoever reads it afterwards sees it
+                    hear(region, gpa - region.gpa, size)
+                return size
         raise BusError(f"{size:#x} bytes at guest-physical {gpa:#x} are not inside RAM")
 
     def close(self):

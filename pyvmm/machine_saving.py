@@ -52,7 +52,7 @@ class SavingMachine(RunningMachine):
     def save(self, path: str | PathLike[str], *, base: Snapshot | None = None) -> Saved:
         """Write a snapshot to the file ``path``: all that ``save_state`` gives, with memory, and what the machine is
         made of. ``Machine.restore`` goes on from there, any number of times. Of a machine that runs most of its memory
-        is written while it does (Linux 6.7 or newer, no balloon, no ``base``); it stands for the rest and then goes on.
+        is written while it does (Linux 6.7 or newer, no ``base``); it stands for the rest and then goes on.
         ``Saved`` tells for how long it stood.
 
         With ``base``, an open Snapshot of the same guest, only what differs from that is written, and the base is

@@ -74,11 +74,9 @@ class MachineState:
     def runs(self) -> bool:
         return self._chassis.control.state is RunState.RUNNING
 
-    def loses_pages(self) -> bool:
-        """Whether memory may change without being written by this process: a balloon gives pages back to the host, and
-        back ends are processes of their own.
-        """
-        return self._board.config.balloon is not None or bool(self._chassis.back_ends)
+    def others_write(self) -> bool:
+        """Whether memory may be written by another process: a back end's."""
+        return bool(self._chassis.back_ends)
 
     def check_can_be_saved(self) -> None:
         """StateError where that is known not to be so, before anything is written."""

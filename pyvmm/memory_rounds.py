@@ -7,6 +7,9 @@ and not by KVM's dirty log, which knows nothing of what devices write.
 
 from __future__ import annotations
 
+from pyvmm.discard_log import DiscardLog
+from pyvmm.memory_pages import data_runs
+from pyvmm.snapshot_piece import joined
 from pyvmm.write_log import WriteLog
 
 TYPE_CHECKING = False
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
         def write_memory(self, regions: Sequence[RamRegion]) -> None: ...
         def rewrite(self, region: RamRegion, runs: Iterable[tuple[int, int]]) -> int: ...
+        def clear(self, region: RamRegion, runs: Iterable[tuple[int, int]]) -> int: ...
 
 # For so much the guest may stand: that is a few milliseconds, into the page cache.
 REST_BYTES = 2 << 20
@@ -33,21 +37,20 @@ LEAST_GAIN = 0.8
 class MemoryWhileItRuns:
     """``with MemoryWhileItRuns(saving, state) as the_rest``: most of it is written as the block begins, and
     ``the_rest()`` writes what has changed since: call it while the machine stands. Where it does not run, where what
-    is changed can't be told (an older kernel, a balloon), and where it is differences from a base and not the
-    ``whole``, that writes nothing and all is left for ``saving.take``.
+    is changed can't be told (an older kernel, a back end in another process), and where it is differences from a base
+    and not the ``whole``, that writes nothing and all is left for ``saving.take``.
     """
 
     def __init__(self, saving: Saving, state: MachineState, *, whole: bool = True) -> None:
         self._saving = saving
         self._regions = state.memory()
         self._log: WriteLog | None = None
-        # A page that is given back is zeros afterwards, and that is no write: the log would not tell, and the guest may
-        # count on the zeros (free page reporting, OASIS virtio 1.2, 5.5.6.7).
-        if whole and state.runs() and not state.loses_pages():
+        if whole and state.runs() and not state.others_write():
             try:
                 self._log = WriteLog(self._regions)
             except OSError:
-                pass
+                return
+            self._discards = DiscardLog(self._regions)
 
     def __enter__(self) -> Self:
         try:
@@ -70,10 +73,37 @@ class MemoryWhileItRuns:
 
     def __call__(self) -> int:
         """Write what has changed since the last time: how many bytes that is."""
+        return sum(self._changed(region) for region in self._regions)
+
+    def _changed(self, region: RamRegion) -> int:
         if self._log is None:
             return 0
-        return sum(self._saving.rewrite(region, self._log.take(region)) for region in self._regions)
+        discarded = self._discards.take(region)  # first: what is written after its discard is in the log now or later
+        written = self._log.take(region)
+        data: list[tuple[int, int]] = []
+        zeros: list[tuple[int, int]] = []
+        if region.fd >= 0:
+            zeros += discarded  # not looked at: where a file shows holes, a look fills them
+        else:
+            written = joined([*discarded, *written])
+        for start, size in written:
+            found = data_runs(region, None, start, size)
+            data += found
+            zeros += gaps(found, start, size)
+        return self._saving.clear(region, zeros) + self._saving.rewrite(region, data)
 
     def __exit__(self, *exc: object) -> None:
         if self._log is not None:
             self._log.close()
+            self._discards.close()
+
+
+def gaps(found: Iterable[tuple[int, int]], start: int, size: int) -> list[tuple[int, int]]:
+    """What of these ``size`` bytes from ``start`` on is none of ``found``, which are inside and in order."""
+    between = []
+    at = start
+    for first, length in [*found, (start + size, 0)]:
+        if first > at:
+            between.append((at, first - at))
+        at = first + length
+    return between

@@ -104,6 +104,10 @@ class MigrationStream:
         self._send(FRAME.pack(PAGES, PLACE.size + pages.nbytes) + PLACE.pack(gpa))
         self._send(pages)
 
+    def send_zeros(self, gpa: int, size: int) -> None:
+        """So many bytes of zeros there, in whole pages."""
+        self.send(ZEROS, RANGE.pack(gpa, size))
+
     def send_why(self, error: BaseException) -> None:
         """That it is refused."""
         self.send(REFUSED, str(error).encode()[:WHY_BYTES])

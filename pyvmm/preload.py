@@ -155,6 +155,7 @@ RUNNING = (
     "pyvmm.trace.format",
     "pyvmm.state",  # saving and loading, as machine_state
     "pyvmm.write_log",
+    "pyvmm.discard_log",
     "pyvmm.x86.boot",  # the guest is loaded again at a reset
     "pyvmm.x86.e820",  # for fw_cfg
     "pyvmm.x86.elf_core",  # what clients ask for, as page_tables

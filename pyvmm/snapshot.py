@@ -78,6 +78,11 @@ class Saving:
                 written_bytes += size
         return written_bytes
 
+    def clear(self, region: RamRegion, runs: Iterable[Run]) -> int:
+        """These pages are zeros by now: how many bytes of them had something else in the file."""
+        offset: int = self._pieces[region.gpa]["offset"]
+        return sum(self._file.clear(offset + start, size) for start, size in runs)
+
     def take(
         self, regions: Sequence[RamRegion], machine: dict[str, Any], parts: dict[str, Any], spec: dict[str, Any],
         images: Mapping[str, Buffer], drives: list[dict[str, Any]],

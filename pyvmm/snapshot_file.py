@@ -37,6 +37,7 @@ FIELDS = (4, 8, 8, 4)
 HEADER_BYTES = len(MAGIC) + sum(FIELDS) + 4
 MANIFEST_MOST_BYTES = 64 << 20  # of a machine with 255 vCPUs it is some 4 MiB
 LARGEST_WRITE_BYTES = 16 << 20
+ZEROS = bytes(1 << 16)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -74,6 +75,15 @@ class Writer:
             with view[done : done + LARGEST_WRITE_BYTES] as piece:
                 done += self._told(os.pwrite, self._fd, piece, offset + done)
         self.written_bytes += view.nbytes
+
+    def clear(self, offset: int, size: int) -> int:
+        """Zeros, in whole pages: how many bytes of them were no hole."""
+        cleared = 0
+        for start, length in file_data(self._fd, offset, size):
+            for at in range(start, start + length, len(ZEROS)):
+                self.write(at, ZEROS[: start + length - at])
+            cleared += length
+        return cleared
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """Write the manifest and the header: it is whole."""

@@ -98,7 +98,7 @@ end:
 failed:
     finish  9
 """
-MMIO = QUEUES + """
+MMIO_UP = QUEUES + """
     .set VIRTIO, 0xfeb00000
     .set config, 0x100
     .include "virtio_mmio64.inc"
@@ -116,7 +116,8 @@ MMIO = QUEUES + """
     set_up  1, DEFLATE
     set_up  2, STATS
     register 0x70, 15
-""" + PROGRAM
+"""
+MMIO = MMIO_UP + PROGRAM
 PCI = QUEUES + """
     .set config, 0x2000
     .include "virtio_pci64.inc"

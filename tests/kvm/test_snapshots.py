@@ -19,16 +19,11 @@ from test_saved_state import COUNTER, NOTEBOOK_BYTES, demo_machine
 import pyvmm
 from pyvmm import Machine, StateError
 from pyvmm.cli.demo import NOTEBOOK_IRQ, NOTEBOOK_MMIO, NOTEBOOK_PORT, Notebook
-from pyvmm.machine_state import MachineState
-from pyvmm.memory_rounds import MemoryWhileItRuns
 from pyvmm.net.options import NetOptions
-from pyvmm.snapshot import Saving, Snapshot
-from pyvmm.snapshot_file import MemoryWriter
+from pyvmm.snapshot import Snapshot
 from pyvmm.x86 import layout
 
 MIB = 1 << 20
-# The log of writes; on an older kernel every machine stands while it is saved.
-HAS_WRITE_LOG = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 7)
 
 
 def add_notebook(m: Machine) -> None:
@@ -124,19 +119,6 @@ def test_saved_again_and_again_while_it_runs(boot: Callable[..., Guest], tmp_pat
     for m in copies:
         assert is_consistent(m) > count
         m.close()
-
-
-def test_with_a_balloon_it_stands(boot: Callable[..., Guest]) -> None:
-    """A page that goes back to the host is zeros then, and was not written: no log of writes tells of it."""
-    for balloon, live in ((None, HAS_WRITE_LOG), (0, False)):
-        guest = boot(PAGES, memory_mib=64, balloon=balloon)
-        guest.start()
-        state = MachineState(guest.machine.board.chassis, guest.machine.board, guest.machine.board.platform)
-        with MemoryWriter() as file, MemoryWhileItRuns(Saving(file, None, None), state) as the_rest:
-            assert (file.written_bytes > 0) is live
-            guest.machine.pause()
-            the_rest()
-            assert (file.written_bytes > 0) is live
 
 
 def test_closed_while_it_is_saved(boot: Callable[..., Guest], tmp_path: Path) -> None:
