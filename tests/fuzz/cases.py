@@ -1,0 +1,37 @@
+"""So many inputs out of a seeded generator, for targets that take bytes; a failure says which input it was."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+SIZES = (8, 40, 120)
+
+
+def run(one_input: Callable[[bytes], object], cases: int, seed: int) -> None:
+    source = random.Random(seed)
+    for n in range(cases):
+        data = source.randbytes(source.choice(SIZES))
+        try:
+            one_input(data)
+        except BaseException as error:
+            error.add_note(f"input {n} of seed {seed}: {data.hex()}")
+            raise
+
+
+def main(one_input: Callable[[bytes], object], about: str | None) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--input", default=None, help="one only, in hexadecimal digits")
+    args = parser.parse_args()
+    if args.input is not None:
+        one_input(bytes.fromhex(args.input))
+        return 0
+    began = time.monotonic()
+    run(one_input, args.cases, args.seed)
+    print(f"{args.cases} inputs of seed {args.seed} in {time.monotonic() - began:.0f} s")
+    return 0
