@@ -62,7 +62,8 @@ def load_segments(memory: GuestMemory, elf: Elf, *, clean: bool) -> None:
 
     ``clean`` says that the memory is known to be zero, as that of a machine that never ran is: nothing is cleared then.
     """
-    for segment in elf.load_segments:
+    # The highest first: the size that a refusal names does for all of them.
+    for segment in sorted(elf.load_segments, key=lambda segment: -segment.paddr - segment.memsz):
         require_ram(memory, segment.paddr, segment.memsz, elf.name)
     for segment in elf.load_segments:
         copy_in(memory, segment.paddr, elf.contents(segment), elf.name)

@@ -100,12 +100,18 @@ def load_at(paddr: int, **more: int) -> bytes:
     return x86_images.pvh_kernel(paddr, b"code", **more)
 
 
+def high_after_low(*paddrs: int) -> bytes:
+    segments = [(x86_images.PT_LOAD, paddr, b"code", 4) for paddr in paddrs]
+    return x86_images.elf(segments, note=x86_images.pvh_note(paddrs[0]))
+
+
 @pytest.mark.parametrize(
     ("image", "complaint"),
     [
         (x86_images.elf([(1, 0x100_0000, b"code", 4)]), "no PVH entry note: build .*CONFIG_PVH=y"),
         (x86_images.elf([], note=x86_images.pvh_note(0x100_0000)), "no segment to load"),
         (load_at(0x3FF_F000, bss=4097), "at least 65 MiB"),
+        (high_after_low(0x450_0000, 0x480_0000), "at least 73 MiB"),  # what all of it takes, at once
         (load_at(0x100_0000, bss=1 << 40), "no RAM"),
         (load_at(0xFFFF_FFFF_FFFF_F000, bss=1 << 20), "no RAM"),
         (load_at(0x97000), "covers the boot information"),
