@@ -48,6 +48,8 @@ def gdb_place(text: str) -> str | int:
     path = rest.partition(",")[0] if scheme == "unix" and colon else text
     if not path:
         raise ValueError(text)
+    if path.isdecimal() or path.startswith(("unix:", "tcp:", ":")):
+        return f"./{path}"  # alone, as machine.toml has it, it would be a port, say
     return path
 
 

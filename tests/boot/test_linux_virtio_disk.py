@@ -17,7 +17,7 @@ from console import Console
 from test_linux_disk import check_file_system
 
 BOOT_S = 150.0  # on the lab's clock
-FIO_RUN_S = int(os.environ.get("PYVMM_FIO_S", "10"))  # of each kind
+FIO_RUN_S = int(os.environ.get("PYVMM_FIO_S", "5"))  # of each kind
 FIO_S = 900.0
 ROOT_MIB = 220
 DATA_MIB = 64

@@ -105,6 +105,7 @@ def test_what_is_wrong(run: Run, tmp_path: Path) -> None:
     [
         *(("tcp::1234", 1234), ("1234", 1234), (":0", 0), ("tcp:localhost:9,server=on", 9)),
         *(("unix:/a,server=on", "/a"), ("/a/b", "/a/b"), ("gdb.sock", "gdb.sock")),
+        *(("unix:0", "./0"), ("unix:tcp::1", "./tcp::1"), ("unix:unix:a", "./unix:a"), ("./tcp::1", "./tcp::1")),
     ],
 )
 def test_where(text: str, place: str | int) -> None:
