@@ -2,7 +2,7 @@ from libc.stdint cimport uint64_t
 
 from pyvmm.bus cimport BUS_OK, access_t, flat_view_t, goes_direct, region_t
 from pyvmm.device cimport DeviceLock
-from pyvmm.region cimport MemoryRegion, region_access
+from pyvmm.region cimport LateRegion, MemoryRegion, region_access
 
 
 cdef class FlatView:
@@ -25,6 +25,12 @@ cdef class AddressSpace:
     cdef unsigned long _changer     # the thread that makes one, 0: none
     cdef list _ears
     cdef int _holders
+    cdef LateRegion _stand_in       # at every address, until somebody looks; None: there is none
+    cdef list _coming               # what is to take its place, while that is made
+    cdef unsigned long _comer       # the thread that makes it
+    cdef bint _comes_here(self) noexcept
+    cdef int _have_all(self) except -1
+    cdef list _mapped(self)
     cdef _put_in(self, placed)
     cdef _insert(self, list regions, base, MemoryRegion region)
     cdef _publish(self, list regions)

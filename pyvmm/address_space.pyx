@@ -280,6 +280,8 @@ cdef class AddressSpace:
         self._change = DeviceLock()
         self._ears = []
         self._telling = DeviceLock()
+        self._stand_in = None
+        self._coming = None
 
     def reserve(self, base, size, name):
         """Nothing can be mapped into this range from now on: who answers there is below us, and no access comes here."""
@@ -309,6 +311,7 @@ cdef class AddressSpace:
             if not is_int(base):
                 raise KindError(f"{region.name} at {base!r}: give a whole number for the {self.name} address")
             new.append(region)
+        self._have_all()
         self._begin()
         try:
             self._put_in(placed)
@@ -328,7 +331,7 @@ cdef class AddressSpace:
         cdef MemoryRegion region
         self._change.acquire()
         try:
-            regions = list(self.view.regions)
+            regions = list(self._mapped())
             for base, region in placed:
                 self._insert(regions, base, region)
                 done.append(region)
@@ -401,10 +404,11 @@ cdef class AddressSpace:
         error = None
         self._begin()
         try:
-            regions = self.view.regions
+            regions = self._mapped()
             if self._ears and self._concerned(regions):
                 error = self._tell_gone(self._told(self._ears, regions))
             self._take_out(regions)
+            self._stand_in = None
         finally:
             self._end()
         for region in regions:
@@ -426,7 +430,7 @@ cdef class AddressSpace:
                 error = self._tell_gone(self._told(self._ears, late))
             self._change.acquire()
             try:
-                placed = list(self.view.regions)
+                placed = list(self._mapped())
                 for old, new in zip(late, regions):
                     placed[placed.index(old)] = new
                     new.c.base, new.c.last, new.c.mapped, new.space = old.c.base, old.c.last, True, self
@@ -455,12 +459,64 @@ cdef class AddressSpace:
         try:
             for region in gone:
                 region.space = None
-            self._publish([region for region in self.view.regions if region.space is not None])
+            self._publish([region for region in self._mapped() if region.space is not None])
         finally:
             self._change.release()
 
+    # -- where nothing is mapped before somebody looks (late.py) ---------------------------------------------------------
+
+    def stand_in(self, LateRegion region not None):
+        """``region`` is at every address of a space in which nothing is mapped yet, and reserved ranges too: an access
+        has all come that is to be here, and so does whoever asks what there is. ``gather`` begins that, ``settle`` ends
+        it.
+        """
+        self._change.acquire()
+        try:
+            if self.view.regions:
+                raise StateError(f"{region.name} is to stand for all of {self.name}: there is something in it already")
+            region.c.base, region.c.last, region.c.mapped, region.space = 0, self.size - 1, True, self
+            self._stand_in = region
+            self._publish([region])
+        finally:
+            self._change.release()
+
+    def gather(self):
+        """What this thread maps from now on shows with ``settle``, all of it in one change."""
+        self._comer = PyThread_get_thread_ident()
+        self._coming = []
+
+    def settle(self):
+        """What has been gathered is in the stand-in's place."""
+        cdef list regions
+        self._change.acquire()
+        try:
+            regions, self._coming = self._coming, None
+            self._comer = 0
+            # As in ``replace``: it stays ``mapped``, for accesses that are on their way to it.
+            self._stand_in._home, self._stand_in.space = self, None
+            self._stand_in = None
+            self._publish(regions)
+        finally:
+            self._change.release()
+
+    cdef bint _comes_here(self) noexcept:
+        """Whether the caller is the thread that gathers."""
+        return self._coming is not None and self._comer == PyThread_get_thread_ident()
+
+    cdef int _have_all(self) except -1:
+        """What a stand-in stands for is there from now on; not for the thread that brings it."""
+        if self._stand_in is not None and not self._comes_here():
+            self._stand_in.arrive()
+        return 0
+
+    cdef list _mapped(self):
+        return self.view.regions if self._coming is None else self._coming
+
     cdef _publish(self, list regions):
         cdef ViewUser user
+        if self._coming is not None:
+            self._coming = regions
+            return
         self.view = FlatView(regions)
         for user in self.users:
             # Pairs with the exchange in CpuExec._take_views: the view is in place before the flag is seen.
@@ -476,9 +532,10 @@ cdef class AddressSpace:
         if not isinstance(listener, SpaceListener):
             raise KindError(f"{listener!r} is no listener: derive its class from pyvmm.address_space.SpaceListener")
         ear = _Ear(listener)
+        self._have_all()
         self._begin()
         try:
-            error = self._tell_new([ear], self.view.regions)
+            error = self._tell_new([ear], self._mapped())
             if error is None:
                 self._ears.append(ear)
         finally:
@@ -495,7 +552,7 @@ cdef class AddressSpace:
             if not mine:
                 raise StateError(f"{listener!r} does not listen to {self.name}")
             self._ears.remove(mine[0])
-            error = self._tell_gone(self._told(mine[:1], self.view.regions))
+            error = self._tell_gone(self._told(mine[:1], self._mapped()))
         finally:
             self._end()
         if error is not None:
@@ -606,7 +663,7 @@ cdef class AddressSpace:
         # Under the lock: without the GIL, ``view`` could be replaced and freed between its load and the reference to it.
         cdef FlatView view
         self._change.acquire()
-        view = self.view
+        view = FlatView(self._coming) if self._comes_here() else self.view
         self._change.release()
         return view
 

@@ -24,10 +24,12 @@ def build(
     *,
     fresh: bool = True,
     later: bool = False,
+    late: bool = False,
 ) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
     ``snapshot``. One that is not ``fresh`` has no guest loaded: its state follows. ``later``: another process has its
-    drives' images, until Drives.claim. What was made before an error is closed again.
+    drives' images, until Drives.claim. ``late``: the devices are made when somebody looks (Board.install_late). What
+    was made before an error is closed again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
@@ -45,7 +47,10 @@ def build(
         memory_map = board.lay_out_memory()
         platform = KvmPlatform(config, memory_map, chassis) if runs_guests else NoCpuPlatform(chassis)
         closers.add(chassis.loop)
-        board.install(platform)
+        if late:
+            board.install_late(platform)
+        else:
+            board.install(platform)
         boot = board.load_guest() if fresh else None
         platform.make_cpus(chassis)
         platform.enter(boot)
@@ -68,11 +73,13 @@ def attach_power(chassis: Chassis, board: Board, platform: Platform) -> None:
     def reset() -> None:
         from pyvmm import restart
 
+        board.arrive()
         restart.reset(chassis, board, platform)
 
     def wake(events: int) -> None:
         from pyvmm import restart
 
+        board.arrive()
         restart.wake(chassis, board, platform, events)
 
     chassis.power.attach(reset, wake)

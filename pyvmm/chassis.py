@@ -181,6 +181,19 @@ class Chassis:
         for thread in self._background:
             thread.join()
 
+    @property
+    def rests(self) -> bool:
+        """Whether it has nothing to do but for its vCPUs, and whoever holds the machine: no timer, descriptor or thread
+        of its own, no drive, and no console that could bring input by itself.
+        """
+        from pyvmm.chardev import CallableChardev, NullChardev
+
+        busy = self.loop.used or self.io_threads.used or self._background or self._when_it_runs
+        known = self.drives.backends or self.back_ends or self.breakpoints
+        ends = self.consoles.made
+        quiet = len(ends) == len(self.consoles.by_name) and all(type(e) in (NullChardev, CallableChardev) for e in ends)
+        return quiet and not busy and not known
+
     def on_own_thread(self) -> bool:
         """Whether the caller is one of the machine's threads, or a request: none of them may wait for the machine."""
         own = self.loop.on_loop_thread() or any(thread.is_current for thread in self._background)

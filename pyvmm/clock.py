@@ -31,6 +31,10 @@ class Clock:
         """The host's wall clock, in nanoseconds since the UNIX epoch (UTC)."""
         return time.time_ns()
 
+    def in_the_past(self, now_ns: int, work: Callable[[], object]) -> None:
+        """``work()``, for which it is ``now_ns``, and for nobody else."""
+        raise NotImplementedError
+
     def set_time(self, now_ns: int) -> None:
         """Guest time, which stands, is ``now_ns`` from now on: for a machine that goes on from a saved state.
 

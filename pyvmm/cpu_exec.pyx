@@ -273,6 +273,11 @@ cdef class CpuExec(ViewUser):
         """Forget a kick that has not been seen yet; the caller knows that the vCPU is parked."""
         atomic_store(&self.exit_request, 0, ATOMIC_SEQ_CST)
 
+    @property
+    def interrupted(self):
+        """Whether the interrupt controller in Python has one for it."""
+        return bool(atomic_load(&self.intr, ATOMIC_ACQUIRE))
+
     def interrupt(self, int level):
         """The output of the user-space interrupt controller changed (irqchip off)."""
         atomic_store(&self.intr, level, ATOMIC_SEQ_CST)

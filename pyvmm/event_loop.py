@@ -18,7 +18,7 @@ from time import monotonic_ns
 
 from pyvmm.clock import Clock, Timer, TimerQueue
 from pyvmm.errors import HOST_LIMITS, HostError, StateError, remedy
-from pyvmm.light import Condition, Lock, Thread, deque
+from pyvmm.light import Condition, Lock, Thread, deque, get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,16 +36,30 @@ HANG_UP_EVENTS = select.EPOLLHUP | select.EPOLLERR
 class LoopClock(Clock):
     """Guest time of a machine, from 0: the host's monotonic clock less the time the machine was paused."""
 
-    __slots__ = ("_loop", "_offset_ns", "_stopped_at_ns")
+    __slots__ = ("_loop", "_offset_ns", "_past", "_stopped_at_ns")
 
     def __init__(self, loop: EventLoop, *, stands: bool) -> None:
         self._loop = loop
+        self._past: tuple[int, int] | None = None  # a thread, and what time it is for that
         self._offset_ns = monotonic_ns()
         self._stopped_at_ns: int | None = 0 if stands else None
 
     def now_ns(self) -> int:
+        past = self._past
+        if past is not None and past[0] == get_ident():
+            return past[1]
         stopped_at_ns = self._stopped_at_ns
         return monotonic_ns() - self._offset_ns if stopped_at_ns is None else stopped_at_ns
+
+    def in_the_past(self, now_ns: int, work: Callable[[], object]) -> None:
+        """``work()``, for which it is ``now_ns``; for other threads it is as ever. One at a time: for devices that are
+        made later than they were to be (Board.install_late).
+        """
+        self._past = get_ident(), now_ns
+        try:
+            work()
+        finally:
+            self._past = None
 
     def timer(self, callback: Callable[[], None]) -> Timer:
         return Timer(self._loop._timers, callback)
@@ -229,6 +243,11 @@ class EventLoop(Watches):
     def alive(self) -> bool:
         """Whether its thread has begun, and not ended."""
         return self._thread is not None and self._thread.ident != 0
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was ever to be done here: a timer, a descriptor, a call."""
+        return self._thread is not None
 
     def on_loop_thread(self) -> bool:
         """Whether the caller is one of the loop's callbacks."""

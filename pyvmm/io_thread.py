@@ -296,6 +296,11 @@ class IoThreads:
         return thread
 
     @property
+    def used(self) -> bool:
+        """Whether anybody wanted one."""
+        return bool(self._threads)
+
+    @property
     def inside(self) -> bool:
         """Whether the caller is a callback of one of them."""
         return any(thread.on_own_thread for thread in self._threads)

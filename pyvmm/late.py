@@ -1,4 +1,5 @@
 """Late: a device that is made when somebody first wants it: a guest that touches it, or whoever asks for it.
+LateSpaces: all of them at once.
 
 Of the devices that every PC has a small guest touches two or three, and to make all of them takes as long as a third of
 what KVM does for a machine. So a board says where a device is, and how it is made; whoever looks, at the bus, at the
@@ -15,7 +16,7 @@ from pyvmm.region import LateRegion, MemoryRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pyvmm.address_space import AddressSpace
@@ -100,3 +101,42 @@ class Late:
     def forget(self) -> None:
         """At the end: nobody asks any more."""
         self._regions.clear()
+
+
+class LateSpaces:
+    """``make()`` maps all that is to be in ``spaces``, when somebody first looks into one of them: a guest's access, or
+    whoever asks what there is. Then comes what ``then`` lists. Once, from any thread.
+    """
+
+    __slots__ = ("_lock", "_make", "_spaces", "then")
+
+    def __init__(self, spaces: Sequence[AddressSpace], make: Callable[[], object]) -> None:
+        self._lock = DeviceLock()
+        self._make: Callable[[], object] | None = make
+        self._spaces = spaces
+        self.then: list[Callable[[], object]] = []
+        for space in spaces:
+            space.stand_in(LateRegion(space.size, "a device", self._lock, self.arrive))
+
+    def arrive(self) -> None:
+        """Return when it is there; at once where that is asked by ``make`` itself."""
+        with self._lock:
+            make, self._make = self._make, None
+            if make is None:
+                return
+            for space in self._spaces:
+                space.gather()
+            try:
+                make()
+                for follows in self.then:
+                    follows()
+            finally:
+                for space in self._spaces:
+                    space.settle()
+                self.then.clear()
+
+    def forget(self) -> None:
+        """At the end: nothing comes any more."""
+        with self._lock:
+            self._make = None
+            self.then.clear()

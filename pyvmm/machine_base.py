@@ -54,30 +54,47 @@ class MachineBase:
         *,
         fresh: bool = True,
         later: bool = False,
+        late: bool = False,
     ) -> None:
         self.config = config
         self._pid = getpid()
         self._closing = Lock()
         self._adding = Lock()  # of what is made once; close() waits for threads that may want it, and does not hold it
-        made = builder.build(config, board, self, snapshot, fresh=fresh, later=later)
-        self._chassis, self.board, self._platform = made
+        made = builder.build(config, board, self, snapshot, fresh=fresh, later=later, late=late)
+        self._chassis, self._board, self._platform = made
         self._closed = False
         chassis = self._chassis
         self.pio: AddressSpace = chassis.pio
         self.mmio: AddressSpace = chassis.mmio
         self.memory = chassis.memory
-        self.memory_map = self.board.memory_map
+        self.memory_map = self._board.memory_map
         self.clock = chassis.clock
         self.event_loop: EventLoop = chassis.loop
         self.control = chassis.control
         self.events = chassis.events
         self.drives = chassis.drives
         self.backends: Mapping[str, BlockBackend] = chassis.drives.backends
-        self.consoles: Mapping[str, Chardev] = chassis.consoles.by_name
         self.cpus: list[Cpu] = self._platform.cpus
-        self.irqchip: Irqchip = self._platform.irqchip
 
     # -- what it is made of --------------------------------------------------------------------------------
+
+    @property
+    def board(self) -> Board:
+        """What it is made of besides its processors; all of it, made by now."""
+        self._board.arrive()
+        return self._board
+
+    @property
+    def consoles(self) -> Mapping[str, Chardev]:
+        """The host's ends of its consoles, by name."""
+        self._board.arrive()
+        return self._chassis.consoles.by_name
+
+    @property
+    def irqchip(self) -> Irqchip:
+        """Its interrupt controllers, and the ways to interrupt the guest."""
+        self._board.arrive()
+        return self._platform.irqchip
 
     @property
     def devices(self) -> Mapping[str, Device]:
@@ -112,6 +129,7 @@ class MachineBase:
     @property
     def chardevs(self) -> list[Chardev]:
         """The consoles' host ends that the machine has made, and closes."""
+        self._board.arrive()
         return self._chassis.consoles.made
 
     @property

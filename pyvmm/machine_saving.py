@@ -116,7 +116,8 @@ class SavingMachine(RunningMachine):
         file must not change as long as one of them lives. ``options`` take the place of those that were saved: consoles
         that were objects have to be given again, drives should be (``drives=``), since the images must be as they were.
         ``prepare`` gets the machine before its state: to add devices of your own that the first one had. The guest is
-        told that it is a ``twin`` (devices/vmgenid.py), unless it is to go on as the very machine that was saved.
+        told that it is a ``twin`` (devices/vmgenid.py), and its network cards have new MAC addresses, unless it is to
+        go on as the very machine that was saved, or ``nets=`` has an address for them.
         A snapshot names the files and consoles that it opens, as a configuration does: look at one that a stranger has
         made (``Snapshot.spec``), or give all of them.
 
@@ -127,7 +128,7 @@ class SavingMachine(RunningMachine):
 
         ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
         """
-        from pyvmm.machine_snapshot import Way, restored_spec
+        from pyvmm.machine_snapshot import Way, of_twin, restored_spec
         from pyvmm.snapshot import Snapshot
 
         way = Way(board, prepare, twin=twin, eager=eager, prefetch=prefetch, clock=clock)
@@ -135,21 +136,30 @@ class SavingMachine(RunningMachine):
             if check:
                 origin.check()
             config = restored_spec(origin, options, copied=eager)
+            if twin:
+                config = of_twin(config, options)
             return cls.of_snapshot(origin, config, way)
 
     @classmethod
     def of_snapshot(cls, origin: Snapshot, config: Spec, way: Way) -> Self:
         """``restore`` with a Spec that is made of the snapshot's already (machine_snapshot.restored_spec)."""
+        from pyvmm.machine_state import MachineState
+
         self = cls.__new__(cls)
-        self._make(config, way.board, None if way.eager else origin, fresh=False)
+        late = way.may_come_late(origin, config)
+        self._make(config, way.board, None if way.eager else origin, fresh=False, late=late)
         try:
             if way.prepare is not None:
                 way.prepare(self)
-            state = self._all_state("restore")
+            state = MachineState(self._chassis, self._board, self._platform)
             origin.fill(state.memory())
-            state.load(origin.state, way.passed_ns(origin))
-            if way.twin:
-                self.board.new_generation()
+            if late:
+                state.go_on_late(origin.state["parts"], twin=way.twin)
+            else:
+                state.load(origin.state, way.passed_ns(origin))
+                if way.twin:
+                    self.board.new_generation()
+                way.note(origin, config, rests=state.rests())
             if way.prefetch:
                 control, regions = self.control, state.memory()
                 work = origin.read_ahead_beside(regions, lambda: control.state is not RunState.CLOSED)
@@ -175,7 +185,7 @@ class SavingMachine(RunningMachine):
         for all, ``each(n)`` gives further ones for one of them; ``prepare`` as with ``restore``. Errors as from
         ``save`` and ``restore``; then there is none of them.
         """
-        from pyvmm.machine_snapshot import CollectorWaits, Way, freeze, restored_spec, unshared
+        from pyvmm.machine_snapshot import CollectorWaits, Way, freeze, of_twin, restored_spec, unshared
         from pyvmm.origin import Origin
 
         if not is_int(count) or count < 1:
@@ -193,7 +203,8 @@ class SavingMachine(RunningMachine):
                     if config is None or each is not None:
                         own: MachineOptions = {**options, **(each(n) if each else {})}
                         config = restored_spec(frozen, {**unshared(self.config, own), **own})
-                    made.append(type(self).of_snapshot(frozen, config, Way(type(self.board), prepare)))
+                    way = Way(type(self.board), prepare)
+                    made.append(type(self).of_snapshot(frozen, of_twin(config, own), way))
             except BaseException:
                 for machine in made:
                     machine.close()

@@ -35,8 +35,12 @@ if TYPE_CHECKING:
 
         path: str
         spec: dict[str, Any]
-        as_it_was: Spec | None
-
+        @property
+        def as_it_was(self) -> Spec | None: ...
+        @as_it_was.setter
+        def as_it_was(self, spec: Spec) -> None: ...
+        @property
+        def copies_images(self) -> bool: ...
         @property
         def memory_bytes(self) -> int: ...
         def image(self, name: str) -> Buffer | None: ...
@@ -83,6 +87,22 @@ class Way:
         self.eager = eager
         self.prefetch = prefetch
         self.clock = clock
+
+    def may_come_late(self, origin: Snapshot, config: Spec) -> bool:
+        """Whether the devices of a machine that comes this way may be made when somebody looks for them."""
+        if origin.at_rest is None:
+            return False
+        known, *way = origin.at_rest
+        return known is config and way == self._which()
+
+    def note(self, origin: Snapshot, config: Spec, *, rests: bool) -> None:
+        """A machine has come this way, and ``rests`` (MachineState)."""
+        if rests and self.prepare is None and not self.eager and self.clock == CLOCKS[0]:
+            origin.at_rest = config, *self._which()
+
+    def _which(self) -> list[object]:
+        """Who has the same comes the same way."""
+        return [self.board, self.twin, self.clock, self.eager, self.prepare]
 
     def passed_ns(self, origin: Snapshot) -> int:
         """How much time has passed for the guest since it was saved. None where the host's clock has gone back."""
@@ -266,10 +286,20 @@ def restored_spec(origin: SpecSource, options: Mapping[str, Any], *, copied: boo
     if options or copied:
         config = specified(origin, options, copied=copied)
     else:
-        config = origin.as_it_was = origin.as_it_was or specified(origin, options, copied=False)
+        config = origin.as_it_was = origin.as_it_was or specified(origin, options, copied=origin.copies_images)
     if "drives" not in options:
         origin.check_drives([drive.name for drive in config.drives])
     return config
+
+
+def of_twin(config: Spec, options: Mapping[str, Any]) -> Spec:
+    """The same Spec for a twin: what tells it from others on a network is its own."""
+    if not config.nets:
+        return config
+    from pyvmm.net.options import twin_macs
+
+    given = Spec.rows["nets"].kind.take("nets", options["nets"]) if "nets" in options else ()
+    return config.changed(nets=twin_macs(config.nets, given))
 
 
 def specified(origin: SpecSource, options: Mapping[str, Any], *, copied: bool) -> Spec:

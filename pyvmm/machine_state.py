@@ -13,7 +13,17 @@ from pyvmm.errors import StateError
 from pyvmm.restart import reset
 from pyvmm.run_control import PAUSED, RESUMABLE
 from pyvmm.run_state import RunState
-from pyvmm.state import check_holders, check_names, load_all, load_fields, save_all, save_fields, shown
+from pyvmm.state import (
+    check_holders,
+    check_names,
+    load_all,
+    load_each,
+    load_fields,
+    save_all,
+    save_fields,
+    shown,
+    told,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,6 +74,7 @@ class MachineState:
         self._chassis = chassis
         self._board = board
         self._platform = platform
+        self._hidden = False
         self.stood_ns = 0
         """For how long the machine stood in the last ``while_it_stands``."""
 
@@ -232,8 +243,50 @@ class MachineState:
             if self._chassis.breakpoints is not None:
                 self._chassis.breakpoints.put_again()
             if surplus:
+                self._hidden = True
                 self._platform.hide(surplus)
             load_all(holders, parts, lambda: self._pass(passed_ns))
+
+    # -- twins of a machine that has nothing to do but for its guest -------------------------------------------------
+
+    def rests(self) -> bool:
+        """Whether that is so of a machine that has been loaded: then another one that goes on from the same state, of
+        the same configuration, needs no device before its guest, or anybody else, looks for one (``go_on_late``).
+        """
+        platform, board = self._platform, self._board
+        late = vars(type(board)).get("may_come_late", False)  # its own word: who derives from it may do more
+        lines = any(level for _gsi, level, _users in platform.irqchip.wires)
+        waits = any(cpu.exec.interrupted for cpu in platform.cpus)
+        return late and platform.runs_guests and self._chassis.rests and not (lines or waits or self._hidden)
+
+    def go_on_late(self, parts: dict[str, Any], *, twin: bool) -> None:
+        """As ``load`` of a machine whose board was installed late, where ``rests`` has been true of another one that
+        loaded the same: processors and time now, the devices as they come.
+        """
+        chassis = self._chassis
+        load_now: list[tuple[str, Holder]] = [
+            ("clock", chassis.clock),
+            ("run", Run(self._board, chassis.control)),
+            *self._platform.holders(),
+        ]
+        for name, holder in load_each(load_now, parts):
+            told(name, holder.after_load)
+        now_ns = chassis.clock.now_ns()
+        self._board.after_arrival(lambda: self._load_devices(parts, now_ns, twin=twin))
+        chassis.control.loaded()
+
+    def _load_devices(self, parts: dict[str, Any], now_ns: int, *, twin: bool) -> None:
+        chassis = self._chassis
+        holders = [
+            *self._board.holders(),
+            *((f"console {name}", chardev) for name, chardev in chassis.consoles.by_name.items()),
+        ]
+        loaded: list[tuple[str, Holder]] = []
+        chassis.clock.in_the_past(now_ns, lambda: loaded.extend(load_each(holders, parts)))
+        for name, holder in loaded:
+            told(name, holder.after_load)
+        if twin:
+            self._board.new_generation()
 
     def revert(
         self, state: dict[str, Any], check: Callable[[], None], fill: Callable[[], None], *, twin: bool

@@ -284,6 +284,7 @@ class Arrival:
     def __init__(self, stream: MigrationStream, address: str) -> None:
         self.path = f"from {address}"
         self.as_it_was: Spec | None = None
+        self.copies_images = False  # they are bytes already
         self._stream = stream
         stream.meet()
         _kind, length = stream.frame(ms.HEAD)

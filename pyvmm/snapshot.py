@@ -42,6 +42,7 @@ ID_BYTES = 16
 NAMES = ("pyvmm", "id", "saved_ns", "spec", "machine", "parts", "memory", "base", "images", "drives")
 LONGEST_CHAIN = 32
 MOST_IMAGES = 1024
+KEPT_IMAGE_BYTES = 1 << 20  # so much is copied, for all who open the same snapshot
 
 
 # -- writing a snapshot ------------------------------------------------------------------------------------------------
@@ -150,9 +151,9 @@ class Snapshot:
         self._lock = Lock()
         self._holders = 1
         self._state: dict[str, Any] | None = None
-        self.as_it_was: Spec | None = None
-        """The Spec of a machine for which nothing is given anew, once there has been one."""
         self._file = SnapshotFile(path) if _file is None else _file
+        self._kept = self._file.kept
+        self._at_rest: tuple[object, ...] | None = None
         self.base: Snapshot | None = None
         try:
             self._take(self._file.manifest, _above)
@@ -182,6 +183,10 @@ class Snapshot:
         self.drives = [checked_drive(entry) for entry in listed(manifest["drives"], "drives")]
         self._images: dict[str, tuple[int, int, int]]
         self._images = {name: self._checked_image(name, entry) for name, entry in checked_images(manifest).items()}
+        self.copies_images = sum(size for _offset, size, _crc in self._images.values()) <= KEPT_IMAGE_BYTES
+        """Whether they are small, and so are not mapped: then its Spec can be kept for the next one who opens it."""
+        if not self.copies_images:
+            self._kept = {}
         if manifest["base"] is not None:
             self._open_base(manifest["base"], [*above, self.id])
         self.pieces: dict[int, SnapshotPiece] = {}
@@ -232,6 +237,29 @@ class Snapshot:
         elif not isinstance(self._state["parts"], Known):
             self._state["parts"] = known(self.parts)
         return self._state
+
+    @property
+    def as_it_was(self) -> Spec | None:
+        """The Spec of a machine for which nothing is given anew, once there has been one."""
+        return self._kept.get("spec")
+
+    @as_it_was.setter
+    def as_it_was(self, spec: Spec) -> None:
+        self._kept["spec"] = spec
+
+    @property
+    def at_rest(self) -> tuple[object, ...] | None:
+        """Of a machine that came from it and had nothing to do but for its guest: its Spec, and which way it came
+        (machine_snapshot.py).
+        """
+        return self._at_rest or self._kept.get("at rest")
+
+    @at_rest.setter
+    def at_rest(self, way: tuple[object, ...]) -> None:
+        if way[0] is self.as_it_was:
+            self._kept["at rest"] = way
+        else:
+            self._at_rest = way  # it may have objects of the embedder's, which nobody keeps after this is closed
 
     def origin(self) -> Origin:
         """For a machine whose memory is a mapping of it."""
@@ -325,7 +353,8 @@ class Snapshot:
     def abandon(self) -> None:
         """In a child of fork: its copies of the descriptors, whoever else holds it. Takes no lock."""
         self._holders = 0
-        self.as_it_was = self._state = None
+        self._kept = {}
+        self._state = self._at_rest = None
         self._file.close()
         if self.base is not None:
             self.base.abandon()

@@ -229,7 +229,8 @@ def sync_directory(path: str) -> None:
 
 
 class SnapshotFile:
-    """An open snapshot: ``manifest``, and ``fd`` for mapping its memory. StateError where it is none, or not whole.
+    """An open snapshot: ``manifest``, and ``fd`` for mapping its memory; ``kept`` is for what is made of the manifest,
+    and others who read the same bytes have it too. StateError where it is none, or not whole.
 
     ``fd``, where it is open already, belongs to it from here on.
     """
@@ -239,12 +240,12 @@ class SnapshotFile:
         self.fd = open_file(path) if fd is None else fd
         try:
             self.size_bytes = os.fstat(self.fd).st_size
-            self.manifest = self._read()
+            self.manifest, self.kept = self._read()
         except BaseException:
             self.close()
             raise
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
         head = self._pread(HEADER_BYTES, 0)
         if not head.startswith(MAGIC):
             raise StateError(f"{self.path} is no snapshot of pyvmm")
@@ -310,14 +311,14 @@ class SnapshotFile:
 
 # What the last few manifests say, by their bytes: a process that goes on from one file again and again reads it once.
 MOST_READ, MOST_READ_BYTES = 4, 1 << 20
-_read: dict[bytes, dict[str, Any]] = {}
+_read: dict[bytes, tuple[dict[str, Any], dict[str, Any]]] = {}
 
 
-def manifest_of(data: bytes) -> dict[str, Any]:
-    """Not to be changed: another reader of the same bytes has it too. From the second time on the states in it remember
-    what they are (Known). StateError.
+def manifest_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What these bytes say, not to be changed, and what has been made of it: another reader of the same bytes has both.
+    From the second time on the states in it remember what they are (Known). StateError.
     """
-    manifest = _read.get(data)
+    manifest, kept = _read.get(data) or (None, {})
     if manifest is None:
         manifest = unpack(data)
         if not isinstance(manifest, dict):
@@ -325,10 +326,11 @@ def manifest_of(data: bytes) -> dict[str, Any]:
         if len(data) <= MOST_READ_BYTES:
             while len(_read) >= MOST_READ:
                 _read.pop(next(iter(_read), b""), None)
-            _read[data] = manifest
+            _read[data] = manifest, kept
     elif not isinstance(manifest.get("parts"), Known):
-        manifest = _read[data] = {**manifest, "parts": known(manifest.get("parts"))}
-    return manifest
+        manifest = {**manifest, "parts": known(manifest.get("parts"))}
+        _read[data] = manifest, kept
+    return manifest, kept
 
 
 def open_file(path: str) -> int:

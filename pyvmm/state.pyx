@@ -321,16 +321,24 @@ def load_all(holders, saved, between=None):
     state. Some of them may have been loaded by then: what they belong to is to be reset, or thrown away.
     """
     check_holders(holders, saved)
+    loaded = load_each(holders, saved)
+    if between is not None:
+        between()
+    for name, holder in loaded:
+        told(name, holder.after_load)
+
+
+def load_each(holders, saved):
+    """The first half of ``load_all``, of some or all of a machine's holders: those for which ``after_load`` is to follow.
+    ``saved`` has all that they want, as ``check_holders`` says.
+    """
     loaded = []
     for name, holder in holders:
         entry = saved[name]
         if not is_as_made(holder, entry):
             told(name, holder.load, entry["state"])
             loaded.append((name, holder))
-    if between is not None:
-        between()
-    for name, holder in loaded:
-        told(name, holder.after_load)
+    return loaded
 
 
 def is_as_made(holder, entry):

@@ -14,7 +14,7 @@ import os
 
 from pyvmm.errors import StateError
 from pyvmm.machine import Machine
-from pyvmm.machine_snapshot import Way, restored_spec, unshared
+from pyvmm.machine_snapshot import Way, of_twin, restored_spec, unshared
 from pyvmm.snapshot import Snapshot
 
 TYPE_CHECKING = False
@@ -33,7 +33,8 @@ class Template:
 
     ``options`` are for all of them, the others as with ``Machine.restore``; ``check`` looks at memory once, here. The
     machines have no console but those given, and nobody at the host's end of their vsock device, since only one of them
-    could have those of the machine that was saved. Each is told that it is a twin.
+    could have those of the machine that was saved. Each is told that it is a twin, and its network cards have addresses
+    of their own.
 
     Close it, best by ``with``; its machines live on. ConfigError and StateError in one sentence for a path that can't
     be read, what is no snapshot, and options that can't be.
@@ -76,7 +77,7 @@ class Template:
             config = restored_spec(origin, {**self._options, **options}) if options else self._config
             if not options and "drives" not in self._options:
                 origin.check_drives([drive.name for drive in config.drives])
-            return Machine.of_snapshot(origin, config, self._way)
+            return Machine.of_snapshot(origin, of_twin(config, {**self._options, **options}), self._way)
 
     def close(self) -> None:
         """Give no more machines; those that there are live on. Idempotent."""

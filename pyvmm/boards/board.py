@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.images import image_name
-from pyvmm.late import Late
+from pyvmm.late import Late, LateSpaces
 from pyvmm.memory_map import MemoryMap
 from pyvmm.places import Places
 from pyvmm.x86 import layout
@@ -57,8 +57,13 @@ class Board:
 
     window = range(0)
     """Addresses at which the guest can have the board show RAM, ROM or the bus."""
+    may_come_late = False
+    """Whether its devices can be made when the guest first looks (``install_late``): what they are is all in the
+    address spaces, and none of them changes what shows as memory.
+    """
     vga: VgaText | None = None
     balloon: Balloon | None = None
+    _late: LateSpaces | None = None  # until they are there
 
     def __init__(self, config: Spec, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:
         self.config = config
@@ -68,6 +73,8 @@ class Board:
         self.clock = chassis.clock
         self.images = images
         self.runs_guests = runs_guests
+        self.powered_on_ns = self.clock.now_ns(), self.clock.wall_ns()
+        """Guest time and the wall clock when it was."""
         self.first_boot = True
         """There was no reset yet: what firmware is told for its first boot only still holds."""
         self._parts: dict[str, Device | Late] = {}
@@ -126,6 +133,29 @@ class Board:
         """Everything on the board."""
         self.platform = platform
         self.irqchip = platform.irqchip
+        self._install()
+
+    def install_late(self, platform: Platform) -> None:
+        """The same when somebody first looks for a device, and as if it had been now."""
+        self.platform = platform
+        self.irqchip = platform.irqchip
+        now_ns = self.clock.now_ns()
+        self._late = LateSpaces((self.pio, self.mmio), lambda: self.clock.in_the_past(now_ns, self._install))
+
+    def after_arrival(self, work: Callable[[], object]) -> None:
+        """``work()`` when the devices have been made, before anybody finds them; now, where they are there."""
+        if self._late is None:
+            work()
+        else:
+            self._late.then.append(work)
+
+    def arrive(self) -> None:
+        """Have everything on the board. Whoever may look at a device, or give the board one, calls this before."""
+        if (late := self._late) is not None:
+            late.arrive()
+            self._late = None
+
+    def _install(self) -> None:
         self.add_late(self.irqchip.devices)
         self.irqchip.place(self.pio, self.mmio)
         self.make_devices()
@@ -313,7 +343,9 @@ class Board:
         """Tell the guest that it was, and by what: bits of PM1's status."""
 
     def new_generation(self) -> None:
-        """The guest goes on as a twin of another machine: tell it."""
+        """The guest goes on as a twin of another machine: its cards have addresses of their own, and it is told."""
+        for net in self.config.nets:
+            self.part(str(net.id)).take_own_address()
 
     # -- the embedder's hands ------------------------------------------------------------------------------------
 
@@ -330,6 +362,9 @@ class Board:
 
     def _clear(self) -> None:
         """Nothing is mapped any more, and nobody keeps the devices."""
+        if self._late is not None:
+            self._late.forget()
+            self._late = None
         self.pio.unmap_all()
         self.mmio.unmap_all()
         for part in self._parts.values():

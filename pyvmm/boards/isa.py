@@ -73,11 +73,10 @@ class IsaBoard(Board):
         POST codes, all of which are made when somebody wants them; and what is asked for.
         """
         self._add_com1()
-        # What others may ask about before that: who has which interrupt, what time it was, what memory there was.
+        # What others may ask about before that: who has which interrupt, what memory there was.
         self._sci = self.irq_line(layout.IRQ_SCI, "acpi_pm")
         self._rtc_irq = self.irq_line(layout.IRQ_RTC, "rtc")
         self._keyboard_irq = self.irq_line(layout.IRQ_KEYBOARD, "i8042")
-        self._powered_on_ns = self.clock.now_ns(), self.clock.wall_ns()
         self._ram = self.memory.regions
         self.chassis.closers.call(self._close_fw_cfg)
         self.add_late(
@@ -187,7 +186,7 @@ class IsaBoard(Board):
             s3_type=None if self.config.no_s3 else layout.SLP_TYP_S3,
             on_suspend=power.suspend,
             on_wake=power.wake,
-            powered_on_ns=self._powered_on_ns[0],
+            powered_on_ns=self.powered_on_ns[0],
         )
 
     def _make_gpe(self) -> GpeBlock:
@@ -239,7 +238,7 @@ class IsaBoard(Board):
             ram_above_4g_bytes=self.memory.size_bytes - low,
             cpus=self.config.cpus,
             on_alarm=lambda: self.pm.rtc_alarm(),
-            powered_on_ns=self._powered_on_ns,
+            powered_on_ns=self.powered_on_ns,
         )
 
     def _make_i8042(self) -> I8042:
@@ -358,6 +357,7 @@ class IsaBoard(Board):
             make_all(self)
 
     def new_generation(self) -> None:
+        super().new_generation()
         self.vmgenid.change()
 
     # -- wake-up -----------------------------------------------------------------------------------------------

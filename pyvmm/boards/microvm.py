@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 class Microvm(IsaBoard):
+    may_come_late = True
     pm_port = layout.PORT_PM
     reset_port = layout.PORT_RESET
 

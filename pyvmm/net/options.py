@@ -246,6 +246,19 @@ def complete(nets: Sequence[NetOptions], uuid: str | None) -> tuple[NetOptions, 
     return tuple(done)
 
 
+def twin_macs(nets: Sequence[NetOptions], given: Sequence[NetOptions]) -> tuple[NetOptions, ...]:
+    """The cards of a machine that goes on from another one's state: each has a new address, locally administered and by
+    chance, but for those that were ``given`` with one.
+    """
+    import os
+
+    kept = [net.mac is not None for net in given] or [False] * len(nets)
+    return tuple(
+        net if keep else net.changed(mac=(b"\x02" + os.urandom(5)).hex(":"))
+        for net, keep in zip(nets, kept, strict=True)
+    )
+
+
 def made_mac(net: NetOptions, index: int, uuid: str | None) -> str:
     """02 and forty bits of what tells this card from others: two machines on one bridge have two interfaces, and the
     ends of a socket are two roles; the same configuration has the same address each time, as a saved guest expects.

@@ -12,7 +12,7 @@ from pyvmm.address_space import AddressSpace, SpaceListener
 from pyvmm.clock import VirtualClock
 from pyvmm.device import Device
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.late import Late
+from pyvmm.late import Late, LateSpaces
 from pyvmm.region import LateRegion, MemoryRegion
 
 PORT, BYTES, SECOND = 0x70, 2, 0x90
@@ -270,3 +270,83 @@ def test_a_line_of_the_debug_console_that_has_no_end_comes_out_at_the_end() -> N
 def test_files_that_can_not_be_are_told_of_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match="etc/e820"):
         Machine(machine="microvm", accel="qtest", memory_mib=2, fw_cfg={"etc/e820": b"mine"})
+
+
+# -- all of them at once
+
+
+class Board:
+    def __init__(self, *, fails: bool = False) -> None:
+        self.pio, self.mmio = AddressSpace("pio", 1 << 16), AddressSpace("mmio", 1 << 52)
+        self.words = Words()
+        self.made = 0
+        self.fails = fails
+        self.mmio.reserve(0, 1 << 20, "RAM")
+        self.late = LateSpaces((self.pio, self.mmio), self.make)
+
+    def make(self) -> None:
+        self.made += 1
+        # Whoever makes them finds what is there so far, and no stand-in.
+        assert self.pio.regions == []
+        self.pio.map(PORT, BYTES, self.words)
+        assert self.pio.read(PORT, 1) == 0x11
+        late = Late(Other, (self.pio, SECOND, 4, "other", ""))
+        self.pio.add_all([(address, region) for _space, address, region in late.regions()])
+        if self.fails:
+            raise ValueError("no room")
+        self.mmio.map(1 << 20, 4, Other())
+
+
+def test_a_look_at_any_address_brings_all() -> None:
+    for look in (
+        lambda b: b.pio.read(0xFFFE, 2),  # nobody's
+        lambda b: b.mmio.write(0xFEE00000, 4, 1),
+        lambda b: b.pio.find(SECOND),
+        lambda b: b.mmio.regions,
+        lambda b: b.mmio.map(0x200000, 1, Other()),
+        lambda b: b.pio.listen(SpaceListener()),
+        lambda b: b.late.arrive(),
+    ):
+        board = Board()
+        assert board.made == 0
+        look(board)
+        assert board.made == 1
+        assert board.pio.read(PORT + 1, 1) == 0x22
+        assert board.pio.read(0x1234, 2) == 0xFFFF
+        names = [region.name for region in board.pio.regions]
+        assert names == ["Words", "other"]
+        assert board.made == 1
+
+
+def test_many_threads_that_look_find_one_board() -> None:
+    board = Board()
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(board.pio.read(PORT, 1))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, board.made) == ([0x11] * 8, 1)
+
+
+def test_what_is_wrong_comes_out_once_and_what_came_before_it_is_there() -> None:
+    board = Board(fails=True)
+    with pytest.raises(ValueError, match="no room"):
+        board.pio.read(PORT, 1)
+    assert board.pio.read(PORT, 1) == 0x11
+    assert board.made == 1
+
+
+def test_what_is_forgotten_never_comes() -> None:
+    board = Board()
+    board.late.forget()
+    board.pio.unmap_all()
+    assert board.pio.read(PORT, 1) == 0xFF
+    assert board.made == 0
+
+
+def test_nothing_may_be_there_already() -> None:
+    pio = AddressSpace("pio", 1 << 16)
+    pio.map(PORT, BYTES, Words())
+    with pytest.raises(StateError, match="there is something in it already"):
+        LateSpaces((pio,), lambda: None)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     class Machine(Protocol):
         config: Spec
-        board: Board
         pio: AddressSpace
         mmio: AddressSpace
         memory: GuestMemory
@@ -37,10 +36,14 @@ if TYPE_CHECKING:
         events: Events
         drives: Drives
         backends: Mapping[str, BlockBackend]
-        consoles: Mapping[str, Chardev]
         cpus: list[Cpu]
-        irqchip: Irqchip
 
+        @property
+        def board(self) -> Board: ...
+        @property
+        def consoles(self) -> Mapping[str, Chardev]: ...
+        @property
+        def irqchip(self) -> Irqchip: ...
         @property
         def devices(self) -> Mapping[str, Device]: ...
         @property

@@ -35,7 +35,7 @@ from pyvmm.devices.virtio.net_features import (
     guest_offloads,
     offered,
 )
-from pyvmm.devices.virtio.net_filter import MAC_BYTES, RxFilter
+from pyvmm.devices.virtio.net_filter import MAC_BYTES, MOST_MACS, RxFilter
 from pyvmm.devices.virtio.net_lane import (
     BESIDE_MTU_BYTES,
     CLOSED,
@@ -102,6 +102,7 @@ class VirtioNet(VirtioDevice):
         """
         self._filter_told = False
         self._mac_at_power_on = mac
+        self._former_mac = b""  # what a driver goes on with that has not looked since there is another one
         self._mtu = mtu or 0
         self._pairs_there = len(backend.ports)
         self._pairs = 1  # in use
@@ -169,6 +170,19 @@ class VirtioNet(VirtioDevice):
         if self.features & F_GUEST_ANNOUNCE:
             self._announce = True
             self._link_changed()
+
+    def take_own_address(self) -> None:
+        """Of a twin, which has been loaded: have the address that it was made with, not the other one's. Its driver is
+        told of a change (5.1.4), and may look at once, when it is bound again, or never; until then frames to the one
+        that it knows are let through too.
+        """
+        if self.mac == self._mac_at_power_on:
+            return
+        if self._begun:
+            self._former_mac = self.mac
+        self.config[:MAC_BYTES] = self._mac_at_power_on
+        self._refilter()
+        self.config_changed()
 
     def _link_changed(self) -> None:
         with self.notice:  # from any thread: of two changes the later one must not be written first
@@ -273,6 +287,7 @@ class VirtioNet(VirtioDevice):
         self._pairs = 1
         self._guest_offloads = 0
         self.config[:MAC_BYTES] = self._mac_at_power_on
+        self._former_mac = b""
         with self.notice:
             self._announce = False
             self.config[STATUS:MAX_PAIRS] = (S_LINK_UP if self.link_up else 0).to_bytes(2, "little")
@@ -402,9 +417,12 @@ class VirtioNet(VirtioDevice):
     def _refilter(self) -> None:
         """The lanes look at frames as the filter says now."""
         wanted = self.filter
+        unicast = wanted.unicast
+        if self._former_mac:
+            unicast = [self._former_mac, *unicast[: MOST_MACS - 1]]
         for lane in self._rx:
             with lane.queue.lock:
-                lane.set_filter(wanted.modes, self.mac, wanted.unicast, wanted.multicast, bytes(wanted.vlans))
+                lane.set_filter(wanted.modes, self.mac, unicast, wanted.multicast, bytes(wanted.vlans))
 
     # -- the control queue ------------------------------------------------------------------------------------------
 
@@ -437,6 +455,7 @@ class VirtioNet(VirtioDevice):
 
     def set_mac(self, mac: bytes) -> None:
         self.config[:MAC_BYTES] = mac
+        self._former_mac = b""
 
     def set_pairs(self, pairs: int) -> bool:
         """Use so many. Whether that can be (5.1.6.5.5)."""
@@ -486,8 +505,10 @@ class VirtioNet(VirtioDevice):
 
     # -- state ------------------------------------------------------------------------------------------------------
 
+    STATE_VERSION = 2
     STATE = {
         "filter": "part",
+        "_former_mac": ("bytes", 0, MAC_BYTES),
         "_pairs": range(1, 0x10000),
         "_guest_offloads": 8,
         "_link_wanted": "flag",
@@ -508,6 +529,8 @@ class VirtioNet(VirtioDevice):
             if not isinstance(hand, list) or len(hand) > lane.queue.max_size:
                 raise StateError(f"hands has more than the {lane.queue.max_size} that a queue holds, or no list")
         super().load({name: value for name, value in state.items() if name != "hands"})
+        if len(self._former_mac) not in (0, MAC_BYTES):
+            raise StateError(f"former_mac has {len(self._former_mac)} bytes, not {MAC_BYTES}, or none")
         if self._pairs > self._pairs_there:
             raise StateError(f"pairs is {self._pairs}, of {self._pairs_there}")
         self._tokens = hands

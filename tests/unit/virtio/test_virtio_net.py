@@ -641,6 +641,33 @@ def test_it_goes_on_elsewhere_at_any_moment(bench: Make, ring: dict[str, bool], 
         assert passes(it, OTHER) == [False]
 
 
+def test_a_twin_has_its_own_address_and_hears_the_one_that_its_driver_knows(bench: Make, kind: str) -> None:
+    it = bench(kind)
+    known, stranger = bytes.fromhex("02000000aaaa"), bytes.fromhex("020000000077")
+    assert it.command(2, 0, b"\0\0") == 0
+    assert it.command(1, 1, known) == 0
+    assert it.command(0, 0, b"\0") == 0
+    assert passes(it, known, MAC, stranger) == [True, False, False]
+    moved(it)
+    generation = it.card.generation
+    it.card.take_own_address()
+    assert it.card.mac == MAC
+    assert it.card.generation == generation + 1
+    for _ in range(2):
+        assert passes(it, known, MAC, stranger) == [True, True, False]
+        moved(it)
+    # With as many addresses as there may be besides.
+    others = [n.to_bytes(6, "big") for n in range(0x020000000100, 0x020000000100 + 64)]
+    assert it.command(1, 0, tables(others, [])) == 0
+    assert passes(it, known, MAC, stranger) == [True, True, False]
+    # The driver says what it has now; there is one address again.
+    assert it.command(1, 1, stranger) == 0
+    assert passes(it, known, MAC, stranger) == [False, False, True]
+    it.card.take_own_address()
+    it.card.take_own_address()
+    assert it.card.generation == generation + 2
+
+
 def test_frames_that_the_host_had_no_room_for_go_on_elsewhere(bench: Make, kind: str) -> None:
     it = bench(kind, sizes=(256, 512))
     frames = [frame(n, 1400) for n in range(1000)]
@@ -672,6 +699,7 @@ def test_a_state_that_is_none(bench: Make) -> None:
     for change in (
         {"pairs": 3},
         {"pairs": 0},
+        {"former_mac": b"12345"},
         {"hands": None},
         {"hands": state["hands"][1:]},
         {"hands": [hand * 1000, *state["hands"][1:]]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from machine_guest import MachineGuest
@@ -94,6 +95,45 @@ def test_frames_both_ways_and_in_another_machine(
         assert taken(peer) == frame(4)
         card.link_up = False
         assert guest.config(6, 2) == 0
+
+
+@BOARDS
+def test_twins_have_addresses_of_their_own(
+    board: str, cable: Callable[[], tuple[NetOptions, socket.socket]], tmp_path: Path
+) -> None:
+    """In the card and in what the machine says that it is made of."""
+
+    def end(mac: str | None = None) -> list[NetOptions]:
+        return [cable()[0].changed(mac=mac)]
+
+    def mac_of(m: pyvmm.Machine) -> bytes:
+        card = m.devices["net0"]
+        assert isinstance(card, VirtioNet)
+        assert card.mac.hex(":") == m.config.nets[0].mac
+        return card.mac
+
+    path, asked = tmp_path / "a", "02:00:00:00:00:77"
+    with machine(board, end(MAC.hex(":"))[0], "split") as m:
+        m.save(path)
+    macs = []
+    with pyvmm.Template(path, nets=end()) as template, template.start() as m:
+        macs.append(mac_of(m))
+        forks = m.fork(2, each=lambda n: {"nets": end()})
+        macs += [mac_of(each) for each in forks]
+        (same,) = m.fork(nets=end(asked))
+        assert mac_of(same).hex(":") == asked
+        for each in (same, *forks):
+            each.close()
+    with pyvmm.Machine.restore(path, nets=end()) as m:
+        macs.append(mac_of(m))
+        m.reset()
+        assert mac_of(m) == macs[-1]
+        m.load(path)
+        assert mac_of(m) == macs[-1]
+    assert len({MAC, *macs}) == 5
+    assert all(mac[0] & 3 == 2 for mac in macs)  # locally administered, and no group's
+    with pyvmm.Machine.restore(path, twin=False, nets=end(MAC.hex(":"))) as m:
+        assert mac_of(m) == MAC
 
 
 def test_two_cards_of_a_pc_have_slots_and_addresses_of_their_own(

@@ -1,0 +1,148 @@
+"""The third machine of one snapshot has no devices before somebody looks for one: nobody can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guests import PASSED, TIMEOUT_S, Guest
+
+from pyvmm import ConfigError, Machine, Template
+from pyvmm.device import Device
+from pyvmm.x86 import layout
+
+# Touches the machine's first device when a word in its memory says so.
+WAIT = """
+        movl    $1, here
+1:      cmpl    $0, go
+        je      1b
+        mov     $0x71, %dx
+        inb     %dx, %al
+        finish
+        .balign 4
+here:   .long   0
+go:     .long   0
+"""
+PERIODIC = 0x40  # PIE of the RTC's register B (MC146818A)
+FULL = 2  # machines of a template that are made whole: the first loads each device, the second finds what need not be
+
+
+def late(machine: Machine) -> bool:
+    """Without looking for a device."""
+    return [region.name for region in machine.pio.view.regions] == ["a device"]
+
+
+@pytest.fixture(params=["off", "kernel"])
+def guest(request: pytest.FixtureRequest, boot: Callable[..., Guest]) -> Guest:
+    return boot(WAIT, irqchip=request.param)
+
+
+@pytest.fixture
+def template(guest: Guest, tmp_path: Path) -> Iterator[Template]:
+    guest.machine.save(tmp_path / "a")
+    with Template(tmp_path / "a") as template:
+        for _ in range(FULL):
+            template.start().close()
+        yield template
+
+
+def steady(machine: Machine) -> dict[str, Any]:
+    """All that is the same whenever and for whomever it is asked; times as guest time."""
+    parts = machine.save_state(memory=False)["parts"]
+    now_ns = parts.pop("clock")["state"]["now_ns"]
+    for name in ("KVM's clock", "vmgenid", *(name for name in parts if name.startswith("vCPU"))):
+        parts.pop(name)
+    rtc = parts["rtc"]["state"]
+    rtc["chain_start_ns"] += now_ns
+    parts["acpi_pm"]["state"].pop("now_ticks")
+    parts["acpi_pm"]["state"].pop("toggle", None)
+    return dict(parts)
+
+
+def rtc_began_ns(machine: Machine) -> int:
+    """When the second of its clock began that it counts from, in guest time."""
+    chain_start_ns: int = machine.devices["rtc"].save()["chain_start_ns"]
+    return machine.clock.now_ns() + chain_start_ns
+
+
+def test_its_devices_are_those_of_the_one_that_was_saved(guest: Guest, template: Template) -> None:
+    with template.start() as m, Machine.restore(template.snapshot.path) as first:
+        assert late(m)
+        assert not late(first)
+        wanted = steady(first)
+        assert steady(m) == wanted
+        assert not late(m)
+        assert list(m.devices) == list(first.devices)
+        assert m.devices["vmgenid"].save() != first.devices["vmgenid"].save()
+
+
+def test_they_come_when_the_guest_touches_one_as_of_when_it_began(guest: Guest, template: Template) -> None:
+    wanted = rtc_began_ns(guest.machine)
+    with template.start() as m:
+        m.resume()
+        while m.memory.read(guest.program.symbols["here"], 1) != b"\1":
+            assert not m.wait(0.01)
+        assert late(m)
+        m.memory.write(guest.program.symbols["go"], b"\1")
+        assert m.wait(TIMEOUT_S)
+        assert m.status == PASSED
+        assert not late(m)
+        assert m.clock.now_ns() > guest.machine.clock.now_ns()
+        assert rtc_began_ns(m) == wanted
+
+
+def test_a_reset_and_a_save_find_them(guest: Guest, template: Template, tmp_path: Path) -> None:
+    with template.start() as m:
+        m.save(tmp_path / "b")
+        with Machine.restore(tmp_path / "b", serial=None, debugcon=None) as n:
+            assert steady(n) == steady(m)
+    with template.start() as m:
+        m.reset()
+        assert not late(m)
+        m.memory.write(guest.program.symbols["go"], b"\1")
+        assert m.run(TIMEOUT_S) == PASSED
+
+
+def test_a_device_of_ones_own_finds_its_place_taken_or_free(guest: Guest, template: Template) -> None:
+    with template.start() as m:
+        with pytest.raises(ConfigError, match="overlaps rtc at 0x70-0x71"):
+            m.pio.map(layout.PORT_RTC, 1, Device())
+        m.pio.map(0x300, 1, Device())
+    with template.start() as m, pytest.raises(ConfigError, match="which answers by itself"):
+        m.mmio.map(0, 1, Device())
+
+
+def test_whose_timer_runs_has_it_at_once(guest: Guest, tmp_path: Path) -> None:
+    pio = guest.machine.pio
+    pio.write(layout.PORT_RTC, 1, 0x0B)
+    pio.write(layout.PORT_RTC + 1, 1, pio.read(layout.PORT_RTC + 1, 1) | PERIODIC)
+    guest.machine.save(tmp_path / "a")
+    with Template(tmp_path / "a") as template:
+        for _ in range(2 * FULL):
+            with template.start() as m:
+                assert not late(m)
+
+
+def test_forks_are_late_too(guest: Guest) -> None:
+    with guest.machine as m:
+        made = m.fork(FULL + 2)
+        assert not late(made[0])
+        assert [late(each) for each in made[FULL:]] == [True] * 2
+        for each in made:
+            each.memory.write(guest.program.symbols["go"], b"\1")
+            assert each.run(TIMEOUT_S) == PASSED
+            each.close()
+
+
+def test_who_opens_the_same_file_again_has_it_late(guest: Guest, tmp_path: Path) -> None:
+    guest.machine.save(tmp_path / "a")
+    found = []
+    for _ in range(FULL + 3):
+        with Machine.restore(tmp_path / "a") as m:
+            found.append(late(m))
+            m.memory.write(guest.program.symbols["go"], b"\1")
+            assert m.run(TIMEOUT_S) == PASSED
+    assert found[0] is False
+    assert found[FULL + 1 :] == [True] * 2
