@@ -23,6 +23,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
     from typing_extensions import Unpack
@@ -118,6 +119,30 @@ class Machine(MovingMachine):
         if limit_s is None:
             raise ConfigError("balloon_stats(None): give a number of seconds, a guest may never answer")
         return self._balloon("balloon_stats").stats(limit_s)
+
+    def announce_self(
+        self,
+        initial_ms: int = 50,
+        max_ms: int = 550,
+        rounds: int = 5,
+        step_ms: int = 100,
+        *,
+        interfaces: Sequence[str] | None = None,
+        id: str = "",
+    ) -> None:
+        """Have the network cards, or those named, tell the network where they are, as ``restore`` and ``incoming`` do
+        without it: a guest that can (VIRTIO_NET_F_GUEST_ANNOUNCE) is asked to, for another one a RARP frame says it.
+
+        The first of ``rounds`` is now, or when the machine goes on; the next ``initial_ms`` later, and then it takes
+        ``step_ms`` longer each time, up to ``max_ms``. They take the place of those of the same ``id`` that are under
+        way; ``rounds=0`` ends those. From any thread. ConfigError for a card that there is none of. (QEMU's
+        announce-self.)
+        """
+        self._usable("announce_self")
+        if self.board.announcer is not None:
+            self.board.announcer.announce(initial_ms, max_ms, rounds, step_ms, interfaces=interfaces, id=id)
+        elif interfaces:
+            raise ConfigError(f"announce_self(interfaces={list(interfaces)}): the machine has no network card")
 
     def change_medium(
         self, drive: str, file: str | PathLike[str] | None, *, format: str | None = None, force: bool = False

@@ -112,6 +112,8 @@ class MovingMachine(SavingMachine):
             state.check_description(arrival.machine)
             state.load(arrival.receive(state.memory()))
             arrival.take_over(self.drives.claim)
+            if self.board.announcer is not None:
+                self.board.announcer.announce()
         except BaseException:
             self.close()
             raise

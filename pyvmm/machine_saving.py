@@ -126,6 +126,8 @@ class SavingMachine(RunningMachine):
         read, beside the guest. Guest time goes on from where it stood, or with ``clock="now"`` from where it would be
         had the machine run on: by the host's wall clock, for all clocks of the guest.
 
+        Network cards tell the network where they are, when it goes on (``Machine.announce_self``).
+
         ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
         """
         from pyvmm.machine_snapshot import Way, of_twin, restored_spec
@@ -138,7 +140,10 @@ class SavingMachine(RunningMachine):
             config = restored_spec(origin, options, copied=eager)
             if twin:
                 config = of_twin(config, options)
-            return cls.of_snapshot(origin, config, way)
+            self = cls.of_snapshot(origin, config, way)
+        if self.board.announcer is not None:
+            self.board.announcer.announce()
+        return self
 
     @classmethod
     def of_snapshot(cls, origin: Snapshot, config: Spec, way: Way) -> Self:

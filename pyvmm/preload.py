@@ -17,6 +17,7 @@ BUILDING = (
     "pyroute2",
     "pyroute2.netlink.exceptions",
     "pyvmm.address_space",
+    "pyvmm.announcer",
     "pyvmm.balloon",
     "pyvmm.balloon_options",
     "pyvmm.block",

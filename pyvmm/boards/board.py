@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, TypeVar
 
+    from pyvmm.announcer import Announcer
     from pyvmm.balloon import Balloon
     from pyvmm.boards.drive_places import PlacedDrive
     from pyvmm.chardev import Chardev
@@ -63,6 +64,8 @@ class Board:
     """
     vga: VgaText | None = None
     balloon: Balloon | None = None
+    announcer: Announcer | None = None
+    """Where there are network cards."""
     _late: LateSpaces | None = None  # until they are there
 
     def __init__(self, config: Spec, chassis: Chassis, images: Images, *, runs_guests: bool) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pyvmm.address_space import AddressSpace
+    from pyvmm.announcer import Announcer
     from pyvmm.balloon import Balloon
     from pyvmm.balloon_options import BalloonOptions
     from pyvmm.boards.drive_places import PlacedDrive
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.pci.host import PciHost
     from pyvmm.devices.virtio.blk import VirtioBlk
     from pyvmm.devices.virtio.device import IoWatcher, VirtioDevice
+    from pyvmm.devices.virtio.net import VirtioNet
     from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
     from pyvmm.irq import IrqLine
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
         windows: Places
         irqchip: Irqchip
         balloon: Balloon | None
+        announcer: Announcer | None
         disks: dict[str, VirtioBlk]
 
         def add(self, name: str, device: Any) -> Any: ...
@@ -75,8 +78,10 @@ def make_all(board: Board) -> None:
     for drive in board.config.drives:
         if drive.interface == "virtio":
             make_disk(board, drive)
-    for net in board.config.nets:
-        make_net(board, net)
+    if board.config.nets:
+        from pyvmm.announcer import Announcer
+
+        board.announcer = Announcer(board.clock, {str(net.id): make_net(board, net) for net in board.config.nets})
     if board.config.vsock is not None:
         make_vsock(board, board.config.vsock)
     if board.config.rng:
@@ -89,7 +94,7 @@ def make_all(board: Board) -> None:
         make_balloon(board, board.config.balloon)
 
 
-def make_net(board: Board, options: NetOptions) -> None:
+def make_net(board: Board, options: NetOptions) -> VirtioNet:
     from pyvmm.devices.virtio.net import VirtioNet
     from pyvmm.net.open import open_net
 
@@ -101,6 +106,7 @@ def make_net(board: Board, options: NetOptions) -> None:
     events = board.chassis.events
     card.on_filter = lambda: events.tell("rx-filter", device=name)
     board.add_virtio(name, card, options)
+    return card
 
 
 def make_vsock(board: Board, options: VsockOptions) -> None:

@@ -49,6 +49,7 @@ def told(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "system_powerdown": {},
         "set_link": {"name": "n", "up": False},
         "query-rx-filter": {"name": "n"},
+        "announce-self": {"initial": 50, "max": 550, "rounds": 5, "step": 50, "interfaces": ["n"], "id": "a"},
         "balloon": {"value": 1 << 20},
         "block_resize": {"id": "d", "size": 2 << 20},
         "eject": {"id": "cd"},

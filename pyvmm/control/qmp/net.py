@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.control.qmp.kinds import BOOL, INT, STR, Enum, ListOf, Optional, QmpError, Struct
+from pyvmm.control.qmp.kinds import BOOL, INT, STR, Enum, Int, ListOf, Optional, QmpError, Struct
 from pyvmm.control.qmp.table import command
 
 TYPE_CHECKING = False
@@ -31,6 +31,19 @@ def card_named(served: Served, name: str) -> VirtioNet:
 @command("set_link", {"name": STR, "up": BOOL})
 def set_link(served: Served, name: str, up: bool) -> None:
     card_named(served, name).link_up = up
+
+
+MS = Int(0, 100_000)
+
+
+@command("announce-self", {
+    "initial": MS, "max": MS, "rounds": Int(0, 1000), "step": Int(0, 10_000), "interfaces": Optional(ListOf(STR)),
+    "id": Optional(STR),
+})  # fmt: skip
+def announce_self(
+    served: Served, initial: int, max: int, rounds: int, step: int, interfaces: list[str] | None = None, id: str = ""
+) -> None:
+    served.machine.announce_self(initial, max, rounds, step, interfaces=interfaces, id=id)
 
 
 @command("query-rx-filter", {"name": Optional(STR)}, ListOf(RX_FILTER))

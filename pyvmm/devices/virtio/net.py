@@ -28,6 +28,7 @@ from pyvmm.devices.virtio.net_features import (
     F_MQ,
     F_MRG_RXBUF,
     F_MTU,
+    F_STATUS,
     F_VERSION_1,
     GUEST_OFFLOADS,
     SEGMENTS_FOR_GUEST,
@@ -74,6 +75,7 @@ STATUS, MAX_PAIRS, MTU, CONFIG_BYTES = 6, 8, 10, 12
 S_LINK_UP, S_ANNOUNCE = 1, 2
 
 DEFAULT_MTU = 1500
+LEAST_FRAME_BYTES = 60
 MOST_SEGMENT_BYTES = 65535 + BESIDE_MTU_BYTES  # an IP packet's most, before it is cut
 
 
@@ -111,6 +113,7 @@ class VirtioNet(VirtioDevice):
         self._announce = False
         self._begun = False  # the driver has been ready since the last reset
         self._attached = False
+        self._header_bytes = OLD_HEADER_BYTES  # as the backend was told last
         self._watched: set[int] = set()
         self._watching = DeviceLock()  # around that set and what it says; the last, below a queue's lock
         self._tokens: list[list[Any]] = []
@@ -166,10 +169,31 @@ class VirtioNet(VirtioDevice):
         return self.filter
 
     def announce(self) -> None:
-        """Ask the guest to tell the network where it is (5.1.6.5.4), as after a move to another host."""
-        if self.features & F_GUEST_ANNOUNCE:
-            self._announce = True
-            self._link_changed()
+        """Have the network told where the guest is, as after a move to another host: the guest is asked to (5.1.6.5.4),
+        or where it knows no such request a RARP frame says it. Nothing is said for a guest whose driver was never
+        ready. From any thread.
+        """
+        if not self.features & F_GUEST_ANNOUNCE or not self.features & F_STATUS:
+            if self.io is not None:
+                self._thread.call_soon(self._tell_where)
+            return
+        self._announce = True
+        self._link_changed()
+
+    def _tell_where(self) -> None:
+        """On the device's thread. A frame for which there is no room is lost, as frames are."""
+        if not self._attached or not self.link_up:
+            return
+        lane = self._tx[0]
+        header = bytes(self._header_bytes) if self.backend.has_header else b""
+        with lane.queue.lock:
+            port = lane.port
+            if port.closed:
+                return
+            port.send([header + reverse_request(self._former_mac or self.mac)])
+            if not port.flush():
+                fd = port.fd
+                self._thread.add_writer(fd, lambda: self._on_writable(0, fd))
 
     def take_own_address(self) -> None:
         """Of a twin, which has been loaded: have the address that it was made with, not the other one's. Its driver is
@@ -227,7 +251,7 @@ class VirtioNet(VirtioDevice):
         """What was negotiated, and what the control queue has said since, is what lanes and backend go by."""
         features = self.features
         new = features & (F_VERSION_1 | F_MRG_RXBUF)
-        header_bytes = HEADER_BYTES if new else OLD_HEADER_BYTES
+        self._header_bytes = header_bytes = HEADER_BYTES if new else OLD_HEADER_BYTES
         mtu = self._mtu if features & F_MTU else 0
         ecn = (0, GSO_ECN) if features & F_HOST_ECN else (0,)
         segments = [
@@ -549,6 +573,12 @@ class VirtioNet(VirtioDevice):
                     lane.retake(hand)
                 except RingError as error:
                     self.broken(str(error))
+
+
+def reverse_request(mac: bytes) -> bytes:
+    """A RARP request for the address of who sends it (RFC 903), of Ethernet's least length without a checksum."""
+    head = b"\xff" * MAC_BYTES + mac + b"\x80\x35"
+    return (head + b"\0\1\x08\0\6\4\0\3" + (mac + bytes(4)) * 2).ljust(LEAST_FRAME_BYTES, b"\0")
 
 
 def nobody_looks() -> None:

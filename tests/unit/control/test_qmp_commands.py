@@ -177,6 +177,10 @@ def test_the_link(peer: QmpPeer, machine: Machine) -> None:
     assert peer.get("set_link", name="net0", up=True) == {}
     assert card._link_wanted
     assert peer.error("set_link", name="net1", up=True) == "Device 'net1' not found"
+    rounds = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+    assert peer.get("announce-self", **rounds) == peer.get("announce-self", interfaces=["net0"], id="x", **rounds) == {}
+    assert "no such card" in peer.error("announce-self", interfaces=["net1"], **rounds)
+    assert peer.error("announce-self", initial=50, max=550, step=1) == "Parameter 'rounds' is missing"
 
 
 def test_the_filter_is_news_until_somebody_looks(peer: QmpPeer, machine: Machine) -> None:

@@ -525,9 +525,51 @@ def test_the_guest_is_asked_to_announce_itself(bench: Make) -> None:
     assert status(it) == S_LINK_UP | S_ANNOUNCE
     assert it.command(3, 0) == 0
     assert status(it) == S_LINK_UP
-    deaf = bench(take=ALL & ~(f.F_GUEST_ANNOUNCE | f.F_MQ))
-    deaf.card.announce()
-    assert status(deaf) == S_LINK_UP
+    it.card.announce()
+    it.card.announce()  # it has not looked yet
+    assert status(it) == S_LINK_UP | S_ANNOUNCE
+    assert it.command(3, 1) == 1
+    assert status(it) == S_LINK_UP | S_ANNOUNCE
+    assert it.went() == []
+
+
+# RFC 903: to all; Ethernet and IPv4, operation 3, both addresses the card's, and no IPv4 address yet.
+RARP = b"\xff" * 6 + MAC + bytes.fromhex("8035 0001 0800 06 04 0003") + (MAC + bytes(4)) * 2 + bytes(18)
+
+
+@pytest.mark.parametrize("missing", [f.F_GUEST_ANNOUNCE, f.F_STATUS, f.F_GUEST_ANNOUNCE | f.F_CTRL_VQ])
+def test_for_a_guest_that_can_not_the_card_announces_it(bench: Make, missing: int) -> None:
+    if missing & f.F_CTRL_VQ:
+        missing |= f.CONTROLLED
+    for kind, before in (("stream", b""), ("tap", bytes(HEADER_BYTES))):
+        it = bench(kind, take=ALL & ~(missing | f.F_MQ))
+        it.card.announce()
+        it.io.settle()
+        assert it.went() == [before + RARP]
+        assert len(RARP) == 60
+        assert not it.card.config[6] & S_ANNOUNCE
+        it.card.link_up = False
+        it.card.announce()
+        it.io.settle()
+        assert it.went() == []
+
+
+def test_nobody_announces_a_guest_without_a_driver(bench: Make) -> None:
+    it = bench("tap", take=ALL & ~(f.F_GUEST_ANNOUNCE | f.F_MQ))
+    silent = it.make(1)
+    silent.announce()
+    it.io.settle()
+    assert it.went() == []
+
+
+def test_a_network_that_takes_nothing_holds_nobody_up(bench: Make) -> None:
+    it = bench(take=ALL & ~(f.F_GUEST_ANNOUNCE | f.F_MQ))
+    for _ in range(20000):
+        it.card.announce()
+        it.io.settle()
+    assert it.card.stats["sent"] < 20000
+    frames = it.went()
+    assert set(frames) == {RARP}
 
 
 def test_several_pairs(bench: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from machine_guest import MachineGuest
 from net_bench import HEADER_BYTES, MAC, frame
 
 import pyvmm
+from pyvmm.clock import VirtualClock
 from pyvmm.devices.virtio.net import VirtioNet
-from pyvmm.devices.virtio.net_features import F_MAC, F_MRG_RXBUF, F_STATUS
+from pyvmm.devices.virtio.net_features import F_CTRL_VQ, F_GUEST_ANNOUNCE, F_MAC, F_MRG_RXBUF, F_STATUS
 from pyvmm.devices.virtio.ring import F_RING_PACKED
 from pyvmm.errors import ConfigError
 from pyvmm.net.options import NetOptions
@@ -49,6 +51,10 @@ def taken(peer: socket.socket) -> bytes:
     """The next frame."""
     size = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")
     return peer.recv(size, socket.MSG_WAITALL)
+
+
+def is_quiet(peer: socket.socket) -> bool:
+    return not select.select([peer], [], [], 0)[0]
 
 
 def send(guest: MachineGuest, data: bytes) -> None:
@@ -134,6 +140,82 @@ def test_twins_have_addresses_of_their_own(
     assert all(mac[0] & 3 == 2 for mac in macs)  # locally administered, and no group's
     with pyvmm.Machine.restore(path, twin=False, nets=end(MAC.hex(":"))) as m:
         assert mac_of(m) == MAC
+
+
+MS = 1_000_000
+WAITS_MS = (0, 50, 150, 250, 350)  # of QEMU's default rounds
+ANNOUNCES = F_STATUS | F_GUEST_ANNOUNCE | F_CTRL_VQ
+
+
+@pytest.mark.parametrize(
+    ("words", "waits_ms"),
+    [
+        ((), WAITS_MS),
+        ((10, 25, 4, 10), (0, 10, 20, 25)),
+        ((0, 0, 2, 0), (0, 0)),
+        ((50, 550, 0, 100), ()),
+    ],
+)
+def test_rounds_of_announcements(
+    words: tuple[int, ...], waits_ms: tuple[int, ...], cable: Callable[[], tuple[NetOptions, socket.socket]]
+) -> None:
+    net, peer = cable()
+    with machine("microvm", net, "split") as m:
+        clock = m.clock
+        assert isinstance(clock, VirtualClock)
+        MachineGuest(m, "net0").start(F_MAC, 0, 1)
+        m.announce_self(*words)
+        for wait_ms in waits_ms:
+            if wait_ms:
+                clock.step(wait_ms * MS - 1)
+                assert is_quiet(peer)
+            clock.step(1 if wait_ms else 0)
+            assert taken(peer)[6:14] == MAC + b"\x80\x35"
+        clock.step(10**12)
+        assert clock.next_deadline_ns is None
+        assert is_quiet(peer)
+
+
+def test_announcements_begin_anew_or_end(cable: Callable[[], tuple[NetOptions, socket.socket]]) -> None:
+    net, _ = cable()
+    with machine("microvm", net, "split") as m:
+        clock = m.clock
+        assert isinstance(clock, VirtualClock)
+        guest = MachineGuest(m, "net0")
+        guest.start(F_MAC | ANNOUNCES, 0, 1, 2)
+        m.announce_self(rounds=1000, id="a")
+        m.announce_self(rounds=1, interfaces=["net0"])
+        clock.step(1)
+        assert guest.config(6, 2) == 3
+        chain = guest.drivers[2].add([b"\3\0"], [1])
+        guest.notify(2)
+        assert guest.used(2) == [(chain, 1)]
+        assert guest.config(6, 2) == 1
+        state = m.save_state()
+        clock.step(60 * MS)
+        assert guest.config(6, 2) == 3
+        asked = m.save_state()
+        for n in range(63):
+            m.announce_self(rounds=2, id=str(n))
+        with pytest.raises(ConfigError, match="64 others are under way"):
+            m.announce_self(id="one more")
+        for n in (*range(63), "a"):
+            m.announce_self(rounds=0, id=str(n))
+        assert clock.next_deadline_ns is None
+        with pytest.raises(ConfigError, match=r"no such card: did you mean net0\?"):
+            m.announce_self(interfaces=["net1"])
+        with pytest.raises(ConfigError, match="rounds=1001"):
+            m.announce_self(rounds=1001)
+    for saved, status in ((state, 1), (asked, 3)):
+        net, _ = cable()
+        with machine("microvm", net, "split") as m:
+            m.load_state(saved)
+            guest.machine = m
+            assert guest.config(6, 2) == status
+    with pyvmm.Machine(accel="qtest", memory_mib=4) as m:
+        m.announce_self()
+        with pytest.raises(ConfigError, match="no network card"):
+            m.announce_self(interfaces=["net0"])
 
 
 def test_two_cards_of_a_pc_have_slots_and_addresses_of_their_own(
