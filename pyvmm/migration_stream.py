@@ -152,7 +152,7 @@ class MigrationStream:
         """Wait for it. StateError with the peer's reason where it refuses."""
         kind, length = self.frame(expected, REFUSED)
         if kind == REFUSED:
-            raise StateError(f"the other side refuses: {self._receive(length).decode(errors='replace')}")
+            raise StateError(f"the other side refuses: {sentence(self._receive(length))}")
 
     def data(self, length: int) -> dict[str, Any]:
         value = unpack(bytes(self._receive(length)))
@@ -238,6 +238,11 @@ class Told:
                 self._stream.send_why(error if str(error) else StateError(f"{type(error).__name__} there"))
             except VmmError:
                 pass
+
+
+def sentence(said: bytes) -> str:
+    """A peer's words, as they may stand in a message: on one line, and nothing that a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in said.decode(errors="replace"))
 
 
 def broken(error: OSError) -> HostError:

@@ -169,3 +169,12 @@ def test_it_is_called_off_in_each_wait() -> None:
             with pytest.raises(ms.Cancelled):
                 call(stream)
         there.close()
+
+
+def test_why_the_other_side_refuses_is_one_line() -> None:
+    here, there = socket.socketpair()
+    there.sendall(frame(ms.REFUSED, "no\x1b[2J room\nfor Zo\u00eb\xff".encode()))
+    there.close()
+    with MigrationStream(here) as stream, pytest.raises(StateError, match="refuses") as caught:
+        stream.answer(ms.READY)
+    assert str(caught.value) == "the other side refuses: no?[2J room?for Zo\u00eb\xff"
