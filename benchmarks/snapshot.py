@@ -4,7 +4,8 @@
               (restore_floor.c)
     fork      a hundred machines of one that stands, until each has executed an instruction; beside a hundred in C
     live      how long a guest stands that is saved while it writes to 50 MB of pages a second
-    shell     `pyvmm run --restore`, to the end of the process, beside a Python that starts and ends
+    shell     `pyvmm run --restore`, to the end of the process, beside a Python that starts and ends; and QEMU's
+              -loadvm of as much memory, where QEMU is there
 
 Contenders take turns, A B C C B A a round (sampling.py). Snapshots are in memory (tmpfs).
 """
@@ -24,6 +25,7 @@ from pyvmm.errors import ConfigError
 from pyvmm_benchmarks import cycles, environment, sampling, stopwatch
 from pyvmm_benchmarks.contenders import c_floor
 from pyvmm_benchmarks.contenders.launch_pyvmm import shell_command
+from pyvmm_benchmarks.contenders.snapshot_qemu import QemuLoadvm
 from pyvmm_benchmarks.launch import chosen
 from pyvmm_benchmarks.report import TOLERANCE, Case, Report, Result, case_lines, print_comparison
 
@@ -39,6 +41,7 @@ TOUCHED_AT, TOUCHED_MIB = 64 * MIB, 128
 FORKS = 100
 LIVE_MIB, LIVE_MB_PER_S = 256, 50
 SHELL_LIMIT_S = 60.0
+QEMU_MACHINES = ("pc", "microvm")
 
 OPTIONS = (
     Option("--quick", "", "few rounds, one set of processes"),
@@ -104,8 +107,9 @@ def measured(given: Mapping[str, object]) -> Report:
     rounds = int(str(given.get("rounds", 5 if quick else 20)))
     if rounds < 1:
         raise ConfigError("--rounds: give at least 1")
+    versions = {"qemu": QemuLoadvm(QEMU_MACHINES[0]).version() or ""}
     settings = {"quick": quick, "rounds": rounds, "sets": 1 if quick else 3}
-    report = Report("snapshot", environment.describe(None, {}), settings)
+    report = Report("snapshot", environment.describe(None, versions), settings)
     print("\n".join(environment.lines(report.host)) + "\n", flush=True)
     place = str(given.get("directory", MEMORY_DIRECTORY if Path(MEMORY_DIRECTORY).is_dir() else "")) or None
     with tempfile.TemporaryDirectory(dir=place) as name:
@@ -220,9 +224,20 @@ class Bench:
         def turn(command: list[str]) -> Callable[[], float]:
             return lambda: stopwatch.launch(command, limit_s=SHELL_LIMIT_S).end_ns * MS_PER_NS
 
+        absent = []
+        for machine in QEMU_MACHINES:
+            qemu = QemuLoadvm(machine)
+            try:
+                if qemu.program is not None:
+                    commands[qemu.name] = qemu.saved(self.directory, KINDS[1].memory_mib)
+                    continue
+                reason = f"not installed (Debian: qemu-system-x86; or name it in {qemu.variable})"
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                reason = str(error)
+            absent.append(Result(qemu.name, reason=reason))
         turns = {name: turn(command) for name, command in commands.items()}
         values = sampling.rounds(turns, self.rounds)
-        results = [Result(name, [values[name]], values[name], ours=name == "pyvmm") for name in commands]
+        results = [Result(name, [values[name]], values[name], ours=name == "pyvmm") for name in commands] + absent
         title = f"`pyvmm run --restore`, {KINDS[1].memory_mib} MiB, to the end of the process"
         return [Case("shell_restore", title, "ms", results, reference="python")]
 

@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz_migration.py [libFuzzer options] [corpus directory]
 
-for example ``-runs=100000 -max_len=200``.
+for example ``-runs=100000 -max_len=200 -len_control=0``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm_benchmarks import cycles, snapshot
+from pyvmm_benchmarks import cycles, environment, snapshot
 from pyvmm_benchmarks.contenders import c_floor
 
 MS = 1_000_000
@@ -61,3 +61,27 @@ def test_its_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--cases", "nothing"], ["--rounds", "0"]):
         with pytest.raises(ConfigError):
             snapshot.main(words)
+
+
+@pytest.fixture
+def fake_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched is Python in the place of pyvmm; the snapshot is none."""
+    monkeypatch.setattr(snapshot, "shell_command", lambda: [sys.executable, "-S", "-c", "pass"])
+    monkeypatch.setattr(snapshot.Bench, "snapshot", lambda self, kind: self.directory / "none")
+
+
+def test_a_qemu_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_shell: None) -> None:
+    monkeypatch.setattr(environment, "find", lambda program, variable: None)
+    (case,) = bench(tmp_path).part("shell")
+    python, ours, *others = case.results
+    assert python.ran and ours.ran
+    assert [each.reason.split(" (")[0] for each in others] == ["not installed"] * 2
+
+
+def test_a_qemu_that_does_not_save_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_shell: None) -> None:
+    program = tmp_path / "qemu"
+    program.write_text("#!/bin/sh\necho this KVM is none >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(environment, "find", lambda program_, variable: str(program))
+    (case,) = bench(tmp_path).part("shell")
+    assert [each.reason for each in case.results[2:]] == ["savevm: this KVM is none"] * 2
