@@ -240,7 +240,7 @@ class Told:
                 pass
 
 
-def sentence(said: bytes) -> str:
+def sentence(said: bytes | bytearray) -> str:
     """A peer's words, as they may stand in a message: on one line, and nothing that a terminal would obey."""
     return "".join(c if c.isprintable() else "?" for c in said.decode(errors="replace"))
 
