@@ -10,6 +10,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 MAILBOX = 0x18_0000
@@ -61,6 +62,14 @@ class Ticks(NamedTuple):
     singles: list[int]
 
 
+def has_memory(pid: int) -> bool:
+    """Whether it has not begun to end (proc_pid_statm(5): all zeros then)."""
+    try:
+        return Path(f"/proc/{pid}/statm").read_text().split()[0] != "0"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Memory:
     """Of another process. Ended, and OSError where the kernel does not allow it."""
 
@@ -70,6 +79,10 @@ class Memory:
             self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
             raise Ended from None
+        except PermissionError:
+            if not has_memory(pid):  # one that ends may be looked at by root only
+                raise Ended from None
+            raise
 
     def read(self, address: int, size: int) -> bytes:
         data = os.pread(self._fd, size, address)
