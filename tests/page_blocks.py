@@ -229,8 +229,8 @@ class Reader:
 
 
 def wants_a_namespace(text: str) -> bool:
-    """Whether it has a network by passt, which wants a user namespace, and none may be made here: in a chroot, say."""
-    return "passt" in text and bool(refusal("unshare", "--user"))
+    """Whether it starts passt or virtiofsd, which want one, and none may be made here: in a chroot, say."""
+    return any(word in text for word in ("passt", "--share")) and bool(refusal("unshare", "--user"))
 
 
 @contextlib.contextmanager
