@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +17,17 @@ def gdb(remote: Path | str, commands: Iterable[str], symbols: Path | None = None
     given = [*FIRST, f"target remote {remote}", *commands]
     words = [word for command in given for word in ("-ex", command)]
     files = [] if symbols is None else [str(symbols)]
-    ran = subprocess.run(
-        ["gdb", "-q", "-nx", "-batch", *files, *words],
-        capture_output=True, text=True, check=False, timeout=LIMIT_S, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout + ran.stderr
+    command = ["gdb", "-q", "-nx", "-batch", *files, *words]
+    with tempfile.TemporaryFile("w+") as said:
+        ran = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            status: int | str = ran.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            status = f"no end within {LIMIT_S:g} s"
+        finally:
+            ran.kill()
+            ran.wait()
+        said.seek(0)
+        text = said.read()
+    assert status == 0, f"{status}\n{text}"
+    return text
