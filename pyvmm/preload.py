@@ -72,6 +72,7 @@ BUILDING = (
     "pyvmm.devices.virtio.ring",
     "pyvmm.devices.virtio.rng",
     "pyvmm.devices.virtio.vsock",
+    "pyvmm.devices.virtio.vsock_callers",
     "pyvmm.guests",
     "pyvmm.kvm.access",
     "pyvmm.kvm.exits",

@@ -23,7 +23,8 @@ from fuzz.guest import BytesChoices, Choices, NoMoreChoices
 from vsock_bench import CID, VsockBench, header
 
 from pyvmm.devices.virtio import vsock_packet as p
-from pyvmm.devices.virtio.vsock import BATCH, MOST_CALLERS, MOST_REPLIES
+from pyvmm.devices.virtio.vsock import BATCH, MOST_REPLIES
+from pyvmm.devices.virtio.vsock_callers import MOST_CALLERS
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES
 
 PORT = 80  # where a program listens

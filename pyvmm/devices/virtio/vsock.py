@@ -8,8 +8,9 @@ have into the guest's buffers, both without a copy of ours. Rules that keep it w
 - What is said to the guest is a bit in its connection, which stands in line once; only resets of what is no connection
   are kept by themselves, and where they have become MOST_REPLIES nothing more is taken from the guest until it takes
   some (5.10.6.1).
-- There are ``connections`` of them at most, whoever opens them, and MOST_CALLERS clients that have not said where to.
-  Those that the host has left, and that the guest has not yet answered, are as many again: the first of more is reset.
+- There are ``connections`` of them at most, whoever opens them. Those that the host has left, and that the guest has
+  not yet answered, are as many again: the first of more is reset. Clients that have not said where to are few, too
+  (vsock_callers.py).
 
 ``_gate``, the receive queue's lock, protects all of it. Everything is done on the device's thread, but for what a vCPU
 does: resets. Where the transmit queue's lock is held too, that was taken first.
@@ -20,12 +21,14 @@ from __future__ import annotations
 from pyvmm.devices.virtio import vsock_packet as p
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.ring import RingError
+from pyvmm.devices.virtio.vsock_callers import Callers
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES, MOST_PIECES, NOTHING, Connection
 from pyvmm.errors import StateError
 from pyvmm.light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
     from typing import Any
 
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.virtio.device import IoWatcher
     from pyvmm.devices.virtio.ring import Virtqueue
     from pyvmm.guest_memory import GuestMemory
-    from pyvmm.vsock.host import Caller, HostEnd
+    from pyvmm.vsock.host import HostEnd
 
     # A buffer of the guest's: its chain, the piece that its header goes into, the pieces behind, and their size.
     Buffer = tuple[Chain, memoryview | None, list[memoryview], int]
@@ -46,7 +49,6 @@ EVENT_BYTES = 4
 TRANSPORT_RESET = bytes(EVENT_BYTES)
 
 DEFAULT_CONNECTIONS = 256
-MOST_CALLERS = 32  # clients that have not said where to
 MOST_REPLIES = QUEUE_SIZE
 FIRST_HOST_PORT = 1 << 30  # of connections into the guest, as Firecracker has it
 HOST_PORTS = 1 << 30
@@ -87,10 +89,9 @@ class VirtioVsock(VirtioDevice):
         self._most = connections
         self._gate = self.queues[RX].lock
         self._connections: dict[tuple[int, int], Connection] = {}  # by host's and guest's port
-        self._callers: dict[int, Caller] = {}
+        self._callers = Callers(self, host)
         self._lingering: dict[int, Connection] = {}  # ended, but the host has yet to take what is kept
         self._left: dict[Connection, None] = {}  # by the host, and the guest has yet to say that it knows
-        self._listening = False
         self._next_port = FIRST_HOST_PORT
         self._line: deque[Connection] = deque()  # those that have something to say to the guest
         self._replies: deque[bytes] = deque()
@@ -129,11 +130,9 @@ class VirtioVsock(VirtioDevice):
     def quiesce(self) -> None:
         """Every connection ends: the driver that knew of them is gone. What was sent to the host still gets there."""
         with self._gate:
-            self._unlisten()
+            self._callers.end()
             for connection in list(self._connections.values()):
                 self._forget(connection, linger=True)
-            for caller in list(self._callers.values()):
-                self._hang_up(caller)
             self._line.clear()
             self._replies.clear()
             self._stuck = False
@@ -161,8 +160,7 @@ class VirtioVsock(VirtioDevice):
         """In a child of fork: close the descriptors. Takes no lock."""
         for end in (*self._connections.values(), *self._lingering.values()):
             end.close()
-        for caller in self._callers.values():
-            caller.socket.close()
+        self._callers.abandon()
         self.host.abandon()
 
     # -- the queues ---------------------------------------------------------------------------------------------------
@@ -173,10 +171,11 @@ class VirtioVsock(VirtioDevice):
                 self._transmit(queue)
             elif queue.index == EVENT:
                 self._look_at_events(queue)
-            self._listen()  # from the first look on; and where there was no descriptor for a client there may be one
+            # From the first look on; and where there was no descriptor for a client there may be one.
+            self._callers.listen()
             self._deliver()
 
-    def _guarded(self, work: Callable[[], object]) -> None:
+    def guarded(self, work: Callable[[], object]) -> None:
         """A callback of the thread's: what ``serve`` does for a queue."""
         with self._gate:
             if self.live:
@@ -310,7 +309,7 @@ class VirtioVsock(VirtioDevice):
             self._host_shuts(connection, p.NO_RECEIVE)
         elif connection.keeps and not connection.written:
             connection.written = True
-            self._thread.add_writer(connection.fd, lambda: self._guarded(lambda: self._on_writable(connection)))
+            self._thread.add_writer(connection.fd, lambda: self.guarded(lambda: self._on_writable(connection)))
         if connection.wants_telling:
             self._say(connection, 1 << p.OP_CREDIT_UPDATE)
 
@@ -325,12 +324,13 @@ class VirtioVsock(VirtioDevice):
     # -- connections ---------------------------------------------------------------------------------------------------
 
     @property
-    def _full(self) -> bool:
+    def full(self) -> bool:
+        """Whether there are as many connections as may be."""
         return self.connections + len(self._lingering) >= self._most
 
     def _open(self, port: int, guest_port: int, room: int, forwarded: int) -> None:
         """The guest asks for a connection (5.10.6.5)."""
-        end = None if self._full else self.host.connect(port)
+        end = None if self.full else self.host.connect(port)
         if end is None:
             self.stats["refused"] += 1
             self._reply_reset(p.HOST_CID, port, guest_port, p.STREAM)
@@ -379,7 +379,7 @@ class VirtioVsock(VirtioDevice):
         self._unwrite(connection)
         self._lingering.pop(connection.fd, None)
         connection.close()
-        self._listen()
+        self._callers.listen()
 
     def _host_shuts(self, connection: Connection, flags: int) -> None:
         """The host does not send, or not receive any more: the guest gets to know, behind all data."""
@@ -398,7 +398,7 @@ class VirtioVsock(VirtioDevice):
         self._left[connection] = None
         if len(self._left) > self._most:
             self._reset(next(iter(self._left)))
-        self._listen()
+        self._callers.listen()
 
     def _stop_reading(self, connection: Connection) -> None:
         """Nothing more comes from the host: what is left to hear is that it closes its end."""
@@ -408,70 +408,31 @@ class VirtioVsock(VirtioDevice):
             return
         connection.watched = True
         self._thread.add_reader(
-            connection.fd, lambda: self._guarded(lambda: self._look_whether_gone(connection)), edge=True
+            connection.fd, lambda: self.guarded(lambda: self._look_whether_gone(connection)), edge=True
         )
 
     def _look_whether_gone(self, connection: Connection) -> None:
         if connection.fd >= 0 and connection.gone:
             self._host_shuts(connection, p.BOTH_WAYS)
 
-    # -- clients of the host -------------------------------------------------------------------------------------------
+    # -- clients of the host (vsock_callers.py) ------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        """Take clients, where that may be now."""
-        if self._listening or self._ended or self._drops_connections or not self.live:
-            return
-        if self.host.fd >= 0 and not self._full:
-            self._listening = True
-            self._thread.add_reader(self.host.fd, lambda: self._guarded(self._on_client))
+    @property
+    def takes_clients(self) -> bool:
+        """Whether somebody of the host's may connect to the guest now, but for ``full``."""
+        return self.live and not self._ended and not self._drops_connections
 
-    def _unlisten(self) -> None:
-        if self._listening:
-            self._listening = False
-            self._thread.remove_reader(self.host.fd)
-
-    def _on_client(self) -> None:
-        if self._full:
-            self._unlisten()  # the others wait where they are
-            return
-        try:
-            caller = self.host.accept()
-        except BlockingIOError:
-            return
-        except OSError:
-            self._unlisten()  # no descriptor: until one of ours is free
-            return
-        if len(self._callers) == MOST_CALLERS:
-            self._hang_up(next(iter(self._callers.values())))
-        self._callers[caller.fd] = caller
-        self._thread.add_reader(caller.fd, lambda: self._guarded(lambda: self._on_line(caller)))
-
-    def _on_line(self, caller: Caller) -> None:
-        if caller.fd < 0:
-            return
-        try:
-            guest_port = caller.port()
-        except ValueError:
-            self._hang_up(caller)
-            return
-        if guest_port is None:
-            return
-        if self._full:
+    def connect(self, end: socket, guest_port: int) -> None:
+        """A client has said where to: the guest is asked."""
+        if self.full:
             self.stats["refused"] += 1
-            self._hang_up(caller)
+            end.close()
             return
-        del self._callers[caller.fd]
         port = self._free_port(guest_port)
-        connection = Connection(caller.socket, port, guest_port, accepted=False)
+        connection = Connection(end, port, guest_port, accepted=False)
         self._connections[port, guest_port] = connection
         self._watch(connection)
         self._say(connection, 1 << p.OP_REQUEST)
-
-    def _hang_up(self, caller: Caller) -> None:
-        self._thread.remove_reader(caller.fd)
-        del self._callers[caller.fd]
-        caller.socket.close()
-        self._listen()
 
     def _free_port(self, guest_port: int) -> int:
         """The host's port of a new connection to ``guest_port``."""
@@ -650,7 +611,7 @@ class VirtioVsock(VirtioDevice):
     def _watch(self, connection: Connection) -> None:
         if not connection.watched:
             connection.watched = True
-            self._thread.add_reader(connection.fd, lambda: self._guarded(lambda: self._on_readable(connection)))
+            self._thread.add_reader(connection.fd, lambda: self.guarded(lambda: self._on_readable(connection)))
 
     def _unwatch(self, connection: Connection) -> None:
         if connection.watched:

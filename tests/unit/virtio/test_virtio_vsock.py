@@ -19,7 +19,8 @@ from vsock_bench import BUFFER, CID, ROOM, Packet, VsockBench, header
 
 from pyvmm.devices.virtio import vsock_packet as p
 from pyvmm.devices.virtio.device import NEEDS_RESET
-from pyvmm.devices.virtio.vsock import F_STREAM, FIRST_HOST_PORT, MOST_CALLERS, MOST_REPLIES, RX, TX
+from pyvmm.devices.virtio.vsock import F_STREAM, FIRST_HOST_PORT, MOST_REPLIES, RX, TX
+from pyvmm.devices.virtio.vsock_callers import MOST_CALLERS
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES
 from pyvmm.errors import StateError
 
