@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
+import posix
 from time import time_ns
 
-from pyvmm.block.open import image_path
 from pyvmm.config import INTERNAL
 from pyvmm.errors import ConfigError, StateError, VmmError, describe
-from pyvmm.memory_rounds import MemoryWhileItRuns
 from pyvmm.run_control import ALIVE, RESUMABLE
 from pyvmm.snapshot import Saving, Snapshot, image_identity, sync_image
 from pyvmm.snapshot_file import MemoryWriter, SnapshotWriter
@@ -111,6 +109,8 @@ class Way:
 
 def save(state: MachineState, config: Spec, origin: Origin | None, path: str, base: Snapshot | None) -> Saved:
     """Machine.save has what it does."""
+    from pyvmm.memory_rounds import MemoryWhileItRuns
+
     check_apart(path, base)
     state.check_can_be_saved()
     images = image_paths(config).values()
@@ -135,7 +135,7 @@ def check_apart(path: str, base: Snapshot | None) -> None:
     on a file can't take its place.
     """
     try:
-        there = os.stat(path)
+        there = posix.stat(path)
     except OSError:
         return
     while base is not None:
@@ -159,6 +159,8 @@ def go_back(state: MachineState, config: Spec, origin: Snapshot, *, twin: bool) 
 
 def freeze(state: MachineState, config: Spec, origin: Origin) -> Snapshot:
     """A snapshot in memory, of which the machine's own memory is a mapping from here on."""
+    from pyvmm.memory_rounds import MemoryWhileItRuns
+
     state.check_can_be_saved()
     with MemoryWriter() as file:
         saving = Saving(file, snapshot_of(origin), None)
@@ -215,6 +217,8 @@ def take(saving: Saving, state: MachineState, config: Spec) -> None:
 
 def image_paths(config: Spec) -> dict[str, str]:
     """The image of each drive that has one, by the drive's name."""
+    from pyvmm.block.open import image_path
+
     return {drive.name: image_path(drive) for drive in config.drives if drive.file is not None}
 
 
@@ -241,6 +245,8 @@ def given_images(origin: SpecSource, *, copied: bool) -> dict[str, Any]:
 
 def absolute(spec: dict[str, Any]) -> dict[str, Any]:
     """A plain Spec whose files are found from every folder."""
+    import os
+
     for name in FILES:
         if isinstance(spec[name], str):
             spec[name] = os.path.abspath(spec[name])
@@ -262,9 +268,14 @@ def check_nets(nets: Iterable[NetOptions]) -> None:
             )
 
 
-def is_internal(name: str) -> bool:
-    """Whether an option is for the code that makes the machine."""
-    return name in Spec.rows and Spec.rows[name].kind is INTERNAL
+def is_left(name: str, value: object) -> bool:
+    """Whether an option is for the code that makes the machine, or has its default: there is nothing to look at then.
+    """
+    row = Spec.rows.get(name)
+    if row is None:
+        return False
+    plain = [] if row.default == () else row.default
+    return row.kind is INTERNAL or (type(value) is type(plain) and value == plain)
 
 
 def unshared(config: Spec, given: Mapping[str, Any]) -> MachineOptions:
@@ -308,7 +319,7 @@ def specified(origin: SpecSource, options: Mapping[str, Any], *, copied: bool) -
             raise ConfigError(Spec.unknown(name))
     given = {**given_images(origin, copied=copied), **options}
     try:
-        saved = {name: value for name, value in origin.spec.items() if name not in options and not is_internal(name)}
+        saved = {name: value for name, value in origin.spec.items() if name not in options and not is_left(name, value)}
         config = Spec(**{**Spec.unplain(saved, given), **options})
     except VmmError:
         raise

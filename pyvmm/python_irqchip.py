@@ -41,9 +41,19 @@ class PythonIrqchip(Irqchip):
         self._processor: CpuExec | None = None
         self._made: UserIrqchip | None = None
         self._making = Lock()
-        self._timer_line = self.line(layout.IRQ_TIMER, "pit")
         self._resampled: dict[int, list[IrqFd]] = {}
-        self._devices = {
+        self._spaces = pio, mmio
+        self._devices: Mapping[str, Late] | None = None
+
+    @property
+    def devices(self) -> Mapping[str, Late]:
+        if self._devices is None:
+            self._timer_line = self.line(layout.IRQ_TIMER, "pit")
+            self._devices = self._late_devices(*self._spaces)
+        return self._devices
+
+    def _late_devices(self, pio: AddressSpace, mmio: AddressSpace) -> dict[str, Late]:
+        return {
             "pic": Late(
                 lambda: self._chips.pic,
                 (pio, layout.PORT_PIC_MASTER, 2, "pic.master", "master"),
@@ -58,10 +68,6 @@ class PythonIrqchip(Irqchip):
                 (pio, layout.PORT_SPEAKER, 1, "speaker", "speaker"),
             ),
         }
-
-    @property
-    def devices(self) -> Mapping[str, Late]:
-        return self._devices
 
     @property
     def controllers(self) -> Mapping[str, ControllerPins]:

@@ -14,7 +14,7 @@ given as bytes, and that a reset loads again, are in the file too; the spec name
 
 from __future__ import annotations
 
-import os
+import posix
 import sys
 from time import time_ns
 from zlib import crc32
@@ -31,6 +31,7 @@ from pyvmm.state import Known, check_names, known, shown, value_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from os import PathLike
     from typing import Any, Self
 
     from typing_extensions import Buffer
@@ -61,7 +62,7 @@ class Saving:
         self._file = file
         self._pieces: dict[int, dict[str, Any]] = {}  # by gpa
         self._manifest: dict[str, Any] = {}
-        self.id = os.urandom(ID_BYTES)
+        self.id = posix.urandom(ID_BYTES)
 
     def write_memory(self, regions: Sequence[RamRegion]) -> None:
         for region in regions:
@@ -102,7 +103,7 @@ class Saving:
             "machine": machine,
             "parts": parts,
             "memory": [self._pieces[region.gpa] for region in regions],
-            "base": None if base is None else {"id": base.id, "path": os.path.abspath(base.path)},
+            "base": None if base is None else {"id": base.id, "path": absolute(base.path)},
             "images": {name: self._image(memoryview(image).cast("B")) for name, image in images.items()},
             "drives": drives,
         }
@@ -145,9 +146,9 @@ class Snapshot:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, _file: SnapshotFile | None = None, _above: Sequence[bytes] = ()
+        self, path: str | PathLike[str], *, _file: SnapshotFile | None = None, _above: Sequence[bytes] = ()
     ) -> None:
-        self.path = path = os.fspath(path)
+        self.path = path = posix.fspath(path)
         self._lock = Lock()
         self._holders = 1
         self._state: dict[str, Any] | None = None
@@ -222,6 +223,8 @@ class Snapshot:
         wanted = value_of(("bytes", ID_BYTES), entry["id"], "id")
         if wanted in above or len(above) > LONGEST_CHAIN:
             raise StateError("its bases go round in a circle, or too deep")
+        import os
+
         path = text(entry["path"], "path")
         beside = os.path.join(os.path.dirname(self.path), os.path.basename(path))
         place = path if os.path.exists(path) else beside
@@ -329,11 +332,12 @@ class Snapshot:
             if drive["name"] in names:
                 check_image(drive)
 
-    def is_file(self, status: os.stat_result) -> bool:
+    def is_file(self, status: posix.stat_result) -> bool:
         """Whether that is the file's. StateError where it is closed."""
         if not self._holders:
             raise StateError(f"snapshot {self.path} is closed: open it again")
-        return os.path.samestat(os.fstat(self._file.fd), status)
+        mine = posix.fstat(self._file.fd)
+        return (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino)
 
     def hold(self) -> Self:
         """One more who will call ``close``. StateError where it is closed."""
@@ -392,21 +396,28 @@ def sync_image(path: str) -> None:
     takes that for written.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
     except OSError:
         return  # gone, or of another user's: nothing of it will be found again
     try:
-        os.fdatasync(fd)
+        posix.fdatasync(fd)
     except OSError as error:
         raise HostError(f"{path}: {error.strerror}: what the guest wrote there does not reach the disk") from None
     finally:
-        os.close(fd)
+        posix.close(fd)
+
+
+def absolute(path: str) -> str:
+    """From every folder."""
+    import os
+
+    return os.path.abspath(path)
 
 
 def image_identity(name: str, path: str) -> dict[str, Any]:
     """What tells whether an image is still the one that a guest's memory knows of."""
-    status = os.stat(path)
-    return {"name": name, "path": os.path.abspath(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    status = posix.stat(path)
+    return {"name": name, "path": absolute(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def checked_drive(entry: object) -> Mapping[str, Any]:

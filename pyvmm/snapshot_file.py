@@ -13,7 +13,7 @@ anything is made of them, and every fault is a StateError of one sentence.
 
 from __future__ import annotations
 
-import os
+import posix
 from errno import EINVAL, EOPNOTSUPP, EWOULDBLOCK
 from stat import S_ISDIR, S_ISREG
 from zlib import crc32
@@ -38,6 +38,7 @@ HEADER_BYTES = len(MAGIC) + sum(FIELDS) + 4
 MANIFEST_MOST_BYTES = 64 << 20  # of a machine with 255 vCPUs it is some 4 MiB
 LARGEST_WRITE_BYTES = 16 << 20
 ZEROS = bytes(1 << 16)
+NEW_FILE = posix.O_RDWR | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC | posix.O_NOFOLLOW
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ class Writer:
         done = 0
         while done < view.nbytes:
             with view[done : done + LARGEST_WRITE_BYTES] as piece:
-                done += self._told(os.pwrite, self._fd, piece, offset + done)
+                done += self._told(posix.pwrite, self._fd, piece, offset + done)
         self.written_bytes += view.nbytes
 
     def clear(self, offset: int, size: int) -> int:
@@ -90,7 +91,7 @@ class Writer:
         data = pack(manifest)
         offset = self.reserve(len(data))
         self.write(offset, data)
-        self._told(os.ftruncate, self._fd, self.end)
+        self._told(posix.ftruncate, self._fd, self.end)
         fields = (FORMAT, offset, len(data), crc32(data))
         head = MAGIC + b"".join(n.to_bytes(size, "little") for n, size in zip(fields, FIELDS, strict=True))
         self.write(0, head + crc32(head).to_bytes(4, "little"))
@@ -104,7 +105,7 @@ class Writer:
     def close(self) -> None:
         """Nothing more is written."""
         if self._fd >= 0:
-            os.close(self._fd)
+            posix.close(self._fd)
             self._fd = -1
 
     def __enter__(self) -> Self:
@@ -119,7 +120,7 @@ class MemoryWriter(Writer):
 
     def __init__(self) -> None:
         super().__init__("a snapshot in memory")
-        self._fd = self._told(os.memfd_create, "pyvmm-snapshot", os.MFD_CLOEXEC)
+        self._fd = self._told(posix.memfd_create, "pyvmm-snapshot", posix.MFD_CLOEXEC)
 
     def committed(self) -> SnapshotFile:
         """The file, for whoever reads it from here on."""
@@ -138,6 +139,8 @@ class SnapshotWriter(Writer):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
+        import os
+
         self._directory, name = os.path.split(path)
         if not name or os.path.isdir(path):
             raise ConfigError(f"snapshot {path!r} is a folder: give the path of a file")
@@ -150,30 +153,32 @@ class SnapshotWriter(Writer):
     def _open(self) -> None:
         """A file of our own, locked for as long as we write: that tells it from one that a killed writer has left."""
         import fcntl
+        import os
 
-        self._temporary = os.path.join(self._directory, f"{self._prefix}{os.urandom(8).hex()}.tmp")
+        self._temporary = os.path.join(self._directory, f"{self._prefix}{posix.urandom(8).hex()}.tmp")
         try:
-            fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = posix.open(self._temporary, NEW_FILE, 0o600)
         except OSError as error:
             why = remedy(error, "give a path in a folder that can be written")
             raise ConfigError(f"snapshot {self.path}: {why}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(fd)  # another writer has found it before it was locked, and removes it: once more
+            posix.close(fd)  # another writer has found it before it was locked, and removes it: once more
             return
         except OSError:
             pass  # a file system without locks: there nobody removes what was left, either
-        if os.fstat(fd).st_nlink:
+        if posix.fstat(fd).st_nlink:
             self._fd = fd
         else:
-            os.close(fd)
+            posix.close(fd)
 
     def _remove_left_ones(self) -> None:
         import fcntl
+        import os
 
         try:
-            names = os.listdir(self._directory or ".")
+            names = posix.listdir(self._directory or ".")
         except OSError:
             return  # _open says why
         for name in names:
@@ -181,22 +186,22 @@ class SnapshotWriter(Writer):
                 continue
             left = os.path.join(self._directory, name)
             try:
-                fd = os.open(left, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                fd = posix.open(left, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK)
             except OSError:
                 continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(left)
+                posix.unlink(left)
             except OSError:
                 pass  # somebody writes it now, or it is not ours to remove
             finally:
-                os.close(fd)
+                posix.close(fd)
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, and put the file in its place."""
         super().commit(manifest)
-        self._told(os.fsync, self._fd)
-        self._told(os.replace, self._temporary, self.path)
+        self._told(posix.fsync, self._fd)
+        self._told(posix.replace, self._temporary, self.path)
         self._temporary = ""
         sync_directory(self._directory or ".")
 
@@ -204,7 +209,7 @@ class SnapshotWriter(Writer):
         """Give up, where ``commit`` has not been called; nothing is left of it."""
         if self._temporary:
             try:
-                os.unlink(self._temporary)
+                posix.unlink(self._temporary)
             except OSError:
                 pass
             self._temporary = ""
@@ -215,14 +220,14 @@ def sync_directory(path: str) -> None:
     """The rename itself reaches the disk. Some file systems can't, and need not."""
     fd = -1
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        os.fsync(fd)
+        fd = posix.open(path, posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC)
+        posix.fsync(fd)
     except OSError as error:
         if error.errno not in (EINVAL, EOPNOTSUPP):
             raise HostError(f"folder {path}: {remedy(error, 'write the snapshot elsewhere')}") from None
     finally:
         if fd >= 0:
-            os.close(fd)
+            posix.close(fd)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -239,7 +244,7 @@ class SnapshotFile:
         self.path = path
         self.fd = open_file(path) if fd is None else fd
         try:
-            self.size_bytes = os.fstat(self.fd).st_size
+            self.size_bytes = posix.fstat(self.fd).st_size
             self.manifest, self.kept = self._read()
         except BaseException:
             self.close()
@@ -280,7 +285,7 @@ class SnapshotFile:
 
     def _pread(self, size: int, offset: int) -> bytes:
         try:
-            return os.pread(self.fd, size, offset)
+            return posix.pread(self.fd, size, offset)
         except OSError as error:
             raise HostError(f"snapshot {self.path}: {remedy(error, 'read it from elsewhere')}") from None
 
@@ -295,7 +300,7 @@ class SnapshotFile:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            posix.close(self.fd)
             self.fd = -1
 
     def abandon(self) -> None:
@@ -336,13 +341,13 @@ def manifest_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 def open_file(path: str) -> int:
     """A descriptor of a regular file, for reading. ConfigError in one sentence."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOCTTY)
     except OSError as error:
         raise ConfigError(f"snapshot {path}: {remedy(error, 'give a file that can be read')}") from None
-    mode = os.fstat(fd).st_mode
+    mode = posix.fstat(fd).st_mode
     if S_ISREG(mode):
         return fd
-    os.close(fd)
+    posix.close(fd)
     what = "a folder" if S_ISDIR(mode) else "a device or a pipe"
     raise ConfigError(f"snapshot {path} is {what}: give the file that save() wrote")
 
@@ -353,10 +358,10 @@ def file_data(fd: int, offset: int, size: int) -> list[tuple[int, int]]:
     at, end = offset, offset + size
     while at < end:
         try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
+            start = posix.lseek(fd, at, posix.SEEK_DATA)
             if start >= end:
                 break
-            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            stop = min(posix.lseek(fd, start, posix.SEEK_HOLE), end)
         except OSError as error:
             if error.errno == EINVAL or error.errno == EOPNOTSUPP or error.errno == EWOULDBLOCK:
                 return [(offset, size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posix
 from zlib import crc32
 
 from pyvmm.errors import HostError, StateError
@@ -163,7 +163,7 @@ def read_into(file: SnapshotFile, view: memoryview, offset: int) -> None:
     done = 0
     while done < view.nbytes:
         try:
-            got = os.preadv(file.fd, [view[done:]], offset + done)
+            got = posix.preadv(file.fd, [view[done:]], offset + done)
         except OSError as error:
             raise HostError(f"snapshot {file.path}: {error.strerror}") from None
         if not got:
@@ -186,7 +186,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 def touched(region: RamRegion, *, written_only: bool) -> list[Run]:
     """What the process has touched of a region; all of it where the kernel does not tell."""
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        fd = posix.open("/proc/self/pagemap", posix.O_RDONLY | posix.O_CLOEXEC)
     except OSError:
         return [(0, region.size_bytes)]
     runs: list[Run] = []
@@ -194,12 +194,12 @@ def touched(region: RamRegion, *, written_only: bool) -> list[Run]:
         first, count = region.host_address // PAGE_BYTES, region.size_bytes // PAGE_BYTES
         step = PAGEMAP_BYTES // ENTRY_BYTES
         for at in range(0, count, step):
-            entries = os.pread(fd, min(step, count - at) * ENTRY_BYTES, (first + at) * ENTRY_BYTES)
+            entries = posix.pread(fd, min(step, count - at) * ENTRY_BYTES, (first + at) * ENTRY_BYTES)
             if len(entries) < min(step, count - at) * ENTRY_BYTES:
                 return [(0, region.size_bytes)]
             runs += [(at * PAGE_BYTES + start, size) for start, size in touched_runs(entries, written_only)]
     finally:
-        os.close(fd)
+        posix.close(fd)
     return runs
 
 
@@ -275,7 +275,7 @@ def piece_sums(fd: int, offset: int, size: int) -> bytes:
         for n in range((start - offset) // SUM_BYTES, -(-(start + length - offset) // SUM_BYTES)):
             if n not in sums:
                 at = n * SUM_BYTES
-                sums[n] = crc32(os.pread(fd, min(SUM_BYTES, size - at), offset + at))
+                sums[n] = crc32(posix.pread(fd, min(SUM_BYTES, size - at), offset + at))
     of_hole = crc32(bytes(SUM_BYTES))
     last = -(-size // SUM_BYTES) - 1
     at_end = crc32(bytes(size - last * SUM_BYTES))
@@ -290,6 +290,6 @@ def run_sums(fd: int, runs: Iterable[Sequence[int]]) -> bytes:
     for _start, size, offset in runs:
         crc = 0
         for at in range(0, size, SUM_BYTES):
-            crc = crc32(os.pread(fd, min(SUM_BYTES, size - at), offset + at), crc)
+            crc = crc32(posix.pread(fd, min(SUM_BYTES, size - at), offset + at), crc)
         sums.append(crc.to_bytes(CRC_BYTES, "little"))
     return b"".join(sums)

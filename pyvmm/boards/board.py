@@ -101,16 +101,16 @@ class Board:
         self.memory_map = MemoryMap(self.memory, self.mmio)
         self.chassis.closers.call(self.memory_map.close, self.memory_map.close)
         self.open_window()
-        # No device can be where RAM or ROM answers for good.
+        return self.memory_map
+
+    def _take_fixed_places(self) -> None:
+        """No device can be where RAM or ROM answers for good. Interrupt controllers and PIT are KVM's or ours, and at
+        the same places.
+        """
         for section in self.memory_map.sections:
             if section.gpa not in self.window:
                 self.mmio.reserve(section.gpa, section.size, section.region.name)
                 self.windows.take(section.gpa, section.size, section.region.name)
-        self._take_fixed_places()
-        return self.memory_map
-
-    def _take_fixed_places(self) -> None:
-        """Interrupt controllers and PIT are KVM's or ours, and at the same places."""
         self.windows.take(layout.IOAPIC, layout.IOAPIC_BYTES, "IOAPIC")
         self.windows.take(layout.LAPIC, layout.LAPIC_BYTES, "local APIC")
         if self.runs_guests:
@@ -159,6 +159,7 @@ class Board:
             self._late = None
 
     def _install(self) -> None:
+        self._take_fixed_places()
         self.add_late(self.irqchip.devices)
         self.irqchip.place(self.pio, self.mmio)
         self.make_devices()

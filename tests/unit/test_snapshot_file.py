@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posix
 import random
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def test_a_folder_that_can_not_be_synced_is_one_sentence(tmp_path: Path, monkeyp
             raise PermissionError(EACCES, os.strerror(EACCES))
         return real_open(path, flags, *mode)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(posix, "open", refuse)
     with pytest.raises(HostError, match=f"folder {tmp_path}: "):
         write(tmp_path / "a.snap", {0: b"x"})
 
