@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 
 
 class Late:
-    """``make()`` makes the device, which is mapped at ``places`` from then on. Once, from any thread."""
+    """``make()`` makes the device, which is mapped at ``places`` from then on. Once, from any thread.
 
-    __slots__ = ("_device", "_lock", "_make", "_places", "_regions")
+    ``differs``: at power-on, too, it has something that no other machine's has.
+    """
 
-    def __init__(self, make: Callable[[], Device], *places: Place) -> None:
+    __slots__ = ("_device", "_lock", "_make", "_places", "_regions", "differs")
+
+    def __init__(self, make: Callable[[], Device], *places: Place, differs: bool = False) -> None:
         self._make = make
+        self.differs = differs
         self._places = places
         self._device: Device | None = None
         self._lock = DeviceLock()

@@ -161,7 +161,7 @@ class SavingMachine(RunningMachine):
             if late:
                 state.go_on_late(origin.state["parts"], twin=way.twin)
             else:
-                state.load(origin.state, way.passed_ns(origin))
+                state.load(origin.state, way.passed_ns(origin), origin.untouched)
                 if way.twin:
                     self.board.new_generation()
                 way.note(origin, config, rests=state.rests())

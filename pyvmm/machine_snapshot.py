@@ -205,6 +205,7 @@ def snapshot_of(origin: Origin | None) -> Snapshot | None:
 
 def take(saving: Saving, state: MachineState, config: Spec) -> None:
     """All of a machine that stands."""
+    untouched = state.untouched()  # a save makes them
     saving.take(
         state.memory(),
         state.description(),
@@ -212,6 +213,7 @@ def take(saving: Saving, state: MachineState, config: Spec) -> None:
         absolute(config.plain()),
         images_of(config),
         [image_identity(name, image) for name, image in image_paths(config).items()],
+        untouched,
     )
 
 

@@ -27,7 +27,7 @@ from pyvmm.state import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import Any, TypeVar
 
     from pyvmm.boards.board import Board
@@ -201,12 +201,16 @@ class MachineState:
             "ROMs": [f"{crc32(r):#x} at {r.gpa:#x}" for r in self._board.memory.ram if r.readonly],
         }
 
+    def untouched(self) -> list[str]:
+        """The parts that nobody has wanted yet, and that are the same in every machine then."""
+        return [name for name, holder in self.holders() if is_unmade(holder) and not holder.differs]  # type: ignore[attr-defined]
+
     # -- load ----------------------------------------------------------------------------------------------------
 
-    def load(self, state: object, passed_ns: int = 0) -> None:
+    def load(self, state: object, passed_ns: int = 0, untouched: Collection[str] = ()) -> None:
         """StateError in one sentence for what can't be taken. Where that was found before anything was changed, the
         machine is as it was; else it has ended, and a reset brings it back to power-on. ``passed_ns``: for the guest so
-        much time has passed since the state was saved.
+        much time has passed since the state was saved. ``untouched``: what that says; those are not made for it.
         """
         control = self._chassis.control
         if control.state is not RunState.PRELAUNCH:
@@ -218,12 +222,16 @@ class MachineState:
         if state["format"] != FORMAT:
             raise StateError(f"the state has format {shown(state['format'])}, this pyvmm reads {FORMAT}")
         surplus = self.check_description(state["machine"])
-        holders = self.holders()
-        check_holders(holders, state["parts"])
+        holders, parts = self.holders(), state["parts"]
+        if isinstance(parts, dict):
+            left = {name for name, holder in holders if name in untouched and is_unmade(holder)} & parts.keys()
+            if left:
+                holders = [(name, holder) for name, holder in holders if name not in left]
+                parts = {name: part for name, part in parts.items() if name not in left}
+        check_holders(holders, parts)
         memory = self._checked_memory(state["memory"])
         self._chassis.join_background()
         then = control.loaded if self._platform.cpus else None
-        parts = state["parts"]
         control.request("load", lambda: self._load(holders, parts, memory, surplus, passed_ns), then, wait=True)
         if control.state is RunState.INTERNAL_ERROR and control.error is not None:
             raise control.error
@@ -356,6 +364,11 @@ class MachineState:
             if not isinstance(content, (bytes, bytearray, memoryview)) or len(content) != region.size_bytes:
                 raise StateError(f"memory at {name} is {shown(content)}, not {region.size_bytes} bytes")
         return [(region, saved[name]) for name, region in regions.items()]
+
+
+def is_unmade(holder: Holder) -> bool:
+    """Whether that is a device that nobody has wanted yet (late.py)."""
+    return not getattr(holder, "made", True)
 
 
 def surplus_features(saved: object, mine: list[str]) -> list[str]:

@@ -5,7 +5,10 @@ The manifest (snapshot_file.py has the file around it):
     {"pyvmm": its version, "id": 16 bytes, "saved_ns": wall clock,
      "spec": Spec.plain(), "machine": MachineState.description(), "parts": MachineState.parts(),
      "memory": [{"gpa", "size", "offset", "runs", "sums", "used"}], "base": None or {"id", "path"},
-     "images": {option: {"offset", "size", "sum"}}, "drives": [{"name", "path", "size", "mtime_ns"}]}
+     "images": {option: {"offset", "size", "sum"}}, "drives": [{"name", "path", "size", "mtime_ns"}],
+     "untouched": [name]}
+
+``untouched`` are the parts that nobody had wanted (late.py): one that is made anew has the same state.
 
 A piece of memory stands in the file from ``offset`` on, byte for byte. With a base it holds only the pages that differ
 from the base's piece: ``runs`` has (offset in the piece, size, offset in the file) of each. Images that the machine was
@@ -87,7 +90,7 @@ class Saving:
 
     def take(
         self, regions: Sequence[RamRegion], machine: dict[str, Any], parts: dict[str, Any], spec: dict[str, Any],
-        images: Mapping[str, Buffer], drives: list[dict[str, Any]],
+        images: Mapping[str, Buffer], drives: list[dict[str, Any]], untouched: list[str] | None = None,
     ) -> None:  # fmt: skip
         """All of a machine that stands."""
         base = self._base
@@ -106,6 +109,7 @@ class Saving:
             "base": None if base is None else {"id": base.id, "path": absolute(base.path)},
             "images": {name: self._image(memoryview(image).cast("B")) for name, image in images.items()},
             "drives": drives,
+            "untouched": untouched or [],
         }
 
     def _image(self, image: memoryview) -> dict[str, int]:
@@ -171,7 +175,10 @@ class Snapshot:
         return cls(file.path, _file=file)
 
     def _take(self, manifest: dict[str, Any], above: Sequence[bytes]) -> None:
-        check_names(manifest, NAMES)
+        # Older ones have no such list.
+        check_names(manifest, [*NAMES, *(name for name in manifest if name == "untouched")])
+        names = listed(manifest.get("untouched", []), "untouched")
+        self.untouched = frozenset(text(name, "untouched") for name in names)
         self.id: bytes = value_of(("bytes", ID_BYTES), manifest["id"], "id")
         self.saved_ns: int = value_of(63, manifest["saved_ns"], "saved_ns")
         self.version = text(manifest["pyvmm"], "pyvmm")

@@ -83,14 +83,16 @@ class IsaBoard(Board):
             {
                 "acpi_pm": Late(self._make_pm, *self.places_at(self.pm_port, layout.PM_BYTES, "acpi_pm")),
                 "gpe0": Late(self._make_gpe, *self.places_at(layout.PORT_GPE0, layout.PORT_GPE0_BYTES, "gpe0")),
-                "vmgenid": Late(self._make_vmgenid, (self.mmio, layout.VM_GENERATION_ID, 16, "vmgenid", "")),
+                "vmgenid": Late(
+                    self._make_vmgenid, (self.mmio, layout.VM_GENERATION_ID, 16, "vmgenid", ""), differs=True
+                ),
                 "reset_control": Late(self._make_reset_control, *self.places_at(self.reset_port, 1, "reset")),
                 "fw_cfg": Late(
                     self._make_fw_cfg,
                     *self.places_at(layout.PORT_FW_CFG, 2, "fw_cfg"),
                     *self.places_at(layout.PORT_FW_CFG_DMA, 8, "fw_cfg.dma", "dma"),
                 ),
-                "rtc": Late(self._make_rtc, *self.places_at(layout.PORT_RTC, 2, "rtc")),
+                "rtc": Late(self._make_rtc, *self.places_at(layout.PORT_RTC, 2, "rtc"), differs=True),
                 "i8042": Late(
                     self._make_i8042,
                     *self.places_at(layout.PORT_I8042_DATA, 1, "i8042.data"),

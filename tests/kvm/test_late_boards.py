@@ -146,3 +146,40 @@ def test_who_opens_the_same_file_again_has_it_late(guest: Guest, tmp_path: Path)
             assert m.run(TIMEOUT_S) == PASSED
     assert found[0] is False
     assert found[FULL + 1 :] == [True] * 2
+
+
+def made(machine: Machine) -> set[str]:
+    return {name for name, _ in machine.board.holders() if machine.board.made(name) is not None}
+
+
+def test_what_nobody_had_wanted_is_not_made_for_a_restore(guest: Guest, tmp_path: Path) -> None:
+    first = guest.machine
+    first.pio.write(layout.PORT_POST, 1, 0x42)
+    touched = made(first)
+    assert "port80" in touched
+    assert "i8042" not in touched
+    first.save(tmp_path / "a")
+    assert "i8042" in made(first)  # a save looks at all
+    with Machine.restore(tmp_path / "a", twin=False) as m:
+        # These two are another one in each machine.
+        assert made(m) == touched | {"rtc", "vmgenid"}
+        assert steady(m) == steady(first)
+        assert m.devices["vmgenid"].save() == first.devices["vmgenid"].save()
+
+
+def test_a_snapshot_without_the_list_of_those_is_read(guest: Guest, tmp_path: Path) -> None:
+    from pyvmm.snapshot_file import SnapshotFile, SnapshotWriter
+
+    guest.machine.save(tmp_path / "a")
+    with SnapshotFile(str(tmp_path / "a")) as read:
+        manifest = {name: value for name, value in read.manifest.items() if name != "untouched"}
+    with SnapshotWriter(str(tmp_path / "b")) as file:
+        data = (tmp_path / "a").read_bytes()
+        file.reserve(len(data))
+        for at in range(4096, len(data), 1 << 20):
+            if any(piece := data[at : at + (1 << 20)]):
+                file.write(at, piece)
+        file.commit(manifest)
+    with Machine.restore(tmp_path / "b") as m:
+        assert "i8042" in made(m)
+        assert steady(m) == steady(guest.machine) | {"gpe0": steady(m)["gpe0"]}
