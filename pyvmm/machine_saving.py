@@ -141,8 +141,9 @@ class SavingMachine(RunningMachine):
             if twin:
                 config = of_twin(config, options)
             self = cls.of_snapshot(origin, config, way)
-        if self.board.announcer is not None:
-            self.board.announcer.announce()
+        # Not by ``board``, which would have a twin's devices come; whoever has cards has them already.
+        if self._board.announcer is not None:
+            self._board.announcer.announce()
         return self
 
     @classmethod
