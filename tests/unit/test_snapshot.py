@@ -65,7 +65,7 @@ def test_a_hostile_manifest(images: Path, seed: int, data: st.DataObject) -> Non
         Hand(one).run(seed, 5)
         one.save(images / "a.snap")
     before = len(os.listdir("/proc/self/fd"))
-    parts = ["spec", "machine", "memory", "images", "drives", "base", "id", "saved_ns", "all"]
+    parts = ["spec", "machine", "memory", "images", "drives", "base", "id", "saved_ns", "untouched", "all"]
     part = data.draw(st.sampled_from(parts))
 
     def change(manifest: dict[str, Any]) -> None:
@@ -93,6 +93,8 @@ def test_a_hostile_manifest(images: Path, seed: int, data: st.DataObject) -> Non
     [
         (lambda m: m.pop("base"), "is damaged: base is missing"),
         (lambda m: m.update(id=b"short"), "is damaged: id has 5 bytes, not 16"),
+        (lambda m: m.update(untouched="rtc"), "is damaged: untouched is 'rtc', no list"),
+        (lambda m: m.update(untouched=["rtc", 5]), "is damaged: untouched is 5, no text"),
         (lambda m: m.update(memory=[]), "has 0 MiB of memory"),
         (lambda m: m["memory"].append(m["memory"][0]), "is damaged: it has memory at 0x0 twice"),
         (lambda m: m["memory"][0].update(size=1 << 50), "is damaged: memory that it names is not in it"),
