@@ -73,6 +73,7 @@ BUILDING = (
     "pyvmm.devices.virtio.rng",
     "pyvmm.devices.virtio.vsock",
     "pyvmm.devices.virtio.vsock_callers",
+    "pyvmm.devices.virtio.vsock_messages",
     "pyvmm.guests",
     "pyvmm.kvm.access",
     "pyvmm.kvm.exits",

@@ -14,20 +14,20 @@ LONGEST_PATH_BYTES = 107  # sockaddr_un's, without its zero
 
 class UnixListener:
     """Listens at ``path``, where up to ``backlog`` peers may wait. ``mode`` are the permissions of the socket; without
-    them the process's umask decides. ``what`` names it in what is said.
+    them the process's umask decides. ``what`` names it in what is said; ``kind`` is the socket's type.
 
     A socket that is there already is replaced where nobody listens on it. ConfigError in one sentence.
     """
 
-    def __init__(self, path: str, backlog: int, *, what: str, mode: int | None = None) -> None:
+    def __init__(self, path: str, backlog: int, *, what: str, mode: int | None = None, kind: int = SOCK_STREAM) -> None:
         check_path(path, what)
         self.path = path
-        self._socket = socket(AF_UNIX, SOCK_STREAM)
+        self._socket = socket(AF_UNIX, kind)
         try:
             if mode is not None:
                 # Before there is a file: bind gives it the socket's own mode, and nobody finds it open in between.
                 os.fchmod(self._socket.fileno(), mode)
-            remove_stale(path)
+            remove_stale(path, kind)
             self._socket.bind(path)
             self._socket.listen(backlog)
             self._socket.setblocking(False)
@@ -91,14 +91,14 @@ def identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def remove_stale(path: str) -> None:
+def remove_stale(path: str, kind: int = SOCK_STREAM) -> None:
     """Take a socket away on which nobody listens any more."""
     import stat
 
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return
-        probe = socket(AF_UNIX, SOCK_STREAM)
+        probe = socket(AF_UNIX, kind)
         try:
             probe.setblocking(False)  # one whose backlog is full is alive
             probe.connect(path)

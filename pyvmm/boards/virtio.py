@@ -115,7 +115,8 @@ def make_vsock(board: Board, options: VsockOptions) -> None:
 
     closers = board.chassis.closers
     host = closers.add(HostEnd(options.path))
-    device = VirtioVsock(board.memory, host, cid=options.cid, connections=options.connections)
+    messages = closers.add(HostEnd(options.path, messages=True)) if options.seqpacket else None
+    device = VirtioVsock(board.memory, host, cid=options.cid, connections=options.connections, messages=messages)
     board.add_virtio("vsock", device)
     closers.add(device)  # before its queues' descriptors go
 

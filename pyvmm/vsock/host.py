@@ -3,17 +3,21 @@
 Into the guest: a client connects to PATH and says ``CONNECT 1234\\n``; when something in the guest has accepted at that
 port the answer is ``OK 1073741824\\n`` with the host's port, and from there on it is the stream. Where nothing listens,
 the socket is closed. Out of the guest: a connection to port 1234 of the host is one to the Unix socket PATH_1234.
+
+With messages in place of a stream (SOCK_SEQPACKET) it is the same at PATH.seq, each line a message; and at PATH_1234
+somebody has to listen with a socket of that type.
 """
 
 from __future__ import annotations
 
 # Not ``socket``: importing that takes as long as half of a start.
-from _socket import AF_UNIX, MSG_PEEK, SOCK_STREAM, socket
+from _socket import AF_UNIX, MSG_PEEK, SOCK_SEQPACKET, SOCK_STREAM, socket
 
 from pyvmm.unix_socket import UnixListener
 
 MODE = 0o600  # whoever may connect speaks to the guest as the host
 BACKLOG = 128
+MESSAGES = ".seq"  # behind the path, of the socket with messages
 LAST_PORT = 0xFFFF_FFFE  # VMADDR_PORT_ANY is no port
 WORD = b"CONNECT "
 LONGEST_LINE = len(WORD) + len(f"{LAST_PORT}\n")
@@ -54,16 +58,19 @@ class Caller:
 
 
 class HostEnd:
-    """The sockets at ``path`` and behind it; without one there are none, and nobody is at this end.
+    """The sockets at ``path`` and behind it; without one there are none, and nobody is at this end. ``messages``: those
+    that keep the boundaries of messages.
 
     ConfigError where there can be no socket at ``path``.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, *, messages: bool = False) -> None:
         self._path = path
+        self._kind = SOCK_SEQPACKET if messages else SOCK_STREAM
         self._listener: UnixListener | None = None
         if path is not None:
-            self._listener = UnixListener(path, BACKLOG, what="vsock path", mode=MODE)
+            where = f"{path}{MESSAGES}" if messages else path
+            self._listener = UnixListener(where, BACKLOG, what="vsock path", mode=MODE, kind=self._kind)
 
     @property
     def fd(self) -> int:
@@ -81,7 +88,7 @@ class HostEnd:
             return None
         end = None
         try:
-            end = socket(AF_UNIX, SOCK_STREAM)
+            end = socket(AF_UNIX, self._kind)
             end.setblocking(False)
             end.connect(f"{self._path}_{port}")
         except OSError:  # nobody there, a backlog that is full, or no descriptor left

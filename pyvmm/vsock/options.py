@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
-from pyvmm.options import Kind, Options, decimal, option, whole
+from pyvmm.options import SWITCH, Kind, Options, decimal, option, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class VsockOptions(Options):
         PATH, None, "the Unix socket that leads into the guest: a client says CONNECT PORT on a line, and behind the"
         " answer OK it has the stream; for the guest's connections to port N of the host a program listens at PATH_N",
         words="path")  # fmt: skip
+    seqpacket: bool = option(
+        SWITCH, False, "sockets with messages too (SOCK_SEQPACKET): clients at PATH.seq, and for the guest's"
+        " connections a program that listens at PATH_N with such a socket", words="seqpacket")  # fmt: skip
     connections: int = option(
         whole(least=1, most=MOST_CONNECTIONS, from_text=decimal), 256, f"as many at a time, 1 to {MOST_CONNECTIONS}:"
         " each has a descriptor, and holds what the host does not take at once, up to 256 KiB",

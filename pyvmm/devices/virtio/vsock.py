@@ -1,4 +1,4 @@
-"""VirtioVsock: stream sockets between guest and host, without a network. OASIS virtio 1.2, 5.10.
+"""VirtioVsock: sockets between guest and host, without a network; streams, and messages. OASIS virtio 1.2, 5.10.
 
 The host's ends are Unix sockets (``HostEnd``): a client that asks for a port of the guest's, and programs that listen
 for the guest's connections. The guest's packets go from its ring to the host's sockets, and what the host's sockets
@@ -18,11 +18,14 @@ does: resets. Where the transmit queue's lock is held too, that was taken first.
 
 from __future__ import annotations
 
+from _socket import SOCK_SEQPACKET
+
 from pyvmm.devices.virtio import vsock_packet as p
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.ring import RingError
 from pyvmm.devices.virtio.vsock_callers import Callers
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES, MOST_PIECES, NOTHING, Connection
+from pyvmm.devices.virtio.vsock_messages import ENDED, TOO_LONG, MessageConnection
 from pyvmm.errors import StateError
 from pyvmm.light import deque
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     Buffer = tuple[Chain, memoryview | None, list[memoryview], int]
 
 F_STREAM = 1 << 0
+F_SEQPACKET = 1 << 1
 RX, TX, EVENT = range(3)
 QUEUE_SIZE = 256
 CONFIG_BYTES = 8  # guest_cid
@@ -71,7 +75,9 @@ class GuestMistake(RingError):
 
 
 class VirtioVsock(VirtioDevice):
-    """``cid`` is the guest's address. ``host`` has the host's sockets and belongs to the device, which closes it."""
+    """``cid`` is the guest's address. ``host`` has the host's sockets and belongs to the device, which closes it;
+    ``messages`` likewise those with messages, where it has any.
+    """
 
     DEVICE_ID = 19
     FEATURES = F_STREAM
@@ -79,17 +85,25 @@ class VirtioVsock(VirtioDevice):
     own_thread = True
 
     def __init__(
-        self, memory: GuestMemory, host: HostEnd, *, cid: int, connections: int = DEFAULT_CONNECTIONS
+        self,
+        memory: GuestMemory,
+        host: HostEnd,
+        *,
+        cid: int,
+        connections: int = DEFAULT_CONNECTIONS,
+        messages: HostEnd | None = None,
     ) -> None:
-        super().__init__(memory, config_bytes=CONFIG_BYTES)
+        features = self.FEATURES | (0 if messages is None else F_SEQPACKET)
+        super().__init__(memory, config_bytes=CONFIG_BYTES, features=features)
         self.cid = cid
         self.host = host
+        self._hosts = {p.STREAM: host} if messages is None else {p.STREAM: host, p.SEQPACKET: messages}
         self.stats = {"opened": 0, "refused": 0, "sent": 0, "sent_bytes": 0, "received": 0, "received_bytes": 0}
         """Connections, and packets with their payload as the guest sees them, since the machine was made."""
         self._most = connections
         self._gate = self.queues[RX].lock
         self._connections: dict[tuple[int, int], Connection] = {}  # by host's and guest's port
-        self._callers = Callers(self, host)
+        self._callers = [Callers(self, end) for end in self._hosts.values()]
         self._lingering: dict[int, Connection] = {}  # ended, but the host has yet to take what is kept
         self._left: dict[Connection, None] = {}  # by the host, and the guest has yet to say that it knows
         self._next_port = FIRST_HOST_PORT
@@ -130,7 +144,8 @@ class VirtioVsock(VirtioDevice):
     def quiesce(self) -> None:
         """Every connection ends: the driver that knew of them is gone. What was sent to the host still gets there."""
         with self._gate:
-            self._callers.end()
+            for callers in self._callers:
+                callers.end()
             for connection in list(self._connections.values()):
                 self._forget(connection, linger=True)
             self._line.clear()
@@ -154,14 +169,17 @@ class VirtioVsock(VirtioDevice):
             self.quiesce()
             for connection in list(self._lingering.values()):
                 self._close(connection)
-            self.host.close()
+            for host in self._hosts.values():
+                host.close()
 
     def abandon(self) -> None:
         """In a child of fork: close the descriptors. Takes no lock."""
         for end in (*self._connections.values(), *self._lingering.values()):
             end.close()
-        self._callers.abandon()
-        self.host.abandon()
+        for callers in self._callers:
+            callers.abandon()
+        for host in self._hosts.values():
+            host.abandon()
 
     # -- the queues ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +190,7 @@ class VirtioVsock(VirtioDevice):
             elif queue.index == EVENT:
                 self._look_at_events(queue)
             # From the first look on; and where there was no descriptor for a client there may be one.
-            self._callers.listen()
+            self._listen()
             self._deliver()
 
     def guarded(self, work: Callable[[], object]) -> None:
@@ -247,11 +265,13 @@ class VirtioVsock(VirtioDevice):
         if cid != self.cid:
             return  # nobody that could get an answer
         self.stats["received"] += 1
-        ours = to_cid == p.HOST_CID and kind == p.STREAM
+        ours = to_cid == p.HOST_CID and (kind == p.STREAM or (kind in self._hosts and self.features & F_SEQPACKET != 0))
         connection = self._connections.get((port, guest_port)) if ours else None
+        if connection is not None and connection.kind != kind:
+            connection, ours = None, False
         if connection is None:
             if op == p.OP_REQUEST and ours:
-                self._open(port, guest_port, room, forwarded)
+                self._open(port, guest_port, kind, room, forwarded)
             elif op != p.OP_RST:
                 self._reply_reset(to_cid, port, guest_port, kind)
             return
@@ -261,7 +281,7 @@ class VirtioVsock(VirtioDevice):
             self._say(connection, DATA)
         if op == p.OP_RW and connection.accepted:
             self.stats["received_bytes"] += size
-            if connection.take(p.body(views, size), size):
+            if connection.take(p.body(views, size), size, flags):
                 touched[connection] = None
             else:
                 self._reset(connection)
@@ -328,22 +348,22 @@ class VirtioVsock(VirtioDevice):
         """Whether there are as many connections as may be."""
         return self.connections + len(self._lingering) >= self._most
 
-    def _open(self, port: int, guest_port: int, room: int, forwarded: int) -> None:
+    def _open(self, port: int, guest_port: int, kind: int, room: int, forwarded: int) -> None:
         """The guest asks for a connection (5.10.6.5)."""
-        end = None if self.full else self.host.connect(port)
+        end = None if self.full else self._hosts[kind].connect(port)
         if end is None:
             self.stats["refused"] += 1
-            self._reply_reset(p.HOST_CID, port, guest_port, p.STREAM)
+            self._reply_reset(p.HOST_CID, port, guest_port, kind)
             return
         self.stats["opened"] += 1
-        connection = Connection(end, port, guest_port, accepted=True)
+        connection = made(end, port, guest_port, accepted=True)
         connection.guest_room, connection.guest_forwarded = room, forwarded
         self._connections[port, guest_port] = connection
         self._say(connection, 1 << p.OP_RESPONSE | DATA)
 
     def _reset(self, connection: Connection, *, linger: bool = False) -> None:
         """It ends now, and the guest is told."""
-        self._reply_reset(p.HOST_CID, connection.host_port, connection.guest_port, p.STREAM)
+        self._reply_reset(p.HOST_CID, connection.host_port, connection.guest_port, connection.kind)
         self._forget(connection, linger=linger)
 
     def _reply_reset(self, cid: int, port: int, guest_port: int, kind: int) -> None:
@@ -379,7 +399,7 @@ class VirtioVsock(VirtioDevice):
         self._unwrite(connection)
         self._lingering.pop(connection.fd, None)
         connection.close()
-        self._callers.listen()
+        self._listen()
 
     def _host_shuts(self, connection: Connection, flags: int) -> None:
         """The host does not send, or not receive any more: the guest gets to know, behind all data."""
@@ -398,7 +418,7 @@ class VirtioVsock(VirtioDevice):
         self._left[connection] = None
         if len(self._left) > self._most:
             self._reset(next(iter(self._left)))
-        self._callers.listen()
+        self._listen()
 
     def _stop_reading(self, connection: Connection) -> None:
         """Nothing more comes from the host: what is left to hear is that it closes its end."""
@@ -422,6 +442,10 @@ class VirtioVsock(VirtioDevice):
         """Whether somebody of the host's may connect to the guest now, but for ``full``."""
         return self.live and not self._ended and not self._drops_connections
 
+    def _listen(self) -> None:
+        for callers in self._callers:
+            callers.listen()
+
     def connect(self, end: socket, guest_port: int) -> None:
         """A client has said where to: the guest is asked."""
         if self.full:
@@ -429,7 +453,7 @@ class VirtioVsock(VirtioDevice):
             end.close()
             return
         port = self._free_port(guest_port)
-        connection = Connection(end, port, guest_port, accepted=False)
+        connection = made(end, port, guest_port, accepted=False)
         self._connections[port, guest_port] = connection
         self._watch(connection)
         self._say(connection, 1 << p.OP_REQUEST)
@@ -511,7 +535,7 @@ class VirtioVsock(VirtioDevice):
     def _header(self, connection: Connection, op: int, *, size: int = 0, flags: int = 0) -> bytes:
         connection.told = connection.forwarded
         return p.HEADER.pack(
-            *(p.HOST_CID, self.cid, connection.host_port, connection.guest_port, size, p.STREAM, op, flags),
+            *(p.HOST_CID, self.cid, connection.host_port, connection.guest_port, size, connection.kind, op, flags),
             *(BUFFER_BYTES, connection.forwarded & 0xFFFF_FFFF),
         )
 
@@ -528,6 +552,9 @@ class VirtioVsock(VirtioDevice):
 
     def _read(self, connection: Connection) -> None:
         """Data from the host's socket, into as many buffers as it may fill."""
+        if connection.kind == p.SEQPACKET:
+            self._read_message(connection)
+            return
         limit = connection.credit
         if not limit:
             self._read_without_credit(connection)
@@ -545,6 +572,26 @@ class VirtioVsock(VirtioDevice):
             self._await(connection)
         else:
             self._host_ends(connection)
+
+    def _read_message(self, connection: Any) -> None:
+        """A message from the host's socket, or what is left of it: one buffer, and another in its next turn."""
+        got = connection.load()
+        if got == NOTHING:
+            self._await(connection)
+        elif got == ENDED:
+            self._host_ends(connection)
+        elif got == TOO_LONG:
+            self._reset(connection)
+        elif connection.left and not connection.credit:
+            self._starve(connection)
+        else:
+            buffer = self._hand.popleft()
+            size = min(connection.left, connection.credit, buffer[3])
+            if connection.left and not size:  # room for a header, and nothing else
+                self._put(buffer, self._header(connection, p.OP_CREDIT_UPDATE))
+                return
+            flags = connection.unload(cut(buffer[2], size) if size else [], size)
+            self._put(buffer, self._header(connection, p.OP_RW, size=size, flags=flags), size)
 
     def _await(self, connection: Connection) -> None:
         """The host has nothing for the guest now."""
@@ -594,6 +641,9 @@ class VirtioVsock(VirtioDevice):
         if there == 0:
             self._host_ends(connection)
             return
+        self._starve(connection)
+
+    def _starve(self, connection: Connection) -> None:
         connection.starved = True
         connection.to_say &= ~DATA
         self._unwatch(connection)
@@ -673,6 +723,13 @@ class VirtioVsock(VirtioDevice):
         for token in hand:
             self._hold(self.queues[RX].retake(token))
         self._events = deque(self.queues[EVENT].retake(token) for token in events)
+
+
+def made(end: socket, port: int, guest_port: int, *, accepted: bool) -> Connection:
+    """A connection of the socket's kind."""
+    if end.type == SOCK_SEQPACKET:
+        return MessageConnection(end, port, guest_port, accepted=accepted)
+    return Connection(end, port, guest_port, accepted=accepted)
 
 
 def cut(pieces: list[memoryview], size: int) -> list[memoryview]:

@@ -11,7 +11,7 @@ import os
 import select
 from _socket import MSG_NOSIGNAL, MSG_PEEK, SHUT_RD, SHUT_WR
 
-from pyvmm.devices.virtio.vsock_packet import BOTH_WAYS, NO_RECEIVE, NO_SEND
+from pyvmm.devices.virtio.vsock_packet import BOTH_WAYS, NO_RECEIVE, NO_SEND, STREAM
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Connection:
     line for that; ``watched`` and ``written``: whether ``fd`` is watched for input and for room; ``reach``: how many of
     the guest's buffers the next read fills at most.
     """
+
+    kind = STREAM
 
     __slots__ = (
         *("_kept", "_pieces", "_size", "_socket", "accepted", "asked", "deaf", "forwarded", "guest_forwarded"),
@@ -69,7 +71,7 @@ class Connection:
 
     # -- from the guest to the host --------------------------------------------------------------------------------
 
-    def take(self, pieces: list[memoryview], size: int) -> bool:
+    def take(self, pieces: list[memoryview], size: int, flags: int) -> bool:
         """Data of the guest's, for the next ``give``. False where it has no leave to send that."""
         self.received += size
         if self.received - self.forwarded > BUFFER_BYTES or self.guest_shut & NO_SEND:
@@ -174,7 +176,7 @@ class Connection:
         new = flags & BOTH_WAYS & ~self.guest_shut
         self.guest_shut |= new
         self._shutdown(SHUT_RD if new & NO_RECEIVE else -1)
-        if new & NO_SEND and not self._kept:
+        if new & NO_SEND and not self.keeps:
             self._shutdown(SHUT_WR)
 
     def drained(self) -> None:

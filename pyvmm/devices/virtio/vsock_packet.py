@@ -15,7 +15,7 @@ HOST_CID = 2  # 5.10.4
 HEADER = Struct("<QQIIIHHIII")
 HEADER_BYTES = HEADER.size
 
-STREAM = 1  # 5.10.6.2
+STREAM, SEQPACKET = 1, 2  # 5.10.6.2
 
 OP_REQUEST = 1
 OP_RESPONSE = 2
@@ -29,6 +29,10 @@ OP_CREDIT_REQUEST = 7
 NO_RECEIVE = 1
 NO_SEND = 2
 BOTH_WAYS = NO_RECEIVE | NO_SEND
+
+
+# A flag of OP_RW, 5.10.6.6: it ends a message.
+END_OF_MESSAGE = 1
 
 
 def body(views: Sequence[memoryview], size: int) -> list[memoryview]:

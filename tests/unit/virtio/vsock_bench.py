@@ -73,7 +73,9 @@ class VsockBench:
 
     def make(self) -> VirtioVsock:
         self.host = HostEnd(str(self.path))
-        device = VirtioVsock(self.memory, self.host, **{"cid": CID, **self.options})
+        options = {"cid": CID, **self.options}
+        messages = HostEnd(str(self.path), messages=True) if options.pop("seqpacket", False) else None
+        device = VirtioVsock(self.memory, self.host, messages=messages, **options)
         self.io = EdgeWatcher()
         device.io = self.io
         device.ring_features |= F_RING_PACKED
@@ -175,9 +177,9 @@ class VsockBench:
 
     # -- the host's side ---------------------------------------------------------------------------------------------
 
-    def listen(self, port: int) -> socket.socket:
+    def listen(self, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """A program that listens for the guest."""
-        end = socket.socket(socket.AF_UNIX)
+        end = socket.socket(socket.AF_UNIX, kind)
         end.bind(f"{self.path}_{port}")
         end.listen(200)
         end.settimeout(10)

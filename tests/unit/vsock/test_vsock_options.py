@@ -21,6 +21,7 @@ def test_words() -> None:
     vsock = VsockOptions.parse("cid=42,path=/run/a,,b.sock,connections=7")
     assert vsock == VsockOptions(42, "/run/a,b.sock", connections=7)
     assert VsockOptions.parse("guest-cid=3,path=x") == VsockOptions(3, "x")
+    assert VsockOptions.parse("cid=3,path=x,seqpacket=on") == VsockOptions(3, "x", seqpacket=True)
     assert VsockOptions(path=Path("/a")).path == "/a"
     assert (VsockOptions().cid, VsockOptions().path, VsockOptions().connections) == (3, None, 256)
     assert VsockOptions(4, os.fsencode("x" * 96).decode()).changed(cid=5).cid == 5
