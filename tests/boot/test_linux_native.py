@@ -20,7 +20,7 @@ def test_vmlinux_prints_its_memory(cloud_kernel: Kernel) -> None:
         console.expect(f"Linux version {cloud_kernel.release}", LIMIT_S)
         console.expect("BIOS-e820: [mem 0x0000000000100000-0x000000000fffffff] usable", LIMIT_S)
         if "software" in kvm_kind():
-            # It takes a minute more to an int3 of its own, which ends it (docs/lab.md); boots to its end are the lab's.
+            # A minute later it is at an int3 of its own, which software KVM does not emulate; the lab boots it whole.
             return
         console.expect("Initmem setup node 0 [mem 0x0000000000001000-0x000000000fffffff]", LIMIT_S)
         # It goes on to look for a root file system, finds none and panics: panic=-1 resets.
