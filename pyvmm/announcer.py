@@ -53,6 +53,11 @@ class Announcer:
         self._lock = Lock()
         self._series: dict[str, Series] = {}
 
+    @property
+    def under_way(self) -> int:
+        """How many series of rounds are."""
+        return len(self._series)
+
     def announce(
         self,
         initial_ms: int = INITIAL_MS,

@@ -126,7 +126,7 @@ class SavingMachine(RunningMachine):
         read, beside the guest. Guest time goes on from where it stood, or with ``clock="now"`` from where it would be
         had the machine run on: by the host's wall clock, for all clocks of the guest.
 
-        Network cards tell the network where they are, when it goes on (``Machine.announce_self``).
+        The cards of one that is no twin tell the network where they are, when it goes on (``Machine.announce_self``).
 
         ConfigError, StateError and KvmError in one sentence, and then nothing has been started.
         """
@@ -141,9 +141,9 @@ class SavingMachine(RunningMachine):
             if twin:
                 config = of_twin(config, options)
             self = cls.of_snapshot(origin, config, way)
-        # Not by ``board``, which would have a twin's devices come; whoever has cards has them already.
-        if self._board.announcer is not None:
-            self._board.announcer.announce()
+        # A twin is nobody who has moved: the saved machine may be on the same network, and keeps its address.
+        if not twin and self.board.announcer is not None:
+            self.board.announcer.announce()
         return self
 
     @classmethod
