@@ -80,9 +80,11 @@ ip link set lo up
 ip link set eth0 up
 ip address add {GUEST_ADDRESS}/24 dev eth0
 hostname lab
-cd /
 export PYTHONPATH="$LAB_CHECKOUT/ci"
-exec chroot /new "$LAB_PYTHON" -sS -m nested_lab.agent {AGENT_PORT} "$LAB_TOKEN" "$LAB_SEED" <&3 >&3
+# The root of the mount namespace, and no chroot: there nobody may make a user namespace (unshare(2)), as passt does.
+cd /new
+mount --move . /
+exec chroot . "$LAB_PYTHON" -sS -m nested_lab.agent {AGENT_PORT} "$LAB_TOKEN" "$LAB_SEED" <&3 >&3
 """
 
 

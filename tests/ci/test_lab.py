@@ -72,6 +72,12 @@ def test_no_command_gets_to_processor_0(lab: Lab) -> None:
     assert run(lab, "taskset", "-c", "0", "true").returncode == 1
 
 
+def test_a_command_may_make_a_user_namespace(lab: Lab) -> None:
+    """As passt does, which needs no root. Its root is no chroot: in one nobody may (unshare(2))."""
+    nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    assert run(lab, *nobody, "unshare", "--user", "true").returncode == 0
+
+
 def test_an_interrupt_ends_qemu_too(tmp_path: Path) -> None:
     command = [CI_LAB, "run", "--", "sh", "-c", "echo begun; exec sleep 1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as ran:
