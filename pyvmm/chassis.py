@@ -137,6 +137,18 @@ class Chassis:
         self.consoles.tell_losses()
         self.events.flush()
 
+    def let_go(self) -> None:
+        """All is closed. What the parts had of each other goes: then the machine does with the last who refers to it,
+        and no garbage collector has to look for it among all that the process has.
+        """
+        self.owner = self.kvm_clock = None
+        self.loop.let_go()
+        self.events.let_go()
+        self.control.let_go()
+        self.power.let_go()
+        self.outcomes.let_go()
+        self.consoles.let_go()
+
     # -- work beside the guest ---------------------------------------------------------------------------------
 
     def when_it_runs(self, work: Callable[[], None]) -> None:

@@ -126,6 +126,11 @@ class TimerQueue:
         self._count = 0
         self._on_earliest = on_earliest
 
+    def let_go(self) -> None:
+        """They expire no more, and nobody is told of the earliest."""
+        self._on_earliest = None
+        self._heap.clear()
+
     def __len__(self) -> int:
         """How many timers are armed."""
         return self._count

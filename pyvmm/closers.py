@@ -34,21 +34,20 @@ class Closers:
         """Run every step, the last one first. What the first one to fail raised comes out when all are done. Where an
         interrupt comes through (KeyboardInterrupt), the next call goes on with the steps that are left.
         """
-        self._run(lambda close, _abandon: close())
+        first: Exception | None = None
+        steps = self._steps
+        while steps:
+            try:
+                steps.pop()[0]()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def abandon(self) -> None:
         """In a child of fork: give its copies of descriptors and mappings back, and touch nothing that the parent has
         too. No lock is taken: at the moment of the fork it may have been held by a thread that only the parent has.
         """
-        self._run(lambda _close, abandon: abandon and abandon())
-
-    def _run(self, end: Callable[[Step, Step | None], object]) -> None:
-        first: Exception | None = None
-        while self._steps:
-            close, abandon = self._steps.pop()
-            try:
-                end(close, abandon)
-            except Exception as error:
-                first = first or error
-        if first is not None:
-            raise first
+        # As close(), of the other halves.
+        self._steps = [(abandon, None) for _close, abandon in self._steps if abandon is not None]
+        self.close()

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     Key = tuple[str, str, Callable[[Callable[[str], object]], object]]
 
 
+def nobody(name: str, size: int) -> None:
+    """In place of who hears of losses."""
+
+
 class Consoles:
     """``open`` makes a console's host side from the words of MachineConfig.serial; ``by_name`` has all of them.
 
@@ -35,7 +39,7 @@ class Consoles:
         command: bool = False,
         on_quit: Callable[[], None] | None = None,
         on_gone: Callable[[], None] | None = None,
-        on_lost: Callable[[str, int], None] = lambda name, size: None,
+        on_lost: Callable[[str, int], object] = nobody,
         keys: Sequence[Key] = (),
     ) -> None:
         self._on_lost = on_lost
@@ -61,6 +65,17 @@ class Consoles:
         opened.on_lost = lambda: self._on_lost(name, opened.lost_bytes)
         return opened
 
+    def let_go(self) -> None:
+        """All is closed: the machine's own consoles have no device any more, and nobody to tell."""
+        for chardev in self.made:
+            chardev.set_receiver(None)
+            chardev.on_lost = None
+        self._flushes.clear()
+        self._last_flushes.clear()
+        self._on_lost = nobody
+        self._on_quit = self._on_gone = None
+        self._keys = ()
+
     def tell_losses(self) -> None:
         """At the end: how much output of each console was lost, where any was."""
         for name, opened in self.by_name.items():
@@ -68,20 +83,21 @@ class Consoles:
                 self._on_lost(name, opened.lost_bytes)
 
     def _open(self, spec: HostEnd, name: str) -> Chardev:
-        from pyvmm import chardev as c
+        # By the module's name: a package that is asked for a module in it takes four times as long to answer.
+        from pyvmm.chardev import CallableChardev, Chardev, FileChardev, NullChardev, PtyChardev
 
         if spec is None or spec == "none":
-            return c.NullChardev()
-        if isinstance(spec, c.Chardev):
+            return NullChardev()
+        if isinstance(spec, Chardev):
             return spec
         if callable(spec):
-            return c.CallableChardev(spec)
+            return CallableChardev(spec)
         if spec == "stdio":
             return self._the_terminal().console(name)
         if spec == "pty":
-            return c.PtyChardev(self._loop)
+            return PtyChardev(self._loop)
         if spec.startswith("file:") and len(spec) > len("file:"):
-            return c.FileChardev(spec[len("file:") :], self._loop)
+            return FileChardev(spec[len("file:") :], self._loop)
         raise ConfigError(f"{name} {spec!r}: use none, stdio, pty or file:PATH")
 
     # -- the terminal ------------------------------------------------------------------------------------------

@@ -36,10 +36,11 @@ HANG_UP_EVENTS = select.EPOLLHUP | select.EPOLLERR
 class LoopClock(Clock):
     """Guest time of a machine, from 0: the host's monotonic clock less the time the machine was paused."""
 
-    __slots__ = ("_loop", "_offset_ns", "_past", "_stopped_at_ns")
+    __slots__ = ("_loop", "_offset_ns", "_past", "_stopped_at_ns", "_timers")
 
     def __init__(self, loop: EventLoop, *, stands: bool) -> None:
-        self._loop = loop
+        self._loop = ref(loop)  # which refers to this; where it is gone the machine is, and time stands
+        self._timers = loop._timers
         self._past: tuple[int, int] | None = None  # a thread, and what time it is for that
         self._offset_ns = monotonic_ns()
         self._stopped_at_ns: int | None = 0 if stands else None
@@ -62,7 +63,7 @@ class LoopClock(Clock):
             self._past = None
 
     def timer(self, callback: Callable[[], None]) -> Timer:
-        return Timer(self._loop._timers, callback)
+        return Timer(self._timers, callback)
 
     @property
     def running(self) -> bool:
@@ -74,7 +75,8 @@ class LoopClock(Clock):
         It waits for a timer callback that is under way (unless called from the loop's own thread), so the caller must
         not hold a device's lock.
         """
-        loop = self._loop
+        if (loop := self._loop()) is None:
+            return
         with loop._lock:
             if self._stopped_at_ns is None:
                 self._stopped_at_ns = self.now_ns()
@@ -83,11 +85,13 @@ class LoopClock(Clock):
 
     def in_callback(self) -> bool:
         """Whether the caller is the callback of a timer."""
-        return self._loop._in_timer and self._loop.on_loop_thread()
+        loop = self._loop()
+        return loop is not None and loop._in_timer and loop.on_loop_thread()
 
     def set_time(self, now_ns: int) -> None:
         """StateError while guest time runs."""
-        loop = self._loop
+        if (loop := self._loop()) is None:
+            return
         with loop._lock:
             if self._stopped_at_ns is None:
                 raise StateError("guest time runs: pause() the machine first")
@@ -96,7 +100,8 @@ class LoopClock(Clock):
 
     def resume(self) -> None:
         """Let guest time go on from where it stopped: armed timers keep the time they had left."""
-        loop = self._loop
+        if (loop := self._loop()) is None:
+            return
         with loop._lock:
             if self._stopped_at_ns is not None:
                 # The offset first: a reader without the lock sees the stopped time until both are right.
@@ -266,6 +271,11 @@ class EventLoop(Watches):
             thread = self._thread
         if thread is not None:
             thread.join()
+
+    def let_go(self) -> None:
+        """It is closed, and calls nobody: nor does it hold on to anybody."""
+        self._timers.let_go()
+        self._on_error = nobody
 
     def abandon(self) -> None:
         """In a child of fork, which has no such thread: close the descriptors. Takes no lock."""
@@ -496,6 +506,10 @@ def main(me: ref[EventLoop], lock: LockType, ends: Ends, epoll: select.epoll) ->
         over(me, lock, ends)
         raise
     over(me, lock, ends)
+
+
+def nobody(error: BaseException) -> None:
+    """In place of on_error, when all is over."""
 
 
 def over(me: ref[EventLoop], lock: LockType, ends: Ends) -> None:

@@ -126,6 +126,10 @@ class Events:
         with self._lock:
             self._listeners = tuple(pair for pair in self._listeners if pair[0] != listener)
 
+    def let_go(self) -> None:
+        """All is closed, and told."""
+        self._on_error = nobody
+
     def tell(self, name: str, **data: Any) -> None:
         """Queue an event that has happened. From any thread, and under any lock: nothing is called here."""
         if not self._listeners and not logged(LEVELS[name]):
@@ -195,3 +199,7 @@ class Events:
             self._telling = False
             self._told.notify_all()
             return None
+
+
+def nobody(error: BaseException) -> None:
+    """In place of on_error, when all is over."""

@@ -20,7 +20,7 @@ from _weakref import ref
 
 from pyvmm.address_space import Held
 from pyvmm.errors import HOST_LIMITS, HostError, StateError, remedy
-from pyvmm.event_loop import READ_EVENTS, WRITE_EVENTS, Forked, Watches
+from pyvmm.event_loop import READ_EVENTS, WRITE_EVENTS, Forked, Watches, nobody
 from pyvmm.light import Lock, Thread, deque
 
 TYPE_CHECKING = False
@@ -156,6 +156,7 @@ class IoThread(Watches):
             self._ends.close()
         self._readers.clear()  # and with them whom they call
         self._writers.clear()
+        self._on_error = nobody
 
     def abandon(self) -> None:
         """In a child of fork, which has no such thread: close the descriptors. Takes no lock."""
@@ -303,7 +304,7 @@ class IoThreads:
     @property
     def inside(self) -> bool:
         """Whether the caller is a callback of one of them."""
-        return any(thread.on_own_thread for thread in self._threads)
+        return bool(self._threads) and any(thread.on_own_thread for thread in self._threads)
 
     def pause(self) -> None:
         """As IoThread.pause, of all: StateError in a callback of any."""
@@ -337,6 +338,7 @@ class IoThreads:
         """No callback starts after the return, and the threads have ended."""
         for thread in self._threads:
             thread.close()
+        self._on_error = nobody
 
     def abandon(self) -> None:
         """In a child of fork."""

@@ -115,7 +115,9 @@ class Irqchip:
             owner = self._edges[gsi]
             raise ConfigError(f"GSI {gsi} is for {owner} alone, whose irqfd makes edges: {name} needs another")
         self._users.setdefault(gsi, []).append(name)
-        return self._wires.setdefault(gsi, IrqWire(self._sink(gsi), gsi))
+        if (wire := self._wires.get(gsi)) is None:
+            wire = self._wires.setdefault(gsi, IrqWire(self._sink(gsi), gsi))
+        return wire
 
     @property
     def wires(self) -> list[tuple[int, int, list[str]]]:
@@ -215,9 +217,10 @@ class Irqchip:
     # -- the end -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the irqfds that are open."""
+        """Close the irqfds that are open. Nobody drives a line any more."""
         for irqfd in list(self._fds):
             irqfd.close()
+        self._wires.clear()
 
     def abandon(self) -> None:
         """In a child of fork: close its copies of their descriptors."""

@@ -50,7 +50,7 @@ class KvmListener(SpaceListener):
     def __init__(self, kvm: Kvm, vm: Vm, pio: AddressSpace) -> None:
         self._kvm = kvm
         self._vm = vm
-        self._pio = pio
+        self._pio: AddressSpace | None = pio
         self._lock = DeviceLock()
         self._live = self._closed = False
         self.gathers_ports = bool(kvm.check_extension("KVM_CAP_COALESCED_PIO"))
@@ -85,6 +85,7 @@ class KvmListener(SpaceListener):
         self._eventfds.clear()
         self._ioeventfds.clear()
         self._loops = ()
+        self._pio = None  # which refers to us
         self._slots.clear()  # their memory, too, is no longer ours
         self._gone.clear()
 

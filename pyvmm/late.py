@@ -12,6 +12,7 @@ It is made as it would have been at power-on: a device that takes the time then 
 from __future__ import annotations
 
 from pyvmm.device import DeviceLock
+from pyvmm.errors import StateError
 from pyvmm.region import LateRegion, MemoryRegion
 
 TYPE_CHECKING = False
@@ -103,8 +104,13 @@ class Late:
         self._regions.clear()
 
     def forget(self) -> None:
-        """At the end: nobody asks any more."""
+        """At the end: nobody asks any more, and it holds on to nobody."""
         self._regions.clear()
+        self._make = closed
+
+
+def closed() -> Device:
+    raise StateError("the machine is closed, and this device of it was never made")
 
 
 class LateSpaces:

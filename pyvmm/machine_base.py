@@ -200,9 +200,13 @@ class MachineBase:
             try:
                 self._chassis.closers.close()
             except Exception:
-                self._closed = True  # all was given back all the same
+                self._gone()  # all was given back all the same
                 raise
-            self._closed = True
+            self._gone()
+
+    def _gone(self) -> None:
+        self._chassis.let_go()
+        self._closed = True
 
     def __del__(self) -> None:
         # As the interpreter ends, its daemon threads stand still for good: nobody may wait for them.

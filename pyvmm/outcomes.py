@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.cpu_exec import StopReason
-from pyvmm.errors import DeviceError, GuestError, HostError, describe, traceback_text, whose
+from pyvmm.errors import DeviceError, GuestError, HostError, StateError, describe, traceback_text, whose
 from pyvmm.run_control import STATUS_DEBUG, ExitStatus
 from pyvmm.run_state import RunState
 
@@ -28,7 +28,13 @@ class Outcomes:
         self._power = power
         self._memory = memory
         self.cpus: Sequence[Cpu] = ()
-        self.vendor: Callable[[], str] = lambda: ""
+        self.vendor: Callable[[], str] = str
+
+    def let_go(self) -> None:
+        """All is closed: nobody stops or raises any more."""
+        self.cpus = ()
+        self.vendor = str
+        self._memory = Gone()
 
     def cpu_stopped(self, cpu: Cpu, reason: StopReason, error: BaseException | None) -> None:
         """On the vCPU's thread, before it parks."""
@@ -84,6 +90,13 @@ class Outcomes:
 
         title = f"vCPU {{}}, machine {self._control.state}"
         hear("\n".join(dump(cpu.vcpu, self._memory, title.format(cpu.index)) for cpu in self.cpus) + "\n")
+
+
+class Gone:
+    """In place of memory."""
+
+    def read(self, gpa: int, size: int) -> bytes:
+        raise StateError("the machine is closed, its memory is gone")
 
 
 def callback_failure(error: BaseException) -> DeviceError:

@@ -26,8 +26,12 @@ class Power:
         self._control = control
         self._no_reboot = no_reboot
         self.resets = ResetCount()
-        self._restart: Callable[[], None] = lambda: None
-        self._wake: Callable[[int], None] = lambda events: None
+        self.let_go()
+
+    def let_go(self) -> None:
+        """There is nothing to restart: not yet, or no more."""
+        self._restart: Callable[[], None] = no_restart
+        self._wake: Callable[[int], None] = no_wake
 
     def attach(self, restart: Callable[[], None], wake: Callable[[int], None]) -> None:
         """``restart()`` brings everything back to power-on, ``wake(events)`` a guest out of suspend to RAM."""
@@ -82,3 +86,11 @@ class Power:
     def reader_gone(self) -> None:
         """Nobody reads the terminal, or the pipe in its place, any more: the guest would run on unseen."""
         self.stop(STATUS_READER_GONE, "reader-gone")
+
+
+def no_restart() -> None:
+    """In place of a machine's."""
+
+
+def no_wake(events: int) -> None:
+    """In place of a machine's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from _weakref import ref
 from posix import eventfd_write
 
 from pyvmm.errors import BusError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.user_irqchip import UserIrqchip
     from pyvmm.event_loop import EventLoop
     from pyvmm.guest_memory import GuestMemory
+    from pyvmm.irq import IrqLine
     from pyvmm.irqfd import IrqFd
 
 
@@ -38,7 +40,7 @@ class PythonIrqchip(Irqchip):
         self._clock = clock
         self._powered_on_ns = clock.now_ns()
         self._event_loop = event_loop
-        self._processor: CpuExec | None = None
+        self._processors: list[CpuExec] = []  # one, once it is made: the controllers know this list, and not us
         self._made: UserIrqchip | None = None
         self._making = Lock()
         self._resampled: dict[int, list[IrqFd]] = {}
@@ -48,11 +50,11 @@ class PythonIrqchip(Irqchip):
     @property
     def devices(self) -> Mapping[str, Late]:
         if self._devices is None:
-            self._timer_line = self.line(layout.IRQ_TIMER, "pit")
             self._devices = self._late_devices(*self._spaces)
         return self._devices
 
     def _late_devices(self, pio: AddressSpace, mmio: AddressSpace) -> dict[str, Late]:
+        timer_line = self.line(layout.IRQ_TIMER, "pit")
         return {
             "pic": Late(
                 lambda: self._chips.pic,
@@ -63,7 +65,7 @@ class PythonIrqchip(Irqchip):
             "ioapic": Late(lambda: self._chips.ioapic, (mmio, layout.IOAPIC, layout.IOAPIC_BYTES, "ioapic", "")),
             "lapic": Late(lambda: self._chips.lapic, (mmio, layout.LAPIC, layout.LAPIC_BYTES, "lapic", "")),
             "pit": Late(
-                self._make_pit,
+                lambda: self._make_pit(timer_line),
                 (pio, layout.PORT_PIT, 4, "pit", ""),
                 (pio, layout.PORT_SPEAKER, 1, "speaker", "speaker"),
             ),
@@ -80,20 +82,26 @@ class PythonIrqchip(Irqchip):
 
             with self._making:
                 if self._made is None:
-                    chips = UserIrqchip(self._clock, self._interrupt)
-                    if self._processor is not None:
-                        self._wire(chips, self._processor)
+                    processors = self._processors
+
+                    def interrupt(level: int) -> None:
+                        for processor in processors:
+                            processor.interrupt(level)
+
+                    chips = UserIrqchip(self._clock, interrupt)
+                    for processor in processors:
+                        self._wire(chips, processor)
                     self._made = chips
         return self._made
 
-    def _make_pit(self) -> I8254:
+    def _make_pit(self, line: IrqLine) -> I8254:
         from pyvmm.devices.i8254 import I8254
 
-        return I8254(self._clock, self._timer_line, powered_on_ns=self._powered_on_ns)
+        return I8254(self._clock, line, powered_on_ns=self._powered_on_ns)
 
     def attach(self, loop: CpuExec) -> None:
         with self._making:
-            self._processor = loop
+            self._processors[:] = [loop]
             if self._made is not None:
                 self._wire(self._made, loop)
 
@@ -102,10 +110,6 @@ class PythonIrqchip(Irqchip):
         loop.acknowledge = chips.acknowledge
         loop.on_tpr = chips.lapic.look_at_cpu
         chips.lapic.cpu = loop
-
-    def _interrupt(self, level: int) -> None:
-        if self._processor is not None:
-            self._processor.interrupt(level)
 
     def send(self, address: int, data: int) -> bool:
         if (tap := self.tap) is not None:
@@ -119,7 +123,14 @@ class PythonIrqchip(Irqchip):
             pass  # there is nothing
 
     def _sink(self, gsi: int) -> Callable[[int], object]:
-        return lambda level: self._chips.set(gsi, level)
+        # A device that outlives its machine keeps its line, and that must not keep the machine.
+        me = ref(self)
+
+        def drive(level: int) -> None:
+            if (irqchip := me()) is not None:
+                irqchip._chips.set(gsi, level)
+
+        return drive
 
     def _connect(self, irqfd: IrqFd) -> None:
         from pyvmm.irqfd import Msi

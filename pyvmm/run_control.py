@@ -141,6 +141,15 @@ def tell_nobody(name: str, **data: object) -> None:
     """In place of Events.tell."""
 
 
+def no_time(runs: bool) -> None:
+    """In place of on_time, when there is no more guest time."""
+
+
+def outside() -> bool:
+    """In place of in_timer, where there is no timer."""
+    return False
+
+
 class RunControl:
     """The state machine of one machine. ``on_time(runs)`` starts and stops guest time, ``tell`` is Events.tell.
 
@@ -151,7 +160,7 @@ class RunControl:
     def __init__(
         self,
         on_time: Callable[[bool], None],
-        in_timer: Callable[[], bool] = lambda: False,
+        in_timer: Callable[[], bool] = outside,
         tell: Callable[..., None] = tell_nobody,
     ) -> None:
         self._state = RunState.PRELAUNCH
@@ -546,6 +555,11 @@ class RunControl:
             with self._lock:
                 self._state = RunState.CLOSED
                 self._cond.notify_all()
+
+    def let_go(self) -> None:
+        """All is closed: there is nobody to start, to park or to tell any more."""
+        self.cpus = ()
+        self._on_time, self._in_timer, self._tell = no_time, outside, tell_nobody
 
     def abandon(self) -> None:
         """In a child of fork: nothing can be done here any more. Takes no lock."""

@@ -65,13 +65,13 @@ def _load(
     clean: bool,
 ) -> BootState:
     if flat_address is not None:
-        from pyvmm.x86 import flat
+        from pyvmm.x86.flat import load as load_flat
 
         if modules or append:
             raise ConfigError(
                 f"{name} is a flat binary and takes no initrd and no command line: leave them out"
             )
-        return flat.load(memory, view, address=flat_address, mode=flat_mode, name=name)
+        return load_flat(memory, view, address=flat_address, mode=flat_mode, name=name)
     image.require_ram(memory, 0, layout.MIB, name)
 
     from pyvmm.x86 import bzimage

@@ -288,3 +288,19 @@ def test_a_closed_machine_that_is_kept_holds_no_memory_of_its_guest() -> None:
     kept.close()
     gc.collect()
     assert start not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("options", [{"irqchip": "off"}, {"irqchip": "kernel"}, {"cpus": 2}, {"serial": "none"}])
+def test_one_that_is_closed_is_no_work_for_the_collector(options: dict[str, object]) -> None:
+    """Its parts refer to each other for as long as it lives, and no longer."""
+    gc.collect()
+    gc.disable()
+    try:
+        machine = ended(**options)
+        parts = (machine, machine.board, machine.event_loop, machine.control, machine.irqchip, machine.cpus[0])
+        alive = [weakref.ref(part) for part in parts]
+        machine.close()
+        del machine, parts
+        assert [part() for part in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
