@@ -49,5 +49,5 @@ class Closers:
         too. No lock is taken: at the moment of the fork it may have been held by a thread that only the parent has.
         """
         # As close(), of the other halves.
-        self._steps = [(abandon, None) for _close, abandon in self._steps if abandon is not None]
+        self._steps = [(abandon, abandon) for _close, abandon in self._steps if abandon is not None]
         self.close()
