@@ -114,11 +114,6 @@ def test_root_on_a_virtio_disk(
     guest = ("--kernel", str(kernel.vmlinux), "--initrd", str(initrd), "--append", f"{APPEND} seconds={FIO_RUN_S}")
     config = tmp_path / "ring.toml"
     config.write_text(f'virtio_ring = "{ring}"\n')
-    if machine == "pc":  # the entropy device legacy only, the root modern only, the other disk transitional
-        with config.open("a") as file:
-            file.write('virtio_disable_modern = "on"\n')
-        words[1] += ",disable-modern=off,disable-legacy=on"
-        words[3] += ",disable-modern=off"
     board = ("--config", str(config), "--machine", machine, "--memory", "256", "--cpus", "2", "--rng")
     with guest_console(*board, *words, *guest) as console:
         console.expect("root: ", BOOT_S)
