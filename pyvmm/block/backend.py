@@ -133,7 +133,8 @@ class BlockBackend:
         self._alignment = 1 if driver is None else driver.alignment
         self._skew = 0 if driver is None else driver.skew
         self._submitted = 0
-        self._tracked: dict[Request, None] = {}  # in flight, with a range; oldest first
+        self._reading: dict[Request, None] = {}  # in flight, with a range
+        self._changing: dict[Request, None] = {}  # the same, all that are no reads
         self._stalled: list[Request] = []  # put aside by a policy, and what came after
         self._held = False  # what is submitted is put aside: a saved state is being loaded
         self._written = self._flushed = 0  # counts of writes that are complete, and that were so at the last flush
@@ -305,6 +306,17 @@ class BlockBackend:
         request = Request(self, WRITE_ZEROES, sector * SECTOR_BYTES, count * SECTOR_BYTES, (), cb)
         request.may_unmap = may_unmap
         return self._submit(request)
+
+    def plug(self) -> None:
+        """More requests are about to come, then ``unplug``: where each would be a message of its own, several may go
+        out in one. Counted; no request waits for long.
+        """
+        if self._driver is not None:
+            self._driver.plug()
+
+    def unplug(self) -> None:
+        if self._driver is not None:
+            self._driver.unplug()
 
     def peek(self, sector: int, count: int) -> bytes:
         """What these sectors hold, read on this thread and past every policy and counter: for a look before the guest
@@ -501,16 +513,26 @@ class BlockBackend:
         # With O_DIRECT a write that is not whole blocks also writes the rest of its first and last block. With the end
         # rounded up here, two requests that share a block overlap, and so wait for each other.
         request.end = end = end + -end % self._alignment
-        if self._tracked:
-            for other in self._tracked:
-                if other.begin < end and begin < other.end and (request.kind != READ or other.kind != READ):
-                    if other.dependents is None:
-                        other.dependents = []
-                    other.dependents.append(request)
-                    request.blockers += 1
-            if request.blockers:
-                request.turn = Turn(request)
-        self._tracked[request] = None
+        if self._changing:
+            self._wait_for_locked(request, self._changing)
+        if request.kind == READ:
+            self._reading[request] = None
+            return
+        if self._reading:
+            self._wait_for_locked(request, self._reading)
+        self._changing[request] = None
+
+    def _wait_for_locked(self, request: Request, others: dict[Request, None]) -> None:
+        """For those that it overlaps."""
+        begin, end = request.begin, request.end
+        for other in others:
+            if other.begin < end and begin < other.end:
+                if other.dependents is None:
+                    other.dependents = []
+                other.dependents.append(request)
+                request.blockers += 1
+        if request.blockers and request.turn is None:
+            request.turn = Turn(request)
 
     async def _co_do_rw(self, request: Request, driver: FormatDriver) -> None:
         try:
@@ -569,8 +591,9 @@ class BlockBackend:
     def _finish(self, request: Request, ret: int) -> None:
         """Count it, ask the policy, tell the device."""
         action = "" if ret >= 0 or request.cancelled or self._outside(request) else self._action(request.kind, -ret)
+        counters = self._counters[request.kind]
+        freed: Sequence[Turn] = NOBODY
         with self._lock:
-            counters = self._counters[request.kind]
             if ret >= 0:
                 counters.operations += 1
                 counters.bytes += request.length
@@ -579,9 +602,8 @@ class BlockBackend:
             counters.time_ns += monotonic_ns() - request.since_ns
             if (tap := self._stats.tap) is not None:
                 tap.mark(TRACE_DONE, request.number, ret)
-            freed: Sequence[Turn] = NOBODY
             if request.dependents is None:
-                self._tracked.pop(request, None)
+                (self._reading if request.kind == READ else self._changing).pop(request, None)
             else:
                 freed = self._untrack_locked(request)
             stop = action == "stop" and not request.cancelled
@@ -591,10 +613,13 @@ class BlockBackend:
                 self._count_out_locked()
         if freed:
             self._give_turns(freed)
-        if stop:
-            if self._on_error is not None:
-                self._on_error(self, OPERATIONS[request.kind], -ret, action)
-            return
+        if not stop:
+            self._tell(request, ret, action)
+        elif self._on_error is not None:
+            self._on_error(self, OPERATIONS[request.kind], -ret, action)
+
+    def _tell(self, request: Request, ret: int, action: str) -> None:
+        """Its end, to the device."""
         callback = request.callback
         request.iov = ()
         request.callback = request.waiter = None
@@ -605,9 +630,7 @@ class BlockBackend:
             callback(0 if action == "ignore" else ret)
         finally:
             with self._lock:
-                self._stats.in_flight -= 1
-                if not self._stats.in_flight:
-                    self._context.notify_locked()
+                self._count_out_locked()
 
     def _action(self, kind: int, errno: int) -> str:
         """What the drive's policy says of a failure (QEMU's rerror and werror; a flush counts as a write)."""
@@ -618,7 +641,7 @@ class BlockBackend:
 
     def _untrack_locked(self, request: Request) -> Sequence[Turn]:
         """It is no longer in flight: the turns of those that waited for it alone."""
-        self._tracked.pop(request, None)
+        (self._reading if request.kind == READ else self._changing).pop(request, None)
         if request.dependents is None:
             return NOBODY
         dependents, request.dependents = request.dependents, None

@@ -64,6 +64,12 @@ class ProtocolDriver:
         """Make it no longer than that, and look again how long it is. OSError and ConfigError as ``measure``."""
         raise OSError(ENOTSUP, "it has its size for good")
 
+    def plug(self) -> None:
+        """More requests are about to come, then ``unplug``. Counted."""
+
+    def unplug(self) -> None:
+        """What waits for more goes out now."""
+
     def lane(self, offset: int, size_bytes: int) -> Lane | None:
         """A lane to these bytes, where a transfer is nothing but a system call (lane.pyx)."""
         return None
@@ -118,6 +124,12 @@ class FormatDriver:
 
     async def co_write_zeroes(self, offset: int, length: int, may_unmap: bool, fua: bool) -> int:
         raise NotImplementedError
+
+    def plug(self) -> None:
+        """As ProtocolDriver.plug."""
+
+    def unplug(self) -> None:
+        """As ProtocolDriver.unplug."""
 
     def grow(self, options: DriveOptions, size_bytes: int | None) -> None:
         """The image may be longer by now, or is to be made so that the disk has ``size_bytes``. The attribute says what

@@ -52,6 +52,12 @@ class RawDriver(FormatDriver):
     def give_up(self) -> None:
         self._file.give_up()
 
+    def plug(self) -> None:
+        self._file.plug()
+
+    def unplug(self) -> None:
+        self._file.unplug()
+
     async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
         if offset + length <= self.size_bytes:
             done = await self._file.co_preadv(self._offset + offset, iov, length)

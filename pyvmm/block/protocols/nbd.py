@@ -1,8 +1,9 @@
 """A disk that an NBD server has: qemu-nbd, nbdkit, or another at the end of a Unix or TCP socket.
 
 NetworkBlockDevice doc/proto.md, "Transmission phase". A request goes out on the thread that makes it, where the socket
-takes it at once; one thread a drive receives, sends what is left, connects anew, and goes on with the coroutines whose
-answers it brings, as a worker of file_posix does. While it is at that, requests gather, and go out in one call.
+takes it at once; between ``plug`` and ``unplug`` several do in one call. One thread a drive receives, sends what is
+left, connects anew, and goes on with the coroutines whose answers it brings, as a worker of file_posix does. While it
+is at that, requests gather, and go out in one call.
 
 Where the server is lost (it hangs up, says what no server may, does not answer within ``timeout``) there are two
 policies. ``reconnect_delay=0``: what is under way fails with EIO, and so does all that follows until it is there again.
@@ -68,6 +69,7 @@ END_LIMIT_S = 10.0  # how long a request waits at most, when the drive is being 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # between two tries to connect
 MOST_ZEROES_BYTES = 128 << 20  # in one request: a server that writes them has to be done within the time limit
 PEEK_LIMIT_S = 10.0
+MOST_PLUGGED = 8  # requests that wait for others before they are sent: the server may have to do with these
 
 
 class NobodyAsks:
@@ -130,7 +132,10 @@ class Nbd(ProtocolDriver):
         self._lock = Lock()
         self._requests: dict[int, NbdRequest] = {}  # without an answer, the oldest first
         self._out: deque[memoryview | bytes] = deque()  # what the socket did not take
+        self._put = self._gone = 0  # bytes that came into it, and that left it
         self._awake = True  # the thread will look at ``_out`` before it sleeps
+        self._plugs = 0  # who has more to ask for, and says so when it has not
+        self._plugged = 0  # requests that wait for that
         self._cookie = 0
         self._connected = True
         self._holding_until = 0.0  # without a connection: when those that wait for one fail
@@ -164,19 +169,19 @@ class Nbd(ProtocolDriver):
         if count <= 0:
             return 0
         if (offset | count) % self.alignment:
-            return await self._co_read_blocks(offset, iov, count)
+            return await self._co_blocks(False, offset, iov, count, False)
         count = min(count, self._export.most_bytes)
         if count == length:
-            return await self._co_ask(READ, 0, offset, count, iov)
+            return await self._ask(READ, 0, offset, count, iov)
         with IovSlice(iov, 0, count) as part:
-            return await self._co_ask(READ, 0, offset, count, part)
+            return await self._ask(READ, 0, offset, count, part)
 
     async def co_pwritev(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
         count = min(length, self.size_bytes - offset)
         if count <= 0:
             return 0
         if (offset | count) % self.alignment:
-            return await self._co_write_blocks(offset, iov, count, fua)
+            return await self._co_blocks(True, offset, iov, count, fua)
         count = min(count, self._export.most_bytes)
         if count == length:
             return await self._co_write(offset, iov, count, fua)
@@ -185,7 +190,7 @@ class Nbd(ProtocolDriver):
 
     async def _co_write(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
         by_flag = fua and self._export.flags & SEND_FUA
-        ret = await self._co_ask(WRITE, FLAG_FUA if by_flag else 0, offset, length, iov)
+        ret = await self._ask(WRITE, FLAG_FUA if by_flag else 0, offset, length, iov)
         return await self._co_then_flush(ret, fua and not by_flag)
 
     async def _co_then_flush(self, ret: int, flush: bool) -> int:
@@ -197,7 +202,7 @@ class Nbd(ProtocolDriver):
 
     async def co_flush(self) -> int:
         # proto.md: where the server has no flush there is nothing that it could do.
-        return await self._co_ask(FLUSH, 0, 0, 0, ()) if self._export.flags & SEND_FLUSH else 0
+        return await self._ask(FLUSH, 0, 0, 0, ()) if self._export.flags & SEND_FLUSH else 0
 
     async def co_pdiscard(self, offset: int, length: int) -> int:
         """Whole blocks of it."""
@@ -207,7 +212,7 @@ class Nbd(ProtocolDriver):
         end -= end % self.alignment
         while begin < end:
             count = min(end - begin, MOST_ZEROES_BYTES)
-            ret = await self._co_ask(TRIM, 0, begin, count, ())
+            ret = await self._ask(TRIM, 0, begin, count, ())
             if ret < 0:
                 return ret
             begin += count
@@ -230,7 +235,7 @@ class Nbd(ProtocolDriver):
         zeroed = begin < last
         while begin < last:
             count = min(last - begin, MOST_ZEROES_BYTES)
-            ret = await self._co_ask(WRITE_ZEROES, flags, begin, count, ())
+            ret = await self._ask(WRITE_ZEROES, flags, begin, count, ())
             if ret < 0:
                 return ret
             begin += count
@@ -238,32 +243,24 @@ class Nbd(ProtocolDriver):
 
     # -- what is no whole blocks: the backend keeps requests that share one apart ------------------------------
 
-    async def _co_read_blocks(self, offset: int, iov: Iov, length: int) -> int:
-        """By a buffer of the blocks that have it, as many as go in one request."""
+    async def _co_blocks(self, write: bool, offset: int, iov: Iov, length: int, fua: bool) -> int:
+        """By a buffer of the blocks that have it, as many as go in one request; to be written they are read first."""
         begin, data, length = self._blocks(offset, length)
         with memoryview(data) as whole:
-            ret = await self._co_ask(READ, 0, begin, len(whole), [whole])
+            ret = await self._ask(READ, 0, begin, len(whole), [whole])
             if ret < 0:
                 return ret
             at = offset - begin
             with IovSlice(iov, 0, length) as parts:
                 for part in parts:
-                    part[:] = whole[at : at + len(part)]
+                    with whole[at : at + len(part)] as there:
+                        if write:
+                            there[:] = part
+                        else:
+                            part[:] = there
                     at += len(part)
-        return length
-
-    async def _co_write_blocks(self, offset: int, iov: Iov, length: int, fua: bool) -> int:
-        begin, data, length = self._blocks(offset, length)
-        with memoryview(data) as whole:
-            ret = await self._co_ask(READ, 0, begin, len(whole), [whole])
-            if ret < 0:
-                return ret
-            at = offset - begin
-            with IovSlice(iov, 0, length) as parts:
-                for part in parts:
-                    whole[at : at + len(part)] = part
-                    at += len(part)
-            ret = await self._co_write(begin, [whole], len(whole), fua)
+            if write:
+                ret = await self._co_write(begin, [whole], len(whole), fua)
         return ret if ret < 0 else length
 
     def _blocks(self, offset: int, length: int) -> tuple[int, bytearray, int]:
@@ -275,65 +272,80 @@ class Nbd(ProtocolDriver):
 
     # -- sending -----------------------------------------------------------------------------------------------
 
-    async def _co_ask(self, kind: int, flags: int, offset: int, length: int, iov: Iov) -> int:
-        """The answer to one request: of a transfer its length, else 0; or a negative errno."""
+    def _ask(self, kind: int, flags: int, offset: int, length: int, iov: Iov) -> NbdRequest:
+        """One request, to be awaited: of a transfer its length, else 0; or a negative errno. That is -EIO at once where
+        there is no connection, and the policy is not to wait for one.
+        """
         request = NbdRequest(kind, flags, offset, length, iov)
-        if not self._submit(request):
-            return -EIO
-        return await request
-
-    def _submit(self, request: NbdRequest) -> bool:
-        """False: there is no connection, and the policy is not to wait for one."""
-        now = monotonic()
+        request.since = now = monotonic()
+        request.cancel_held = self._cancel
         with self._lock:
-            if self._closed or not (self._connected or now < self._holding_until):
-                return False
-            self._cookie += 1
-            request.cookie = self._cookie
-            request.since = now
-            request.cancel_held = self._cancel
-            self._requests[request.cookie] = request
-            if not self._connected:
-                return True
-            request.sent = True
-            self._send_locked(request)
-        return True
+            if not self._closed and (self._connected or now < self._holding_until):
+                self._cookie += 1
+                request.cookie = self._cookie
+                self._requests[self._cookie] = request
+                if self._connected:
+                    request.sent = True
+                    self._send_locked(request)
+                return request
+        request.result = -EIO
+        request.set()
+        return request
 
     def _send_locked(self, request: NbdRequest) -> None:
-        header = REQUEST.pack(
-            REQUEST_MAGIC, request.flags, request.kind, request.cookie, request.offset, request.length
+        """Where nobody is about to send more, at once; else it goes out with that."""
+        kind, data = request.kind, request.iov
+        self._out.append(
+            REQUEST.pack(REQUEST_MAGIC, request.flags, kind, request.cookie, request.offset, request.length)
         )
-        data = request.iov if request.kind == WRITE else ()
-        if not self._awake and not self._out:
-            try:
-                sent = self._socket.sendmsg((header, *data[: IOV_MAX - 1]))
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                sent = 0  # the thread finds the same, and what to do about it
-            if sent == len(header) + (request.length if data else 0):
+        self._put += REQUEST.size
+        if kind == WRITE:
+            self._out.extend(data)
+            self._put += request.length
+            request.put_upto = self._put
+        if self._plugs:
+            self._plugged += 1
+            if self._plugged < MOST_PLUGGED:
                 return
+        if not self._awake:
+            self._send_now_locked()
+
+    def _send_now_locked(self) -> None:
+        self._plugged = 0
+        try:
+            self._flush_locked()
+        except NbdError:
+            pass  # the thread finds the same, and what to do about it
+        if self._out:
             self._ends.wake()  # it is to wait until there is room
-        else:
-            sent = 0
-        self._out.append(memoryview(header)[sent:] if sent < len(header) else b"")
-        at = len(header)
-        for view in data:
-            if sent < at + len(view):
-                self._out.append(view[max(0, sent - at) :])
-            at += len(view)
+
+    def plug(self) -> None:
+        """A message a request costs a system call here and a wake-up there; what is asked for by then goes out in one.
+        """
+        with self._lock:
+            self._plugs += 1
+
+    def unplug(self) -> None:
+        with self._lock:
+            self._plugs -= 1
+            if not self._plugs and self._out and not self._awake and self._connected:
+                self._send_now_locked()
 
     def _flush_locked(self) -> None:
         """Send what is left, as much as goes. NbdError."""
         out = self._out
         while out:
-            batch = [out[n] for n in range(min(len(out), IOV_MAX))]
+            batch = [*out] if len(out) <= IOV_MAX else [out[n] for n in range(IOV_MAX)]
             try:
                 sent = self._socket.sendmsg(batch)
             except BlockingIOError:
                 return
             except OSError as error:
                 raise NbdError(error.strerror) from None
+            self._gone += sent
+            if len(batch) == len(out) and sent == sum(map(len, batch)):
+                out.clear()
+                return
             while out and sent >= len(out[0]):
                 sent -= len(out.popleft())
             if sent:
@@ -349,16 +361,16 @@ class Nbd(ProtocolDriver):
 
     # -- the thread --------------------------------------------------------------------------------------------
 
-    def turn(self) -> float | None:
-        """Do what there is to do: how long to sleep then, in milliseconds; None: the drive is closed."""
+    def turn(self, woken: bool) -> float | None:
+        """Do what there is to do: how long to sleep then, in milliseconds; None: the drive is closed. ``woken``: by
+        ``wake_fd``, not only by the socket.
+        """
         with self._lock:
             if self._closed:
                 return None
             self._awake = True
-        try:
+        if woken:
             os.eventfd_read(self._ends.wake_fd)
-        except BlockingIOError:
-            pass
         if not self._connected and monotonic() >= self._try_at:
             self._reconnect()
         if self._connected:
@@ -417,7 +429,7 @@ class Nbd(ProtocolDriver):
         with self._lock:
             if self._requests.pop(request.cookie, None) is None:
                 return
-            if request.kind == WRITE and self._out:
+            if request.kind == WRITE and request.put_upto > self._gone:
                 # It has answered before it had all of it, as it may with an error. It gets the rest, but not from
                 # memory that is the guest's again.
                 self._out = deque(bytes(view) for view in self._out)
@@ -434,6 +446,7 @@ class Nbd(ProtocolDriver):
             self._holding_until = now + self._reconnect_delay_s
             self._try_at, self._pause_s = now, FIRST_PAUSE_S
             self._out.clear()
+            self._put = self._gone = 0
             if self._poll_events:
                 self._ends.poll.unregister(self._socket.fileno())
                 self._poll_events = 0
@@ -562,12 +575,12 @@ def main(me: ref[Nbd], ends: Ends) -> None:
     """A drive's thread. While it sleeps it holds on to its descriptors alone."""
     sleep_ms: float | None = 0.0
     while True:
-        ends.poll.poll(sleep_ms)
+        ready = ends.poll.poll(sleep_ms)
         drive = me()
         if drive is None:
             ends.close()
             return
-        sleep_ms = drive.turn()
+        sleep_ms = drive.turn(any(fd == ends.wake_fd for fd, _ in ready))
         if sleep_ms is None:
             return
         if sleep_ms < 0:

@@ -222,10 +222,8 @@ class VirtioBlk(VirtioDevice):
                 queue.disable_kicks()
                 # While others of its requests are under way nobody waits here: their ends want the queue's lock.
                 chains, more = (queue.take(), False) if serve is None else serve(0 if asked else POLL_NS)
-                for chain in chains:
-                    self._start(queue, chain)
-                    if not self.live:  # broken, by this one or at another queue: the rest is not served (2.1.2)
-                        break
+                if chains:
+                    self._start_all(queue, chains)
                 queue.flush()
                 if not self.live:
                     return
@@ -234,6 +232,17 @@ class VirtioBlk(VirtioDevice):
         finally:
             self._serving[index] = False
         self.kick(queue)
+
+    def _start_all(self, queue: Virtqueue, chains: list[Chain]) -> None:
+        backend = self.backend
+        backend.plug()
+        try:
+            for chain in chains:
+                self._start(queue, chain)
+                if not self.live:  # broken, by this one or at another queue: the rest is not served (2.1.2)
+                    break
+        finally:
+            backend.unplug()
 
     def _start(self, queue: Virtqueue, chain: Chain) -> None:
         header = chain.read(0, HEADER.size)
@@ -259,7 +268,8 @@ class VirtioBlk(VirtioDevice):
         if asked.dropped:
             return
         room = chain.writable_bytes - 1
-        chain.write(0, data[:room])
+        if data:
+            chain.write(0, data[:room])
         chain.write(room, status)
         queue.push(chain, room + 1)
         if not self._serving[queue.index]:
@@ -404,6 +414,9 @@ REQUESTS: dict[int, Callable[[VirtioBlk, Asked, int], None]] = {
 
 def part(views: list[memoryview], start: int, size: int) -> list[memoryview]:
     """``size`` bytes of them from ``start`` on."""
+    # As most drivers cut a request: the data is one buffer, behind the header or before the status.
+    if len(views) == 2 and len(views[1 if start else 0]) == size and (not start or len(views[0]) == start):
+        return views[1:] if start else views[:1]
     found = []
     for view in views:
         length = len(view)

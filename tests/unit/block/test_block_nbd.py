@@ -128,6 +128,32 @@ def test_block_sizes_are_kept(serve: Serve, on: Open) -> None:
     assert max(asked.length for asked in transfers) <= 65536
 
 
+def test_requests_that_come_together_go_out_together(serve: Serve, on: Open) -> None:
+    go = threading.Event()
+    server = serve()
+    backend = on(server, format="raw")
+    file: nbd.Nbd = backend._driver._file  # type: ignore[union-attr]
+
+    def when_all_are_there(client: Client, asked: Asked) -> None:
+        assert go.wait(LIMIT_S)
+        server.tell_the_truth(client, asked)
+
+    server.answer = when_all_are_there
+    wait_until(lambda: not file._awake)  # nothing comes from now on, so it sleeps until ``go``
+    results = [Result() for _ in range(nbd.MOST_PLUGGED + 3)]
+    waiting = []
+    backend.plug()
+    for n, result in enumerate(results):
+        backend.aio_writev(8 * n, [memoryview(bytes([n]) * 4096)], result)
+        waiting.append(len(file._out) // 2)  # a header and its data
+    assert waiting == [*range(1, nbd.MOST_PLUGGED), 0, 1, 2, 3]
+    backend.unplug()
+    assert not file._out
+    go.set()
+    assert [result.wait() for result in results] == [0] * len(results)
+    assert server.data[: 4096 * len(results)] == b"".join(bytes([n]) * 4096 for n in range(len(results)))
+
+
 def test_an_export_has_a_name(serve: Serve, drive: Open) -> None:
     server = serve()
     drive(f"nbd:unix:{server.path}:exportname=a b")
