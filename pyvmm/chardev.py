@@ -436,10 +436,15 @@ class FdChardev(Chardev):
             data = None if self._closed else self._read(min(room, READ_BYTES))
             if data == b"":
                 self._loop.remove_reader(self._in_fd)
+        if data == b"":
+            self._input_ended()
         if not data:
             return False
         receive(data)
         return True
+
+    def _input_ended(self) -> None:
+        """Nothing more is typed. On the event loop's thread."""
 
     def _read(self, size_bytes: int) -> bytes | None:
         """None where there is nothing now; empty at the end."""

@@ -85,7 +85,8 @@ class Terminal(FdChardev):
     Ctrl-A x calls ``on_quit``, Ctrl-A h tells the other keys; both work whatever the guest does. With ``escape`` False
     Ctrl-A is a character like any other, and input is read only as the first console's device has room for it.
     ``raw``: a terminal on standard input gives every key as it is, Ctrl-C included, from ``enter_raw`` to ``close``.
-    ``on_gone`` hears that nobody reads the output any more. Callbacks come on the event loop's thread.
+    ``on_gone`` hears that nobody reads the output any more, ``on_end`` that there is no more input. Callbacks come
+    on the event loop's thread.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Terminal(FdChardev):
         escape: bool = True,
         on_quit: Callable[[], None] | None = None,
         on_gone: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None,
         in_fd: int = 0,
         out_fd: int = 1,
     ) -> None:
@@ -107,6 +109,7 @@ class Terminal(FdChardev):
         self._keys: dict[str, tuple[str, Callable[[], None]]] = {}
         self._focus = 0  # which console has the keyboard
         self._on_gone = on_gone
+        self._on_end = on_end
         self._tty_fd = in_fd
         self._raw = raw and posix.isatty(in_fd)
         self._cooked: list[int | list[bytes | int]] | None = None  # the terminal's own modes, while it is raw
@@ -187,6 +190,10 @@ class Terminal(FdChardev):
     def accept_input(self) -> None:
         if not self._escape and self._receive is not None:
             super().accept_input()
+
+    def _input_ended(self) -> None:
+        if self._on_end is not None:
+            self._on_end()
 
     def _typed(self, data: bytes) -> None:
         if not self._escape or (CTRL_A not in data and not self._escaped):

@@ -91,11 +91,17 @@ class Attached:
         self._over = Lock()
         self._over.acquire()
         self._unsent = b""
+        self._input_over = False
         self._end = end
         end.setblocking(False)
         self._loop = EventLoop(self._failed)
         self.terminal = Terminal(
-            self._loop, raw=True, escape=self._escapes(), on_quit=self._finish, on_gone=self._finish
+            self._loop,
+            raw=True,
+            escape=self._escapes(),
+            on_quit=self._finish,
+            on_gone=self._finish,
+            on_end=self._input_ended,
         )
         self._console = self.terminal.console(console)
         self._console.set_receiver(self._typed, self._room, self._break)
@@ -160,6 +166,12 @@ class Attached:
         self._unsent += data
         self._send()
 
+    def _input_ended(self) -> None:
+        """Of a pipe, or a terminal that went away: nobody is left who could leave."""
+        self._input_over = True
+        if not self._unsent:
+            self._finish(f"left {self._name}, its input has ended, the machine runs on")
+
     def _room(self) -> int:
         return 0 if self._unsent else READ_BYTES
 
@@ -179,6 +191,8 @@ class Attached:
         self._send()
         if not self._unsent:
             self._console.accept_input()
+            if self._input_over:
+                self._input_ended()
 
     def _break(self) -> None:
         self._aside("break")

@@ -47,6 +47,11 @@ def begin(option: str, machine: Machine) -> Callable[[], None]:
         except OSError as error:
             why = remedy(error, "give a file that can be written")
             raise ConfigError(f"--log {path}: {why}") from None
+        from pyvmm.block.protocols.locking import is_image
+
+        if is_image(fd):
+            posix.close(fd)
+            raise ConfigError(f"--log {path}: it is the image of a drive: give another file")
     taken: list[logging.Handler] = []
 
     def first(_event: Event) -> None:

@@ -44,6 +44,10 @@ INSTEAD = {
     "qtest": "use `pyvmm qtest --connect PATH`",
     "version": "use `pyvmm --version`",
 }
+# Options of QEMU's with one dash that are something else than ours of that name.
+OTHERS = {
+    "trace": "QEMU's trace events are not there: `--trace FILE`, with two dashes, writes what it does into FILE",
+}
 NOT_YET = {
     **dict.fromkeys(("qmp-pretty", "mon"), "QMP of that kind is"),
     **dict.fromkeys(("fda", "fdb"), "a floppy drive is"),
@@ -60,7 +64,6 @@ NOT_YET = {
     "tpmdev": "a TPM is",
     "sd": "an SD card is",
     "sandbox": "the sandbox is",
-    "trace": "tracing is",
     "icount": "counting instructions is",
     "watchdog-action": "a watchdog is",
     "watchdog": "a watchdog is",
@@ -88,6 +91,8 @@ def rewrite(word: str, rest: Sequence[str], known: Collection[str], verb: str) -
     if not word.startswith("--"):
         name, equals, attached = word[1:], "", ""
     ours = "--" + name.replace("_", "-")
+    if name in OTHERS and not word.startswith("--"):
+        raise ConfigError(f"{word}: {OTHERS[name]}")
     if ours in known and ours != word.partition("=")[0]:
         return [ours + equals + attached, *rest]
     if name in NOTHING:

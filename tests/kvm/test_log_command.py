@@ -70,6 +70,15 @@ def test_files_that_can_not_be_had(tmp_path: Path) -> None:
     assert done.stderr == f"pyvmm: --log {tmp_path}: Is a directory: give a file that can be written\n"
 
 
+def test_a_drive_is_no_place_for_it(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    done = run(tmp_path, DEBUG_EXIT, "--drive", f"file={disk},format=raw,if=virtio", "--log", f"debug,file={disk}")
+    assert done.returncode == 2
+    assert done.stderr == f"pyvmm: --log {disk}: it is the image of a drive: give another file\n"
+    assert disk.read_bytes() == bytes(1 << 20)
+
+
 def test_a_full_disk_does_not_hold_up_the_guest(tmp_path: Path) -> None:
     assert run(tmp_path, DEBUG_EXIT, "--log", "info,file=/dev/full").returncode == 43
     full = os.open("/dev/full", os.O_WRONLY)

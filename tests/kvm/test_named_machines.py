@@ -99,6 +99,14 @@ def test_the_life_of_a_named_machine(start: Callable[..., subprocess.Popen[str]]
         one.send("\x01x")
         assert one.wait(TIMEOUT_S) == 0
         assert "left serial, the machine runs on" in one.output
+        piped = subprocess.run(
+            [*COMMAND, "attach", "web"], input="gh", capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        assert (piped.returncode, piped.stderr) == (
+            0,
+            "pyvmm: left serial, its input has ended, the machine runs on\n",
+        )
+        two.expect("gh", TIMEOUT_S)
         two.send("cd")
         two.expect("cd", TIMEOUT_S)
 

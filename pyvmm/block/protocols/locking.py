@@ -65,6 +65,14 @@ def held_by_another(fd: int, byte: int) -> bool:
     return int(struct.unpack(FLOCK, answer)[0]) != fcntl.F_UNLCK
 
 
+def is_image(fd: int) -> bool:
+    """Whether somebody, this process too, has the file open as an image that nobody else may write."""
+    try:
+        return held_by_another(fd, FORBIDS_BASE + WRITE)
+    except OSError:  # a file system that knows no locks
+        return False
+
+
 def users(fd: int) -> list[str]:
     """Programs that have this file open, as far as we may see: "process 4711 (qemu-system-x86)"."""
     wanted = os.fstat(fd)

@@ -129,6 +129,8 @@ def test_what_means_the_same(theirs: str, ours: str) -> None:
         ("--qmp stdio", "give the path of a Unix socket"),
         ("-qmp unix:x", "give the path of a Unix socket"),
         ("-qmp tcp:localhost:4444,server=on,wait=off", "give the path of a Unix socket"),
+        ("-trace virtio_*", "`--trace FILE`, with two dashes"),
+        ("-trace enable=x,file=y", "QEMU's trace events are not there"),
         ("-qmp-pretty stdio", "QMP of that kind is not there yet"),
         ("-D log", "--exit-stats"),
         ("-d int", "--exit-stats"),
