@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from pyvmm.block.formats.qcow2.open_disk import OpenDisk
 
 PART_BITS = 8  # counts are kept in parts, of which only those exist that something leads to
-MOST_PARTS = 1 << 20
+MOST_PARTS = 1 << 19  # 512 MiB: clusters of 64 KiB in 8 TiB
+MOST_COUNT = (1 << 32) - 1  # where an image leads to a cluster more often, this is what counts
+MOST_WRONG = 1 << 20  # counts that one repair changes, some 100 MiB
 MOST_TOLD = 50
 INCOMPATIBLE_AT = 72
 
@@ -50,8 +52,10 @@ class Counts:
 
                 if len(self._parts) >= MOST_PARTS:
                     raise ConfigError("the image's clusters are too far apart to be checked: convert it")
-                part = self._parts[one >> PART_BITS] = array("L", bytes(array("L").itemsize << PART_BITS))
-            part[one & (1 << PART_BITS) - 1] += 1
+                part = self._parts[one >> PART_BITS] = array("I", bytes(array("I").itemsize << PART_BITS))
+            place = one & (1 << PART_BITS) - 1
+            if part[place] < MOST_COUNT:
+                part[place] += 1
 
     def get(self, cluster: int) -> int:
         part = self._parts.get(cluster >> PART_BITS)
@@ -207,12 +211,14 @@ class Check:
     async def _co_compare(self, repair: bool) -> None:
         """Each cluster that counts, and each that something leads to."""
         refcounts, found = self._disk.refcounts, self.found
-        wrong: list[tuple[int, int]] = []
+        wrong: list[tuple[int, int]] | None = [] if repair else None
+        seen: set[int] = set()
         looked: dict[int, int] = {}  # how many of a block's counts are looked at here; the rest are 0
         last = 0
         for index, offset in enumerate(refcounts.table):
-            if not offset or offset % self._cluster or offset >= self._file.size_bytes:
+            if not offset or offset % self._cluster or offset >= self._file.size_bytes or offset in seen:
                 continue
+            seen.add(offset)
             block = await refcounts.co_block(index)
             assert block is not None
             looked[index] = len(block.data.rstrip(b"\0")) * refcounts.per_block // self._cluster
@@ -229,7 +235,7 @@ class Check:
             if place >= looked.get(index, 0):
                 self._differs(cluster, 0, self._counts.get(cluster), wrong)
         found.end_offset = last * self._cluster
-        if repair:
+        if wrong is not None:
             # What is used more often than its refcount can say is no leak, and stays an error.
             right = [(cluster, wanted) for cluster, wanted in wrong if wanted <= refcounts.most]
             for index in sorted({cluster // refcounts.per_block for cluster, wanted in right if wanted}):
@@ -263,8 +269,15 @@ class Check:
         """The first cluster there that nothing leads to; -1 without one."""
         return next((cluster for cluster in range(begin, end) if not self._counts.get(cluster)), -1)
 
-    def _differs(self, cluster: int, count: int, wanted: int, wrong: list[tuple[int, int]]) -> None:
-        wrong.append((cluster, wanted))
+    def _differs(self, cluster: int, count: int, wanted: int, wrong: list[tuple[int, int]] | None) -> None:
+        """``wrong`` is what is to be repaired. ConfigError where that is more than is kept."""
+        if wrong is not None:
+            if len(wrong) >= MOST_WRONG:
+                raise ConfigError(
+                    f"the image {self._disk.path} has more than {MOST_WRONG} refcounts that are wrong: convert it, what"
+                    " can be read of it is in the new one"
+                )
+            wrong.append((cluster, wanted))
         if count > wanted:
             self.found.leaks += 1
             self.found.tell(f"leaked cluster {cluster}: refcount {count}, used {wanted} times")
