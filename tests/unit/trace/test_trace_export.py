@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.unknown_fields import UnknownFieldSet
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as schema
 from trace_files import of_threads
+from trace_processor import trace_processor
 
 from pyvmm.cli import main
 from pyvmm.errors import ConfigError
@@ -100,6 +101,25 @@ def test_chromes_form(path: Path) -> None:
         else:
             assert event["ph"] == "M" and event["args"]["name"]
     assert (slices, instants) == (SLICES, INSTANTS)
+
+
+@pytest.mark.parametrize("form", ["pftrace", "json"])
+def test_perfettos_trace_processor_reads_both(path: Path, form: str) -> None:
+    out = path.with_suffix(f".{form}")
+    export(TraceFile(str(path)), str(out), everything)
+    with trace_processor(out) as perfetto:
+        told = [(row.name, row.ts, row.ts + row.dur) for row in perfetto.query("select name, ts, dur from slice")]
+        assert {row for row in told if row[1] != row[2]} == SLICES
+        assert {row[:2] for row in told if row[1] == row[2]} == INSTANTS
+        assert len(told) == len(SLICES) + len(INSTANTS)
+        exits = "slice join thread_track on track_id = thread_track.id join thread using (utid)"
+        threads = perfetto.query(f"select distinct thread.name as name from {exits} where category = 'exit'")
+        assert [row.name for row in threads] == ["CPU 0/KVM"]
+        argument = "extract_arg(arg_set_id, '{}.value') as value".format("debug" if form == "pftrace" else "args")
+        values = perfetto.query(f"select {argument} from slice where category = 'exit' order by ts")
+        assert [row.value for row in values] == [65, -(1 << 63)]  # an SQL integer has a sign
+        complaints = perfetto.query("select name from stats where value != 0 and severity in ('error', 'data_loss')")
+        assert not list(complaints)
 
 
 def test_only_what_is_wanted(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
