@@ -566,6 +566,8 @@ class FileChardev(FdChardev):
                     f"can't write to {posix.fspath(target)!r}: "
                     + remedy(exc, "give the path of a file that may be created or appended to")
                 ) from exc
+            except ValueError:
+                raise ConfigError(f"can't write to {self.path!r}: no file has such a name: give another path") from None
         super().__init__(loop, out_fd=fd)
 
     def _release(self) -> None:

@@ -138,6 +138,8 @@ def check_apart(path: str, base: Snapshot | None) -> None:
         there = posix.stat(path)
     except OSError:
         return
+    except ValueError:
+        raise ConfigError(f"snapshot {path!r}: no file has such a name: give another path") from None
     while base is not None:
         if base.is_file(there):
             raise ConfigError(f"snapshot {path} is the base, or one of its bases: save to another path")

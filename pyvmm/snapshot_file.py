@@ -344,6 +344,8 @@ def open_file(path: str) -> int:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOCTTY)
     except OSError as error:
         raise ConfigError(f"snapshot {path}: {remedy(error, 'give a file that can be read')}") from None
+    except ValueError:
+        raise ConfigError(f"snapshot {path!r}: no file has such a name: give that of save()'s file") from None
     mode = posix.fstat(fd).st_mode
     if S_ISREG(mode):
         return fd

@@ -199,6 +199,16 @@ def test_a_base_is_not_written_over(boot: Callable[..., Guest], tmp_path: Path) 
         assert m.run(TIMEOUT_S) == PASSED
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_names_that_no_file_has(boot: Callable[..., Guest], name: str) -> None:
+    machine = boot(COUNTER).machine
+    for call in (machine.save, machine.load, Machine.restore, Snapshot):
+        with pytest.raises(pyvmm.ConfigError, match="no file has such a name: give"):
+            call(name)
+    with pytest.raises(pyvmm.ConfigError, match="no file has such a name: give"):
+        boot(COUNTER, serial=f"file:{name}")
+
+
 def test_what_one_writes_no_other_one_sees(boot: Callable[..., Guest], tmp_path: Path) -> None:
     guest = boot(PAGES)
     guest.machine.save(tmp_path / "a")
