@@ -47,6 +47,8 @@ def begin(option: str, machine: Machine) -> Callable[[], None]:
         except OSError as error:
             why = remedy(error, "give a file that can be written")
             raise ConfigError(f"--log {path}: {why}") from None
+        except ValueError:
+            raise ConfigError(f"--log {path!r}: no file has such a name: give another path") from None
         from pyvmm.block.protocols.locking import is_image
 
         if is_image(fd):

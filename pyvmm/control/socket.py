@@ -71,6 +71,9 @@ class TcpListener:
             self._socket.close()
             why = error if isinstance(error, OverflowError) else remedy(error, "give another port, or 0 for any")
             raise ConfigError(f"{what}={port}: {why}") from None
+        except (TypeError, ValueError):  # a NUL in it, or what no name of a host can have
+            self._socket.close()
+            raise ConfigError(f"{what}: {address!r} is no address of a host, give one, or {LOOPBACK}") from None
 
     @property
     def fd(self) -> int:

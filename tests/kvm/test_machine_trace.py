@@ -17,6 +17,7 @@ from trace_processor import trace_processor
 
 from pyvmm import ConfigError, Machine, StateError
 from pyvmm.cli import main
+from pyvmm.cli.log import begin as begin_log
 from pyvmm.region import LatchRegion
 from pyvmm.trace.events import Exit
 from pyvmm.trace.export import everything, export
@@ -167,6 +168,10 @@ def test_a_file_that_there_can_be_none_of(boot: Callable[..., Guest], tmp_path: 
         for serve in (machine.serve_qmp, lambda path: machine.serve_metrics(f"unix:{path}")):
             with pytest.raises(ConfigError, match=none):
                 serve(name)
+        with pytest.raises(ConfigError, match="is no address of a host, give one"):
+            machine.serve_metrics(f"{name}:0")
+        with pytest.raises(ConfigError, match=none):
+            begin_log(f"info,file={name}", machine)
     machine.start_trace(tmp_path / "trace")
     machine.stop_trace()
 
