@@ -193,6 +193,23 @@ def test_a_dirty_image_is_repaired_before_it_is_written(path: Path) -> None:
     assert whole(path, 4 * MIB)[:SECTOR] == b"x" * SECTOR
 
 
+def test_a_snapshots_table_is_no_guests_data(path: Path) -> None:
+    with Disk(path) as disk:
+        assert write(disk, 0, b"x" * SECTOR) == 0
+    qemu_img("snapshot", "-c", "one", path)
+    with Disk(path) as disk:
+        assert write(disk, 0, b"y" * SECTOR) == 0  # a table of the disk's own, and not of the snapshot's
+    image = path.read_bytes()
+    snapshots, l1 = (int.from_bytes(image[at : at + 8], "big") for at in (64, 40))
+    theirs = int.from_bytes(image[snapshots : snapshots + 8], "big")
+    table = int.from_bytes(image[l1 : l1 + 8], "big") & (1 << 56) - 512
+    patched(path, table + 8, struct.pack(">Q", 1 << 63 | theirs))
+    with Disk(path) as disk:
+        assert write(disk, 128, b"z" * SECTOR) < 0
+    assert info(str(path), None)["format-specific"]["data"]["corrupt"]
+    assert path.read_bytes()[theirs : theirs + 65536] == image[theirs : theirs + 65536]
+
+
 def test_an_image_that_contradicts_itself_is_marked_and_written_no_more(path: Path) -> None:
     with Disk(path) as disk:
         assert write(disk, 0, b"x" * SECTOR) == 0

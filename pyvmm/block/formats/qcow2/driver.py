@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pyvmm.block.formats.qcow2.cluster_lane import ClusterLane
     from pyvmm.block.formats.qcow2.cluster_map import ClusterMap
     from pyvmm.block.formats.qcow2.header import Header
+    from pyvmm.block.formats.qcow2.snapshots import InternalSnapshot
     from pyvmm.block.lane import Lane
     from pyvmm.block.options import DriveOptions
 
@@ -157,7 +158,13 @@ class Qcow2Driver(FormatDriver):
 
         header, cluster = self.header, self.cluster
         own = array("Q", [0])
+        snapshots: list[InternalSnapshot] = []
+        try:
+            snapshots = read_snapshots(self.path, header, self.file.size_bytes, self.file.peek)
+        except ConfigError:
+            pass  # nobody will read a table that is none
         for offset, length in (
+            *((one.l1_offset, one.l1_entries * ENTRY_BYTES) for one in snapshots),
             (header.l1_offset, header.l1_entries * ENTRY_BYTES),
             (header.refcount_table_offset, header.refcount_table_clusters * cluster),
             (header.snapshots_offset, header.snapshots),
