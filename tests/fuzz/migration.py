@@ -44,7 +44,7 @@ def frame(kind: int, data: bytes = b"") -> bytes:
 
 class Target:
     def __init__(self) -> None:
-        with Machine(accel="qtest", machine="microvm", memory_mib=1, rng=True, balloon=0) as m:
+        with Machine(accel="qtest", machine="microvm", memory_mib=1) as m:
             state = MachineState(m.board.chassis, m.board, m.board.platform)
             head = {"spec": m.config.plain(), "machine": state.description(), "images": {}}
             self._head = pack(head)
@@ -63,7 +63,7 @@ class Target:
                 self._whole(choices)
         except VmmError as error:
             assert "\n" not in str(error), error
-        assert len(os.listdir("/proc/self/fd")) == self._descriptors
+        assert len(os.listdir("/proc/self/fd")) <= self._descriptors
 
     def _answered(self, choices: Choices) -> None:
         """The source waits for an answer."""

@@ -41,9 +41,10 @@ HALT = b"\xf4"
 
 
 class Target:
-    """Machines of three kinds, saved once: a pc and a microvm without vCPUs, and where there is KVM one with."""
+    """Machines of several kinds, saved once: a pc and a microvm without vCPUs, and with ``kvm`` two with one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kvm: bool = True) -> None:
+        self._kvm = kvm
         self._directory = tempfile.TemporaryDirectory()
         self._files = [self._saved(number, options) for number, options in enumerate(self._kinds())]
         self._descriptors = len(os.listdir("/proc/self/fd"))
@@ -64,7 +65,7 @@ class Target:
             {"accel": "qtest", "machine": "pc", "vga": "text", "drives": [*disks, blk], **parts},
             {"accel": "qtest", "machine": "microvm", "drives": [blk], **parts},
         ]
-        if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        if self._kvm:
             kinds += [{"machine": "microvm", "flat": HALT}, {"machine": "microvm", "flat": HALT, "irqchip": "off"}]
         return kinds
 
@@ -93,7 +94,7 @@ class Target:
                 self._used(self._file(packed, manifest), choices)
         except VmmError as error:
             assert "\n" not in str(error), error
-        assert len(os.listdir("/proc/self/fd")) == self._descriptors
+        assert len(os.listdir("/proc/self/fd")) <= self._descriptors
 
     def _file(self, packed: bytes, manifest: Any) -> SnapshotFile:
         """With right checksums, and room for a memory of the right size. StateError for what can't be packed."""

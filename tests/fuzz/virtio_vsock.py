@@ -23,16 +23,14 @@ from fuzz.guest import BytesChoices, Choices, NoMoreChoices
 from vsock_bench import CID, VsockBench, header
 
 from pyvmm.devices.virtio import vsock_packet as p
-from pyvmm.devices.virtio.vsock import BATCH, MOST_REPLIES
-from pyvmm.devices.virtio.vsock_callers import MOST_CALLERS
+from pyvmm.devices.virtio.vsock import BATCH, MOST_CALLERS, MOST_REPLIES
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES
-from pyvmm.devices.virtio.vsock_messages import MOST_KEPT, MessageConnection
 
-PORT, MESSAGES = 80, 79  # where a program listens
-PORTS = (PORT, PORT, MESSAGES, MESSAGES, 81, 0, 1 << 30, (1 << 30) + 1, (1 << 30) + 2, 0xFFFF_FFFF)
+PORT = 80  # where a program listens
+PORTS = (PORT, PORT, PORT, 81, 0, 1 << 30, (1 << 30) + 1, (1 << 30) + 2, 0xFFFF_FFFF)
 GUEST_PORTS = (1, 1, 1, 2, 3, 0xFFFF_FFFF)
 OPS = (1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 5, 6, 7, 0, 8, 0xFFFF)
-KINDS = (1,) * 9 + (2,) * 5 + (0, 0xFFFF)
+KINDS = (1,) * 12 + (0, 2, 0xFFFF)
 CIDS = (CID,) * 12 + (0, 2, CID + 1, 1 << 32 | CID, (1 << 64) - 1)
 TO_CIDS = (2,) * 12 + (0, 1, CID, 1 << 32 | 2)
 ROOMS = (1 << 18, 1 << 18, 1 << 18, 0, 1, 5000, 0xFFFF_FFFF)
@@ -57,11 +55,9 @@ class Target:
 
     def renew(self) -> VsockBench:
         self.end()
-        path = Path(self.folder.name) / "vm.sock"
-        self.bench = bench = VsockBench(path, ring=self.ring, connections=LIMIT, seqpacket=True)
-        self.listeners = [bench.listen(PORT), bench.listen(MESSAGES, socket.SOCK_SEQPACKET)]
-        for listener in self.listeners:
-            listener.setblocking(False)
+        self.bench = bench = VsockBench(Path(self.folder.name) / "vm.sock", ring=self.ring, connections=LIMIT)
+        self.listener = bench.listen(PORT)
+        self.listener.setblocking(False)
         self.ends: list[socket.socket] = []
         self.may_break = False
         return bench
@@ -82,9 +78,8 @@ class Target:
         assert bench.device.connections == 0
         assert not bench.io.writers
         assert len(bench.io.readers) == len(bench.device.queues)
-        for listener, port in zip(self.listeners, (PORT, MESSAGES), strict=True):
-            listener.close()
-            os.unlink(f"{bench.path}_{port}")
+        self.listener.close()
+        os.unlink(f"{bench.path}_{PORT}")
         bench.close()
 
     def close(self) -> None:
@@ -92,14 +87,13 @@ class Target:
         self.folder.cleanup()
 
     def accept(self) -> None:
-        for listener in self.listeners:
-            try:
-                while True:
-                    end, _ = listener.accept()
-                    end.setblocking(False)
-                    self.ends.append(end)
-            except BlockingIOError:
-                pass
+        try:
+            while True:
+                end, _ = self.listener.accept()
+                end.setblocking(False)
+                self.ends.append(end)
+        except BlockingIOError:
+            pass
 
     def __call__(self, choices: Choices) -> None:
         bench = self.bench
@@ -123,12 +117,9 @@ class Target:
         assert device.connections <= LIMIT
         assert len(device._line) <= len(device._connections) <= 2 * LIMIT
         assert len(device._replies) <= MOST_REPLIES + BATCH + LIMIT
-        assert all(len(callers) <= MOST_CALLERS for callers in device._callers)
+        assert len(device._callers) <= MOST_CALLERS
         for connection in (*device._connections.values(), *device._lingering.values()):
             assert len(connection._kept) <= BUFFER_BYTES
-            if isinstance(connection, MessageConnection):
-                assert len(connection._message) + sum(map(len, connection._messages)) <= BUFFER_BYTES + max(SIZES)
-                assert len(connection._messages) <= MOST_KEPT
         self.accept()
 
     # -- the guest -----------------------------------------------------------------------------------------------------
@@ -208,11 +199,10 @@ class Target:
                 pass
 
     def call(self, bench: VsockBench, choices: Choices) -> None:
-        kind, behind = choices.pick(((socket.SOCK_STREAM, ""), (socket.SOCK_SEQPACKET, ".seq")))
-        end = socket.socket(socket.AF_UNIX, kind)
+        end = socket.socket(socket.AF_UNIX)
         end.setblocking(False)
         try:
-            end.connect(f"{bench.path}{behind}")
+            end.connect(str(bench.path))
             end.send(choices.pick(LINES))
         except BlockingIOError:
             end.close()  # more wait than there is room for
