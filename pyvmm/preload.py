@@ -24,6 +24,7 @@ BUILDING = (
     "pyvmm.block.backend",
     "pyvmm.block.formats.qcow2.cluster_lane",
     "pyvmm.block.formats.qcow2.driver",
+    "pyvmm.block.formats.qcow2.image",
     "pyvmm.block.formats.raw",
     "pyvmm.block.formats.snapshot",
     "pyvmm.block.lane",

@@ -1,6 +1,7 @@
 """The format qcow2, versions 2 and 3 (QEMU docs/interop/qcow2.txt), for reading and for writing.
 
     driver       Qcow2Driver: requests, cut at where the format has them
+    image        Qcow2Image, which that stands on: opening, bringing tables into the file in order, the end
     header       the header and its extensions, checked
     entries      what a table's entry says
     tables       L1 and L2 tables: loading, copying, what of them has still to be written
