@@ -50,6 +50,10 @@ cdef class Known(dict):
 
     cdef object _key, _found
 
+    def __reduce__(self):
+        # A copy of it, or one that is sent, may change: it is an ordinary dict.
+        return dict, (dict(self),)
+
 
 def known(value):
     """A copy of a state, with every dict in it a Known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -266,3 +267,12 @@ def test_what_is_made_of_a_known_state_is_made_once() -> None:
     assert once(kept, "another", lambda: [2]) == [2]
     assert once(state, "key", lambda: [3]) == [3]
     assert once(state, "key", lambda: [4]) == [4]
+
+
+def test_a_copy_of_a_known_state_is_whole_and_may_change() -> None:
+    state = {"a": {"b": [1, {"c": b"2"}]}}
+    kept = known(state)
+    for copied in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert copied == state
+        copied["a"]["b"].append(3)
+    assert kept == state
