@@ -499,6 +499,14 @@ cdef class AddressSpace:
         finally:
             self._change.release()
 
+    def scatter(self):
+        """Instead of ``settle``: nothing of it is there, and the stand-in stays."""
+        self._change.acquire()
+        try:
+            self._coming, self._comer = None, 0
+        finally:
+            self._change.release()
+
     cdef bint _comes_here(self) noexcept:
         """Whether the caller is the thread that gathers."""
         return self._coming is not None and self._comer == PyThread_get_thread_ident()
@@ -681,6 +689,8 @@ cdef class AddressSpace:
     @property
     def regions(self):
         """The mapped regions, by address. Who asks sees all devices, also those that nobody has wanted yet."""
+        if not self._changed_here():
+            self._have_all()
         for region in self.current().regions:
             if isinstance(region, LateRegion) and not self._changed_here():
                 region.arrive()

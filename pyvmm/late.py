@@ -12,7 +12,7 @@ It is made as it would have been at power-on: a device that takes the time then 
 from __future__ import annotations
 
 from pyvmm.device import DeviceLock
-from pyvmm.errors import StateError
+from pyvmm.errors import HOST_LIMITS, HostError, StateError, describe, remedy
 from pyvmm.region import LateRegion, MemoryRegion
 
 TYPE_CHECKING = False
@@ -116,23 +116,31 @@ def closed() -> Device:
 class LateSpaces:
     """``make()`` maps all that is to be in ``spaces``, when somebody first looks into one of them: a guest's access, or
     whoever asks what there is. Then comes what ``then`` lists. Once, from any thread.
+
+    Where any of that raises, there is nothing in the spaces, and whoever looks is told of it: what is there would be
+    taken for all that there is.
     """
 
-    __slots__ = ("_lock", "_make", "_spaces", "then")
+    __slots__ = ("_lock", "_make", "_spaces", "_why_not", "then")
 
     def __init__(self, spaces: Sequence[AddressSpace], make: Callable[[], object]) -> None:
         self._lock = DeviceLock()
         self._make: Callable[[], object] | None = make
         self._spaces = spaces
+        self._why_not = ""
         self.then: list[Callable[[], object]] = []
         for space in spaces:
             space.stand_in(LateRegion(space.size, "a device", self._lock, self.arrive))
 
     def arrive(self) -> None:
-        """Return when it is there; at once where that is asked by ``make`` itself."""
+        """Return when it is there; at once where that is asked by ``make`` itself. HostError where the host has no room
+        for it, and for everyone after the first who finds that it is not there.
+        """
         with self._lock:
             make, self._make = self._make, None
             if make is None:
+                if self._why_not:
+                    raise HostError(f"the machine's devices could not be made: {self._why_not}: make another machine")
                 return
             for space in self._spaces:
                 space.gather()
@@ -140,13 +148,23 @@ class LateSpaces:
                 make()
                 for follows in self.then:
                     follows()
-            finally:
+            except BaseException as error:
                 for space in self._spaces:
-                    space.settle()
+                    space.scatter()
+                self._why_not = describe(error)
+                if isinstance(error, OSError) and error.errno in HOST_LIMITS:
+                    raise HostError(f"the machine's devices could not be made: {remedy(error, '')}") from error
+                if isinstance(error, MemoryError):
+                    raise HostError("the machine's devices could not be made: there is no memory left") from error
+                raise
+            finally:
                 self.then.clear()
+            for space in self._spaces:
+                space.settle()
 
     def forget(self) -> None:
         """At the end: nothing comes any more."""
         with self._lock:
             self._make = None
+            self._why_not = ""
             self.then.clear()

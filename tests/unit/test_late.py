@@ -11,7 +11,7 @@ from pyvmm import Machine
 from pyvmm.address_space import AddressSpace, SpaceListener
 from pyvmm.clock import VirtualClock
 from pyvmm.device import Device
-from pyvmm.errors import ConfigError, StateError
+from pyvmm.errors import ConfigError, HostError, StateError
 from pyvmm.late import Late, LateSpaces
 from pyvmm.region import LateRegion, MemoryRegion
 
@@ -276,7 +276,7 @@ def test_files_that_can_not_be_are_told_of_before_anything_runs() -> None:
 
 
 class Board:
-    def __init__(self, *, fails: bool = False) -> None:
+    def __init__(self, fails: Exception | None = None) -> None:
         self.pio, self.mmio = AddressSpace("pio", 1 << 16), AddressSpace("mmio", 1 << 52)
         self.words = Words()
         self.made = 0
@@ -292,8 +292,8 @@ class Board:
         assert self.pio.read(PORT, 1) == 0x11
         late = Late(Other, (self.pio, SECOND, 4, "other", ""))
         self.pio.add_all([(address, region) for _space, address, region in late.regions()])
-        if self.fails:
-            raise ValueError("no room")
+        if self.fails is not None:
+            raise self.fails
         self.mmio.map(1 << 20, 4, Other())
 
 
@@ -303,6 +303,7 @@ def test_a_look_at_any_address_brings_all() -> None:
         lambda b: b.mmio.write(0xFEE00000, 4, 1),
         lambda b: b.pio.find(SECOND),
         lambda b: b.mmio.regions,
+        lambda b: [region.device for region in b.pio.regions],
         lambda b: b.mmio.map(0x200000, 1, Other()),
         lambda b: b.pio.listen(SpaceListener()),
         lambda b: b.late.arrive(),
@@ -315,6 +316,7 @@ def test_a_look_at_any_address_brings_all() -> None:
         assert board.pio.read(0x1234, 2) == 0xFFFF
         names = [region.name for region in board.pio.regions]
         assert names == ["Words", "other"]
+        assert not any(isinstance(region, LateRegion) for region in board.pio.regions)
         assert board.made == 1
 
 
@@ -329,12 +331,26 @@ def test_many_threads_that_look_find_one_board() -> None:
     assert (found, board.made) == ([0x11] * 8, 1)
 
 
-def test_what_is_wrong_comes_out_once_and_what_came_before_it_is_there() -> None:
-    board = Board(fails=True)
+def test_half_of_them_is_never_taken_for_all() -> None:
+    board = Board(ValueError("no room"))
     with pytest.raises(ValueError, match="no room"):
         board.pio.read(PORT, 1)
-    assert board.pio.read(PORT, 1) == 0x11
+    for look in (lambda: board.pio.read(PORT, 1), lambda: board.mmio.regions, board.late.arrive):
+        with pytest.raises(HostError, match="devices could not be made: ValueError: no room: make another machine"):
+            look()
     assert board.made == 1
+    board.late.forget()
+    board.pio.unmap_all()
+    assert board.pio.read(PORT, 1) == 0xFF
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(24, "Too many open files"), "open files: raise `ulimit -n`"), (MemoryError(), "no memory")],
+)
+def test_no_room_on_the_host_is_told_in_a_sentence(error: Exception, said: str) -> None:
+    with pytest.raises(HostError, match=said):
+        Board(error).pio.read(PORT, 1)
 
 
 def test_what_is_forgotten_never_comes() -> None:
