@@ -160,7 +160,7 @@ class SavingMachine(RunningMachine):
             state = MachineState(self._chassis, self._board, self._platform)
             origin.fill(state.memory())
             if late:
-                state.go_on_late(origin.state["parts"], twin=way.twin)
+                state.go_on_late(origin.state["parts"], origin.untouched, twin=way.twin)
             else:
                 state.load(origin.state, way.passed_ns(origin), origin.untouched)
                 if way.twin:

@@ -267,9 +267,9 @@ class MachineState:
         waits = any(cpu.exec.interrupted for cpu in platform.cpus)
         return late and platform.runs_guests and self._chassis.rests and not (lines or waits or self._hidden)
 
-    def go_on_late(self, parts: dict[str, Any], *, twin: bool) -> None:
+    def go_on_late(self, parts: dict[str, Any], untouched: Collection[str], *, twin: bool) -> None:
         """As ``load`` of a machine whose board was installed late, where ``rests`` has been true of another one that
-        loaded the same: processors and time now, the devices as they come.
+        loaded the same, and so without what is ``untouched``: processors and time now, the devices as they come.
         """
         chassis = self._chassis
         load_now: list[tuple[str, Holder]] = [
@@ -280,13 +280,13 @@ class MachineState:
         for name, holder in load_each(load_now, parts):
             told(name, holder.after_load)
         now_ns = chassis.clock.now_ns()
-        self._board.after_arrival(lambda: self._load_devices(parts, now_ns, twin=twin))
+        self._board.after_arrival(lambda: self._load_devices(parts, untouched, now_ns, twin=twin))
         chassis.control.loaded()
 
-    def _load_devices(self, parts: dict[str, Any], now_ns: int, *, twin: bool) -> None:
+    def _load_devices(self, parts: dict[str, Any], untouched: Collection[str], now_ns: int, *, twin: bool) -> None:
         chassis = self._chassis
         holders = [
-            *self._board.holders(),
+            *((name, each) for name, each in self._board.holders() if not (name in untouched and is_unmade(each))),
             *((f"console {name}", chardev) for name, chardev in chassis.consoles.by_name.items()),
         ]
         loaded: list[tuple[str, Holder]] = []

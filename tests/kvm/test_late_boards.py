@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from errno import EMFILE
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ import pytest
 from guests import PASSED, TIMEOUT_S, Guest
 
 from pyvmm import ConfigError, Machine, Template
+from pyvmm.boards.microvm import Microvm
 from pyvmm.device import Device
+from pyvmm.errors import HostError
+from pyvmm.run_state import RunState
+from pyvmm.snapshot_file import SnapshotFile, SnapshotWriter
 from pyvmm.x86 import layout
 
 # Touches the machine's first device when a word in its memory says so.
@@ -24,6 +30,39 @@ WAIT = """
         .balign 4
 here:   .long   0
 go:     .long   0
+"""
+# Both processors wait for that word, each for its own first device.
+BOTH = """
+        .include "interrupts64.inc"
+        .include "smp64.inc"
+        start_others
+        mov     $0x64, %edx
+        mov     $found, %ebx
+        call    look
+1:      pause
+        cmpl    $2, done
+        jne     1b
+        finish
+other_main:
+        mov     $0x92, %edx
+        mov     $found + 1, %ebx
+        call    look
+2:      cli
+        hlt
+        jmp     2b
+look:   lock incl here
+3:      pause
+        cmpl    $0, go
+        je      3b
+        inb     %dx, %al
+        movb    %al, (%rbx)
+        lock incl done
+        ret
+        .balign 4
+here:   .long   0
+go:     .long   0
+done:   .long   0
+found:  .byte   0, 0
 """
 PERIODIC = 0x40  # PIE of the RTC's register B (MC146818A)
 FULL = 2  # machines of a template that are made whole: the first loads each device, the second finds what need not be
@@ -167,19 +206,86 @@ def test_what_nobody_had_wanted_is_not_made_for_a_restore(guest: Guest, tmp_path
         assert m.devices["vmgenid"].save() == first.devices["vmgenid"].save()
 
 
-def test_a_snapshot_without_the_list_of_those_is_read(guest: Guest, tmp_path: Path) -> None:
-    from pyvmm.snapshot_file import SnapshotFile, SnapshotWriter
-
-    guest.machine.save(tmp_path / "a")
-    with SnapshotFile(str(tmp_path / "a")) as read:
-        manifest = {name: value for name, value in read.manifest.items() if name != "untouched"}
-    with SnapshotWriter(str(tmp_path / "b")) as file:
-        data = (tmp_path / "a").read_bytes()
+def rewritten(guest: Guest, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A snapshot of the guest with another manifest."""
+    guest.machine.save(folder / "a")
+    with SnapshotFile(str(folder / "a")) as read:
+        manifest = deepcopy(read.manifest)
+    change(manifest)
+    with SnapshotWriter(str(folder / "b")) as file:
+        data = (folder / "a").read_bytes()
         file.reserve(len(data))
         for at in range(4096, len(data), 1 << 20):
             if any(piece := data[at : at + (1 << 20)]):
                 file.write(at, piece)
         file.commit(manifest)
-    with Machine.restore(tmp_path / "b") as m:
+    return folder / "b"
+
+
+def test_a_snapshot_without_the_list_of_those_is_read(guest: Guest, tmp_path: Path) -> None:
+    path = rewritten(guest, tmp_path, lambda manifest: manifest.pop("untouched"))
+    with Machine.restore(path) as m:
         assert "i8042" in made(m)
         assert steady(m) == steady(guest.machine) | {"gpe0": steady(m)["gpe0"]}
+
+
+def test_what_the_first_one_did_not_load_the_others_do_not_either(guest: Guest, tmp_path: Path) -> None:
+    """A stranger's snapshot: nobody has looked at that state, and the guest runs when the device comes."""
+
+    def spoil(manifest: dict[str, Any]) -> None:
+        manifest["parts"]["i8042"]["state"] = {"no": "keyboard"}
+        assert "i8042" in manifest["untouched"]
+
+    path = rewritten(guest, tmp_path, spoil)
+    found = []
+    for _ in range(FULL + 2):
+        with Machine.restore(path) as m:
+            found.append(late(m))
+            m.memory.write(guest.program.symbols["go"], b"\1")
+            assert m.run(TIMEOUT_S) == PASSED
+            assert m.devices["i8042"].save() == guest.machine.devices["i8042"].save()
+    assert found[-1]
+
+
+def test_no_room_for_them_ends_the_machine_for_good(
+    guest: Guest, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_devices(self: Microvm) -> None:
+        self.add_serial()
+        raise OSError(EMFILE, "Too many open files")
+
+    with template.start() as m:
+        m.memory.write(guest.program.symbols["go"], b"\1")
+        with monkeypatch.context() as patch:
+            patch.setattr(Microvm, "make_devices", make_devices)
+            with pytest.raises(HostError, match="could not be made: Too many open files: raise `ulimit -n`"):
+                m.run(TIMEOUT_S)
+        assert m.control.state is RunState.INTERNAL_ERROR
+        # It does not go on with the half of them.
+        for look in (m.reset, lambda: m.devices, lambda: m.pio.read(layout.PORT_RTC, 1)):
+            with pytest.raises(HostError, match="make another machine"):
+                look()
+        assert m.control.state is RunState.INTERNAL_ERROR
+    with template.start() as m:
+        m.memory.write(guest.program.symbols["go"], b"\1")
+        assert m.run(TIMEOUT_S) == PASSED
+
+
+def test_two_processors_that_look_at_once_find_one_board(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    guest = boot(BOTH, cpus=2)
+    with guest.machine as first:
+        first.resume()
+        while guest.value("here") != 2:
+            assert not first.wait(0.01)
+        first.save(tmp_path / "a")
+    with Template(tmp_path / "a") as template:
+        found = []
+        for _ in range(FULL + 6):
+            with template.start() as m:
+                found.append(late(m))
+                m.resume()
+                m.memory.write(guest.program.symbols["go"], b"\1")
+                assert m.wait(TIMEOUT_S)
+                assert m.status == PASSED
+                assert m.memory.read(guest.program.symbols["found"], 2).count(0xFF) == 0
+    assert all(found[FULL:])
