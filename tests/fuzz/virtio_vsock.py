@@ -23,7 +23,8 @@ from fuzz.guest import BytesChoices, Choices, NoMoreChoices
 from vsock_bench import CID, VsockBench, header
 
 from pyvmm.devices.virtio import vsock_packet as p
-from pyvmm.devices.virtio.vsock import BATCH, MOST_CALLERS, MOST_REPLIES
+from pyvmm.devices.virtio.vsock import BATCH, MOST_REPLIES
+from pyvmm.devices.virtio.vsock_callers import MOST_CALLERS
 from pyvmm.devices.virtio.vsock_connection import BUFFER_BYTES
 
 PORT = 80  # where a program listens
@@ -117,7 +118,7 @@ class Target:
         assert device.connections <= LIMIT
         assert len(device._line) <= len(device._connections) <= 2 * LIMIT
         assert len(device._replies) <= MOST_REPLIES + BATCH + LIMIT
-        assert len(device._callers) <= MOST_CALLERS
+        assert all(len(callers) <= MOST_CALLERS for callers in device._callers)
         for connection in (*device._connections.values(), *device._lingering.values()):
             assert len(connection._kept) <= BUFFER_BYTES
         self.accept()
