@@ -11,12 +11,12 @@ from pyvmm.block.formats.qcow2.transfer import Failed, co_store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.block.formats.qcow2.open_disk import OpenDisk
+    from pyvmm.block.formats.qcow2.open_disk import SizedDisk
 
 SIZE_AT, L1_AT = 24, 36  # in the header: size; l1_size and l1_table_offset
 
 
-async def co_grow(disk: OpenDisk, size: int) -> None:
+async def co_grow(disk: SizedDisk, size: int) -> None:
     """``size`` bytes, more than before, and zeros behind what was there. Failed where that can't be."""
     before = disk.size_bytes
     await disk.co_with_tables(lambda: co_lengthen(disk, size))
@@ -36,7 +36,7 @@ async def co_grow(disk: OpenDisk, size: int) -> None:
     disk.header.size = disk.size_bytes = size
 
 
-async def co_lengthen(disk: OpenDisk, size: int) -> None:
+async def co_lengthen(disk: SizedDisk, size: int) -> None:
     """An L1 table that is long enough. The image's mutex is held, and nothing is left to be written."""
     header, tables, refcounts = disk.header, disk.tables, disk.refcounts
     needed = -(-size // header.table_bytes)
@@ -62,7 +62,7 @@ async def co_lengthen(disk: OpenDisk, size: int) -> None:
     refcounts.free(*before)
 
 
-async def co_take_in_a_row(disk: OpenDisk, clusters: int) -> int:
+async def co_take_in_a_row(disk: SizedDisk, clusters: int) -> int:
     """So many clusters, one behind the other."""
     refcounts = disk.refcounts
     if clusters + 2 > refcounts.per_block:
@@ -83,7 +83,7 @@ async def co_take_in_a_row(disk: OpenDisk, clusters: int) -> int:
     return first
 
 
-async def co_shrink(disk: OpenDisk, size: int) -> None:
+async def co_shrink(disk: SizedDisk, size: int) -> None:
     """``size`` bytes, fewer than before: what is behind them is given back first."""
     before = disk.size_bytes
     end = size + -size % disk.cluster
