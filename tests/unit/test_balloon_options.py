@@ -79,7 +79,7 @@ def test_a_file(tmp_path: Path) -> None:
 def test_written_down_and_read_again() -> None:
     spec = Spec(kernel="k", balloon="64M,deflate-on-oom=on")
     data = json.loads(json.dumps(spec.plain()))
-    assert data["balloon"] == {"mib": 64, "deflate_on_oom": True, "free_page_reporting": False}
+    assert data["balloon"].items() >= {"mib": 64, "deflate_on_oom": True, "free_page_reporting": False}.items()
     assert Spec.from_plain(data) == spec
     assert Spec.from_plain(json.loads(json.dumps(Spec(kernel="k").plain()))).balloon is None
 
