@@ -6,12 +6,12 @@ from pathlib import Path
 
 import disk_images
 from console import SerialLine
-from disk_images import GRUB_LEGACY_PROMPT, HELLO
-from lives import MOMENTS, Lives
+from disk_images import GRUB_LEGACY_PROMPT, HELLO, OTHER_AT
+from lives import MOMENTS_OF_FIRMWARE, Lives
 
 import pyvmm
 
-LIMIT_S = 240.0 + 10 * MOMENTS
+LIMIT_S = 240.0 + 10 * MOMENTS_OF_FIRMWARE
 
 
 class Loader:
@@ -52,15 +52,15 @@ def test_seabios_and_grub_at_random_moments(tmp_path: Path, firmware: Path) -> N
     disk = tmp_path / "grub.img"
     disk_images.grub_legacy(disk)
     lives = 0
-    for seed in range(MOMENTS):
-        loader = Loader(disk, firmware, seed, longest_s=5.0 / min(MOMENTS, 50))
+    for seed in range(MOMENTS_OF_FIRMWARE):
+        loader = Loader(disk, firmware, seed, longest_s=5.0 / min(MOMENTS_OF_FIRMWARE, 50))
         with loader.lives:
             loader.expect("GNU GRUB  version 0.97")
             loader.expect(GRUB_LEGACY_PROMPT)
             # What SeaBIOS held back of its own console comes with a later command (test_firmware_loaders.py).
             assert HELLO.strip() in loader.typed("cat (hd0,0)/hello.txt")
             assert "Differ" not in loader.typed("cmp (hd0,0)/one.bin (hd0,0)/same.bin")
-            assert "Differ at the offset 700001" in loader.typed("cmp (hd0,0)/one.bin (hd0,0)/other.bin")
+            assert f"Differ at the offset {OTHER_AT}" in loader.typed("cmp (hd0,0)/one.bin (hd0,0)/other.bin")
             lives += loader.lives.count
-        if lives >= MOMENTS:
+        if lives >= MOMENTS_OF_FIRMWARE:
             return

@@ -82,7 +82,7 @@ def test_who_goes_on_elsewhere(
     net, peer = cables()
     if way == "restore":
         guest.machine.save(tmp_path / "a")
-        other = Machine.restore(tmp_path / "a", nets=[net])
+        other = Machine.restore(tmp_path / "a", twin=False, nets=[net])
     elif way == "fork":
         (other,) = guest.machine.fork(nets=[net])
     else:
