@@ -12,8 +12,8 @@ It keeps no order: among requests in flight that overlap, its users may not need
 virtio 1.2, 2.7.13).
 
 ``granted`` and ``busy`` are the two flags of Dekker's algorithm: who enters counts itself in and then looks whether it
-may, who takes leave back stores that and then waits until nobody is inside. So after ``settle`` nothing moves any more. It is the
-same with ``size``.
+may, who takes leave back stores that and then waits until nobody is inside. So after ``settle`` nothing moves any
+more. It is the same with ``size``.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
