@@ -130,8 +130,9 @@ class Machine(MovingMachine):
         interfaces: Sequence[str] | None = None,
         id: str = "",
     ) -> None:
-        """Have the network cards, or those named, tell the network where they are, as after ``incoming`` and a ``restore``
-        that makes no twin: a guest that can (VIRTIO_NET_F_GUEST_ANNOUNCE) is asked to, else a RARP frame says it.
+        """Have the network cards, or those named, tell the network where they are, as after ``incoming``, or a
+        ``restore`` that makes no twin: a guest that can (VIRTIO_NET_F_GUEST_ANNOUNCE) is asked to, for another one a
+        RARP frame says it.
 
         The first of ``rounds`` is now, or when the machine goes on; the next ``initial_ms`` later, and then it takes
         ``step_ms`` longer each time, up to ``max_ms``. They take the place of those of the same ``id`` that are under
