@@ -14,7 +14,13 @@ from typing import TextIO
 
 import pytest
 
-OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "no:terminalreporter", "-o", "faulthandler_timeout=300")
+# No plugin of the virtual environment's but ours: to load those of hypothesis and pytest-benchmark takes as long as all
+# of pytest, there ten seconds.
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+OPTIONS = (
+    *("-q", "-p", "no:cacheprovider", "-p", "no:terminalreporter", "-p", "pyvmm.pytest_plugin"),
+    *("-o", "faulthandler_timeout=300"),
+)
 
 
 class Reporter:
