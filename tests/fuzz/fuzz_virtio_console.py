@@ -19,7 +19,8 @@ from fuzz.from_files import run_from_files
 run_from_files()
 
 with atheris.instrument_imports(include=["pyvmm.devices.virtio"]):
-    from fuzz.virtio_console import Target, one_input
+    from fuzz.cases import one_input
+    from fuzz.virtio_console import Target
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "virtio"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from blk_bench import BlkBench
+from fuzz.cases import arguments
+from fuzz.cases import run as run_bytes
 
 from pyvmm.block import DriveOptions, open_drive
 from pyvmm.devices.virtio import blk
@@ -126,15 +128,8 @@ class Target:
 def run(directory: Path, cases: int, seed: int, **ring: bool) -> int:
     """So many inputs; how many requests the disk has done."""
     target = Target(directory, **ring)
-    source = random.Random(seed)
     try:
-        for n in range(cases):
-            data = source.randbytes(source.choice((8, 40, 120)))
-            try:
-                target(data)
-            except BaseException as error:
-                error.add_note(f"input {n} of seed {seed}: {data.hex()}")
-                raise
+        run_bytes(target, cases, seed)
         stats = target.backend.stats
         return stats.read.operations + stats.write.operations + stats.flush.operations + stats.discard.operations
     finally:
@@ -142,12 +137,7 @@ def run(directory: Path, cases: int, seed: int, **ring: bool) -> int:
 
 
 def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__, cases=20_000).parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         print(f"{args.cases} inputs of seed {args.seed}: {run(Path(directory), args.cases, args.seed)} requests done")
 

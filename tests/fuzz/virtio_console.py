@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "virtio"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from console_bench import ConsoleBench, SlowEnd
-from fuzz.guest import BytesChoices, Choices, NoMoreChoices
+from fuzz.cases import arguments, run_choices
+from fuzz.guest import Choices, NoMoreChoices
 
 from pyvmm.devices.virtio import console_control as control
 from pyvmm.devices.virtio.console_port import BATCH, INPUT_BYTES, PIECE_BYTES
@@ -186,30 +187,12 @@ class Target:
 def run(cases: int, seed: int, **ring: bool) -> tuple[int, int]:
     """So many inputs; how many bytes were said, and how many heard."""
     target = Target(**ring)
-    try:
-        for n in range(cases):
-            try:
-                target(Choices(seed * 1_000_003 + n))
-            except BaseException as error:
-                error.add_note(f"input {n} of seed {seed}, {ring}")
-                raise
-    finally:
-        target.close()
+    run_choices(target, cases, seed, ring)
     return target.bytes_said, target.bytes_heard
 
 
-def one_input(target: Target, data: bytes) -> None:
-    """For atheris."""
-    target(BytesChoices(data))
-
-
 def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__, cases=2000).parse_args()
     for packed in (False, True):
         said, heard = run(args.cases, args.seed, packed=packed, event_idx=True)
         print(f"packed={packed}: {args.cases} inputs, {said} bytes said, {heard} heard")

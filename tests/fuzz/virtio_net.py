@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "virtio"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.guest import BytesChoices, Choices, NoMoreChoices
+from fuzz.cases import arguments, run_choices
+from fuzz.guest import Choices, NoMoreChoices
 from net_bench import ALL, HEADER_BYTES, MAC, NetBench
 
 from pyvmm.devices.virtio.net_features import F_MQ, F_MRG_RXBUF
@@ -160,30 +161,12 @@ class Target:
 def run(kind: str, cases: int, seed: int, **ring: bool) -> tuple[int, int]:
     """So many inputs; how many frames went through, and how many commands there were."""
     target = Target(kind, **ring)
-    try:
-        for n in range(cases):
-            try:
-                target(Choices(seed * 1_000_003 + n))
-            except BaseException as error:
-                error.add_note(f"input {n} of seed {seed}, {kind}, {ring}")
-                raise
-    finally:
-        target.close()
+    run_choices(target, cases, seed, f"{kind}, {ring}")
     return target.frames, target.commands
 
 
-def one_input(target: Target, data: bytes) -> None:
-    """For atheris."""
-    target(BytesChoices(data))
-
-
 def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__, cases=2000).parse_args()
     for kind in ("stream", "tap"):
         for packed in (False, True):
             frames, commands = run(kind, args.cases, args.seed, packed=packed, event_idx=True)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "virtio"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from driver import DESC_BYTES, INDIRECT, NEXT, WRITE, TestDriver
-from fuzz.guest import BytesChoices, Choices, NoMoreChoices
+from fuzz.cases import arguments, run_choices
+from fuzz.guest import Choices, NoMoreChoices
 
 from pyvmm.devices.virtio.chain import Chain
 from pyvmm.devices.virtio.ring import RingError, Virtqueue
@@ -58,6 +59,10 @@ class Target:
         self.queue = Virtqueue(self.memory, 0, 256)
         self.driver = TestDriver(self.memory, self.queue, size=SIZE, base=BASE, **self.layout)
         self.held: list[Chain] = []
+
+    def close(self) -> None:
+        self.held.clear()
+        self.memory.close()
 
     def put(self, at: int, size: int, value: int) -> None:
         self.driver.put(at, size, value & (1 << 8 * size) - 1)
@@ -160,27 +165,12 @@ class Target:
 def run(cases: int, seed: int, **layout: bool) -> tuple[int, int]:
     """So many inputs; how many chains were taken, and how many rings were refused."""
     target = Target(**layout)
-    for n in range(cases):
-        try:
-            target(Choices(seed * 1_000_003 + n))
-        except BaseException as error:
-            error.add_note(f"input {n} of seed {seed}, {layout}")
-            raise
+    run_choices(target, cases, seed, layout)
     return target.chains, target.errors
 
 
-def one_input(target: Target, data: bytes) -> None:
-    """For atheris."""
-    target(BytesChoices(data))
-
-
 def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__, cases=2000).parse_args()
     for packed in (False, True):
         chains, errors = run(args.cases, args.seed, packed=packed, event_idx=True, indirect=True)
         print(f"packed={packed}: {args.cases} inputs, {chains} chains, {errors} rings refused")

@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "virtio"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.guest import BytesChoices, Choices, NoMoreChoices
+from fuzz.cases import arguments, run_choices
+from fuzz.guest import Choices, NoMoreChoices
 from vsock_bench import CID, VsockBench, header
 
 from pyvmm.devices.virtio import vsock_packet as p
@@ -232,30 +233,12 @@ class Target:
 def run(cases: int, seed: int, **ring: bool) -> tuple[int, int]:
     """So many inputs; how many connections there were, and how many packets of the guest's."""
     target = Target(**ring)
-    try:
-        for n in range(cases):
-            try:
-                target(Choices(seed * 1_000_003 + n))
-            except BaseException as error:
-                error.add_note(f"input {n} of seed {seed}, {ring}")
-                raise
-    finally:
-        target.close()
+    run_choices(target, cases, seed, ring)
     return target.opened, target.packets
 
 
-def one_input(target: Target, data: bytes) -> None:
-    """For atheris."""
-    target(BytesChoices(data))
-
-
 def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = arguments(__doc__, cases=2000).parse_args()
     for packed in (False, True):
         opened, packets = run(args.cases, args.seed, packed=packed, event_idx=True)
         print(f"packed={packed}: {args.cases} inputs, {opened} connections, {packets} packets")
