@@ -154,6 +154,11 @@ class BlockBackend:
             self._driver.give_up()
 
     @property
+    def driver(self) -> FormatDriver | None:
+        """The image's, for who tells of it; None without a medium."""
+        return self._driver
+
+    @property
     def inserted(self) -> bool:
         """Whether there is a medium; without one every request fails with ENOMEDIUM."""
         return self._driver is not None

@@ -13,6 +13,7 @@ from errno import ENOTSUP
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from pyvmm.block.lane import Lane
     from pyvmm.block.options import DriveOptions
@@ -109,6 +110,12 @@ class FormatDriver:
     skew = 0
     """A request is aligned where offset + ``skew`` is a multiple of ``alignment``: the disk may begin inside a block.
     """
+    backing: FormatDriver | None = None
+    """The disk that it stands on."""
+
+    def about(self) -> dict[str, Any]:
+        """What the format says of the image, in the words of qemu-img info --output=json."""
+        return {}
 
     async def co_readv(self, offset: int, iov: Iov, length: int) -> int:
         raise NotImplementedError

@@ -15,7 +15,6 @@ from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.formats.qcow2 import check as checker
 from pyvmm.block.formats.qcow2.create import NewImage
 from pyvmm.block.formats.qcow2.driver import Qcow2Driver
-from pyvmm.block.formats.qcow2.header import CORRUPT, DIRTY, LAZY_REFCOUNTS, RAW_EXTERNAL
 from pyvmm.block.formats.qcow2.resize import co_shrink
 from pyvmm.block.formats.qcow2.snapshots import read_snapshots
 from pyvmm.block.iov import all_zeros
@@ -109,26 +108,7 @@ def info(path: str, format: str | None, *, locking: bool = True) -> dict[str, An
 
 def qcow2_info(path: str, file: ProtocolDriver, context: AioContext) -> dict[str, Any]:
     header = Qcow2Driver(path, file, context, read_only=True).header
-    found: dict[str, Any] = {
-        "virtual-size": header.size,
-        "cluster-size": header.cluster_bytes,
-        "dirty-flag": bool(header.incompatible & DIRTY),
-    }
-    if header.backing is not None:
-        found["backing-filename"] = header.backing
-        if header.backing_format is not None:
-            found["backing-filename-format"] = header.backing_format
-    special: dict[str, Any] = {
-        "compat": "0.10" if header.version == 2 else "1.1",
-        "compression-type": "zstd" if header.zstd else "zlib",
-        "refcount-bits": 1 << header.refcount_order,
-    }
-    if header.version >= 3:
-        special["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
-        special["corrupt"] = bool(header.incompatible & CORRUPT)
-    if header.external:
-        special |= {"data-file": header.data_file, "data-file-raw": bool(header.autoclear & RAW_EXTERNAL)}
-    found["format-specific"] = {"type": "qcow2", "data": special}
+    found = header.about()
     found["snapshots"] = [
         {"id": one.id, "name": one.name, "vm-state-size": one.vm_state_bytes, "date-sec": one.date_s,
          "vm-clock-nsec": one.vm_clock_ns}

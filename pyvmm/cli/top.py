@@ -96,9 +96,7 @@ class Look:
 
 
 def rates(before: dict[str, Any], now: dict[str, Any], seconds: float) -> dict[str, float]:
-    return {
-        name: max(0, value - before.get(name, 0)) / seconds for name, value in now.items() if not isinstance(value, str)
-    }
+    return {name: max(0, value - before.get(name, 0)) / seconds for name, value in now.items() if type(value) is int}
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def told(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "query-rx-filter": {"name": "n"},
         "announce-self": {"initial": 50, "max": 550, "rounds": 5, "step": 50, "interfaces": ["n"], "id": "a"},
         "balloon": {"value": 1 << 20},
-        "block_resize": {"id": "d", "size": 2 << 20},
+        "block_resize": {"node-name": "d", "size": 2 << 20},
         "eject": {"id": "cd"},
         "blockdev-change-medium": {"id": "cd", "filename": file["cd.iso"]},
         "block_set_io_throttle": {"id": "d", **limits, "iops": 1000},

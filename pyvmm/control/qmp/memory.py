@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4096
 PIECE_BYTES = 1 << 20  # the guest stands for no more of a memsave than that at once
-ADDRESS = Int(0, (1 << 64) - 1)
+# QEMU's are signed, so that a client says the kernel's half of the addresses as negative numbers.
+ADDRESS = Int(-INT64_MAX - 1, (1 << 64) - 1)
+MASK = (1 << 64) - 1
 LENGTH = Int(1, INT64_MAX)
 
 
@@ -95,6 +97,7 @@ def check_open(served: Served) -> None:
 @command("pmemsave", {"val": ADDRESS, "size": LENGTH, "filename": FILE}, waits=True)
 def pmemsave(served: Served, val: int, size: int, filename: str) -> None:
     """The guest goes on meanwhile, as with QEMU."""
+    val &= MASK
     for _ in ram_and_rom(served.machine, val, size):
         pass  # a range that is not there leaves the file alone
     with OutFile(filename) as file:
@@ -109,6 +112,7 @@ def memsave(served: Served, val: int, size: int, filename: str, cpu_index: int =
     machine = served.machine
     if cpu_index >= len(machine.cpus):
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
+    val &= MASK
     first = virtual(machine, cpu_index, val, 1)  # an address that is not there leaves the file alone
     with OutFile(filename) as file:
         assert first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from time import time_ns
 
-from pyvmm.control.qmp.kinds import SIZE, STR, Enum, Optional, QmpError, Struct
+from pyvmm.control.qmp.kinds import BOOL, SIZE, STR, Enum, Optional, QmpError, Struct
 from pyvmm.control.qmp.news import line_of
 from pyvmm.control.qmp.table import command, event
 from pyvmm.errors import StateError, VmmError
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from pyvmm.control.qmp.subject import Served
 
 STATUS = Enum("none", "active", "cancelling", "cancelled", "completed", "failed")
-INFO = Struct({"status": Optional(STATUS), "downtime": Optional(SIZE), "error-desc": Optional(STR)})
+INFO = Struct({
+    "status": Optional(STATUS), "total-time": Optional(SIZE), "downtime": Optional(SIZE), "error-desc": Optional(STR),
+})  # fmt: skip
 NS_A_MS = 1_000_000
 
 event("MIGRATION", {"status": STATUS})
@@ -28,12 +30,17 @@ def told(served: Served, status: str, **more: Any) -> None:
     served.tell(line_of("MIGRATION", {"status": status}, time_ns()))
 
 
-@command("migrate", {"uri": STR})
-def migrate(served: Served, uri: str) -> None:
-    """``uri``: unix:PATH or tcp:HOST:PORT. Answered at once; event MIGRATION and query-migrate tell what came of it."""
+@command("migrate", {"uri": STR, "detach": Optional(BOOL)})
+def migrate(served: Served, uri: str, detach: bool = True) -> None:
+    """``uri``: unix:PATH or tcp:HOST:PORT. Answered at once, whatever ``detach`` says, as by QEMU; event MIGRATION and
+    query-migrate tell what came of it.
+    """
+    from pyvmm.migration import parsed
+
     kind, colon, place = uri.partition(":")
     if kind not in ("unix", "tcp") or not colon or not place:
         raise QmpError("Parameter 'uri' expects unix:PATH or tcp:HOST:PORT")
+    parsed(uri)
     with served.migrating:
         if served.migration["status"] in ("active", "cancelling"):
             raise QmpError("There's a migration process in progress")
@@ -51,7 +58,8 @@ def go(served: Served, address: str) -> None:
             told(served, "cancelled" if cancelled else "failed", **{"error-desc": " ".join(str(error).split())})
     else:
         with served.migrating:
-            told(served, "completed", downtime=gone.stood_ns // NS_A_MS)
+            times = {"total-time": gone.took_ns // NS_A_MS, "downtime": gone.stood_ns // NS_A_MS}
+            told(served, "completed", **times)
 
 
 @command("migrate_cancel", waits=True)
@@ -69,4 +77,6 @@ def migrate_cancel(served: Served) -> None:
 
 @command("query-migrate", returns=INFO)
 def query_migrate(served: Served) -> dict[str, Any]:
-    return dict(served.migration)
+    """Nothing before there has been one, as with QEMU; times are in milliseconds."""
+    with served.migrating:
+        return {} if served.migration["status"] == "none" else dict(served.migration)

@@ -129,6 +129,7 @@ def split_format(text: str, unit: str) -> tuple[int, str, str, str]:
                 unit = letter
             elif letter in FORMATS:
                 form = letter
+                unit = "b" if letter == "c" else unit
             else:
                 raise Wrong(f"invalid char in format: '{letter}'")
     return count, form, unit, text
@@ -160,13 +161,13 @@ def examine_physical(machine: Machine, cpu_index: int, text: str) -> str:
 
 
 def examined(text: str, machine: Machine, cpu_index: int, read: Callable[[int, int], bytes]) -> str:
-    """16 bytes a line, as QEMU has it."""
+    """16 bytes a line, or 8 where each is shown by itself, as QEMU has it."""
     count, form, unit, where = split_format(text, "w")
     if count > MOST_UNITS:
         raise Wrong(f"{count} units: at most {MOST_UNITS} at once")
     size, at = UNITS[unit], number(machine, cpu_index, where)
     lines = []
-    per_line = 16 // size
+    per_line = 8 if size == 1 else 16 // size
     for first in range(0, count, per_line):
         units = min(per_line, count - first)
         address = at + first * size & MASK
@@ -210,9 +211,11 @@ def port_out(machine: Machine, cpu_index: int, text: str) -> str:
 
 def info(machine: Machine, cpu_index: int, text: str) -> str:
     words = text.split()
-    work = INFOS.get(words[0]) if words else None
-    if work is None:
+    if not words:
         return "".join(f"info {name}\r\n" for name in INFOS)
+    work = INFOS.get(words[0])
+    if work is None:
+        raise Wrong(f"unknown command: 'info {shown(words[0])}'")
     return work(machine, cpu_index).replace("\r\n", "\n").replace("\n", "\r\n")
 
 
@@ -307,6 +310,10 @@ def info_block(machine: Machine, cpu_index: int) -> str:
             lines.append(f"    Removable device: {locked}locked, tray {tray}\n")
         if medium:
             lines.append(f"    Cache mode: {'writeback' if medium['cache']['writeback'] else 'writethrough'}\n")
+            if "backing_file" in medium:
+                lines.append(
+                    f"    Backing file: {medium['backing_file']} (chain depth: {medium['backing_file_depth']})\n"
+                )
     return "".join(lines)
 
 

@@ -37,8 +37,8 @@ event("BLOCK_IO_ERROR", {
     "action": Enum("ignore", "report", "stop"), "nospace": Optional(BOOL), "reason": STR,
 })  # fmt: skip
 event("DEVICE_TRAY_MOVED", {"device": STR, "id": STR, "tray-open": BOOL})
-event("GUEST_PANICKED", {"action": Enum("pause", "poweroff", "run"), "info": Optional(STR)})
-event("GUEST_CRASHLOADED", {"action": Enum("pause", "poweroff", "run"), "info": Optional(STR)})
+event("GUEST_PANICKED", {"action": Enum("pause", "poweroff", "run")})
+event("GUEST_CRASHLOADED", {"action": Enum("pause", "poweroff", "run")})
 event("BALLOON_CHANGE", {"actual": SIZE})
 event("NIC_RX_FILTER_CHANGED", {"name": Optional(STR), "path": STR})
 event("VSERPORT_CHANGE", {"id": STR, "open": BOOL})

@@ -25,16 +25,21 @@ PROPERTY = Struct({"name": STR, "type": STR})
 
 def tree(machine: Machine) -> Node:
     return {
+        "type": container,
         "machine": {
             "type": lambda: f"{machine.config.machine}-machine",
             "memory-bytes": lambda: machine.memory.size_bytes,
             "state": lambda: machine.state.value,
-            "cpus": {str(cpu.index): cpu_node(cpu) for cpu in machine.cpus},
-            "devices": {name: device_node(device) for name, device in machine.devices.items()},
-            "drives": {name: drive_node(backend) for name, backend in machine.backends.items()},
-            "consoles": {name: {"type": kind(chardev)} for name, chardev in machine.consoles.items()},
-        }
+            "cpus": {"type": container, **{str(cpu.index): cpu_node(cpu) for cpu in machine.cpus}},
+            "devices": {"type": container, **{name: device_node(each) for name, each in machine.devices.items()}},
+            "drives": {"type": container, **{name: drive_node(each) for name, each in machine.backends.items()}},
+            "consoles": {"type": container, **{n: {"type": kind(each)} for n, each in machine.consoles.items()}},
+        },
     }
+
+
+def container() -> str:
+    return "container"
 
 
 def kind(thing: object) -> Callable[[], str]:
@@ -88,7 +93,7 @@ def find(machine: Machine, path: str) -> Node | Callable[[], Any]:
 def type_of(thing: Any) -> str:
     """A node's is what it is a child of; a value's its own."""
     if isinstance(thing, dict):
-        return f"child<{thing['type']() if 'type' in thing else 'container'}>"
+        return f"child<{thing['type']()}>"
     value = thing()
     return "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "string"
 
@@ -104,5 +109,5 @@ def qom_get(served: Served, path: str, property: str) -> Any:
     node: Any = find(served.machine, path)
     thing = node.get(property)
     if thing is None:
-        raise QmpError(f"Property '{shown(path)}.{shown(property)}' not found")
+        raise QmpError(f"Property '{node['type']()}.{shown(property)}' not found")
     return f"{path.rstrip('/')}/{property}" if isinstance(thing, dict) else thing()

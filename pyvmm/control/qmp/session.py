@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         def joined(self, session: QmpSession, answer: bytes) -> None: ...
         def left(self, session: QmpSession) -> None: ...
 
+
 MEMBERS = ("execute", "arguments", "id")
 CAPABILITIES = "qmp_capabilities"
 
@@ -112,11 +113,11 @@ class QmpSession:
             raise QmpError("QMP input member 'execute' must be a string")
         if not isinstance(arguments, dict):
             raise QmpError("QMP input member 'arguments' must be an object")
-        command = find(name)
         if name == CAPABILITIES and self.negotiated:
             raise QmpError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
         if name != CAPABILITIES and not self.negotiated:
             raise QmpError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+        command = find(name)
         return command, command.check(arguments)
 
     def _negotiate(self, command: Command, taken: dict[str, Any], about: dict[str, Any]) -> None:

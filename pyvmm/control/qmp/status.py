@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 NO_UUID = "00000000-0000-0000-0000-000000000000"
 VERSION_TRIPLE = Struct({"major": INT, "minor": INT, "micro": INT})
-STATUS = Struct({"running": BOOL, "status": Enum(*RunState)})
+# A closed machine has no clients: what one hears that is still there, is that the guest has ended.
+STATUS = Struct({"running": BOOL, "status": Enum(*(state for state in RunState if state is not RunState.CLOSED))})
 
 
 def version() -> dict[str, Any]:
@@ -44,7 +45,8 @@ def query_version(served: Served) -> dict[str, Any]:
 @command("query-status", returns=STATUS)
 def query_status(served: Served) -> dict[str, Any]:
     state = served.machine.state
-    return {"running": state is RunState.RUNNING, "status": state.value}
+    told = RunState.SHUTDOWN if state is RunState.CLOSED else state
+    return {"running": state is RunState.RUNNING, "status": told.value}
 
 
 @command("query-name", returns=Struct({"name": Optional(STR)}))
@@ -79,7 +81,7 @@ def query_current_machine(served: Served) -> dict[str, Any]:
 
 @command("query-memory-size-summary", returns=Struct({"base-memory": SIZE, "plugged-memory": Optional(SIZE)}))
 def query_memory_size_summary(served: Served) -> dict[str, Any]:
-    return {"base-memory": served.machine.memory.size_bytes}
+    return {"base-memory": served.machine.memory.size_bytes, "plugged-memory": 0}
 
 
 # -- running. Each waits until the machine is what it says, so that the events have been told before the answer. ------

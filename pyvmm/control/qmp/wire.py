@@ -1,8 +1,9 @@
 """JSON values out of a stream of bytes, cut anywhere: what a QMP client sends.
 
 QEMU's monitor reads objects, wherever they begin and end (qobject/json-streamer.c): several in a line, one over many
-lines. So does this. What is no object is one error a line, and the next object is read again. What a client can make
-grow is one message, of MESSAGE_MOST_BYTES.
+lines. So does this. A string may stand in single quotes too, for who types it into a shell (qobject/json-lexer.c).
+What is no object is one error a line, and the next object is read again. What a client can make grow is one message,
+of MESSAGE_MOST_BYTES.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
 
 MESSAGE_MOST_BYTES = 1 << 20
 MOST_NESTED = 128
-LINE_END, BLANKS = b"\n", b" \t\r\n"
-_OUTSIDE = re.compile(rb'["\[\]{}]')  # what counts in an object
-_INSIDE = re.compile(rb'["\\]')  # and in a string
+LINE_END = b"\n"
+INFINITY = float("inf")
+_OUTSIDE = re.compile(rb"""["'\[\]{}]""")  # what counts in an object
+_INSIDE = {b'"': re.compile(rb'["\\\n]'), b"'": re.compile(rb"['\\\n]")}  # and in a string, by its quotes
+_STRING = re.compile(rb""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", re.DOTALL)
+_QUOTED = re.compile(rb'\\.|"', re.DOTALL)
 _NO_BLANK = re.compile(rb"[^ \t\r\n]")
 
 
@@ -38,7 +42,7 @@ class Splitter:
         self._pending = bytearray()
         self._at = 0  # how much of it has been looked at
         self._depth = 0
-        self._in_string = False
+        self._quote = b""  # of the string that it is in
 
     def feed(self, data: bytes) -> Iterator[bytes | Broken]:
         self._pending += data
@@ -87,13 +91,18 @@ class Splitter:
     def _object(self) -> bytes | Broken | None:
         pending = self._pending
         while True:
-            found = (_INSIDE if self._in_string else _OUTSIDE).search(pending, self._at)
+            found = (_INSIDE[self._quote] if self._quote else _OUTSIDE).search(pending, self._at)
             if found is None:
                 self._at = len(pending)
                 return None
             byte, self._at = found[0], found.end()
-            if byte == b'"':
-                self._in_string = not self._in_string
+            if byte in _INSIDE:
+                self._quote = b"" if self._quote else byte
+            elif byte == LINE_END:  # a quote was forgotten: who waits for its answer would wait for ever
+                rest = bytes(pending[self._at :])
+                self._clear()
+                self._pending += rest
+                return Broken("JSON parse error, a line ends inside of a string")
             elif byte == b"\\":
                 if self._at == len(pending):  # what it escapes has not come yet
                     self._at -= 1
@@ -118,8 +127,10 @@ class Splitter:
 
 def decode(message: bytes) -> dict[str, Any]:
     """The object. Broken where it is none."""
+    if b"'" in message:
+        message = _STRING.sub(in_double_quotes, message)
     try:
-        value = json.loads(message.decode(), parse_constant=no_number, object_pairs_hook=each_once)
+        value = json.loads(message.decode(), parse_float=finite, parse_constant=no_number, object_pairs_hook=each_once)
     except Broken:
         raise
     except (ValueError, RecursionError) as error:
@@ -129,12 +140,29 @@ def decode(message: bytes) -> dict[str, Any]:
     return value
 
 
+def in_double_quotes(found: re.Match[bytes]) -> bytes:
+    """A string as JSON has it."""
+    string = found[0]
+    if string[:1] == b'"':
+        return string
+    inner = _QUOTED.sub(lambda one: {b"\\'": b"'", b'"': b'\\"'}.get(one[0], one[0]), string[1:-1])
+    return b'"' + inner + b'"'
+
+
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A member that is there twice is no matter of taste."""
     members = dict(pairs)
     if len(members) != len(pairs):
         raise Broken("JSON parse error, duplicate key")
     return members
+
+
+def finite(word: str) -> float:
+    """Python makes an infinity of 1e400, and could not say that back in JSON."""
+    value = float(word)
+    if value in (INFINITY, -INFINITY):
+        raise ValueError(word)
+    return value
 
 
 def no_number(word: str) -> Any:

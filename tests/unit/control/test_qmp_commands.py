@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from qmp_peer import QmpPeer
 
 from pyvmm import Machine
+from pyvmm.block.image_tool import create
 from pyvmm.control.qmp.table import COMMANDS
 
 MIB = 1 << 20
@@ -77,6 +80,39 @@ def test_drives(peer: QmpPeer, machine: Machine, tmp_path: Path) -> None:
     assert (stats["rd_operations"], stats["rd_bytes"], done) == (1, 512, [0])
 
 
+def test_an_image_that_stands_on_others(tmp_path: Path) -> None:
+    (tmp_path / "base.img").write_bytes(bytes(MIB))
+    create(f"{tmp_path}/middle.qcow2", "qcow2", None, backing="base.img", backing_format="raw")
+    create(f"{tmp_path}/top.qcow2", "qcow2", None, backing="middle.qcow2", backing_format="qcow2")
+    with Machine(accel="qtest", memory_mib=4, drives=[f"file={tmp_path}/top.qcow2,if=virtio,id=d"]) as made:
+        made.serve_qmp(tmp_path / "qmp.sock")
+        with QmpPeer(tmp_path / "qmp.sock") as peer:
+            answer = peer.get("query-block")
+            COMMANDS["query-block"].returns.take("", answer)
+            told = answer[0]["inserted"]
+            assert (told["backing_file"], told["backing_file_depth"]) == (f"{tmp_path}/middle.qcow2", 2)
+            lines = peer.get("human-monitor-command", command_line="info block")
+            assert f"Backing file: {tmp_path}/middle.qcow2 (chain depth: 2)" in lines
+    image, names = told["image"], []
+    qemus = json.loads(
+        subprocess.run(
+            ["qemu-img", "info", "--output=json", "--backing-chain", tmp_path / "top.qcow2"],
+            check=True, capture_output=True,
+        ).stdout
+    )  # fmt: skip
+    for theirs in qemus:
+        names.append(image["filename"])
+        below = image.pop("backing-image", {})
+        assert image["format"] == theirs["format"]
+        same = image.keys() & theirs.keys() - {"format-specific", "actual-size"}
+        assert {"filename", "virtual-size"} <= same
+        assert {name: image[name] for name in same} == {name: theirs[name] for name in same}
+        if "format-specific" in theirs and theirs["format"] == "qcow2":
+            assert image["format-specific"]["data"].items() <= theirs["format-specific"]["data"].items()
+        image = below
+    assert names == [f"{tmp_path}/{name}" for name in ("top.qcow2", "middle.qcow2", "base.img")]
+
+
 def read_cd(machine: Machine) -> bytes:
     """The first byte of the disc that is in the drive."""
     data = bytearray(2048)
@@ -129,6 +165,9 @@ def test_what_can_not_be_ejected(peer: QmpPeer, arguments: dict[str, str], desc:
 
 
 def test_a_disc_that_is_not_there_leaves_the_old_one(peer: QmpPeer, machine: Machine, tmp_path: Path) -> None:
+    assert (
+        peer.error("blockdev-change-medium", device="cd", filename=__file__, format="vmdk") == "Unknown driver 'vmdk'"
+    )
     assert "nothing.iso" in peer.error("blockdev-change-medium", device="cd", filename=f"{tmp_path}/nothing.iso")
     none = "Parameter 'filename' expects the path of a file"
     assert peer.error("blockdev-change-medium", device="cd", filename="a\0b") == none
@@ -143,9 +182,10 @@ def test_limits_of_rate(peer: QmpPeer, machine: Machine) -> None:
     assert (about["bps"], about["iops_wr"], about["bps_max"], about["iops"]) == (1000, 7, 5000, 0)
     lane = machine.backends["v"].lane()
     assert lane is None or lane.kinds == 0
-    assert "give the total" in peer.ask(
-        "block_set_io_throttle", {"id": "v", **NO_LIMITS, "bps": 1, "bps_rd": 1}
-    )["error"]["desc"]
+    assert (
+        "give the total"
+        in peer.ask("block_set_io_throttle", {"id": "v", **NO_LIMITS, "bps": 1, "bps_rd": 1})["error"]["desc"]
+    )
     assert peer.ask("block_set_io_throttle", {"id": "v", **NO_LIMITS}) == {"return": {}}
     assert by_name(peer.get("query-block"))["v"]["inserted"]["bps"] == 0
 
@@ -163,6 +203,9 @@ def test_what_waits_for_a_limit_goes_through_when_it_goes(peer: QmpPeer, machine
 
 def test_a_disk_grows(peer: QmpPeer, tmp_path: Path) -> None:
     assert peer.get("block_resize", device="v", size=2 * MIB) == {}
+    (name,) = {each["inserted"]["node-name"] for each in peer.get("query-block") if each["device"] == "v"}
+    assert peer.get("block_resize", node_name=name, size=2 * MIB) == {}
+    assert "exactly one" in peer.error("block_resize", size=2 * MIB)
     assert (tmp_path / "virtio.img").stat().st_size == 2 * MIB
     assert "IDE" in peer.error("block_resize", device="ide0-hd0", size=2 * MIB)
 
@@ -268,11 +311,14 @@ def test_no_balloon(tmp_path: Path) -> None:
 
 
 def test_the_tree(peer: QmpPeer, machine: Machine) -> None:
-    assert [each["name"] for each in peer.get("qom-list", path="/")] == ["machine"]
+    assert [each["name"] for each in peer.get("qom-list", path="/")] == ["type", "machine"]
     assert {"name": "devices", "type": "child<container>"} in peer.get("qom-list", path="/machine")
     names = [each["name"] for each in peer.get("qom-list", path="/machine/devices")]
-    assert names == list(machine.devices)
-    for name in names:
+    assert names == ["type", *machine.devices]
+    for path in ("", "/machine", *(f"/machine/{part}" for part in ("cpus", "devices", "drives", "consoles"))):
+        assert "type" in [each["name"] for each in peer.get("qom-list", path=path or "/")]
+    assert peer.get("qom-get", path="/", property="type") == "container"
+    for name in names[1:]:
         for prop in peer.get("qom-list", path=f"/machine/devices/{name}"):
             value = peer.get("qom-get", path=f"/machine/devices/{name}", property=prop["name"])
             assert type(value) is {"string": str, "int": int, "bool": bool}[prop["type"]]
@@ -288,7 +334,7 @@ def test_paths_that_lead_nowhere(peer: QmpPeer, path: str) -> None:
 
 
 def test_a_property_that_there_is_none_of(peer: QmpPeer) -> None:
-    assert peer.error("qom-get", path="/machine", property="x") == "Property '/machine.x' not found"
+    assert peer.error("qom-get", path="/machine", property="x") == "Property 'pc-machine.x' not found"
 
 
 # Statistics
@@ -333,6 +379,9 @@ def test_statistics_without_kvm(peer: QmpPeer) -> None:
         ("i 0x10000", "0x10000 is no port\r\n"),
         ("i/g 0x80", "give [/b|h|w] PORT\r\n"),
         ("o 0x80", "give [/b|h|w] PORT VALUE\r\n"),
+        ("xp/9cx 0x1000", "0000000000001000: 0x61 0x62 0x63 0x64 0x65 0x00 0x00 0x00\r\n0000000000001008: 0x00\r\n"),
+        ("xp/2c 0x1000", "0000000000001000: 'a' 'b'\r\n"),
+        ("info nonsense", "unknown command: 'info nonsense'\r\n"),
         ("info status", "VM status: paused (prelaunch)\r\n"),
         ("info registers", "No CPU available\r\n"),
         ("quit", "unknown command: 'quit'\r\n"),
@@ -361,6 +410,5 @@ def test_info(peer: QmpPeer, tmp_path: Path) -> None:
     assert f"cd: {tmp_path}/one.iso (raw, read-only)" in info("block")
     assert "net0: unix, macaddr=02:00:00:00:00:01, link down" in info("network")
     assert "0 exits" in info("exits")
-    assert info("") == info("nothing")
     assert "info mtree" in info("")
     assert "xp /4xw" in peer.get("human-monitor-command", command_line="help")

@@ -58,6 +58,7 @@ def test_nothing_before_the_negotiation(path: Path) -> None:
         assert peer.error("qmp_capabilities", enable=["oob"]) == "This monitor does not support Out-Of-Band (OOB)"
         assert "does not accept value 'x'" in peer.error("qmp_capabilities", enable=["x"])
         assert peer.ask("query-status") == {"error": error}
+        assert peer.ask("nothing") == {"error": error}
         assert peer.get("qmp_capabilities", enable=[]) == {}
         assert peer.get("query-status")["status"] == "prelaunch"
 

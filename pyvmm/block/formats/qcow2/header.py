@@ -18,6 +18,10 @@ from pyvmm.block.formats.qcow2.entries import (
 )
 from pyvmm.errors import ConfigError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MAGIC = b"QFI\xfb"
 V2 = Struct(">4sIQIIQIIQQIIQ")
 V3 = Struct(">QQQII")
@@ -83,6 +87,29 @@ class Header:
     @property
     def external(self) -> bool:
         return bool(self.incompatible & EXTERNAL)
+
+    def about(self) -> dict[str, Any]:
+        """In the words of qemu-img info --output=json."""
+        found: dict[str, Any] = {
+            "virtual-size": self.size,
+            "cluster-size": self.cluster_bytes,
+            "dirty-flag": bool(self.incompatible & DIRTY),
+        }
+        if self.backing is not None:
+            found["backing-filename"] = self.backing
+            if self.backing_format is not None:
+                found["backing-filename-format"] = self.backing_format
+        special: dict[str, Any] = {
+            "compat": "0.10" if self.version == 2 else "1.1",
+            "compression-type": "zstd" if self.zstd else "zlib",
+            "refcount-bits": 1 << self.refcount_order,
+        }
+        if self.version >= 3:
+            special["lazy-refcounts"] = bool(self.compatible & LAZY_REFCOUNTS)
+            special["corrupt"] = bool(self.incompatible & CORRUPT)
+        if self.external:
+            special |= {"data-file": self.data_file, "data-file-raw": bool(self.autoclear & RAW_EXTERNAL)}
+        return {**found, "format-specific": {"type": "qcow2", "data": special}}
 
     def pack(self) -> bytes:
         """The whole first cluster. ConfigError where it does not fit."""

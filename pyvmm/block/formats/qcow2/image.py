@@ -31,6 +31,7 @@ from pyvmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from typing import Any
 
     from pyvmm.block.coroutine import AioContext
     from pyvmm.block.driver import ProtocolDriver
@@ -98,6 +99,9 @@ class Qcow2Image(FormatDriver):
         self.backing = backing
         if data is not None:
             self._data = data
+
+    def about(self) -> dict[str, Any]:
+        return self.header.about()
 
     def _peek(self, offset: int, length: int, what: str) -> bytes:
         found = self.file.peek(offset, length)
