@@ -145,11 +145,20 @@ def c_sources() -> list[str]:
     """Of each unit: what Cython makes of it, where that is older than it and than what it takes declarations from."""
     translated = cythonize(
         [Extension(".".join(unit.with_suffix("").parts), [str(unit)]) for unit in UNITS],
-        compiler_directives={"language_level": "3", "freethreading_compatible": True},
+        # Nothing compiled is pickled: all of it is descriptors, locks and memory of this process.
+        compiler_directives={"language_level": "3", "freethreading_compatible": True, "auto_pickle": False},
     )
     # Python finds a module in the shared object by the last part of its name.
     assert len({unit.stem for unit in UNITS}) == len(UNITS)
-    return [source for extension in translated for source in extension.sources]
+    return sorted((source for extension in translated for source in extension.sources), key=place_of)
+
+
+def place_of(source: str) -> tuple[int, str]:
+    """What every start runs stands together in the shared object, in its order: the rest of it is not even mapped."""
+    from pyvmm.bundle_build import AHEAD
+
+    name = source.removesuffix(".c").replace(os.sep, ".")
+    return AHEAD.index(name) if name in AHEAD else len(AHEAD), source
 
 
 setup(
