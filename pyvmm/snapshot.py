@@ -141,6 +141,10 @@ def version() -> str:
 # -- reading one -------------------------------------------------------------------------------------------------------
 
 
+# What is taken of a manifest; and `parts`, which the next reader finds as a Known.
+TAKEN = ("_images", "copies_images", "drives", "id", "machine", "saved_ns", "spec", "untouched", "version")
+
+
 class Snapshot:
     """An open snapshot, with those that it is based on. Many machines may come from it, one after the other or at once;
     each holds it, and the file is closed when the last of them and whoever opened it have called ``close``.
@@ -175,6 +179,21 @@ class Snapshot:
         return cls(file.path, _file=file)
 
     def _take(self, manifest: dict[str, Any], above: Sequence[bytes]) -> None:
+        self.pieces: dict[int, SnapshotPiece] = {}
+        if (known := self._kept.get("taken")) is None:
+            self._check(manifest, above)
+            if self.base is None:
+                self._kept["taken"] = {name: getattr(self, name) for name in TAKEN}, self.pieces
+        else:
+            # The same bytes, read once more: all is right that does not depend on the file that they are in.
+            fields, pieces = known
+            self.__dict__.update(fields)
+            for offset, size, _crc in self._images.values():
+                self._file.check_range(offset, whole_pages(size))
+            self.pieces = {gpa: piece.again(self._file) for gpa, piece in pieces.items()}
+        self.parts: dict[str, Any] = manifest["parts"]
+
+    def _check(self, manifest: dict[str, Any], above: Sequence[bytes]) -> None:
         # Older ones have no such list.
         check_names(manifest, [*NAMES, *(name for name in manifest if name == "untouched")])
         names = listed(manifest.get("untouched", []), "untouched")
@@ -187,7 +206,6 @@ class Snapshot:
                 raise StateError(f"{name} is {shown(manifest[name])}, no dict")
         self.spec: dict[str, Any] = manifest["spec"]
         self.machine: dict[str, Any] = manifest["machine"]
-        self.parts: dict[str, Any] = manifest["parts"]
         self.drives = [checked_drive(entry) for entry in listed(manifest["drives"], "drives")]
         self._images: dict[str, tuple[int, int, int]]
         self._images = {name: self._checked_image(name, entry) for name, entry in checked_images(manifest).items()}
@@ -197,7 +215,6 @@ class Snapshot:
             self._kept = {}
         if manifest["base"] is not None:
             self._open_base(manifest["base"], [*above, self.id])
-        self.pieces: dict[int, SnapshotPiece] = {}
         for entry in listed(manifest["memory"], "memory"):
             gpa = entry.get("gpa") if isinstance(entry, dict) else None
             base = self.base.pieces.get(gpa) if self.base is not None and isinstance(gpa, int) else None

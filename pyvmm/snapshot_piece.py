@@ -56,6 +56,16 @@ class SnapshotPiece:
         size = self.size if base is None else len(self.runs) * PAGE_BYTES
         self._sums: bytes = value_of(("bytes", 0, sums_bytes(size, base is not None)), entry["sums"], "sums")
 
+    def again(self, file: SnapshotFile) -> SnapshotPiece:
+        """The same, where it has no base, in another opening of the snapshot, or a copy. StateError where the file ends
+        before it does.
+        """
+        made = SnapshotPiece.__new__(SnapshotPiece)
+        made.__dict__.update(self.__dict__)
+        made.file = file
+        file.check_range(self.offset, self.size)
+        return made
+
     def _checked_used(self, run: object) -> Run:
         start, size = value_of(("list", 63, 2), run, "used")
         pages(start, "used", 0)
