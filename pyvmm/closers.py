@@ -23,7 +23,7 @@ class Closers:
 
     def add(self, made: Made) -> Made:
         """Close ``made`` at the end, or ``abandon`` it in a child of fork. Returns it."""
-        self.call(made.close, made.abandon)
+        self._steps.append((made.close, made.abandon))
         return made
 
     def call(self, close: Step, abandon: Step | None = None) -> None:

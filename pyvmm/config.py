@@ -592,9 +592,8 @@ class MachineConfig(Options):
         def __init__(self, **options: Unpack[MachineOptions]) -> None: ...
 
     def check_together(self, values: dict[str, Any]) -> None:
-        kernel, flat, initrd, modules, append = (
-            values[name] for name in ("kernel", "flat", "initrd", "modules", "append")
-        )
+        kernel, flat, initrd = values["kernel"], values["flat"], values["initrd"]
+        modules, append = values["modules"], values["append"]
         if values["irqchip"] == "off" and values["cpus"] > 1:
             raise ConfigError(
                 f"irqchip='off' has the local APIC of one vCPU, not of {values['cpus']}: use cpus=1, or"

@@ -207,12 +207,8 @@ class KvmPlatform(Platform):
         chassis.kvm_clock = self._clock = KvmClock(self._vm, self.cpus, ways(self._kvm.device))
 
     def enter(self, boot: BootState | None) -> None:
-        if boot is None:
-            return
-        regs: dict[str, Any] = {}
-        sregs: dict[str, Any] = {}
-        boot.apply(regs, sregs)
-        self.cpus[0].vcpu.enter(regs, sregs)
+        if boot is not None:
+            self.cpus[0].vcpu.enter(*boot.registers())
 
     def _close_cpus(self) -> None:
         for cpu in self.cpus:

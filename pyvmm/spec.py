@@ -75,9 +75,9 @@ class Spec(MachineConfig):
     @property
     def wants_virtio(self) -> bool:
         """Whether any of its devices is one of virtio's."""
-        on_virtio = any(drive.interface == "virtio" for drive in self.drives)
-        one_of_a_kind = self.rng or self.vsock is not None or self.balloon is not None
-        return on_virtio or one_of_a_kind or bool(self.nets or self.consoles or self.shares)
+        if self.rng or self.nets or self.consoles or self.shares or self.vsock is not None or self.balloon is not None:
+            return True
+        return bool(self.drives) and any(drive.interface == "virtio" for drive in self.drives)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], given: Mapping[str, Any] = {}) -> Self:
@@ -101,7 +101,7 @@ def wants_pc(values: dict[str, Any]) -> bool:
     if values["firmware"] is not None or values["accel"] == "qtest":
         return True
     bare = values["kernel"] is None and values["flat"] is None
-    return any(bare or drive.interface != "virtio" for drive in values["drives"])
+    return bool(values["drives"]) and any(bare or drive.interface != "virtio" for drive in values["drives"])
 
 
 def specify(config: MachineConfig | None, options: MachineOptions) -> Spec:

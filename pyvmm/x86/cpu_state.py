@@ -211,6 +211,11 @@ def _flat(sregs: State, long_mode: bool, gdt_gpa: int) -> None:
     sregs["idt"] = {"base": 0, "limit": 0, "padding": [0, 0, 0]}
 
 
+# What BootState.registers gave, by all that it depends on: entries of one kind differ in nothing.
+MOST_ENTRIES = 64
+_entries: dict[tuple[object, ...], tuple[State, State]] = {}
+
+
 class BootState:
     """The registers of the first processor at a kernel's entry.
 
@@ -251,3 +256,15 @@ class BootState:
         else:
             long_mode(regs, sregs, self.rip, rsp=self.rsp, gdt_gpa=self.gdt_gpa)
         regs.update(self.regs)
+
+    def registers(self) -> tuple[State, State]:
+        """General and system registers as ``apply`` fills them, and no others; not to be changed."""
+        key = (self.mode, self.cs, self.rip, self.rsp, self.gdt_gpa, *self.regs.items())
+        if (found := _entries.get(key)) is None:
+            regs: State = {}
+            sregs: State = {}
+            self.apply(regs, sregs)
+            if len(_entries) >= MOST_ENTRIES:
+                _entries.clear()
+            found = _entries[key] = regs, sregs
+        return found
