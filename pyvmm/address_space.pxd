@@ -25,9 +25,10 @@ cdef class AddressSpace:
     cdef unsigned long _changer     # the thread that makes one, 0: none
     cdef list _ears
     cdef int _holders
-    cdef LateRegion _stand_in       # at every address, until somebody looks; None: there is none
+    cdef list _stand_ins            # LateRegions: wherever nothing is mapped, until somebody looks; None: there are none
     cdef list _coming               # what is to take its place, while that is made
     cdef unsigned long _comer       # the thread that makes it
+    cdef LateRegion _stands(self, uint64_t first, uint64_t last, str name, DeviceLock lock, arrive)
     cdef bint _comes_here(self) noexcept
     cdef int _have_all(self) except -1
     cdef list _mapped(self)

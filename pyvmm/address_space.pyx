@@ -280,7 +280,7 @@ cdef class AddressSpace:
         self._change = DeviceLock()
         self._ears = []
         self._telling = DeviceLock()
-        self._stand_in = None
+        self._stand_ins = None
         self._coming = None
 
     def reserve(self, base, size, name):
@@ -408,7 +408,7 @@ cdef class AddressSpace:
             if self._ears and self._concerned(regions):
                 error = self._tell_gone(self._told(self._ears, regions))
             self._take_out(regions)
-            self._stand_in = None
+            self._stand_ins = None
         finally:
             self._end()
         for region in regions:
@@ -465,42 +465,64 @@ cdef class AddressSpace:
 
     # -- where nothing is mapped before somebody looks (late.py) ---------------------------------------------------------
 
-    def stand_in(self, LateRegion region not None):
-        """``region`` is at every address of a space in which nothing is mapped yet, and reserved ranges too: an access
-        has all come that is to be here, and so does whoever asks what there is. ``gather`` begins that, ``settle`` ends
-        it.
+    def stand_in(self, str name, DeviceLock lock not None, arrive):
+        """A LateRegion is wherever nothing is mapped, at reserved ranges too: an access there calls ``arrive``, which has
+        all come that is to be here, and so does whoever asks what there is. ``gather`` begins that, ``settle`` ends it.
         """
+        cdef MemoryRegion there
+        cdef list regions = []
+        cdef uint64_t free = 0
         self._change.acquire()
         try:
-            if self.view.regions:
-                raise StateError(f"{region.name} is to stand for all of {self.name}: there is something in it already")
-            region.c.base, region.c.last, region.c.mapped, region.space = 0, self.size - 1, True, self
-            self._stand_in = region
-            self._publish([region])
+            if self._stand_ins is not None:
+                raise StateError(f"{name} is to stand for all of {self.name}: something else does already")
+            self._stand_ins = []
+            for there in self.view.regions:
+                if free < there.c.base:
+                    regions.append(self._stands(free, there.c.base - 1, name, lock, arrive))
+                regions.append(there)
+                free = there.c.last + 1
+            if free < self.size:
+                regions.append(self._stands(free, self.size - 1, name, lock, arrive))
+            self._publish(regions)
         finally:
             self._change.release()
 
+    cdef LateRegion _stands(self, uint64_t first, uint64_t last, str name, DeviceLock lock, arrive):
+        cdef LateRegion region = LateRegion(last - first + 1, name, lock, arrive)
+        region.c.base, region.c.last, region.c.mapped, region.space = first, last, True, self
+        # An access that begins in it and reaches over what is mapped behind is for the bus to split, when all is there.
+        region.c.wide = last != self.size - 1
+        self._stand_ins.append(region)
+        return region
+
     def gather(self):
         """What this thread maps from now on shows with ``settle``, all of it in one change."""
-        self._comer = PyThread_get_thread_ident()
-        self._coming = []
+        self._change.acquire()
+        try:
+            self._comer = PyThread_get_thread_ident()
+            self._coming = [region for region in self.view.regions if region not in self._stand_ins]
+        finally:
+            self._change.release()
 
     def settle(self):
-        """What has been gathered is in the stand-in's place."""
+        """What has been gathered is in the stand-ins' places."""
         cdef list regions
+        cdef LateRegion stood
         self._change.acquire()
         try:
             regions, self._coming = self._coming, None
             self._comer = 0
-            # As in ``replace``: it stays ``mapped``, for accesses that are on their way to it.
-            self._stand_in._home, self._stand_in.space = self, None
-            self._stand_in = None
+            # As in ``replace``: they stay ``mapped``, for accesses that are on their way to them.
+            for stood in self._stand_ins:
+                stood._home, stood.space = self, None
+            self._stand_ins = None
             self._publish(regions)
         finally:
             self._change.release()
 
     def scatter(self):
-        """Instead of ``settle``: nothing of it is there, and the stand-in stays."""
+        """Instead of ``settle``: nothing of it is there, and the stand-ins stay."""
         self._change.acquire()
         try:
             self._coming, self._comer = None, 0
@@ -513,8 +535,8 @@ cdef class AddressSpace:
 
     cdef int _have_all(self) except -1:
         """What a stand-in stands for is there from now on; not for the thread that brings it."""
-        if self._stand_in is not None and not self._comes_here():
-            self._stand_in.arrive()
+        if self._stand_ins and not self._comes_here():
+            (<LateRegion>self._stand_ins[0]).arrive()
         return 0
 
     cdef list _mapped(self):

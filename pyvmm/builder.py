@@ -28,8 +28,8 @@ def build(
 ) -> tuple[Chassis, Board, Platform]:
     """All of it; ``kind`` of board, where it is not the one that ``config.machine`` names; with memory out of
     ``snapshot``. One that is not ``fresh`` has no guest loaded: its state follows. ``later``: another process has its
-    drives' images, until Drives.claim. ``late``: the devices are made when somebody looks (Board.install_late). What
-    was made before an error is closed again.
+    drives' images, until Drives.claim. ``late``: the devices are made when somebody looks (Board.install_late); so
+    are those of a fresh one that can begin without. What was made before an error is closed again.
     """
     kind = kind or board_kind(config)
     kind.check(config)
@@ -47,7 +47,7 @@ def build(
         memory_map = board.lay_out_memory()
         platform = KvmPlatform(config, memory_map, chassis) if runs_guests else NoCpuPlatform(chassis)
         closers.add(chassis.loop)
-        if late:
+        if late or (fresh and kind.begins_late(config)):
             board.install_late(platform)
         else:
             board.install(platform)

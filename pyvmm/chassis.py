@@ -142,6 +142,8 @@ class Chassis:
         and no garbage collector has to look for it among all that the process has.
         """
         self.owner = self.kvm_clock = None
+        self._background.clear()
+        self._when_it_runs.clear()
         self.loop.let_go()
         self.events.let_go()
         self.control.let_go()

@@ -106,6 +106,7 @@ class Late:
     def forget(self) -> None:
         """At the end: nobody asks any more, and it holds on to nobody."""
         self._regions.clear()
+        self._places = ()
         self._make = closed
 
 
@@ -114,8 +115,9 @@ def closed() -> Device:
 
 
 class LateSpaces:
-    """``make()`` maps all that is to be in ``spaces``, when somebody first looks into one of them: a guest's access, or
-    whoever asks what there is. Then comes what ``then`` lists. Once, from any thread.
+    """``make()`` maps all that is to be in ``spaces`` beside what is there already, when somebody first looks into one
+    of them: a guest's access to anything else, or whoever asks what there is. Then comes what ``then`` lists. Once,
+    from any thread.
 
     Where any of that raises, there is nothing in the spaces, and whoever looks is told of it: what is there would be
     taken for all that there is.
@@ -130,7 +132,7 @@ class LateSpaces:
         self._why_not = ""
         self.then: list[Callable[[], object]] = []
         for space in spaces:
-            space.stand_in(LateRegion(space.size, "a device", self._lock, self.arrive))
+            space.stand_in("a device", self._lock, self.arrive)
 
     def arrive(self) -> None:
         """Return when it is there; at once where that is asked by ``make`` itself. HostError where the host has no room

@@ -111,6 +111,12 @@ class PythonIrqchip(Irqchip):
         loop.on_tpr = chips.lapic.look_at_cpu
         chips.lapic.cpu = loop
 
+    def close(self) -> None:
+        super().close()
+        self._processors.clear()
+        if self._made is not None:
+            self._made.lapic.cpu = None
+
     def send(self, address: int, data: int) -> bool:
         if (tap := self.tap) is not None:
             tap.mark(TRACE_MSI, address, data)

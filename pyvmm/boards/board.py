@@ -60,7 +60,8 @@ class Board:
     """Addresses at which the guest can have the board show RAM, ROM or the bus."""
     may_come_late = False
     """Whether its devices can be made when the guest first looks (``install_late``): what they are is all in the
-    address spaces, and none of them changes what shows as memory.
+    address spaces, and none of them changes what shows as memory. A class says so for itself alone: one that derives
+    from it may do more.
     """
     vga: VgaText | None = None
     balloon: Balloon | None = None
@@ -92,6 +93,13 @@ class Board:
     @classmethod
     def check(cls, config: Spec) -> None:
         """ConfigError for what such a board can't be asked. Nothing has been opened yet."""
+
+    @classmethod
+    def begins_late(cls, config: Spec) -> bool:
+        """Whether a machine of that Spec, too, can begin its guest without devices: making them opens nothing, nobody
+        can refuse them, and nothing that is loaded with the guest tells of them.
+        """
+        return False
 
     # -- memory ------------------------------------------------------------------------------------------------
 
@@ -142,6 +150,7 @@ class Board:
         """The same when somebody first looks for a device, and as if it had been now."""
         self.platform = platform
         self.irqchip = platform.irqchip
+        self.make_first_devices()
         now_ns = self.clock.now_ns()
         self._late = LateSpaces((self.pio, self.mmio), lambda: self.clock.in_the_past(now_ns, self._install))
 
@@ -163,6 +172,9 @@ class Board:
         self.add_late(self.irqchip.devices)
         self.irqchip.place(self.pio, self.mmio)
         self.make_devices()
+
+    def make_first_devices(self) -> None:
+        """Map what is there at once, also where the others come late; ``make_devices`` adds it."""
 
     def make_devices(self) -> None:
         """Make the devices, ``add`` each of them, and map it."""
@@ -193,8 +205,7 @@ class Board:
 
     def part(self, name: str) -> Any:
         """The device of that name. KeyError where there is none."""
-        part = self._parts[name]
-        return part.device if isinstance(part, Late) else part
+        return part_of(self._parts, name)
 
     def holders(self) -> list[tuple[str, Holder]]:
         """What has state on the board, by name and in its order; of a late device what stands for it."""
@@ -206,10 +217,7 @@ class Board:
 
     def made(self, name: str) -> Any:
         """The device of that name, where it is made already; None where it is not, or there is none."""
-        part = self._parts.get(name)
-        if isinstance(part, Late):
-            return part.device if part.made else None
-        return part
+        return made_of(self._parts, name)
 
     @property
     def parts(self) -> list[tuple[str, Device]]:
@@ -376,6 +384,20 @@ class Board:
                 part.forget()
         self._parts.clear()
         self.disks.clear()
+
+
+def part_of(parts: Mapping[str, Device | Late], name: str) -> Any:
+    """Board.part, of a board's parts."""
+    part = parts[name]
+    return part.device if isinstance(part, Late) else part
+
+
+def made_of(parts: Mapping[str, Device | Late], name: str) -> Any:
+    """Board.made, of a board's parts."""
+    part = parts.get(name)
+    if isinstance(part, Late):
+        return part.device if part.made else None
+    return part
 
 
 def serial_aml() -> bytes:

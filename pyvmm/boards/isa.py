@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.boards.board import Board, serial_aml
+from pyvmm.boards.board import Board, made_of, part_of, serial_aml
 from pyvmm.late import Late
 from pyvmm.x86 import layout
 
@@ -67,6 +67,11 @@ class IsaBoard(Board):
     def has_debugcon(cls, config: Spec) -> bool:
         """Whether there is a debug console, also where nobody listens."""
         return True
+
+    def make_first_devices(self) -> None:
+        """The end of many a guest is its first and only access."""
+        if self.config.debug_exit is not None:
+            self._map_debug_exit(self.config.debug_exit)
 
     def make_isa_devices(self) -> None:
         """COM1; ACPI's PM block and events, the generation's number, the reset register, fw_cfg, RTC, i8042, port 0x92,
@@ -174,7 +179,8 @@ class IsaBoard(Board):
         port80: Port80 = self.part("port80")
         return port80
 
-    # -- how they are made -------------------------------------------------------------------------------------
+    # -- how they are made: what they call knows the parts of the board, which are none when all is closed, and not the
+    # -- board, so that a device that refers to itself by its region or its timer keeps no machine
 
     def _make_pm(self) -> AcpiPm:
         from pyvmm.devices.acpi_pm import AcpiPm
@@ -194,22 +200,25 @@ class IsaBoard(Board):
     def _make_gpe(self) -> GpeBlock:
         from pyvmm.devices.acpi_gpe import GpeBlock
 
+        parts = self._parts
+
         def tell(pending: bool) -> None:
-            if pending or self.made("acpi_pm") is not None:  # else it begins with none
-                self.pm.general_event(pending)
+            if pending or made_of(parts, "acpi_pm") is not None:  # else it begins with none
+                part_of(parts, "acpi_pm").general_event(pending)
 
         return GpeBlock(tell)
 
     def _make_vmgenid(self) -> VmGenId:
         from pyvmm.devices.vmgenid import VmGenId
 
-        return VmGenId(lambda: self.gpe.happen(layout.GPE_VM_GENERATION))
+        parts = self._parts
+        return VmGenId(lambda: part_of(parts, "gpe0").happen(layout.GPE_VM_GENERATION))
 
     def _make_reset_control(self) -> ResetControl:
         from pyvmm.devices.reset_control import ResetControl
 
-        why = f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI"
-        return ResetControl(lambda: self.chassis.power.reset(by=why))
+        why, power = f"port {layout.PORT_RESET:#x}, the reset register of ACPI and PCI", self.chassis.power
+        return ResetControl(lambda: power.reset(by=why))
 
     def _make_fw_cfg(self) -> FwCfg:
         """With what firmware and kvm-unit-tests ask for, and the embedder's own files."""
@@ -233,26 +242,28 @@ class IsaBoard(Board):
         from pyvmm.devices.rtc import Rtc
 
         low = min(self.memory.size_bytes, layout.RAM_HOLE)
+        parts = self._parts
         return Rtc(
             self._rtc_irq,
             self.clock,
             ram_below_4g_bytes=low,
             ram_above_4g_bytes=self.memory.size_bytes - low,
             cpus=self.config.cpus,
-            on_alarm=lambda: self.pm.rtc_alarm(),
+            on_alarm=lambda: part_of(parts, "acpi_pm").rtc_alarm(),
             powered_on_ns=self.powered_on_ns,
         )
 
     def _make_i8042(self) -> I8042:
         from pyvmm.devices.i8042 import I8042
 
-        why = f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller"
-        return I8042(self._keyboard_irq, lambda: self.chassis.power.reset(by=why))
+        why, power = f"port {layout.PORT_I8042_COMMAND:#x}, the keyboard controller", self.chassis.power
+        return I8042(self._keyboard_irq, lambda: power.reset(by=why))
 
     def _make_port92(self) -> Port92:
         from pyvmm.devices.port92 import Port92
 
-        return Port92(lambda: self.chassis.power.reset(by=f"port {layout.PORT_FAST_A20:#x}"))
+        why, power = f"port {layout.PORT_FAST_A20:#x}", self.chassis.power
+        return Port92(lambda: power.reset(by=why))
 
     def _make_port80(self) -> Port80:
         from pyvmm.devices.port80 import Port80
@@ -288,8 +299,6 @@ class IsaBoard(Board):
 
     def _make_debug_devices(self) -> None:
         """The debug console, isa-debug-exit and, asked for, pvpanic and pc-testdev."""
-        from pyvmm.devices.debug_exit import DebugExit
-
         config = self.config
         if self.has_debugcon(config):
             console = self.chassis.consoles.open(config.debugcon, "debugcon")
@@ -299,13 +308,18 @@ class IsaBoard(Board):
             self.chassis.closers.call(lambda: self._flush("debugcon"))
             self.chassis.consoles.add_flush(lambda: self._flush("debugcon"), in_a_pause=False)
         if config.debug_exit is not None:
-            # Nobody waits for its first access but for how soon the guest has ended.
-            self.debug_exit = self.add("debug_exit", DebugExit(self.chassis.power.debug_exit))
-            self.map_ports(config.debug_exit, 4, self.debug_exit, "isa-debug-exit")
+            self.add("debug_exit", self.debug_exit or self._map_debug_exit(config.debug_exit))
         if config.pvpanic:
             self._make_pvpanic()
         if config.testdev:
             self._make_testdev()
+
+    def _map_debug_exit(self, port: int) -> DebugExit:
+        from pyvmm.devices.debug_exit import DebugExit
+
+        made = self.debug_exit = DebugExit(self.chassis.power.debug_exit)
+        self.map_ports(port, 4, made, "isa-debug-exit")
+        return made
 
     def _make_debugcon(self, console: Chardev) -> DebugCon:
         from pyvmm.devices.debugcon import DebugCon

@@ -9,12 +9,21 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boards.isa_checks import Ports
+    from pyvmm.spec import Spec
 
 
 class Microvm(IsaBoard):
     may_come_late = True
     pm_port = layout.PORT_PM
     reset_port = layout.PORT_RESET
+
+    @classmethod
+    def begins_late(cls, config: Spec) -> bool:
+        """A kernel finds the devices in its tables, and what is asked for may be refused, or bring input."""
+        asked = (config.fw_cfg, config.uuid, config.vga, config.testdev, config.pvpanic, config.drives)
+        silent = all(end in (None, "none") for end in (config.serial, config.debugcon))
+        flat = config.flat is not None and config.accel == "kvm"
+        return cls is Microvm and flat and silent and not any(asked) and not config.wants_virtio
 
     @classmethod
     def chipset_ports(cls) -> tuple[Ports, ...]:

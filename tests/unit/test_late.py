@@ -361,8 +361,69 @@ def test_what_is_forgotten_never_comes() -> None:
     assert board.made == 0
 
 
-def test_nothing_may_be_there_already() -> None:
-    pio = AddressSpace("pio", 1 << 16)
-    pio.map(PORT, BYTES, Words())
-    with pytest.raises(StateError, match="there is something in it already"):
-        LateSpaces((pio,), lambda: None)
+class Neighbours:
+    """A device is there before the others, which come on both sides of it."""
+
+    def __init__(self, at: int) -> None:
+        self.pio = AddressSpace("pio", 1 << 16)
+        self.first = self.pio.map(at, BYTES, Words(), name="first")
+        self.made = 0
+        self.late = LateSpaces((self.pio,), self.make)
+
+    def make(self) -> None:
+        self.made += 1
+        assert self.pio.find(self.first.base) is self.first
+        with pytest.raises(ConfigError, match="overlaps first"):
+            self.pio.map(self.first.base + 1, 1, Other())
+        for at in (PORT - 2, PORT + BYTES):
+            if at != self.first.base:
+                self.pio.map(at, BYTES, Words(), name=f"{at:#x}")
+
+    @property
+    def stand_ins(self) -> list[tuple[int, int]]:
+        return [(r.base, r.size) for r in self.pio.view.regions if isinstance(r, LateRegion)]
+
+
+@pytest.mark.parametrize(
+    ("at", "stand_ins"),
+    [
+        (PORT, [(0, PORT), (PORT + BYTES, (1 << 16) - PORT - BYTES)]),
+        (0, [(BYTES, (1 << 16) - BYTES)]),
+        ((1 << 16) - BYTES, [(0, (1 << 16) - BYTES)]),
+    ],
+)
+def test_what_is_there_answers_and_brings_nobody(at: int, stand_ins: list[tuple[int, int]]) -> None:
+    both = Neighbours(at)
+    assert both.stand_ins == stand_ins
+    assert both.pio.read(at, 1) == 0x11
+    assert both.pio.find(at + 1) is both.first
+    assert both.made == 0
+    assert both.pio.read(PORT - 1, 1) == 0x22
+    assert (both.made, both.stand_ins) == (1, [])
+    assert both.pio.read(at, 1) == 0x11
+
+
+def test_an_access_over_both_is_split_when_all_is_there() -> None:
+    for address, size, wanted in (
+        (PORT - 1, 2, 0x1122),  # ends in it, and begins in what is not there yet
+        (PORT + 1, 2, 0x1122),  # the other way round
+        (PORT + 1, 4, 0xFF22_1122),
+        (0xFFFE, 2, 0xFFFF),
+    ):
+        both = Neighbours(PORT)
+        assert both.pio.read(address, size) == wanted
+        assert both.made == 1
+
+
+def test_one_that_is_taken_out_meanwhile_stays_out() -> None:
+    both = Neighbours(PORT)
+    both.pio.unmap(both.first)
+    assert both.pio.read(PORT, 1) == 0xFF
+    with pytest.raises(AssertionError):  # what ``make`` finds
+        both.pio.read(PORT - 1, 1)
+
+
+def test_nobody_stands_in_for_another() -> None:
+    both = Neighbours(PORT)
+    with pytest.raises(StateError, match="something else does already"):
+        LateSpaces((both.pio,), lambda: None)
