@@ -4,12 +4,14 @@ and waits for nobody, and all else is a StateError. The parent's machine notices
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,9 +59,10 @@ def in_child(body: Callable[[], object]) -> str:
         os.close(heard)
 
 
-def descriptors() -> set[str]:
+def descriptors() -> Counter[str]:
+    """What this process has open, and how often."""
     links = (Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd"))
-    return {os.readlink(link) for link in links if link.exists() or link.is_symlink()}
+    return Counter(os.readlink(link) for link in links if link.exists() or link.is_symlink())
 
 
 def mapped() -> int:
@@ -69,7 +72,10 @@ def mapped() -> int:
 
 @pytest.fixture
 def guest(boot: Callable[..., Guest]) -> Guest:
+    gc.collect()  # descriptors of tests before this one, which its children would have too
+    before = descriptors()
     made = boot(SPIN)
+    made.before = before  # type: ignore[attr-defined]
     made.device = Recorder(lambda offset, size: made.done)  # type: ignore[attr-defined]
     made.done = 0  # type: ignore[attr-defined]
     made.machine.pio.map(PORT, 1, made.device)  # type: ignore[attr-defined]
@@ -87,7 +93,8 @@ def finish(guest: Guest) -> None:
 def close_and_look(guest: Guest) -> list[object]:
     guest.machine.close()
     guest.machine.close()
-    left = [name for name in descriptors() if "kvm" in name or "eventpoll" in name or "eventfd" in name]
+    more = descriptors() - guest.before  # type: ignore[attr-defined]
+    left = [name for name in more if "kvm" in name or "eventpoll" in name or "eventfd" in name]
     return [left, mapped(), guest.machine.state.value]
 
 
