@@ -7,7 +7,7 @@
        saved_load sums               checksums of a memory that it fills anew each time
        saved_load writer FILE        blocks with their number and checksum, fsync after each, all read back in the end
        saved_load tcp ADDRESS PORT   words in order, to a peer who gives them back: one connection
-       saved_load vsock PORT         the same, with a new connection where one was reset, as a restore does it */
+       saved_load vsock PORT         the same, with a new connection where one was reset, as a restore does it, or refused */
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -145,6 +145,13 @@ static void writer(const char *path)
     printf("writes %lu wrong %lu\n", (unsigned long)n, wrong);
 }
 
+/* Whether that is what becomes of a connection that was reset: Linux says ENOTCONN of one of vsock's that has something
+   unread, and of one that is about to be written to. */
+static int is_reset(int error)
+{
+    return error == ECONNRESET || error == EPIPE || error == ENOTCONN;
+}
+
 /* Words from `*next` on, given back in order, until the end or an error: -1, with the number of them in `*next`. */
 static int exchange(int end, uint64_t *next, unsigned long *wrong)
 {
@@ -215,7 +222,7 @@ static void vsock(int port)
 {
     struct sockaddr_vm peer = { .svm_family = AF_VSOCK, .svm_port = port, .svm_cid = VMADDR_CID_HOST };
     uint64_t total = 0;
-    unsigned long wrong = 0, connections = 0, refused = 0;
+    unsigned long wrong = 0, connections = 0, refused = 0, in_a_row = 0;
 
     while (!stopped()) {
         int end = socket(AF_VSOCK, SOCK_STREAM, 0);
@@ -223,18 +230,20 @@ static void vsock(int port)
         if (end < 0)
             die("socket");
         if (connect(end, (struct sockaddr *)&peer, sizeof peer) < 0) {
-            if (++refused > 100)
+            refused++;
+            if (++in_a_row > 100)
                 die("connect");
             sleep_ms(100);
         } else {
             connections++;
-            if (exchange(end, &words, &wrong) < 0 && errno != ECONNRESET && errno != EPIPE)
+            in_a_row = 0;
+            if (exchange(end, &words, &wrong) < 0 && !is_reset(errno))
                 die("vsock");
             total += words;
         }
         close(end);
     }
-    printf("words %lu wrong %lu connections %lu\n", (unsigned long)total, wrong, connections);
+    printf("words %lu wrong %lu connections %lu refused %lu\n", (unsigned long)total, wrong, connections, refused);
 }
 
 int main(int argc, char **argv)

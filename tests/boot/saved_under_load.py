@@ -259,14 +259,18 @@ class Chain:
         path.unlink()
         self.machine.resume()
 
-    def end(self) -> dict[str, str]:
-        """The guest ends its work and itself: what it says of that, by its first word."""
+    def stop(self) -> str:
+        """The guest ends its work and itself: what it has said on its serial port."""
         self.machine.consoles["hvc0"].feed(b"stop\n")
         assert self.machine.wait(LIMIT_S), self.said.all()["serial"][-3000:]
+        return self.said.all()["serial"].decode()
+
+    def end(self) -> dict[str, str]:
+        """What it says of its work in the end, by the first word."""
+        told = self.stop()
         assert self.machine.status == 0
         self._check_time()
         self.machine.close()
-        told = self.said.all()["serial"].decode()
         said = dict(re.findall(r"^(\w+): (.*?)\r?$", told, re.MULTILINE))
         lines, ticks = check_lines(self.said.all())
         assert lines > 100 and ticks > 3, told
@@ -372,12 +376,17 @@ class Echoes:
             except OSError:
                 pass  # of a machine that is gone
 
-    def works(self) -> None:
-        """Until something more has gone to and fro, on both ways."""
+    def works(self) -> bool:
+        """Wait until something more has gone to and fro, on both ways: whether it has."""
         with self._changed:
             before = dict(self._given_back)
-            on = self._changed.wait_for(lambda: all(self._given_back[each] > n for each, n in before.items()), LIMIT_S)
-            assert on, [before, self._given_back]
+            return self._changed.wait_for(
+                lambda: all(self._given_back[each] > n for each, n in before.items()), LIMIT_S
+            )
+
+    def __repr__(self) -> str:
+        """How much has, by vsock and by TCP."""
+        return f"<Echoes: {list(self._given_back.values())}>"
 
     def close(self) -> None:
         for each in self._listening:
@@ -403,16 +412,20 @@ def run(directory: Path, machine: str, wanted: int, *, transfers: bool = False) 
         # With a network only what is saved while nobody else goes on: there is one end of it.
         kinds = [chain.paused] if transfers else [chain.live, chain.paused, chain.migrated]
         for n in range(wanted):
-            chain.works()
-            if echoes is not None:
-                echoes.works()
+            works(chain, echoes)
             time.sleep(chain.random.uniform(0, 0.5))  # which moment it is does not matter
             what = kinds[n % len(kinds)]
             print(f"{time.monotonic() - began:.0f} s: {n + 1} {what.__name__} {what()}", flush=True)
-        chain.works()
-        if echoes is not None:
-            echoes.works()
+        works(chain, echoes)
         return chain.end()
+
+
+def works(chain: Chain, echoes: Echoes | None) -> None:
+    """Both do. Where transfers don't, the guest's programs say why."""
+    chain.works()
+    before = repr(echoes)
+    if echoes is not None and not echoes.works():
+        raise AssertionError(f"transfers stand still: {before}, {echoes}; the guest says {chain.stop()[-1500:]}")
 
 
 def main() -> int:
