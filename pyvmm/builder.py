@@ -11,16 +11,24 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pyvmm.boards.board import Board
-    from pyvmm.snapshot import Snapshot
+    from pyvmm.origin import Origin
     from pyvmm.spec import Spec
+
+    class MemorySource(Protocol):
+        """Of a Snapshot, whose file is mapped, or a ServedMemory."""
+
+        def sources(self) -> dict[int, tuple[int, int]]: ...
+        def origin(self) -> Origin: ...
 
 
 def build(
     config: Spec,
     kind: type[Board] | None,
     owner: object,
-    snapshot: Snapshot | None = None,
+    snapshot: MemorySource | None = None,
     *,
     fresh: bool = True,
     later: bool = False,
@@ -95,7 +103,7 @@ def board_kind(config: Spec) -> type[Board]:
     return Microvm
 
 
-def make_memory(config: Spec, closers: Closers, snapshot: Snapshot | None) -> GuestMemory:
+def make_memory(config: Spec, closers: Closers, snapshot: MemorySource | None) -> GuestMemory:
     size_bytes = config.memory_mib * layout.MIB
     sources = {}
     if snapshot is not None and not config.shared_memory and config.huge_pages in (None, "transparent"):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.block.backend import BlockBackend
     from pyvmm.boards.board import Board
     from pyvmm.breakpoints import Breakpoints
+    from pyvmm.builder import MemorySource
     from pyvmm.chardev import Chardev
     from pyvmm.cpu import Cpu
     from pyvmm.device import Device
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm_listener import KvmListener
     from pyvmm.machine_state import MachineState
     from pyvmm.reset_count import ResetCount
-    from pyvmm.snapshot import Snapshot
     from pyvmm.spec import Spec
     from pyvmm.terminal import Terminal
 
@@ -50,7 +50,7 @@ class MachineBase:
         self,
         config: Spec,
         board: type[Board] | None,
-        snapshot: Snapshot | None = None,
+        snapshot: MemorySource | None = None,
         *,
         fresh: bool = True,
         later: bool = False,
@@ -159,6 +159,8 @@ class MachineBase:
 
         self._usable(call)
         self._not_from_inside(call)
+        if self._chassis.origin is not None:
+            self._chassis.origin.complete()
         return MachineState(self._chassis, self.board, self._platform)
 
     def _same_process(self, call: str) -> None:

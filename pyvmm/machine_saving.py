@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.boards.board import Board
     from pyvmm.config import MachineOptions
     from pyvmm.machine_snapshot import Saved, Way
+    from pyvmm.served_memory import ServedMemory
     from pyvmm.snapshot import Snapshot
     from pyvmm.spec import Spec
 
@@ -105,6 +106,7 @@ class SavingMachine(RunningMachine):
         twin: bool = True,
         check: bool = False,
         eager: bool = False,
+        userfaultfd: bool = False,
         prefetch: bool = False,
         clock: str = "saved",
         **options: Unpack[MachineOptions],
@@ -122,9 +124,12 @@ class SavingMachine(RunningMachine):
         made (``Snapshot.spec``), or give all of them.
 
         ``check``: memory is compared with its checksums first, which reads all of it. ``eager``: it is read into memory
-        of the machine's own, and the file is not needed afterwards. ``prefetch``: what the saved machine had in use is
-        read, beside the guest. Guest time goes on from where it stood, or with ``clock="now"`` from where it would be
-        had the machine run on: by the host's wall clock, for all clocks of the guest.
+        of the machine's own, and the file is not needed afterwards. ``userfaultfd``: it is memory of the machine's own
+        too, and what is touched is read then; where that fails the machine ends with an error, and where it is saved or
+        forked the rest is read first (served_memory.py; ConfigError where this user may not). ``prefetch``: what the
+        saved machine had in use is read, beside the guest. Guest time goes on from where it stood, or with
+        ``clock="now"`` from where it would be had the machine run on: by the host's wall clock, for all clocks of the
+        guest.
 
         The cards of one that is no twin tell the network where they are, when it goes on (``Machine.announce_self``).
 
@@ -133,11 +138,11 @@ class SavingMachine(RunningMachine):
         from pyvmm.machine_snapshot import Way, of_twin, restored_spec
         from pyvmm.snapshot import Snapshot
 
-        way = Way(board, prepare, twin=twin, eager=eager, prefetch=prefetch, clock=clock)
+        way = Way(board, prepare, twin=twin, eager=eager, userfaultfd=userfaultfd, prefetch=prefetch, clock=clock)
         with path.hold() if isinstance(path, Snapshot) else Snapshot(fspath(path)) as origin:
             if check:
                 origin.check()
-            config = restored_spec(origin, options, copied=eager)
+            config = restored_spec(origin, options, copied=eager or userfaultfd)
             if twin:
                 config = of_twin(config, options)
             self = cls.of_snapshot(origin, config, way)
@@ -153,12 +158,16 @@ class SavingMachine(RunningMachine):
 
         self = cls.__new__(cls)
         late = way.may_come_late(origin, config)
-        self._make(config, way.board, None if way.eager else origin, fresh=False, late=late)
+        served = serve(origin, config) if way.userfaultfd else None
+        self._make(config, way.board, None if way.eager else served or origin, fresh=False, late=late)
         try:
             if way.prepare is not None:
                 way.prepare(self)
             state = MachineState(self._chassis, self._board, self._platform)
-            origin.fill(state.memory())
+            if served is not None:
+                served.begin(state.memory(), self._chassis)
+            else:
+                origin.fill(state.memory())
             if late:
                 state.go_on_late(origin.state["parts"], origin.untouched, twin=way.twin)
             else:
@@ -168,12 +177,20 @@ class SavingMachine(RunningMachine):
                 way.note(origin, config, rests=state.rests())
             if way.prefetch:
                 control, regions = self.control, state.memory()
-                work = origin.read_ahead_beside(regions, lambda: control.state is not RunState.CLOSED)
+                work = (served or origin).read_ahead_beside(regions, lambda: control.state is not RunState.CLOSED)
                 self._chassis.in_background(work)
         except BaseException:
             self.close()
             raise
         return self
+
+    @property
+    def served_memory(self) -> ServedMemory | None:
+        """With ``userfaultfd``: ``faults`` that were served, ``copied_bytes`` of the snapshot, ``zeroed_bytes``."""
+        from pyvmm.served_memory import ServedMemory
+
+        origin = self._chassis.origin
+        return origin if isinstance(origin, ServedMemory) else None
 
     def fork(
         self,
@@ -216,3 +233,11 @@ class SavingMachine(RunningMachine):
                     machine.close()
                 raise
         return made
+
+
+def serve(origin: Snapshot, config: Spec) -> ServedMemory:
+    """ConfigError where that can't be."""
+    from pyvmm.served_memory import ServedMemory, check
+
+    check(config)
+    return ServedMemory(origin)

@@ -65,7 +65,7 @@ class Saved:
 class Way:
     """How a machine comes of a snapshot: Machine.restore has what each of these does."""
 
-    __slots__ = ("board", "clock", "eager", "prefetch", "prepare", "twin")
+    __slots__ = ("board", "clock", "eager", "prefetch", "prepare", "twin", "userfaultfd")
 
     def __init__(
         self,
@@ -74,28 +74,32 @@ class Way:
         *,
         twin: bool = True,
         eager: bool = False,
+        userfaultfd: bool = False,
         prefetch: bool = False,
         clock: str = CLOCKS[0],
     ) -> None:
+        if eager and userfaultfd:
+            raise ConfigError("eager beside userfaultfd: memory is read before or when it is touched, leave one out")
         if clock not in CLOCKS:
             raise ConfigError(f"clock={clock!r}: use {' or '.join(CLOCKS)}")
         self.board = board
         self.prepare = prepare
         self.twin = twin
         self.eager = eager
+        self.userfaultfd = userfaultfd
         self.prefetch = prefetch
         self.clock = clock
 
     def may_come_late(self, origin: Snapshot, config: Spec) -> bool:
         """Whether the devices of a machine that comes this way may be made when somebody looks for them."""
-        if origin.at_rest is None:
+        if origin.at_rest is None or self.userfaultfd:
             return False
         known, *way = origin.at_rest
         return known is config and way == self._which()
 
     def note(self, origin: Snapshot, config: Spec, *, rests: bool) -> None:
         """A machine has come this way, and ``rests`` (MachineState)."""
-        if rests and self.prepare is None and not self.eager and self.clock == CLOCKS[0]:
+        if rests and self.prepare is None and not self.eager and not self.userfaultfd and self.clock == CLOCKS[0]:
             origin.at_rest = config, *self._which()
 
     def _which(self) -> list[object]:

@@ -26,6 +26,9 @@ class Origin:
         if before is not None:
             before.close()
 
+    def complete(self) -> None:
+        """Memory that is filled when it is touched (served_memory.py) is to be all there."""
+
     def close(self) -> None:
         snapshot, self.snapshot = self.snapshot, None
         if snapshot is not None:

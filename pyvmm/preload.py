@@ -83,7 +83,9 @@ BUILDING = (
     "pyvmm.net.passt",
     "pyvmm.net.tap",
     "pyvmm.net.unix",
+    "pyvmm.page_server",  # served_memory's
     "pyvmm.python_irqchip",
+    "pyvmm.served_memory",
     "pyvmm.terminal",
     "pyvmm.terminal_screen",
     "pyvmm.vhost_user.options",

@@ -363,6 +363,10 @@ class Snapshot:
         mine = posix.fstat(self._file.fd)
         return (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino)
 
+    def has(self, fd: int) -> bool:
+        """Whether that is the file's descriptor."""
+        return self._file.fd == fd
+
     def hold(self) -> Self:
         """One more who will call ``close``. StateError where it is closed."""
         with self._lock:

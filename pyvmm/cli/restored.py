@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 CLOCKS = ("saved", "now")
-USE = "give FILE[,check=on][,eager=on][,prefetch=on][,clock=now]"
+USE = "give FILE[,check=on][,eager=on|,userfaultfd=on][,prefetch=on][,clock=now]"
 
 
 def restored(text: str, given: dict[str, Any]) -> Machine:
@@ -39,7 +39,7 @@ def ways_of(text: str) -> tuple[str, dict[str, Any]]:
         name, _, value = word.partition("=")
         if name == "clock" and value in CLOCKS:
             ways[name] = value
-        elif name in ("check", "eager", "prefetch") and (value or "on") in ON_OFF:
+        elif name in ("check", "eager", "userfaultfd", "prefetch") and (value or "on") in ON_OFF:
             ways[name] = ON_OFF[value or "on"]
         else:
             raise ConfigError(f"--restore {path}: there is no {word!r}: {USE}")

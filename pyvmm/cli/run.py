@@ -77,9 +77,10 @@ OPTIONS = (
     Option("--print-config", "", "print the configuration file of this command line, and do no more", file=""),
     Option(
         "--restore",
-        "FILE[,check=on][,eager=on][,prefetch=on][,clock=now]",
-        "go on from a snapshot: compare its memory with the checksums, read all of it, read what was in use beside the"
-        " guest, set the guest's clocks forward; other options take the place of what it has",
+        "FILE[,check=on][,eager=on|,userfaultfd=on][,prefetch=on][,clock=now]",
+        "go on from a snapshot: compare its memory with the checksums, read all of it, or what is touched, into memory"
+        " of its own, read what was in use beside the guest, set the guest's clocks forward; other options take the"
+        " place of what it has",
         file="",
     ),
     Option(
