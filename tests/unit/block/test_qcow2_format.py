@@ -68,9 +68,7 @@ def refusal(drive: Open, path: Path, **options: object) -> str:
         (8, struct.pack(">QI", 60000, 2000), "name of its backing file"),
     ],
 )
-def test_a_header_that_can_not_be_is_one_sentence(
-    drive: Open, path: Path, at: int, data: bytes, words: str
-) -> None:
+def test_a_header_that_can_not_be_is_one_sentence(drive: Open, path: Path, at: int, data: bytes, words: str) -> None:
     assert words in refusal(drive, patched(path, at, data))
 
 
@@ -208,6 +206,52 @@ def test_a_snapshots_table_is_no_guests_data(path: Path) -> None:
         assert write(disk, 128, b"z" * SECTOR) < 0
     assert info(str(path), None)["format-specific"]["data"]["corrupt"]
     assert path.read_bytes()[theirs : theirs + 65536] == image[theirs : theirs + 65536]
+
+
+def test_all_clusters_of_the_snapshot_table_are_the_images_own(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    create(str(path), "qcow2", MIB, cluster_bytes=512)
+    with Disk(path) as disk:
+        assert write(disk, 0, b"x" * SECTOR) == 0
+    for n in range(4):
+        qemu_img("snapshot", "-c", f"{n}" * 200, path)
+    with Disk(path) as disk:
+        assert write(disk, 0, b"y" * SECTOR) == 0
+    image = path.read_bytes()
+    snapshots, l1 = (int.from_bytes(image[at : at + 8], "big") for at in (64, 40))
+    table = int.from_bytes(image[l1 : l1 + 8], "big") & (1 << 56) - 512
+    patched(path, table + 8, struct.pack(">Q", 1 << 63 | snapshots + 512))
+    with Disk(path) as disk:
+        assert write(disk, 1, b"z" * SECTOR) < 0
+    assert info(str(path), None)["format-specific"]["data"]["corrupt"]
+    assert path.read_bytes()[snapshots : snapshots + 1024] == image[snapshots : snapshots + 1024]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["in memory", "loaded later"])
+def test_a_new_table_is_no_guests_data_either(tmp_path: Path, known: bool) -> None:
+    """An old entry leads to a cluster that counts as free, and there a table comes to be."""
+    path = tmp_path / "small"
+    create(str(path), "qcow2", 4 * MIB, cluster_bytes=4096)  # an L2 table maps 2 MiB
+    with Disk(path) as disk:
+        assert write(disk, 0, b"x" * 4096) == 0
+    image = path.read_bytes()
+    l1 = int.from_bytes(image[40:48], "big")
+    table = int.from_bytes(image[l1 : l1 + 8], "big") & (1 << 56) - 512
+    free = len(image) + 4096  # the first one that is taken is the data's, the next one the table's
+    patched(path, len(image) + 4 * 4096 - 1, b"\0")
+    patched(path, table + 8, struct.pack(">Q", 1 << 63 | free))
+    with Disk(path) as disk:
+        if known:
+            assert read(disk, 0, 8) == b"x" * 4096
+            assert write(disk, 2 * MIB // SECTOR, b"y" * 4096) < 0
+        else:
+            assert write(disk, 2 * MIB // SECTOR, b"y" * 4096) == 0
+            assert flush(disk) == 0
+            made = path.read_bytes()[free : free + 4096]
+            assert int.from_bytes(made[:8], "big") == 1 << 63 | free - 4096
+            assert write(disk, 8, b"z" * 4096) < 0
+            assert path.read_bytes()[free : free + 4096] == made
+    assert info(str(path), None)["format-specific"]["data"]["corrupt"]
 
 
 def test_an_image_that_contradicts_itself_is_marked_and_written_no_more(path: Path) -> None:

@@ -127,7 +127,7 @@ class Check:
         await self._co_l1(header.l1_offset, header.l1_entries, True)
         if header.snapshots:
             snapshots = read_snapshots(self._disk.path, header, self._file.size_bytes, self._file.peek)
-            self._table(header.snapshots_offset, self._snapshot_table_bytes())
+            self._table(header.snapshots_offset, snapshots[-1].end - header.snapshots_offset)
             for one in snapshots:
                 await self._co_l1(one.l1_offset, one.l1_entries, False)
         if header.autoclear & BITMAPS and header.bitmaps:
@@ -143,16 +143,6 @@ class Check:
     def _table(self, offset: int, length: int) -> None:
         if length:
             self._counts.add(offset // self._cluster, -(-length // self._cluster))
-
-    def _snapshot_table_bytes(self) -> int:
-        """Its entries' lengths, as read_snapshots has found them whole."""
-        at = self._header.snapshots_offset
-        for _ in range(self._header.snapshots):
-            fixed = self._file.peek(at, 40)
-            length = 40 + int.from_bytes(fixed[36:40], "big") + int.from_bytes(fixed[12:14], "big")
-            length += int.from_bytes(fixed[14:16], "big")
-            at += length + -length % 8
-        return at - self._header.snapshots_offset
 
     def _inside(self, offset: int, what: str) -> bool:
         """Whether a cluster may be there."""

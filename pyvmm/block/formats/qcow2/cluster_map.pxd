@@ -26,9 +26,10 @@ cdef class ClusterMap:
     cdef bint frozen
     cdef dict held
     cdef uint64_t *metadata     # clusters of tables, sorted
-    cdef uint64_t metadata_count
+    cdef uint64_t metadata_count, metadata_room
     cdef bint enter(self) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef int kind_of(self, uint64_t entry, bint write, bint trusted, uint64_t cluster, uint64_t *host) noexcept nogil
     cdef int find(self, bint write, uint64_t at, uint64_t length, uint64_t *host, uint64_t *run) noexcept nogil
+    cdef uint64_t place_of(self, uint64_t host) noexcept nogil
     cdef bint in_metadata(self, uint64_t host) noexcept nogil

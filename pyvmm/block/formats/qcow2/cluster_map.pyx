@@ -9,7 +9,8 @@ A map answers only what is plain: whatever is compressed, has to be copied, or b
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint64_t
-from libc.stdlib cimport calloc, free, malloc, qsort
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.string cimport memmove
 
 from pyvmm.atomic cimport ATOMIC_RELAXED, ATOMIC_SEQ_CST, atomic_load, atomic_store
 
@@ -270,8 +271,43 @@ cdef class ClusterMap:
         free(self.metadata)
         self.metadata = found
         self.metadata_count = n
+        self.metadata_room = total
 
-    cdef bint in_metadata(self, uint64_t host) noexcept nogil:
+    def guard_also(self, uint64_t first, uint64_t count):
+        """So are ``count`` clusters from host offset ``first`` on, which were free. MemoryError."""
+        cdef uint64_t place = self.place_of(first), n, room
+        cdef uint64_t *more
+        if self.metadata_count + count > self.metadata_room:
+            room = 2 * (self.metadata_count + count)
+            more = <uint64_t *>realloc(self.metadata, room * sizeof(uint64_t))
+            if more == NULL:
+                raise MemoryError
+            self.metadata = more
+            self.metadata_room = room
+        memmove(self.metadata + place + count, self.metadata + place,
+                (self.metadata_count - place) * sizeof(uint64_t))
+        for n in range(count):
+            self.metadata[place + n] = first + (n << self.bits)
+        self.metadata_count += count
+
+    def leads_into(self, uint64_t first, uint64_t count):
+        """Whether an entry for data, of a table that is in memory, leads to one of ``count`` clusters from there on. Others
+        are looked at when they are loaded (``vet``).
+        """
+        cdef uint64_t end = first + (count << self.bits), index, n, entry, host
+        cdef uint64_t per_table = <uint64_t>1 << self.table_bits
+        cdef const uint64_t *table
+        for index in self.held:
+            table = self.slots[index].table
+            for n in range(per_table):
+                entry = big(table[n])
+                host = entry & OFFSETS
+                if first <= host < end and not entry & COMPRESSED:
+                    return True
+        return False
+
+    cdef uint64_t place_of(self, uint64_t host) noexcept nogil:
+        """Of the first of the image's own clusters that is not before this host offset."""
         cdef uint64_t low = 0, high = self.metadata_count, middle
         while low < high:
             middle = (low + high) >> 1
@@ -279,7 +315,11 @@ cdef class ClusterMap:
                 low = middle + 1
             else:
                 high = middle
-        return low < self.metadata_count and self.metadata[low] == host
+        return low
+
+    cdef bint in_metadata(self, uint64_t host) noexcept nogil:
+        cdef uint64_t place = self.place_of(host)
+        return place < self.metadata_count and self.metadata[place] == host
 
     def guarded(self, uint64_t host):
         """Whether the cluster at this host offset is one of the image's own."""

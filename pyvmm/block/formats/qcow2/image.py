@@ -150,7 +150,7 @@ class Qcow2Image(FormatDriver):
             *((one.l1_offset, one.l1_entries * ENTRY_BYTES) for one in snapshots),
             (header.l1_offset, header.l1_entries * ENTRY_BYTES),
             (header.refcount_table_offset, header.refcount_table_clusters * cluster),
-            (header.snapshots_offset, header.snapshots),
+            (header.snapshots_offset, snapshots[-1].end - header.snapshots_offset if snapshots else header.snapshots),
         ):
             own.extend(range(offset, offset + length, cluster))
         self.map.guard(own, [l1, table])

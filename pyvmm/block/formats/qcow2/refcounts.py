@@ -240,7 +240,7 @@ class Refcounts:
         and there was none before.
         """
         offset = cluster * self.cluster
-        self._check_free(offset)
+        self.check_tables(cluster)
         block = Block(bytearray(self.cluster), self.order)
         block.dirty.add(0, self.cluster, self.cluster)
         await self._co_make_room()
@@ -248,6 +248,7 @@ class Refcounts:
         self._entries.add(index)
         self._changed.add(index)
         self._blocks[index] = block
+        self.guard_tables(cluster)
         self._reaches(offset + self.cluster)
         return block
 
@@ -257,6 +258,19 @@ class Refcounts:
             raise Failed(EFBIG)
         if self._map.guarded(offset):
             raise Corrupt
+
+    def check_tables(self, first: int, count: int = 1) -> None:
+        """As that, of clusters that are about to be tables: nor may an entry for data lead there, by which the guest
+        would write over them.
+        """
+        for cluster in range(first, first + count):
+            self._check_free(cluster * self.cluster)
+        if self._map.leads_into(first * self.cluster, count):
+            raise Corrupt
+
+    def guard_tables(self, first: int, count: int = 1) -> None:
+        """They are tables, until they are free again."""
+        self._map.guard_also(first * self.cluster, count)
 
     async def co_take(self, want: int) -> tuple[int, int]:
         """(first cluster, how many) of at most ``want`` clusters in a row, which were free and are the caller's now."""
@@ -332,8 +346,7 @@ class Refcounts:
         blocks += 1
         if clusters * self.cluster > MOST_REFCOUNT_TABLE_BYTES:
             raise Failed(EFBIG)
-        for cluster in range(first, first + blocks + clusters):
-            self._check_free(cluster * self.cluster)
+        self.check_tables(first, blocks + clusters)
         await self.co_write()
         await self._co_store_counts(first, blocks, clusters)
         table = self.table[:]
@@ -348,6 +361,7 @@ class Refcounts:
         await co_store(self._file, TABLE_PLACE, offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))
         header.refcount_table_offset, header.refcount_table_clusters = offset, clusters
         self.table = table
+        self.guard_tables(first, blocks + clusters)
         self._reaches((first + blocks + clusters) * self.cluster)
         self.free(*before)
 

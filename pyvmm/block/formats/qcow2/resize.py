@@ -46,6 +46,7 @@ async def co_lengthen(disk: SizedDisk, size: int) -> None:
         return
     clusters = -(-needed * ENTRY_BYTES // disk.cluster)
     first = await co_take_in_a_row(disk, clusters)
+    refcounts.check_tables(first, clusters)
     entries = tables.l1[:]
     entries.extend([0] * (clusters * disk.cluster // ENTRY_BYTES - len(entries)))
     try:
@@ -59,6 +60,7 @@ async def co_lengthen(disk: SizedDisk, size: int) -> None:
     await co_store(disk.file, L1_AT, needed.to_bytes(4, "big") + (first * disk.cluster).to_bytes(8, "big"))
     header.l1_offset, header.l1_entries = first * disk.cluster, needed
     tables.grow(needed, header.l1_offset)
+    refcounts.guard_tables(first, clusters)
     refcounts.free(*before)
 
 

@@ -20,10 +20,11 @@ MOST_EXTRA_BYTES = 1024
 class InternalSnapshot:
     """``size``: of the disk then, in bytes; ``vm_state_bytes``: of a saved machine beside it."""
 
-    __slots__ = ("date_s", "id", "l1_entries", "l1_offset", "name", "size", "vm_clock_ns", "vm_state_bytes")
+    __slots__ = ("date_s", "end", "id", "l1_entries", "l1_offset", "name", "size", "vm_clock_ns", "vm_state_bytes")
 
     def __init__(self, fields: tuple[int, ...], extra: bytes, name: str, ident: str, size: int) -> None:
         self.l1_offset, self.l1_entries, _, _, self.date_s, _, self.vm_clock_ns, self.vm_state_bytes, _ = fields
+        self.end = 0  # of its entry, in the file
         self.id = ident
         self.name = name
         if len(extra) >= 8:
@@ -61,8 +62,9 @@ def read_snapshots(
             raise wrong
         if one.size >> 63 or -(-one.size // header.table_bytes) > one.l1_entries:
             raise wrong
-        found.append(one)
         at += -(at - begin) % 8
+        one.end = at
+        found.append(one)
     return found
 
 

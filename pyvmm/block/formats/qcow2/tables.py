@@ -132,6 +132,8 @@ class Tables:
             return table
         assert self.refcounts is not None
         first, _ = await self.refcounts.co_take(1)
+        self.refcounts.check_tables(first)
+        self.refcounts.guard_tables(first)
         own = Table(bytearray(table.data), first * self.cluster)
         own.dirty.add(0, self.cluster, self.cluster)
         self._changed.add(index)
