@@ -182,7 +182,8 @@ class MachineBase:
     def close(self) -> None:
         """End everything and give it back: threads, descriptors, memory. Idempotent; a second caller waits for it.
 
-        StateError in a handler or a callback of this machine. In a child of ``os.fork`` it closes the child's
+        HostError, when all is given back, where something that the guest has written could not be brought to its
+        image. StateError in a handler or a callback of this machine. In a child of ``os.fork`` it closes the child's
         descriptors and mappings and does nothing else.
         """
         if self._closed:

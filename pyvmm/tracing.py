@@ -117,6 +117,11 @@ class Tracing:
         thread.join()  # before taps are taken away: it may be giving them out
         self._let_go()
         fd, self._fd = self._fd, -1
+        try:
+            if not self.error:
+                os.fsync(fd)  # some file systems tell only now that there is no room
+        except OSError as error:
+            self._ends_early(error)
         close_file(fd)
         dropped = self._recorder.dropped
         self._chassis.events.tell("trace", path=self.path, on=False, dropped=dropped, error=self.error)
@@ -210,11 +215,14 @@ class Tracing:
             self._tell(END, recorded=self._recorder.recorded, dropped=self._recorder.dropped)
         except OSError as error:
             self._let_go()
-            self.error = f"trace {self.path} ends early: {remedy(error, 'write it elsewhere')}"
+            self._ends_early(error)
         except BaseException as error:
             self._let_go()
             self.error = f"trace {self.path} ends early"
             self._chassis.outcomes.callback_raised(error)
+
+    def _ends_early(self, error: OSError) -> None:
+        self.error = f"trace {self.path} ends early: {remedy(error, 'write it elsewhere')}"
 
 
 def open_file(path: str) -> int:

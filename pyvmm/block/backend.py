@@ -17,13 +17,14 @@ from compiled code (lane.pyx). They count as requests of this drive; all others 
 from __future__ import annotations
 
 from errno import EACCES, ECANCELED, EINVAL, EIO, ENOMEDIUM, ENOSPC
+from os import strerror
 from time import monotonic_ns
 
 from pyvmm.block.coroutine import AioContext, Waiter, start
 from pyvmm.block.driver import SECTOR_BYTES
 from pyvmm.block.iov import all_zeros, iov_length
 from pyvmm.block.stats import TRACE_DONE, TRACE_SUBMIT, BlockStats
-from pyvmm.errors import ConfigError, StateError, remedy
+from pyvmm.errors import ConfigError, HostError, StateError, remedy
 from pyvmm.light import Lock
 
 TYPE_CHECKING = False
@@ -440,21 +441,46 @@ class BlockBackend:
             self._throttle.restart()
 
     def close(self) -> None:
-        """Drain, flush, and give the image back; what was put aside is dropped. Idempotent."""
-        self._on_error = None  # nobody is left to stop
-        if self._driver is not None:
-            self._driver.ending()
+        """Drain, flush, and give the image back; what was put aside is dropped. Idempotent. HostError, when all is
+        given back, where something of the guest's has not reached the image by then, and no policy says to ignore that:
+        of what fails from here on nobody else would hear.
+        """
+        lost: list[int] = []
+
+        def failed(backend: BlockBackend, operation: str, number: int, action: str) -> None:
+            if operation != OPERATIONS[READ] and action != "ignore":
+                lost.append(number)
+
+        driver = self._driver
+        if driver is None:
+            return
+        self._on_error = failed
+        driver.ending()
         self.drain()
         self.drop_stalled()
-        if self._driver is not None:
-            if not self.read_only:
-                self.aio_flush(lambda ret: None)
-                self.drain()
-                self.drop_stalled()
-            driver, self._driver = self._driver, None
-            if self._lane is not None:
-                self._lane.close()
+        if not self.read_only:
+            self._flush_at_end(driver, lost)
+        if driver.ends_with_process():
+            lost.clear()
+        self._driver = self._on_error = None
+        if self._lane is not None:
+            self._lane.close()
+        try:
             driver.close()
+        except OSError as error:  # close(2): where data goes over a network, or a quota is
+            lost.append(error.errno or EIO)
+        if lost:
+            why = remedy(OSError(lost[0], strerror(lost[0])), "see to what it is on, and check the image")
+            raise HostError(f"drive {self.name}: not all that was written is in {self.options.file}: {why}")
+
+    def _flush_at_end(self, driver: FormatDriver, lost: list[int]) -> None:
+        self.aio_flush(lambda ret: None)
+        self.drain()
+        self.drop_stalled()
+        if driver.unsettled() and not lost:  # with cache=unsafe no flush has looked at the tables of the image
+            ret = self._context.run(driver.co_settle())
+            if ret < 0:
+                lost.append(-ret)
 
     def abandon(self) -> None:
         """In a child of fork, which has no worker: close the image's descriptors and do nothing else."""

@@ -188,6 +188,13 @@ class New:
         return self._image.fd
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """On its disk, where nothing went wrong: some file systems tell only then that there is no room."""
+        try:
+            if error is None:
+                os.fsync(self._image.fd)
+            self._image.close()
+        except OSError as late:
+            error = late
         self._image.close()
         if isinstance(error, OSError):
             raise ConfigError(f"the image {self.path} can't be written: {remedy(error, 'make room for it')}") from None
@@ -294,6 +301,10 @@ def resize(path: str, format: str | None, size: int, *, shrink: bool = False) ->
 def shorten(one: Opened, size: int) -> None:
     disk = one.disk
     if not isinstance(disk, Qcow2Driver):
-        os.truncate(opener.image_path(one.options), size)
+        try:
+            os.truncate(opener.image_path(one.options), size)
+        except OSError as error:
+            why = remedy(error, "see to what it is on")
+            raise ConfigError(f"the image {one.options.file} can't be made smaller: {why}") from None
         return
     one.done("made smaller", one.context.run(disk.co_changed(co_shrink(disk, size))))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import posix
 import sys
+from errno import EINVAL, ENOSPC, EROFS
 
+from pyvmm.cli.say import say
 from pyvmm.errors import ConfigError, remedy
 from pyvmm.events import LEVELS
 
@@ -55,24 +57,55 @@ def begin(option: str, machine: Machine) -> Callable[[], None]:
             posix.close(fd)
             raise ConfigError(f"--log {path}: it is the image of a drive: give another file")
     taken: list[logging.Handler] = []
+    lost = Lost()
 
     def first(_event: Event) -> None:
         """Set up before the event itself is told: Events tells the log last."""
         machine.events.forget(first)
-        taken.append(set_up(fd, wanted))
+        taken.append(set_up(fd, wanted, lost))
 
     def end() -> None:
         machine.events.forget(first)
         if taken:
             sys.modules["pyvmm.log"].LOGGER.removeHandler(taken.pop())
         if fd != 2:
-            posix.close(fd)
+            lost.end(fd)
+            if lost.lines:
+                say(f"pyvmm: --log {path}: {lost.sentence}")
 
     machine.events.listen(first, *(name for name, level in LEVELS.items() if level >= wanted))
     return end
 
 
-def set_up(fd: int, level: int) -> logging.Handler:
+class Lost:
+    """What could not be written of a log, for whoever reads it: how many ``lines``, and the first reason."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.why = ""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.lines} lines are missing, {self.why}"
+
+    def add(self, error: OSError) -> None:
+        self.lines += 1
+        self.why = self.why or remedy(error, "log to another file")
+
+    def end(self, fd: int) -> None:
+        """Close it. Some file systems tell only now that there is no room."""
+        try:
+            posix.fsync(fd)
+        except OSError as error:
+            if error.errno not in (EINVAL, EROFS):  # a pipe, a terminal
+                self.add(error)
+        try:
+            posix.close(fd)
+        except OSError as error:
+            self.add(error)
+
+
+def set_up(fd: int, level: int, lost: Lost) -> logging.Handler:
     """Give the logger of this process a handler, which writes to ``fd``."""
     import logging
     from json import dumps
@@ -93,10 +126,12 @@ def set_up(fd: int, level: int) -> logging.Handler:
                 "message": record.getMessage(),
             }
             text = dumps({**data, **line} if data.keys() & line.keys() else {**line, **data}, default=str)
+            line_bytes = text.encode("utf-8", "replace") + b"\n"
             try:
-                posix.write(fd, text.encode("utf-8", "replace") + b"\n")
-            except OSError:
-                pass  # a full disk, a pipe without a reader: the guest runs on
+                if posix.write(fd, line_bytes) < len(line_bytes):
+                    raise OSError(ENOSPC, posix.strerror(ENOSPC))
+            except OSError as error:  # a full disk, a pipe without a reader: the guest runs on
+                lost.add(error)
 
     handler = Lines()
     LOGGER.addHandler(handler)

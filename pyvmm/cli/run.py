@@ -345,7 +345,11 @@ def go(
     table = machine.exit_stats_table() if exit_stats else ""
     gaps = [] if trace is None else end_trace(machine, trace)
     # The terminal is given back first: what follows must not be printed in raw mode.
-    machine.close()
+    try:
+        machine.close()
+    except HostError as error:  # what the guest wrote has not all been written
+        gaps.append(f"pyvmm: {error}")
+        status = STATUS_IO_ERROR
     for text in (message, *lost_output(machine), *gaps, table):
         if text:
             say(text)

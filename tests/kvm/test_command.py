@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from asm import assemble
 from console import Console, pyvmm_run
 from guests import TIMEOUT_S
 
@@ -53,6 +54,53 @@ def test_a_machine_in_a_file(flat: Callable[[str], str], tmp_path: Path) -> None
 
 def test_a_reset_with_no_reboot(flat: Callable[[str], str]) -> None:
     assert run("--flat", flat(RESET), "--no-reboot").returncode == 6
+
+
+WRITE_A_SECTOR = """
+        mov     $0x1f2, %dx
+        mov     $1, %al                 # one sector, number 0
+        outb    %al, %dx
+        xor     %al, %al
+1:      inc     %dx
+        outb    %al, %dx
+        cmp     $0x1f5, %dx
+        jne     1b
+        mov     $0x1f6, %dx
+        mov     $0xe0, %al
+        outb    %al, %dx
+        inc     %dx
+        mov     $0x30, %al              # WRITE SECTORS
+        outb    %al, %dx
+2:      inb     %dx, %al
+        test    $8, %al                 # DRQ
+        jz      2b
+        mov     $0x1f0, %dx
+        mov     $256, %cx
+        mov     $0x7c00, %si
+        rep outsw
+        mov     $0x1f7, %dx
+3:      inb     %dx, %al
+        test    $0x80, %al              # BSY
+        jnz     3b
+        mov     $0x15, %al
+        outb    %al, $0xf4
+"""
+
+
+def test_what_did_not_reach_the_disk_at_the_end_is_told(tmp_path: Path) -> None:
+    """The guest was told that it is written, and asked for no flush; that comes with the end, and finds no room."""
+    guest, disk, rules = tmp_path / "guest.bin", tmp_path / "disk.img", tmp_path / "rules"
+    guest.write_bytes(assemble(WRITE_A_SECTOR, "real16").image)
+    disk.write_bytes(bytes(1 << 20))
+    rules.write_text('[inject-error]\nevent = "flush_to_disk"\nerrno = "ENOSPC"\n')
+    arguments = ("--machine", "pc", "--flat", str(guest), "--flat-mode", "real16", "--drive")
+    assert run(*arguments, f"file={disk},format=raw").returncode == 0x15 << 1 | 1
+    done = run(*arguments, f"file=blkdebug:{rules}:{disk},format=raw,id=disk")
+    assert done.returncode == 10
+    assert done.stderr == (
+        f"pyvmm: drive disk: not all that was written is in blkdebug:{rules}:{disk}: No space left on device: free some"
+        " space there, or write elsewhere\n"
+    )
 
 
 def test_an_internal_error_dumps(flat: Callable[[str], str]) -> None:

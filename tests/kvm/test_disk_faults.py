@@ -21,6 +21,7 @@ from guests import PASSED, TIMEOUT_S, Guest
 from pyvmm import RunState
 from pyvmm.block import DriveOptions
 from pyvmm.block.backend import BlockBackend
+from pyvmm.errors import HostError
 from pyvmm.machine import STATUS_IO_ERROR
 
 SECTOR = 512
@@ -231,6 +232,8 @@ def test_a_failed_flush_is_reported(disk: Callable[..., Disk], policy: dict[str,
     d = disk([(WRITE, 5, 1), (FLUSH, 0, 0), (READ, 10, 1)], fails("flush", "EIO"), **policy)
     assert d.run() == PASSED
     assert d.outcomes == [GOOD, (ERR, ABRT), GOOD]
+    with pytest.raises(HostError, match="not all that was written"):  # nor can it be at the end
+        d.machine.close()
 
 
 def test_a_failed_flush_is_ignored(disk: Callable[..., Disk]) -> None:

@@ -86,3 +86,11 @@ def test_a_full_disk_does_not_hold_up_the_guest(tmp_path: Path) -> None:
         assert run(tmp_path, DEBUG_EXIT, "--log", "info", stderr=full).returncode == 43
     finally:
         os.close(full)
+
+
+def test_lines_that_are_missing_are_counted_at_the_end(tmp_path: Path) -> None:
+    done = run(tmp_path, DEBUG_EXIT, "--log", "info,file=/dev/full")
+    assert done.stderr == (
+        "pyvmm: --log /dev/full: 3 lines are missing, No space left on device: free some space there, or write"
+        " elsewhere\n"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from trace_processor import trace_processor
 from pyvmm import ConfigError, Machine, StateError
 from pyvmm.cli import main
 from pyvmm.cli.log import begin as begin_log
+from pyvmm.errors import HostError
 from pyvmm.region import LatchRegion
 from pyvmm.trace.events import Exit
 from pyvmm.trace.export import everything, export
@@ -203,6 +206,17 @@ def test_a_host_that_takes_no_more_ends_the_trace_and_not_the_guest(tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"trace {paths[0]} ends early: ")
     assert list(TraceFile(paths[0]).records())
+
+
+def test_a_file_system_that_tells_at_the_end_that_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    with Machine(flat=bytes.fromhex("f4"), memory_mib=4, serial="none") as machine:
+        machine.start_trace(tmp_path / "trace")
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(HostError, match="ends early: No space left on device: free some space there"):
+            machine.stop_trace()
 
 
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,17 @@ def test_memory_by_the_guests_addresses(peer: QmpPeer, guest: Guest, tmp_path: P
     assert not (tmp_path / "none").exists()
     assert "CPU number" in peer.error("memsave", val=text, size=1, filename=str(tmp_path / "none"), cpu_index=1)
     assert guest.machine.state is RunState.RUNNING
+
+
+def test_a_file_system_that_tells_late_that_it_is_full(
+    peer: QmpPeer, guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = peer.error("pmemsave", val=0, size=4096, filename=str(tmp_path / "memory"))
+    assert said == f"writing memory to '{tmp_path / 'memory'}' failed: No space left on device"
 
 
 def test_registers_of_a_guest_that_runs(peer: QmpPeer, guest: Guest) -> None:

@@ -50,13 +50,23 @@ class OutFile:
             while left:
                 left = left[os.write(self.fd, left) :]
         except OSError as error:
-            raise QmpError(f"writing memory to '{self._path}' failed: {os.strerror(error.errno or 0)}") from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> QmpError:
+        return QmpError(f"writing memory to '{self._path}' failed: {os.strerror(error.errno or 0)}")
 
     def __enter__(self) -> OutFile:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        os.close(self.fd)
+    def __exit__(self, kind: object, *exc: object) -> None:
+        """Where nothing has gone wrong before, the file is on its disk: some tell only then that there is no room."""
+        try:
+            if kind is None:
+                os.fsync(self.fd)
+        except OSError as error:
+            raise self._failed(error) from None
+        finally:
+            os.close(self.fd)
 
 
 def ram_and_rom(machine: Machine, gpa: int, size: int) -> Iterator[tuple[memoryview, int]]:
