@@ -65,6 +65,7 @@ BUILDING = (
     "pyvmm.devices.virtio.balloon",
     "pyvmm.devices.virtio.blk",
     "pyvmm.devices.virtio.blk_fast",
+    "pyvmm.devices.virtio.blk_waiting",
     "pyvmm.devices.virtio.console",
     "pyvmm.devices.virtio.fs",
     "pyvmm.devices.virtio.mmio",

@@ -347,11 +347,15 @@ class BlockBackend:
             throttle.open()
         try:
             self._context.run_until(self._idle_locked)
+            while self._lane is not None:
+                self._lane.settle()
+                with self._lock:
+                    if self._idle_locked():
+                        break
+                self._context.run_until(self._idle_locked)  # what the lane has given back
         finally:
             if throttle is not None:
                 throttle.shut()
-        if self._lane is not None:
-            self._lane.settle()
         driver = self._driver
         if driver is not None and driver.unsettled():
             self._context.run(driver.co_settle())  # what fails here is tried again, and told, by a flush

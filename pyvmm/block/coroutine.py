@@ -155,12 +155,15 @@ class AioContext:
         try:
             waiter.set()
         except BaseException as error:
-            raised = error
+            self.raise_on_loop(error)
 
-            def tell() -> None:
-                raise raised
+    def raise_on_loop(self, error: BaseException) -> None:
+        """What was raised on a thread of ours stops the machine, as what a callback of the loop's raises."""
 
-            self.loop.call_soon(tell)
+        def tell() -> None:
+            raise error
+
+        self.loop.call_soon(tell)
 
     def run(self, coroutine: Coroutine[Waiter, None, int]) -> int:
         """Start it, and wait for its end: its result. The caller holds no lock and is in no coroutine and no callback.

@@ -7,6 +7,9 @@ storage, where zeros are looked for, at the end (``BlockBackend.lane``). Whoever
 anew. What it does not do, or not whole, is asked of the backend, all of it: there it waits where it has to, and there
 an error has its policy. A transfer done twice does no harm.
 
+A lane that ``waits`` (protocols/nbd_line.pyx) is one of another kind: ``submit`` begins a transfer, and who asked for it
+is told on the thread that brings its end.
+
 It makes the call only where that waits for no device: RWF_NOWAIT (preadv2(2)), or a file system that lives in memory.
 It keeps no order: among requests in flight that overlap, its users may not need any (a virtio driver may not,
 virtio 1.2, 2.7.13).
@@ -41,7 +44,8 @@ READS = 1 << LANE_READ
 WRITES = 1 << LANE_WRITE
 
 cdef enum:
-    SETTLE_US = 20
+    SETTLE_US = 20          # at first between two looks
+    MOST_SETTLE_US = 2000
     MOST_PIECES = 1024      # IOV_MAX
 
 
@@ -72,13 +76,7 @@ cdef class Lane:
         negative errno; -EAGAIN where it may not, or would have to wait.
         """
         cdef ssize_t done = -EAGAIN
-        cdef int busy = atomic_add(&self.busy, 1, ATOMIC_SEQ_CST)
-        cdef uint64_t size = atomic_load_size(&self.size, ATOMIC_SEQ_CST)
-        if (atomic_load(&self.granted, ATOMIC_SEQ_CST) & atomic_load(&self.able, ATOMIC_RELAXED)) >> kind & 1 \
-                and at <= size and length <= size - at and count <= MOST_PIECES \
-                and (at >= self.guarded or kind == LANE_READ):
-            if busy > self.most_busy:
-                self.most_busy = busy
+        if self.enter(kind, at, count, length):
             if kind == LANE_READ:
                 done = preadv2(self.fd, iov, count, <long>(self.offset + at), self.flags)
             else:
@@ -90,8 +88,33 @@ cdef class Lane:
             elif kind == LANE_WRITE:
                 # Now, when the bytes are there and nobody knows of it: a flush that comes after sees that it has to be.
                 atomic_add_64(&self._writes, 1, ATOMIC_SEQ_CST)
-        atomic_add(&self.busy, -1, ATOMIC_SEQ_CST)
+            self.leave()
         return done
+
+    cdef bint enter(self, int kind, uint64_t at, int count, uint64_t length) noexcept nogil:
+        """Whether it may be done. Then ``leave`` says when it is over."""
+        cdef int busy = atomic_add(&self.busy, 1, ATOMIC_SEQ_CST)
+        cdef uint64_t size = atomic_load_size(&self.size, ATOMIC_SEQ_CST)
+        if (atomic_load(&self.granted, ATOMIC_SEQ_CST) & atomic_load(&self.able, ATOMIC_RELAXED)) >> kind & 1 \
+                and at <= size and length <= size - at and count <= MOST_PIECES \
+                and (at >= self.guarded or kind == LANE_READ):
+            if busy > self.most_busy:
+                self.most_busy = busy
+            return True
+        self.leave()
+        return False
+
+    cdef void leave(self) noexcept nogil:
+        atomic_add(&self.busy, -1, ATOMIC_SEQ_CST)
+
+    cdef int submit(self, lane_ask *ask) noexcept nogil:
+        """0: it has been begun, of a lane that ``waits``, and comes back by its user's functions, on another thread.
+        -EAGAIN where it may not, or can't be just now.
+        """
+        return -EAGAIN
+
+    cdef void send(self) noexcept nogil:
+        """What has been submitted is not to wait for more."""
 
     cdef void count(self, int kind, int64_t requests, int64_t calls, int64_t size, int64_t time_ns) noexcept nogil:
         """So many requests of ``size`` bytes in all are done, by so many calls; ``time_ns`` is the sum of their times."""
@@ -151,10 +174,14 @@ cdef class Lane:
         return atomic_load_64(&self._writes, ATOMIC_SEQ_CST)
 
     def settle(self):
-        """Return when nothing is under way. That is a matter of microseconds: none of it waits for a device."""
+        """Return when nothing is under way. That is a matter of microseconds, for none of it waits for a device; but for
+        a lane that ``waits``.
+        """
+        cdef int pause_us = SETTLE_US
         with nogil:
             while atomic_load(&self.busy, ATOMIC_SEQ_CST):
-                usleep(SETTLE_US)
+                usleep(pause_us)
+                pause_us = min(2 * pause_us, MOST_SETTLE_US)
 
     def fold(self, stats):
         """Add to a drive's counters (stats.py) what was done since the last time. The caller holds their lock."""

@@ -3,7 +3,8 @@
 NetworkBlockDevice doc/proto.md, "Transmission phase". A request goes out on the thread that makes it, where the socket
 takes it at once; between ``plug`` and ``unplug`` several do in one call. One thread a drive receives, sends what is
 left, connects anew, and goes on with the coroutines whose answers it brings, as a worker of file_posix does. While it
-is at that, requests gather, and go out in one call.
+is at that, requests gather, and go out in one call. The bytes of all that are compiled code's (nbd_requests.pyx,
+nbd_line.pyx), which is also the drive's lane; what is decided is here.
 
 Where the server is lost (it hangs up, says what no server may, does not answer within ``timeout``) there are two
 policies. ``reconnect_delay=0``: what is under way fails with EIO, and so does all that follows until it is there again.
@@ -17,7 +18,7 @@ import os
 import select
 from _struct import Struct
 from _weakref import ref
-from errno import ECANCELED, EIO, ENOTSUP
+from errno import ECANCELED, EIO, ENOMEM, ENOTSUP
 from time import monotonic
 
 from pyvmm.block.coroutine import start
@@ -34,19 +35,10 @@ from pyvmm.block.protocols.nbd_handshake import (
     connect,
     resolve,
 )
-from pyvmm.block.protocols.nbd_replies import (
-    DISC,
-    FLUSH,
-    IOV_MAX,
-    READ,
-    TRIM,
-    WRITE,
-    WRITE_ZEROES,
-    NbdRequest,
-    Replies,
-)
+from pyvmm.block.protocols.nbd_line import NbdLine
+from pyvmm.block.protocols.nbd_request import NbdRequest
 from pyvmm.errors import ConfigError
-from pyvmm.light import Lock, Thread, deque
+from pyvmm.light import Lock, Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,9 +48,11 @@ if TYPE_CHECKING:
 
     from pyvmm.block.coroutine import AioContext, Waiter
     from pyvmm.block.driver import Iov
+    from pyvmm.block.lane import Lane
     from pyvmm.block.protocols.nbd_address import NbdAddress
     from pyvmm.block.protocols.nbd_handshake import Export
 
+READ, WRITE, DISC, FLUSH, TRIM, _CACHE, WRITE_ZEROES = range(7)
 REQUEST = Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 REQUEST_MAGIC = 0x25609513
 FLAG_FUA, FLAG_NO_HOLE = 1, 2
@@ -69,7 +63,6 @@ END_LIMIT_S = 10.0  # how long a request waits at most, when the drive is being 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # between two tries to connect
 MOST_ZEROES_BYTES = 128 << 20  # in one request: a server that writes them has to be done within the time limit
 PEEK_LIMIT_S = 10.0
-MOST_PLUGGED = 8  # requests that wait for others before they are sent: the server may have to do with these
 
 
 class NobodyAsks:
@@ -130,20 +123,16 @@ class Nbd(ProtocolDriver):
         self.size_bytes = self._export.size_bytes
         self.alignment = self._export.block_bytes
         self._lock = Lock()
-        self._requests: dict[int, NbdRequest] = {}  # without an answer, the oldest first
-        self._out: deque[memoryview | bytes] = deque()  # what the socket did not take
-        self._put = self._gone = 0  # bytes that came into it, and that left it
-        self._awake = True  # the thread will look at ``_out`` before it sleeps
-        self._plugs = 0  # who has more to ask for, and says so when it has not
-        self._plugged = 0  # requests that wait for that
-        self._cookie = 0
+        self._line = NbdLine(-1, 0, 0, 0)
+        self._line.wake_fd = self._ends.wake_fd
+        self._waiting: dict[NbdRequest, None] = {}  # for a connection, the oldest first
         self._connected = True
         self._holding_until = 0.0  # without a connection: when those that wait for one fail
         self._closed = False
         self._try_at = 0.0
         self._pause_s = FIRST_PAUSE_S
-        self._replies = self._new_replies()
         self._poll_events = 0
+        self._begin()
         me, ends = ref(self), self._ends
         self._thread = Thread(lambda: main(me, ends))
         self._thread.start()
@@ -159,8 +148,13 @@ class Nbd(ProtocolDriver):
                 f"the NBD server {self.address} lets nobody write: give read-only=on, or have it serve that differently"
             )
 
-    def _new_replies(self) -> Replies:
-        return Replies(self._socket, self._export.structured, self._requests.get, self._answered)
+    def _begin(self) -> None:
+        export = self._export
+        self._line.begin(self._socket.fileno(), export.structured, export.most_bytes, self.alignment)
+
+    def lane(self, offset: int, size_bytes: int) -> Lane | None:
+        self._line.place(offset, size_bytes)
+        return self._line
 
     # -- the coroutines ----------------------------------------------------------------------------------------
 
@@ -277,86 +271,38 @@ class Nbd(ProtocolDriver):
         there is no connection, and the policy is not to wait for one.
         """
         request = NbdRequest(kind, flags, offset, length, iov)
-        request.since = now = monotonic()
         request.cancel_held = self._cancel
+        result = -EIO
         with self._lock:
-            if not self._closed and (self._connected or now < self._holding_until):
-                self._cookie += 1
-                request.cookie = self._cookie
-                self._requests[self._cookie] = request
-                if self._connected:
-                    request.sent = True
-                    self._send_locked(request)
-                return request
-        request.result = -EIO
+            if not self._closed:
+                try:
+                    if self._connected and self._line.ask(request, kind, flags, offset, length, iov):
+                        return request
+                    now = monotonic()
+                    if not self._connected and now < self._holding_until:
+                        request.lost_at = now
+                        self._waiting[request] = None
+                        return request
+                except MemoryError:
+                    result = -ENOMEM
+        request.iov = ()
+        request.result = result
         request.set()
         return request
 
-    def _send_locked(self, request: NbdRequest) -> None:
-        """Where nobody is about to send more, at once; else it goes out with that."""
-        kind, data = request.kind, request.iov
-        self._out.append(
-            REQUEST.pack(REQUEST_MAGIC, request.flags, kind, request.cookie, request.offset, request.length)
-        )
-        self._put += REQUEST.size
-        if kind == WRITE:
-            self._out.extend(data)
-            self._put += request.length
-            request.put_upto = self._put
-        if self._plugs:
-            self._plugged += 1
-            if self._plugged < MOST_PLUGGED:
-                return
-        if not self._awake:
-            self._send_now_locked()
-
-    def _send_now_locked(self) -> None:
-        self._plugged = 0
-        try:
-            self._flush_locked()
-        except NbdError:
-            pass  # the thread finds the same, and what to do about it
-        if self._out:
-            self._ends.wake()  # it is to wait until there is room
-
     def plug(self) -> None:
-        """A message a request costs a system call here and a wake-up there; what is asked for by then goes out in one.
-        """
-        with self._lock:
-            self._plugs += 1
+        self._line.plug()
 
     def unplug(self) -> None:
-        with self._lock:
-            self._plugs -= 1
-            if not self._plugs and self._out and not self._awake and self._connected:
-                self._send_now_locked()
-
-    def _flush_locked(self) -> None:
-        """Send what is left, as much as goes. NbdError."""
-        out = self._out
-        while out:
-            batch = [*out] if len(out) <= IOV_MAX else [out[n] for n in range(IOV_MAX)]
-            try:
-                sent = self._socket.sendmsg(batch)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise NbdError(error.strerror) from None
-            self._gone += sent
-            if len(batch) == len(out) and sent == sum(map(len, batch)):
-                out.clear()
-                return
-            while out and sent >= len(out[0]):
-                sent -= len(out.popleft())
-            if sent:
-                with memoryview(out.popleft()) as first:
-                    out.appendleft(first[sent:])
+        self._line.unplug()
 
     def _cancel(self, request: NbdRequest) -> None:
         """One that the server can't have yet ends now; others when it answers."""
         with self._lock:
-            if request.sent or self._requests.pop(request.cookie, None) is None:
+            if request not in self._waiting:
                 return
+            del self._waiting[request]
+        request.iov = ()
         self._context.complete(request, -ECANCELED)
 
     # -- the thread --------------------------------------------------------------------------------------------
@@ -365,34 +311,51 @@ class Nbd(ProtocolDriver):
         """Do what there is to do: how long to sleep then, in milliseconds; None: the drive is closed. ``woken``: by
         ``wake_fd``, not only by the socket.
         """
-        with self._lock:
-            if self._closed:
-                return None
-            self._awake = True
+        if self._closed:
+            return None
+        self._line.wake_up()
         if woken:
             os.eventfd_read(self._ends.wake_fd)
         if not self._connected and monotonic() >= self._try_at:
             self._reconnect()
         if self._connected:
             try:
-                while self._replies.receive():
+                while self._receive():
                     pass
                 return self._sleep()
             except NbdError as error:
                 self._lose(error)
         return self._sleep()
 
+    def _receive(self) -> bool:
+        """Take what has come: whether there may be more. NbdError where the connection is over."""
+        ended, more = self._line.receive()
+        for request, result in ended:
+            request.iov = ()
+            self._context.complete_here(request, result)
+        self._give_back()
+        return more
+
+    def _give_back(self) -> None:
+        """What the lane has not done is asked here once more, by its devices."""
+        try:
+            self._line.give_back()
+        except BaseException as error:
+            self._context.raise_on_loop(error)
+
     def _sleep(self) -> float:
         """About to sleep: until when. NbdError where the connection is over."""
-        now = monotonic()
         with self._lock:
+            try:
+                sent = self._line.fall_asleep()
+            except OSError as error:
+                raise NbdError(os.strerror(error.errno or EIO)) from None
             if self._connected:
-                self._flush_locked()
-                self._watch_locked()
-            self._awake = False
+                self._watch_locked(sent)
             end = self._next_end_locked()
         if end is None:
             return -1.0
+        now = monotonic()
         if now >= end:
             self._run_out(now)
             return 0.0
@@ -401,43 +364,33 @@ class Nbd(ProtocolDriver):
     def _next_end_locked(self) -> float | None:
         """When there is something to do though nothing comes."""
         if not self._connected:
-            return min(self._try_at, self._holding_until) if self._requests else self._try_at
+            return min(self._try_at, self._holding_until) if self._waiting else self._try_at
         if not self._timeout_s:
             return None
         # One that is sent while the thread sleeps does not wake it: it looks now and then.
         look = monotonic() + self._timeout_s / 4
-        return min(look, next(iter(self._requests.values())).since + self._timeout_s) if self._requests else look
+        oldest = self._line.oldest_s
+        return look if oldest is None else min(look, oldest + self._timeout_s)
 
-    def _watch_locked(self) -> None:
-        events = select.POLLIN | (select.POLLOUT if self._out else 0)
+    def _watch_locked(self, sent: bool) -> None:
+        events = select.POLLIN | (0 if sent else select.POLLOUT)
         if events != self._poll_events:
             self._poll_events = events
             self._ends.poll.register(self._socket.fileno(), events)
 
     def _run_out(self, now: float) -> None:
         """A time has come: of a server that does not answer, or of those that wait for it to come back."""
-        with self._lock:
-            connected = self._connected
-            waiting = bool(self._requests)
-            late = waiting and now >= next(iter(self._requests.values())).since + self._timeout_s
-        if connected and late and self._timeout_s:
-            self._lose(NbdError("it does not answer"))
-        elif waiting and not connected and now >= self._holding_until:
-            self._fail_all()
-
-    def _answered(self, request: NbdRequest, result: int) -> None:
-        with self._lock:
-            if self._requests.pop(request.cookie, None) is None:
-                return
-            if request.kind == WRITE and request.put_upto > self._gone:
-                # It has answered before it had all of it, as it may with an error. It gets the rest, but not from
-                # memory that is the guest's again.
-                self._out = deque(bytes(view) for view in self._out)
-        request.iov = ()
-        self._context.complete_here(request, result)
+        if not self._connected:
+            if self._waiting and now >= self._holding_until:
+                self._fail_all()
+        elif self._timeout_s:
+            oldest = self._line.oldest_s
+            if oldest is not None and now >= oldest + self._timeout_s:
+                self._lose(NbdError("it does not answer"))
 
     def _lose(self, error: NbdError) -> None:
         """The connection is over."""
+        failed = []
         with self._lock:
             if not self._connected:
                 return
@@ -445,28 +398,24 @@ class Nbd(ProtocolDriver):
             now = monotonic()
             self._holding_until = now + self._reconnect_delay_s
             self._try_at, self._pause_s = now, FIRST_PAUSE_S
-            self._out.clear()
-            self._put = self._gone = 0
             if self._poll_events:
                 self._ends.poll.unregister(self._socket.fileno())
                 self._poll_events = 0
-            failed = []
-            for request in self._requests.values():
-                request.sent = False
+            for request in self._line.end():
                 request.lost_at = request.lost_at or now
                 if now >= request.lost_at + self._reconnect_delay_s:
                     failed.append(request)  # at once, or it has been asked again and again meanwhile
-            for request in failed:
-                del self._requests[request.cookie]
-        self._replies.close()
+                else:
+                    self._waiting[request] = None
         self._socket.close()
         self._fail(failed)
+        self._give_back()
 
     def _fail_all(self) -> None:
         with self._lock:
             self._holding_until = 0.0
-            failed = list(self._requests.values())
-            self._requests.clear()
+            failed = list(self._waiting)
+            self._waiting.clear()
         self._fail(failed)
 
     def _fail(self, failed: list[NbdRequest]) -> None:
@@ -493,14 +442,16 @@ class Nbd(ProtocolDriver):
                 made.close()
                 return
             self._socket, self._export = made, export
-            self._replies = self._new_replies()
             self._connected = True
-            now = monotonic()
-            for request in self._requests.values():
-                request.begin_again()
-                request.since = now
-                request.sent = True
-                self._send_locked(request)
+            self._begin()
+            failed = []
+            for request in self._waiting:
+                try:
+                    self._line.ask(request, request.kind, request.flags, request.offset, request.length, request.iov)
+                except MemoryError:
+                    failed.append(request)
+            self._waiting.clear()
+        self._fail(failed)
 
     def _same(self, export: Export) -> bool:
         """Whether it may stand in for the one that was opened."""
@@ -555,7 +506,7 @@ class Nbd(ProtocolDriver):
                 self._socket.send(REQUEST.pack(REQUEST_MAGIC, 0, DISC, 0, 0, 0))
             except OSError:
                 pass
-        self._replies.close()
+        self._line.end()
         self._socket.close()
         self._ends.close()
 

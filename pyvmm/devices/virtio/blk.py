@@ -3,8 +3,8 @@
 A request is a chain: 16 bytes that say what is wanted and where, data, and a byte for the status, the last that the
 device may write (5.2.6). How the driver has cut it into descriptors means nothing (2.7.4). What the drive's lane can do
 at once, reads and writes of what the page cache has, is answered in compiled code (blk_fast.pyx), without the GIL, many
-requests at a time; all else comes here, and goes to the backend, which calls back: on this thread where nothing had to
-be waited for, else on whatever thread has the result.
+requests at a time, and so is what a lane waits for (blk_waiting.pyx); all else comes here, and goes to the backend,
+which calls back: on this thread where nothing had to be waited for, else on whatever thread has the result.
 
 A request that is under way is in ``_asked``. At a reset it is cancelled, and waited for: the driver gets its memory
 back. In a saved state there are those that an error policy has put aside, by the token of their chain; where the state
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.block import BlockBackend, Request
+    from pyvmm.block.lane import Lane
     from pyvmm.devices.virtio.blk_fast import FastBlk
     from pyvmm.devices.virtio.chain import Chain
     from pyvmm.devices.virtio.ring import Virtqueue
@@ -137,10 +138,19 @@ class VirtioBlk(VirtioDevice):
         self.config[:] = self._first_config(queues)
         lane = backend.lane()
         if lane is not None:
-            from pyvmm.devices.virtio.blk_fast import FastBlk
+            self._fast = [self._fast_for(queue, lane) for queue in self.queues]
 
-            size_bytes = self._sectors * SECTOR_BYTES
-            self._fast = [FastBlk(queue, lane, size_bytes, self._block) for queue in self.queues]
+    def _fast_for(self, queue: Virtqueue, lane: Lane) -> FastBlk:
+        size_bytes = self._sectors * SECTOR_BYTES
+        if lane.waits:
+            from pyvmm.devices.virtio.blk_waiting import WaitingBlk
+
+            fast = WaitingBlk(queue, lane, size_bytes, self._block)
+            fast.back = self._take_back
+            return fast
+        from pyvmm.devices.virtio.blk_fast import FastBlk
+
+        return FastBlk(queue, lane, size_bytes, self._block)
 
     def _offered(self, queues: int) -> int:
         """All that is not here is refused by negotiation: SCSI commands, barriers, zones, secure erase, lifetime."""
@@ -243,6 +253,11 @@ class VirtioBlk(VirtioDevice):
                     break
         finally:
             backend.unplug()
+
+    def _take_back(self, queue: Virtqueue, chains: list[Chain]) -> None:
+        """The lane could not do these: the queue's lock is held, on the lane's thread."""
+        if self.live:
+            self._start_all(queue, chains)
 
     def _start(self, queue: Virtqueue, chain: Chain) -> None:
         header = chain.read(0, HEADER.size)

@@ -8,7 +8,6 @@ inside the disk, or was not done whole, is given back for blk.py to answer: it k
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from pyvmm.block.lane cimport LANE_READ, LANE_WRITE, Lane, iovec
 from pyvmm.devices.virtio.chain cimport Chain, chain_free, chain_init, chain_move, vq_chain, vq_seg
@@ -19,8 +18,6 @@ cdef extern from * nogil:
     void pause "__builtin_ia32_pause" ()
 
 cdef enum:
-    MOST_ASKED = 64             # chains at a time
-    MOST_PIECES = 1024          # IOV_MAX
     MOST_JOINED_BYTES = 1 << 18 # in one call, unless one request alone is more
     SHOWN_BYTES = 1 << 17       # after so many bytes what is done is shown, while more is moved
     ROUNDS = 64                 # of taking what is there, before other queues of the thread have their turn
@@ -46,38 +43,10 @@ cdef struct header_t:
     uint64_t sector
 
 
-cdef struct asked_t:
-    vq_chain chain
-    bint done
-    int kind
-    int pieces                  # -1: not ours
-    uint64_t at
-    uint64_t length
-    uint8_t *status
-
-
-cdef int64_t now_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
-
-
 cdef class FastBlk:
     """Of ``queue``, through ``lane``. ``size_bytes``: of the disk as the guest knows it; requests are multiples of
     ``block_bytes``. All calls are made with the queue's lock held.
     """
-
-    cdef Virtqueue queue
-    cdef Lane lane
-    cdef uint64_t size, block_mask
-    cdef asked_t[MOST_ASKED] asked
-    cdef int count
-    # What is to be moved by one call: so many pieces, from or to the disk's byte ``at``.
-    cdef iovec[MOST_PIECES] iov
-    cdef int pieces, kind
-    cdef uint64_t at, length
-    cdef uint64_t unshown       # bytes that were moved since the driver was last shown what is done
-    cdef bint call              # it wants an interrupt, and there is no eventfd for that
 
     def __cinit__(self, Virtqueue queue not None, Lane lane not None, uint64_t size_bytes, uint64_t block_bytes):
         cdef int n

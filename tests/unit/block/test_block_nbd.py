@@ -22,6 +22,8 @@ from pyvmm import ConfigError
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 from pyvmm.block.protocols import nbd, nbd_handshake
 from pyvmm.block.protocols.nbd_address import parse_nbd, parse_nbd_unix
+from pyvmm.block.protocols.nbd_requests import WAIT_FOR_MORE
+from pyvmm.errors import HostError
 
 Serve = Callable[..., NbdServer]
 Open = Callable[..., BlockBackend]
@@ -139,16 +141,16 @@ def test_requests_that_come_together_go_out_together(serve: Serve, on: Open) -> 
         server.tell_the_truth(client, asked)
 
     server.answer = when_all_are_there
-    wait_until(lambda: not file._awake)  # nothing comes from now on, so it sleeps until ``go``
-    results = [Result() for _ in range(nbd.MOST_PLUGGED + 3)]
+    wait_until(lambda: not file._line.awake)  # nothing comes from now on, so it sleeps until ``go``
+    results = [Result() for _ in range(WAIT_FOR_MORE + 3)]
     waiting = []
     backend.plug()
     for n, result in enumerate(results):
         backend.aio_writev(8 * n, [memoryview(bytes([n]) * 4096)], result)
-        waiting.append(len(file._out) // 2)  # a header and its data
-    assert waiting == [*range(1, nbd.MOST_PLUGGED), 0, 1, 2, 3]
+        waiting.append(file._line.unsent // 2)  # a header and its data
+    assert waiting == [*range(1, WAIT_FOR_MORE), 0, 1, 2, 3]
     backend.unplug()
-    assert not file._out
+    assert not file._line.unsent
     go.set()
     assert [result.wait() for result in results] == [0] * len(results)
     assert server.data[: 4096 * len(results)] == b"".join(bytes([n]) * 4096 for n in range(len(results)))
@@ -239,9 +241,7 @@ LIES: dict[str, Answer] = {
     "garbage": lambda client, asked: client.put(b"\xff" * 64),
     "http": lambda client, asked: client.put(b"HTTP/1.0 200 OK\r\n\r\n"),
     "another's cookie": lambda client, asked: client.put(pack(">IIQ", 0x67446698, 0, asked.cookie + 1)),
-    "too much": lambda client, asked: client.chunk(
-        asked, 1, pack(">Q", asked.offset) + bytes(asked.length + 1)
-    ),
+    "too much": lambda client, asked: client.chunk(asked, 1, pack(">Q", asked.offset) + bytes(asked.length + 1)),
     "2^32 bytes": lambda client, asked: client.put(
         pack(">IHHQIQ", 0x668E33EF, 1, 1, asked.cookie, 0xFFFFFFFF, asked.offset)
     ),
@@ -266,9 +266,7 @@ LIES: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_lie_is_an_io_error_and_the_next_request_finds_a_new_connection(
-    serve: Serve, on: Open, name: str
-) -> None:
+def test_a_lie_is_an_io_error_and_the_next_request_finds_a_new_connection(serve: Serve, on: Open, name: str) -> None:
     server = serve()
     backend = on(server, format="raw", rerror="report")
     honest, server.answer = server.answer, LIES[name]
@@ -330,7 +328,8 @@ def test_close_does_not_hang(serve: Serve, on: Open, monkeypatch: pytest.MonkeyP
     backend.aio_writev(0, [memoryview(bytes(SECTOR))], result)
     wait_until(lambda: bool(server.asked))
     begin = time.monotonic()
-    backend.close()
+    with pytest.raises(HostError, match="not all that was written is in nbd:unix:"):
+        backend.close()
     assert time.monotonic() - begin < LIMIT_S
     assert result.wait() == -EIO
 

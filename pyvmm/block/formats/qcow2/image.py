@@ -224,7 +224,7 @@ class Qcow2Image(FormatDriver):
 
     def lane(self) -> Lane | None:
         file = self._data.lane(0, FILE_LANE_BYTES)
-        if file is None:
+        if file is None or file.waits:
             return None
         from pyvmm.block.formats.qcow2.cluster_lane import ClusterLane
         from pyvmm.block.lane import READS, WRITES

@@ -1,0 +1,13 @@
+from typing_extensions import disjoint_base
+
+from pyvmm.block.protocols.nbd_request import NbdRequest
+from pyvmm.block.protocols.nbd_requests import NbdRequests
+
+WRONG: tuple[str, ...]
+
+@disjoint_base
+class NbdLine(NbdRequests):
+    def begin(self, fd: int, structured: bool, most_bytes: int, block_bytes: int) -> None: ...
+    def end(self) -> list[NbdRequest]: ...
+    def receive(self) -> tuple[list[tuple[NbdRequest, int]], bool]: ...
+    def give_back(self) -> None: ...
