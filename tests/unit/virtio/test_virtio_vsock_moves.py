@@ -256,9 +256,7 @@ class Moves(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             self.rest()
-            for who in list(
-                self.guest.sockets.values()
-            ):  # room for new ones: what the driver has dropped may still count
+            for who in list(self.guest.sockets.values()):  # room for new ones: what was dropped may still count
                 self.guest.tell(p.OP_RST, who)
                 del self.guest.sockets[who.port, who.guest_port]
             for end in list(self.ends):
