@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from guests import PASSED, TIMEOUT_S, Guest
+from waiting import wait_for
 
 from pyvmm import Machine
 from pyvmm.devices.virtio import mmio
@@ -49,15 +50,6 @@ def make_ready(machine: Machine, features: int) -> None:
     for status in (ACKNOWLEDGE, ACKNOWLEDGE | DRIVER, ACKNOWLEDGE | DRIVER | FEATURES_OK):
         put(mmio.STATUS, status)
     put(mmio.STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    never = threading.Event()
-    for _ in range(int(TIMEOUT_S * 1000)):
-        if condition():
-            return
-        never.wait(0.001)
-    raise AssertionError("it never came")
 
 
 def frames(peer: socket.socket, count: int) -> list[bytes]:
@@ -104,7 +96,7 @@ def test_who_goes_on_elsewhere(
         if not asked and way != "fork":
             assert frames(peer, 3) == [RARP] * 3
         expected = 3 if asked and way != "fork" else 1
-        wait_for(lambda: other.mmio.read(layout.VIRTIO_MMIO + mmio.CONFIG + 6, 2) == expected)
+        wait_for(lambda: other.mmio.read(layout.VIRTIO_MMIO + mmio.CONFIG + 6, 2) == expected, TIMEOUT_S)
         other.memory.write(guest.program.symbols["end"], b"\1")
         assert other.wait(TIMEOUT_S) == PASSED
         assert other.mmio.read(layout.VIRTIO_MMIO + mmio.CONFIG + 6, 2) == expected

@@ -66,16 +66,6 @@ class Result:
         return self.values[0]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what another thread does without a word to us."""
-    end = threading.Event()
-    for _ in range(int(LIMIT_S * 1000)):
-        if condition():
-            return
-        end.wait(0.001)
-    raise AssertionError("it never came")
-
-
 def aligned(length: int) -> memoryview:
     """Zeroed memory that begins at a page."""
     return memoryview(mmap.mmap(-1, max(1, length)))[:length]

@@ -6,7 +6,8 @@ import threading
 from errno import EACCES, ECANCELED, EINVAL, EIO, ENOMEDIUM, ENOSPC
 
 import pytest
-from block_drives import SECTOR, ManualDrive, ManualLoop, Result, wait_until
+from block_drives import SECTOR, ManualDrive, ManualLoop, Result
+from waiting import wait_for
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 from pyvmm.block.coroutine import AioContext
@@ -403,7 +404,7 @@ def test_drain_runs_what_is_due_and_waits_for_the_rest() -> None:
     drive = ManualDrive()
     first, second = drive.write(0), drive.write(0)
     drive.driver.finish()  # due, and no loop to run it
-    finisher = threading.Thread(target=lambda: (wait_until(lambda: bool(drive.driver.steps)), drive.driver.finish()))
+    finisher = threading.Thread(target=lambda: (wait_for(lambda: bool(drive.driver.steps)), drive.driver.finish()))
     finisher.start()
     drive.backend.drain()
     finisher.join()
@@ -417,7 +418,7 @@ def test_drain_waits_for_what_callbacks_submit() -> None:
     drive.backend.aio_flush(lambda ret: None)
     drive.backend.aio_readv(0, [memoryview(bytearray(512))], lambda ret: second.append(drive.read(1)))
     drive.driver.finish()
-    finisher = threading.Thread(target=lambda: (wait_until(lambda: bool(second)), drive.driver.finish()))
+    finisher = threading.Thread(target=lambda: (wait_for(lambda: bool(second)), drive.driver.finish()))
     finisher.start()
     drive.backend.drain()
     finisher.join()
@@ -430,7 +431,7 @@ def test_two_may_drain() -> None:
     drainers = [threading.Thread(target=drive.backend.drain) for _ in range(3)]
     for drainer in drainers:
         drainer.start()
-    wait_until(lambda: len(drive.backend._context._watchers) == 3)
+    wait_for(lambda: len(drive.backend._context._watchers) == 3)
     drive.driver.finish()
     for drainer in drainers:
         drainer.join()
@@ -445,7 +446,7 @@ def test_close_drains_flushes_and_drops() -> None:
     drive.finish(-EIO)
     drive.errors.clear()
     finisher = threading.Thread(
-        target=lambda: (wait_until(lambda: bool(drive.driver.steps)), drive.driver.finish(-EIO))
+        target=lambda: (wait_for(lambda: bool(drive.driver.steps)), drive.driver.finish(-EIO))
     )
     finisher.start()
     with pytest.raises(HostError, match="not all that was written"):

@@ -24,12 +24,12 @@ from block_drives import (
     flush,
     read,
     takes_direct,
-    wait_until,
     write,
 )
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from waiting import wait_for
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 from pyvmm.block.protocols import file_posix
@@ -321,7 +321,7 @@ def test_cancel_tells_exactly_once(any_drive: Open, image: Path) -> None:
 
 def test_close_leaves_no_thread_and_no_descriptor(engine: str, road: str, image: Path, loop: TestLoop) -> None:
     loop.call_soon(lambda: None)
-    wait_until(lambda: not loop._calls)
+    wait_for(lambda: not loop._calls)
     fds, threads = set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task"))
     backend = open_drive(DriveOptions(image, aio=engine, cache="writeback"), loop=loop, clock=loop.clock)
     for number in range(20):
@@ -329,7 +329,7 @@ def test_close_leaves_no_thread_and_no_descriptor(engine: str, road: str, image:
     backend.close()
     backend.close()
     assert set(os.listdir("/proc/self/fd")) == fds
-    wait_until(lambda: set(os.listdir("/proc/self/task")) <= threads)
+    wait_for(lambda: set(os.listdir("/proc/self/task")) <= threads)
     assert image.read_bytes()[: 20 * SECTOR] == b"z" * (20 * SECTOR)
 
 

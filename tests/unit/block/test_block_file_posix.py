@@ -9,7 +9,8 @@ from errno import EAGAIN, ECANCELED, EDQUOT, EINVAL, EIO, ENOSPC, EOPNOTSUPP
 from pathlib import Path
 
 import pytest
-from block_drives import LIMIT_S, SECTOR, Result, TestLoop, aligned, flush, read, takes_direct, wait_until, write
+from block_drives import LIMIT_S, SECTOR, Result, TestLoop, aligned, flush, read, takes_direct, write
+from waiting import wait_for
 
 from pyvmm.block import BlockBackend
 from pyvmm.block.protocols import fallocate, file_posix
@@ -251,7 +252,7 @@ def test_our_own_mistakes_stop_the_machine(drive: Open, loop: TestLoop) -> None:
     try:
         backend.aio_readv(0, iov, done.append)
         assert taken.wait(LIMIT_S)
-        wait_until(lambda: bool(loop.errors))
+        wait_for(lambda: bool(loop.errors))
     finally:
         FilePosix._do = original  # type: ignore[method-assign]
     assert [type(exc) for exc in loop.errors] == [ValueError]
@@ -271,7 +272,7 @@ class Busy:
         self.results = [Result() for _ in range(16)]
         for number, result in enumerate(self.results):
             backend.aio_writev(1000 + 2 * number, [memoryview(b"b" * 512)], result)
-        wait_until(lambda: len(writes.made) == 16)
+        wait_for(lambda: len(writes.made) == 16)
         writes.made.clear()
 
 

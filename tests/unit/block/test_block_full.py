@@ -10,7 +10,8 @@ from errno import ENOSPC
 from pathlib import Path
 
 import pytest
-from block_drives import ENGINES, LEFT_OUT, SECTOR, Result, flush, wait_until
+from block_drives import ENGINES, LEFT_OUT, SECTOR, Result, flush
+from waiting import wait_for
 
 from pyvmm.block import BlockBackend
 from pyvmm.block.protocols import file_posix
@@ -69,7 +70,7 @@ else:
         results = [Result() for _ in range(7)]
         for number, result in enumerate(results):
             backend.aio_writev(64 * number, [memoryview(bytearray([number + 1]) * (64 * SECTOR))], result)
-        wait_until(lambda: bool(stops))
+        wait_for(lambda: bool(stops))
         backend.drain()
         assert stops[0] == ("write", ENOSPC, "stop")
         assert backend.stalled >= 1

@@ -21,10 +21,10 @@ from block_drives import (
     aligned,
     flush,
     read,
-    wait_until,
     write,
 )
 from sandbox import run_without
+from waiting import wait_for
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 from pyvmm.block.coroutine import Waiter, start
@@ -393,4 +393,4 @@ if not IO_URING_REFUSAL:
         loop.call_soon(driver._on_event)
         seen: list[int] = []
         loop.call_soon(lambda: seen.append(1))
-        wait_until(lambda: bool(seen))
+        wait_for(lambda: bool(seen))

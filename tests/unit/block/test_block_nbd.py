@@ -15,8 +15,9 @@ from pathlib import Path
 from struct import pack
 
 import pytest
-from block_drives import LIMIT_S, SECTOR, Result, TestLoop, flush, read, wait_until, write
+from block_drives import LIMIT_S, SECTOR, Result, TestLoop, flush, read, write
 from nbd_server import READ, TRIM, WRITE, WRITE_ZEROES, Answer, Asked, Client, NbdServer
+from waiting import wait_for
 
 from pyvmm import ConfigError
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
@@ -141,7 +142,7 @@ def test_requests_that_come_together_go_out_together(serve: Serve, on: Open) -> 
         server.tell_the_truth(client, asked)
 
     server.answer = when_all_are_there
-    wait_until(lambda: not file._line.awake)  # nothing comes from now on, so it sleeps until ``go``
+    wait_for(lambda: not file._line.awake)  # nothing comes from now on, so it sleeps until ``go``
     results = [Result() for _ in range(WAIT_FOR_MORE + 3)]
     waiting = []
     backend.plug()
@@ -168,7 +169,7 @@ def test_the_end_is_said(serve: Serve, on: Open) -> None:
     backend = on(server)
     write(backend, 0, bytes(SECTOR))
     backend.close()
-    wait_until(lambda: len(server.asked) > 0 and server.asked[-1].kind == 2)
+    wait_for(lambda: len(server.asked) > 0 and server.asked[-1].kind == 2)
     assert [asked.kind for asked in server.asked[-2:]] == [3, 2]  # flush, end
 
 
@@ -272,7 +273,7 @@ def test_a_lie_is_an_io_error_and_the_next_request_finds_a_new_connection(serve:
     honest, server.answer = server.answer, LIES[name]
     assert attempt(backend, 8) == -EIO
     server.answer = honest
-    wait_until(lambda: attempt(backend) == 0)
+    wait_for(lambda: attempt(backend) == 0)
     assert read(backend, 0, 8) == server.data[:4096]
 
 
@@ -291,7 +292,7 @@ def test_an_answer_before_the_data_is_here(serve: Serve, on: Open) -> None:
     server._one = early  # type: ignore[method-assign]
     server.hang_up()
     server.listen()
-    wait_until(lambda: attempt_write(backend, b"\1" * (8 << 20)) == -ENOSPC)
+    wait_for(lambda: attempt_write(backend, b"\1" * (8 << 20)) == -ENOSPC)
     stop.set()
 
 
@@ -326,7 +327,7 @@ def test_close_does_not_hang(serve: Serve, on: Open, monkeypatch: pytest.MonkeyP
     server.answer = lambda client, asked: None
     result = Result()
     backend.aio_writev(0, [memoryview(bytes(SECTOR))], result)
-    wait_until(lambda: bool(server.asked))
+    wait_for(lambda: bool(server.asked))
     begin = time.monotonic()
     with pytest.raises(HostError, match="not all that was written is in nbd:unix:"):
         backend.close()
@@ -353,7 +354,7 @@ def test_requests_wait_for_it_where_the_policy_says_so(serve: Serve, on: Open) -
     buffers = [memoryview(bytearray(4096)) for _ in results]
     for number, result in enumerate(results):
         backend.aio_readv(number * 8, [buffers[number]], result)
-    wait_until(lambda: len(server.asked) > 0)
+    wait_for(lambda: len(server.asked) > 0)
     assert not any(result.done for result in results)
     server.answer = server.tell_the_truth
     assert [result.wait() for result in results] == [0] * 20
@@ -371,7 +372,7 @@ def test_a_cancelled_request_does_not_wait(serve: Serve, on: Open) -> None:
     server = serve()
     backend = on(server, format="raw", reconnect_delay=100_000)
     server.hang_up()
-    wait_until(lambda: not backend._driver._file._connected)  # type: ignore[union-attr]
+    wait_for(lambda: not backend._driver._file._connected)  # type: ignore[union-attr]
     result = Result()
     backend.aio_readv(0, [memoryview(bytearray(SECTOR))], result).cancel()
     assert result.wait() != 0

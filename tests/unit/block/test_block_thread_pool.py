@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 import pytest
-from block_drives import LIMIT_S, wait_until
+from block_drives import LIMIT_S
+from waiting import wait_for
 
 from pyvmm.block.thread_pool import ThreadPool
 from pyvmm.light import Thread
@@ -71,7 +72,7 @@ def test_one_job_after_the_other_needs_one_thread() -> None:
         jobs.gates[name].set()
         pool.submit(name)
         jobs.wait_done(int(str(name)) + 1)
-        wait_until(lambda: bool(pool._idle))
+        wait_for(lambda: bool(pool._idle))
     assert len(jobs.threads) == 1
     pool.close()
 
@@ -82,7 +83,7 @@ def test_idle_threads_end_and_come_again() -> None:
     for name in jobs.add("a", "b"):
         jobs.gates[name].set()
         pool.submit(name)
-        wait_until(lambda: pool.threads == 0)
+        wait_for(lambda: pool.threads == 0)
     assert jobs.done == ["a", "b"]
     pool.close()
 

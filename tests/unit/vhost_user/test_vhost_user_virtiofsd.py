@@ -15,7 +15,8 @@ from boot_assets import LeftOutError
 from netns import refusal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "virtio"))
-from machine_guest import MachineGuest, wait_for
+from machine_guest import MachineGuest
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.devices.virtio.device import NEEDS_RESET

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 from driver import TestDriver
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.devices.virtio import mmio
@@ -17,16 +15,6 @@ READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 BAR4 = 0xFE00_4000
 DRIVER_FEATURE_SELECT, DRIVER_FEATURE, STATUS, QUEUE_SELECT, QUEUE_ENABLE = 8, 12, 20, 22, 28
 CONFIG, NOTIFY = 0x2000, 0x3000
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    """Until it holds: the device's thread is on its way."""
-    never = threading.Event()
-    for _ in range(int(LIMIT_S * 1000)):
-        if condition():
-            return
-        never.wait(0.001)
-    raise AssertionError("it never came")
 
 
 class MachineGuest:

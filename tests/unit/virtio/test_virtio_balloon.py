@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from balloon_bench import LAYOUTS, MEMORY_BYTES, MIB, PAGE, BalloonBench
-from machine_guest import MachineGuest, wait_for
+from machine_guest import MachineGuest
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.devices.virtio.balloon import (

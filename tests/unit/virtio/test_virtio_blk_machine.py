@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from blk_bench import SECTOR, header
 from driver import TestDriver
-from machine_guest import wait_for
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.boards.pc_firmware import boot_paths

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from blk_bench import SECTOR, header
-from machine_guest import LIMIT_S, wait_for
+from machine_guest import LIMIT_S
 from test_virtio_blk_machine import Guest, machine
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.block.image_tool import check, create, info

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from machine_guest import MachineGuest, wait_for
+from machine_guest import MachineGuest
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.chardev import PtyChardev

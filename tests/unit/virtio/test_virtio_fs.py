@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import vhost_back_end as b
-from machine_guest import MachineGuest, wait_for
+from machine_guest import MachineGuest
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.devices.virtio import mmio

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from machine_guest import wait_for
 from net_bench import HEADER_BYTES, MAC, NetBench, PlayTap, frame
 from test_virtio_net import ALL
+from waiting import wait_for
 
 from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.io_thread import IoThreads

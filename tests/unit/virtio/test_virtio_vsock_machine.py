@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from net_bench import Driver
 from vsock_bench import Packet, header
+from waiting import wait_for
 
 import pyvmm
 from pyvmm.devices.virtio import mmio, vsock
@@ -28,15 +28,6 @@ READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 CHUNK = 32768
 BOARDS = ["microvm", "pc"]
 RINGS = ["split", "packed"]
-
-
-def wait_for(condition: Callable[[], object]) -> Any:
-    never = threading.Event()
-    for _ in range(int(LIMIT_S * 1000)):
-        if value := condition():
-            return value
-        never.wait(0.001)
-    raise AssertionError("it never came")
 
 
 def machine(kind: str, path: Path, cid: int = 3, connections: int = 256, **options: Any) -> pyvmm.Machine:
