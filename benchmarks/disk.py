@@ -15,8 +15,7 @@ import os
 import random
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyvmm.block import image_tool
@@ -24,15 +23,13 @@ from pyvmm.block.options import DriveOptions
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import ConfigError
 from pyvmm_benchmarks import environment
-from pyvmm_benchmarks.contenders.disk_contenders import Disk, DiskKind, OwnKind, QemuKind, SystemCalls
-from pyvmm_benchmarks.contenders.exit_contender import LOOK_S, CantRun
-from pyvmm_benchmarks.disk_cases import CASES, IMAGE_MIB, WRITE, DiskCase, rom
-from pyvmm_benchmarks.exits import chosen, tsc_khz
-from pyvmm_benchmarks.mailbox import Hung
-from pyvmm_benchmarks.report import TOLERANCE, Case, Report, Result, case_lines, print_comparison
+from pyvmm_benchmarks.contenders.disk_contenders import DiskKind, OwnKind, QemuKind
+from pyvmm_benchmarks.disk_cases import CASES, IMAGE_MIB, rom
+from pyvmm_benchmarks.exits import chosen
+from pyvmm_benchmarks.report import TOLERANCE, Report, case_lines, print_comparison
+from pyvmm_benchmarks.request_turns import Found, one_set
 
 REFERENCE = "qemu-threads"
-TURN_S = 30.0
 # The disk in its image: as it is; in qcow2, all of it there; in qcow2 with nothing in it, where reads are of zeros and
 # the first write to each cluster has to make it.
 IMAGES = ("raw", "qcow2", "qcow2-empty")
@@ -112,7 +109,7 @@ def measured(given: dict[str, object]) -> Report:
     place = str(given.get("directory", MEMORY_DIRECTORY if os.path.isdir(MEMORY_DIRECTORY) else "")) or None
     with tempfile.TemporaryDirectory(dir=place) as name, environment.left_to_contenders(pin):
         directory = Path(name)
-        found = {case.name: Found(case, contenders) for case in cases}
+        found = {case.name: Found(case, contenders, REFERENCE, "request") for case in cases}
         for _ in range(sets):
             make_images(directory, contenders, image)  # anew: what each has written to its own differs
             one_set(cases, contenders, directory, found, rounds, scale, pin)
@@ -141,127 +138,3 @@ def make_images(directory: Path, contenders: Sequence[DiskKind], what: str) -> N
         shutil.copyfile(first, image)
         kind.on_image(image)
     first.unlink()
-
-
-class Found:
-    """What all contenders gave in one case. Times in us a request, counts a request."""
-
-    def __init__(self, case: DiskCase, contenders: Sequence[DiskKind]) -> None:
-        self.case = case
-        self.contenders = contenders
-        self.sets: dict[str, list[list[float]]] = {kind.name: [] for kind in contenders}
-        self.counts: dict[str, dict[str, float]] = {kind.name: {} for kind in contenders}
-        self.reasons = {kind.name: kind.why_not(case) for kind in contenders}
-
-    def case_report(self) -> Case:
-        results = [
-            Result(
-                kind.name,
-                [] if self.reasons[kind.name] else self.sets[kind.name],
-                ours=kind.ours,
-                reason=self.reasons[kind.name],
-                details=dict(self.counts[kind.name]),
-            )
-            for kind in self.contenders
-        ]
-        case = Case(self.case.name, self.case.title, "us a request", results, reference=REFERENCE)
-        case.details = {**self.case._asdict()}
-        return case
-
-    def count_lines(self) -> list[str]:
-        names = ("system calls", "wake-ups", "Python calls", "doorbells", "interrupts")
-        lines = [f"  {'a request':<18}" + "".join(f"{name:>14}" for name in names)]
-        for kind in self.contenders:
-            if counts := self.counts[kind.name]:
-                lines.append(f"  {kind.name:<18}" + "".join(number(counts.get(name)) for name in names))
-        return lines
-
-
-def number(value: float | None) -> str:
-    return f"{'-':>14}" if value is None else f"{value:>14.3f}"
-
-
-def one_set(
-    cases: Sequence[DiskCase],
-    contenders: Sequence[DiskKind],
-    directory: Path,
-    found: dict[str, Found],
-    rounds: int,
-    scale: float,
-    pin: int | None,
-) -> None:
-    """Fresh processes, all cases."""
-    started: dict[str, Disk] = {}
-
-    def drop(name: str, reason: str) -> None:
-        started.pop(name).close()
-        for one in found.values():
-            if not any(one.sets[name]):
-                one.reasons[name] = reason
-
-    try:
-        for kind in contenders:
-            if not found[cases[0].name].reasons[kind.name]:
-                started[kind.name] = kind.start(cases[0], directory, pin)
-                wait(kind.name, started, drop)
-        for case in cases:
-            play(found[case.name], case, max(1, round(case.requests * scale)), rounds, started, drop)
-    finally:
-        for contender in started.values():
-            contender.close()
-
-
-def wait(name: str, started: dict[str, Disk], drop: Callable[[str, str], None]) -> None:
-    try:
-        while not started[name].try_ready():
-            time.sleep(LOOK_S)
-    except CantRun as error:
-        drop(name, str(error))
-
-
-def play(
-    found: Found, case: DiskCase, count: int, rounds: int, started: dict[str, Disk], drop: Callable[[str, str], None]
-) -> None:
-    """A B C C B A, after a round that does not count; then what a request costs besides time."""
-    us = 1e3 / tsc_khz() / count
-    times: dict[str, list[float]] = {name: [] for name in started}
-    sums: set[int] = set()
-    for n in range(-1, rounds):
-        for name in [*started, *reversed(started)]:
-            if name not in started:
-                continue
-            try:
-                answer = started[name].requests(case, count, TURN_S)
-            except Hung as error:
-                drop(name, f"{case.name}: {error}")
-                continue
-            if n >= 0:
-                times[name].append(answer.ticks * us)
-            if not case.flags & WRITE:
-                sums.add(answer.sum)
-    if len(sums) > 1:
-        raise ConfigError(f"{case.name}: the contenders have read different bytes: {sums}")
-    for name, contender in started.items():
-        # Two turns each: the lesser, for whatever disturbs one only adds to it.
-        found.sets[name].append([min(pair) for pair in zip(times[name][::2], times[name][1::2], strict=True)])
-        if not found.counts[name]:
-            found.counts[name] = counts(contender, case, count)
-
-
-def counts(contender: Disk, case: DiskCase, count: int) -> dict[str, float]:
-    """Of turns that are not timed."""
-    before = contender.switches()
-    answer = contender.requests(case, count, TURN_S)
-    found = {
-        "wake-ups": (contender.switches() - before) / count,
-        "doorbells": answer.kicks / count,
-        "interrupts": answer.interrupts / count,
-    }
-    with SystemCalls(contender.process.pid) as calls:
-        contender.requests(case, count, TURN_S)
-    if calls.count is not None:
-        found["system calls"] = calls.count / count
-    if contender.python_calls(True) is not None:
-        contender.requests(case, count, TURN_S)
-        found["Python calls"] = (contender.python_calls(False) or 0) / count
-    return found

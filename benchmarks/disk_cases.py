@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyvmm_benchmarks import exit_guests
-from pyvmm_benchmarks.mailbox import Hung, Mailbox
+from pyvmm_benchmarks.mailbox import MAILBOX, Hung, Mailbox
 
 MEMORY_MIB = 128
 IMAGE_MIB = 256
@@ -20,6 +20,16 @@ PLAN = struct.Struct("<5I")  # count, depth, sectors, mask, flags
 RESULT_AT = 0x40
 RESULT = struct.Struct("<QQIII")  # ticks, sum, errors, kicks, interrupts
 RANDOM, BY_INTERRUPT, WRITE = 1, 2, 4
+
+
+class Answer(NamedTuple):
+    """What a turn gave. ``sum``: of the first eight bytes of all buffers, where they were read."""
+
+    ticks: int
+    sum: int | None
+    errors: int
+    kicks: int
+    interrupts: int
 
 
 class DiskCase(NamedTuple):
@@ -40,6 +50,15 @@ class DiskCase(NamedTuple):
         places = IMAGE_MIB * (1 << 20) // self.size_bytes
         return PLAN.pack(count, self.depth, self.size_bytes // SECTOR_BYTES, places - 1, self.flags)
 
+    def take(self, mailbox: Mailbox, count: int, limit_s: float, alive: Callable[[], bool]) -> Answer:
+        """One turn. Hung where its end does not come within ``limit_s``, or the process is gone."""
+        mailbox.put(PLAN_AT, self.plan(count))
+        mailbox.turn(limit_s, alive)
+        answer = Answer(*RESULT.unpack(mailbox.memory.read(mailbox.base + MAILBOX + RESULT_AT, RESULT.size)))
+        if answer.errors:
+            raise Hung(f"{answer.errors} of {count} requests failed")
+        return answer._replace(sum=None) if self.flags & WRITE else answer
+
 
 CASES = (
     DiskCase("read_4k_qd32", "4 KiB reads at random, 32 in flight, polling", 4096, 32, RANDOM, 2000, 1.0),
@@ -57,26 +76,6 @@ CASES = (
 )  # fmt: skip
 
 
-class Answer(NamedTuple):
-    """What a turn gave. ``sum``: of the first eight bytes of all buffers, the same for all who read the same."""
-
-    ticks: int
-    sum: int
-    errors: int
-    kicks: int
-    interrupts: int
-
-
 def rom() -> bytes:
     """The guest, as firmware of 64 KiB."""
     return exit_guests.as_rom(exit_guests.assembled(SOURCE, exit_guests.LOAD))
-
-
-def take(mailbox: Mailbox, case: DiskCase, count: int, limit_s: float, alive: Callable[[], bool]) -> Answer:
-    """One turn. Hung where its end does not come within ``limit_s``, or the process is gone."""
-    mailbox.put(PLAN_AT, case.plan(count))
-    mailbox.turn(limit_s, alive)
-    answer = Answer(*RESULT.unpack(mailbox.memory.read(mailbox.base + 0x18_0000 + RESULT_AT, RESULT.size)))
-    if answer.errors:
-        raise Hung(f"{answer.errors} of {count} requests failed")
-    return answer

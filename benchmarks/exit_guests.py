@@ -101,8 +101,9 @@ def assembled(source: Path, address: int) -> bytes:
 
 def assemble(source: Path, address: int) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
+        places = [word for place in (source.parent, SOURCES, SOURCES.parent) for word in ("-I", str(place))]
         obj, binary = f"{directory}/guest.o", Path(directory, "guest.bin")
-        run("as", "--64", "-I", str(source.parent), "-I", str(SOURCES), "-o", obj, str(source))
+        run("as", "--64", *places, "-o", obj, str(source))
         flat = ("-melf_x86_64", "--oformat", "binary", "-N", "-e", "0", f"-Ttext={address:#x}")
         run("ld", *flat, "-o", str(binary), obj)
         return binary.read_bytes()

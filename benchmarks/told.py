@@ -1,4 +1,5 @@
-"""Guests that do what they are told over their serial port, under pyvmm and under QEMU: what the disk benchmarks share.
+"""Guests that do what they are told over their serial port, under pyvmm and under QEMU: what benchmarks of a disk and
+of the network share.
 
 Every guest has a process of its own (``measure.Contender``) that builds the machine and then works through requests:
 a line of JSON in, bytes for the guest; the guest answers with a line of text; a line of JSON out, with that text and
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import measure
@@ -63,14 +64,20 @@ class Line:
                 return line
 
 
-class ExitCount:
-    """KVM's own count of exits to user space of one process, by perf; None where perf does not count."""
+EXITS = "kvm:kvm_userspace_exit"
 
-    def __init__(self, pid: int) -> None:
-        self.command = ["perf", "stat", "-x", ",", "-D", "-1", "-e", "kvm:kvm_userspace_exit", "-p", str(pid)]
-        self.count: int | None = None
 
-    def __enter__(self) -> ExitCount:
+class Counted:
+    """How often the kernel comes by these places (tracepoints) for one process, by perf; ``counts`` has those that it
+    does count.
+    """
+
+    def __init__(self, pid: int, places: Sequence[str] = (EXITS,)) -> None:
+        events = [word for place in places for word in ("-e", place)]
+        self.command = ["perf", "stat", "-x", ",", "-D", "-1", *events, "-p", str(pid)]
+        self.counts: dict[str, int] = {}
+
+    def __enter__(self) -> Counted:
         control, self._control = os.pipe()
         self._acks, acks = os.pipe()
         self._process: subprocess.Popen[str] | None = None
@@ -98,8 +105,8 @@ class ExitCount:
             self._process.send_signal(signal.SIGINT)
             for row in self._process.communicate()[1].splitlines():
                 fields = row.split(",")
-                if len(fields) > 2 and fields[2].startswith("kvm:") and fields[0].isdigit():
-                    self.count = int(fields[0])
+                if len(fields) > 2 and ":" in fields[2] and fields[0].isdigit():
+                    self.counts[fields[2]] = int(fields[0])
         os.close(self._control)
         os.close(self._acks)
 
@@ -136,7 +143,11 @@ class Monitor:
 
 
 def child(work: dict[str, Any]) -> None:
-    """Build the machine, say hello when the guest is ready, then serve requests until there are no more."""
+    """Build the machine, say hello when the guest is ready, then serve requests until there are no more.
+
+    ``work``: "contender", "memory_mib" and what is booted; an IDE disk's "image"; beside or instead of it "options" of
+    the Machine's, "words" of QEMU's, and a "place", which a socket is made beside.
+    """
     (qemu if work["contender"] == "qemu" else pyvmm)(work)
 
 
@@ -159,7 +170,7 @@ def serve(
         request = json.loads(text)
         before = rows()
         go()
-        with ExitCount(pid) if request["perf"] else contextlib.nullcontext() as counted:
+        with Counted(pid) if request["perf"] else contextlib.nullcontext() as counted:
             send(bytes(request["bytes"]))
             said = line.until(is_answer, TURN_S)
         stand()
@@ -167,8 +178,9 @@ def serve(
         for key, new in rows().items():
             old = before.get(key, (0, 0))
             used[key] = (new[0] - old[0], new[1] - old[1])
-        exits = None if counted is None else counted.count
+        exits = None if counted is None else counted.counts.get(EXITS)
         print(json.dumps({"said": said, "exits": exits, "rows": used}), flush=True)
+
 
 def pyvmm(work: dict[str, Any]) -> None:
     import pyvmm
@@ -189,7 +201,10 @@ def pyvmm(work: dict[str, Any]) -> None:
         }
 
     options = {name: work[name] for name in ("kernel", "initrd", "append", "memory_mib") if name in work}
-    with pyvmm.Machine(machine="pc", drives=[DriveOptions(work["image"])], serial=serial, **options) as m:
+    options |= work.get("options", {})
+    if "image" in work:
+        options["drives"] = [DriveOptions(work["image"])]
+    with pyvmm.Machine(machine="pc", serial=serial, **options) as m:
         # Of a vCPU that halts in KVM nothing can be asked before it is back: so ask first.
         tsc_khz = m.cpus[0].vcpu.tsc_khz
         m.resume()
@@ -203,13 +218,15 @@ def qemu(work: dict[str, Any]) -> None:
     command += ["-no-user-config", "-nodefaults", "-display", "none", "-vga", "none", "-serial", "stdio"]
     # Made up for lost ticks, a PIT would keep software KVM from ever taking another interrupt.
     command += ["-global", "kvm-pit.lost_tick_policy=discard"]
-    command += ["-drive", f"file={work['image']},if=ide,format=raw,cache=writeback,aio=threads"]
+    command += work.get("words", [])
+    if "image" in work:
+        command += ["-drive", f"file={work['image']},if=ide,format=raw,cache=writeback,aio=threads"]
     if "PYVMM_LAB" in os.environ:
         command += ["-cpu", "host"]
     for name in ("kernel", "initrd", "append"):
         if name in work:
             command += [f"-{name}", work[name]]
-    monitor = f"{work['image']}.monitor"
+    monitor = f"{work.get('image') or work['place']}.monitor"
     command += ["-monitor", f"unix:{monitor},server=on,wait=off"]
     line = Line()
     pipe = subprocess.PIPE
@@ -308,6 +325,11 @@ class Used:
 
 def ratios(theirs: Used, ours: Used) -> tuple[float, float, float]:
     """How many times as fast ours was, median and 95% interval, by rounds."""
-    groups = [[q / p for q, p in zip(x, y, strict=True)] for x, y in zip(theirs.times, ours.times, strict=True)]
+    return ratios_of(theirs.times, ours.times)
+
+
+def ratios_of(theirs: list[list[float]], ours: list[list[float]]) -> tuple[float, float, float]:
+    """The same of times: a list a set, a value a round."""
+    groups = [[q / p for q, p in zip(x, y, strict=True)] for x, y in zip(theirs, ours, strict=True)]
     low, high = measure.interval(groups)
     return measure.median([value for each in groups for value in each]), low, high

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,17 +10,16 @@ import time
 from pathlib import Path
 
 from pyvmm_benchmarks import environment
-from pyvmm_benchmarks.contenders.exit_contender import LOOK_S, CantRun, Contender, Kind, read_line
-from pyvmm_benchmarks.disk_cases import MEMORY_MIB, Answer, DiskCase, take
+from pyvmm_benchmarks.contenders.exit_contender import LOOK_S, CantRun, Kind
+from pyvmm_benchmarks.contenders.request_contender import ANSWER_S, OwnRequests, RequestContender
+from pyvmm_benchmarks.disk_cases import MEMORY_MIB, DiskCase
 
-CHILD = Path(__file__).with_name("disk_child.py")
-ANSWER_S = 10.0
+CHILD = Path(__file__).with_name("request_child.py")
 
 
-class Disk(Contender):
-    """A running one. ``case`` is that of the next turn."""
+class Disk(RequestContender):
+    """A running one."""
 
-    case: DiskCase
     server: subprocess.Popen[bytes] | None = None
     """Where its disk is, if that is another process."""
 
@@ -31,45 +29,9 @@ class Disk(Contender):
             self.server.terminate()
             self.server.wait()
 
-    def requests(self, case: DiskCase, count: int, limit_s: float) -> Answer:
-        """A turn of so many requests; the process is stopped before and after it."""
-        assert self.mailbox is not None
-        self.go()
-        try:
-            answer = take(self.mailbox, case, count, limit_s, lambda: self.process.poll() is None)
-        except BaseException:
-            self.kill()
-            raise
-        self.stop()
-        return answer
 
-    def python_calls(self, on: bool) -> int | None:
-        """Calls of Python since counting was turned on; None where there is no Python."""
-        return None
-
-    def switches(self) -> int:
-        """How often one of its threads has gone to sleep, and so has been woken again (proc_pid_status(5))."""
-        total = 0
-        for status in Path(f"/proc/{self.process.pid}/task").glob("*/status"):
-            for line in status.read_text().splitlines():
-                if line.startswith("voluntary_ctxt_switches:"):
-                    total += int(line.split()[1])
-        return total
-
-
-class OwnDisk(Disk):
-    """pyvmm's: disk_child.py."""
-
-    tells_memory = True
-
-    def python_calls(self, on: bool) -> int | None:
-        assert self.process.stdin is not None
-        self.go()
-        self.process.stdin.write(b"on\n" if on else b"off\n")
-        self.process.stdin.flush()
-        said = read_line(self.process.stdout, time.monotonic() + ANSWER_S)
-        self.stop()
-        return int(said)
+class OwnDisk(OwnRequests, Disk):
+    """pyvmm's."""
 
 
 class DiskKind(Kind):
@@ -125,9 +87,9 @@ class OwnKind(DiskKind):
         self.engine = engine
 
     def command(self, case: DiskCase, directory: Path) -> list[str]:
-        work = {"image": self.file, "rom": str(directory / "disk.rom"), "memory_mib": MEMORY_MIB,
-                "aio": "threads" if self.engine == "nbd" else self.engine,
-                "format": "raw" if self.engine == "nbd" else self.format}  # fmt: skip
+        nbd = self.engine == "nbd"  # qemu-nbd serves the disk in the image
+        drive = {"file": self.file, "aio": "threads" if nbd else self.engine, "format": "raw" if nbd else self.format}
+        work = {"rom": str(directory / "disk.rom"), "memory_mib": MEMORY_MIB, "drive": drive}
         return [sys.executable, "-P", str(CHILD), json.dumps(work)]
 
     def start(self, case: DiskCase, directory: Path, pin: int | None) -> Disk:
@@ -173,47 +135,3 @@ class QemuKind(DiskKind):
         disk = Disk(self, case, self.command(case, directory), pin)
         disk.server = server
         return disk
-
-
-class SystemCalls:
-    """How many system calls a process makes meanwhile, by perf; ``count`` is None where perf does not count."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.count: int | None = None
-
-    def __enter__(self) -> SystemCalls:
-        control, self._control = os.pipe()
-        self._acks, acks = os.pipe()
-        command = ["perf", "stat", "-x", ",", "-D", "-1", "-e", "raw_syscalls:sys_enter", "-p", str(self.pid)]
-        try:
-            self._process: subprocess.Popen[str] | None = subprocess.Popen(
-                [*command, "--control", f"fd:{control},{acks}"], pass_fds=(control, acks), stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-        except OSError:
-            self._process = None
-        os.close(control)
-        os.close(acks)
-        self._say(b"enable\n")
-        return self
-
-    def _say(self, word: bytes) -> None:
-        try:
-            os.write(self._control, word)
-            os.read(self._acks, 16)
-        except OSError:
-            pass  # it has given up
-
-    def __exit__(self, *exc: object) -> None:
-        import signal
-
-        self._say(b"disable\n")
-        if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
-            for line in self._process.communicate()[1].splitlines():
-                fields = line.split(",")
-                if len(fields) > 2 and fields[2].startswith("raw_syscalls") and fields[0].isdigit():
-                    self.count = int(fields[0])
-        os.close(self._control)
-        os.close(self._acks)

@@ -1,7 +1,7 @@
-"""The process of pyvmm in ``pyvmm bench disk``: a pc whose firmware is the guest, and a disk on virtio.
+"""The process of pyvmm in ``pyvmm bench disk`` and ``net``: a pc whose firmware is the guest, and one device on virtio.
 
 It says where guest RAM is. Then, for a line "on" or "off", it counts the calls of Python on the threads that serve the
-disk, or stops that, and says how many there were.
+device, or stops that, and says how many there were.
 """
 
 from __future__ import annotations
@@ -43,14 +43,21 @@ class Calls:
 
 def main() -> None:
     work = json.loads(sys.argv[1])
-    from pyvmm.block.protocols.file_posix import FilePosix
-    from pyvmm.devices.virtio.blk import VirtioBlk
-
     calls = Calls()
-    calls.watch(VirtioBlk, "handle")
-    calls.watch(FilePosix, "_aio_worker")
-    drive = DriveOptions(work["image"], format=work["format"], interface="virtio", aio=work["aio"])
-    options = {"firmware": work["rom"], "memory_mib": work["memory_mib"], "drives": [drive]}
+    options: dict[str, Any] = {"firmware": work["rom"], "memory_mib": work["memory_mib"]}
+    if "drive" in work:
+        from pyvmm.block.protocols.file_posix import FilePosix
+        from pyvmm.devices.virtio.blk import VirtioBlk
+
+        options["drives"] = [DriveOptions(interface="virtio", **work["drive"])]
+        calls.watch(VirtioBlk, "handle")
+        calls.watch(FilePosix, "_aio_worker")
+    else:
+        from pyvmm.devices.virtio.net import VirtioNet
+
+        options["nets"] = [work["net"]]
+        for name in ("handle", "_on_readable", "_on_writable"):
+            calls.watch(VirtioNet, name)
     with pyvmm.Machine(machine="pc", **options) as machine:
         base = machine.memory.ram[0].host_address
         khz = machine.cpus[0].vcpu.tsc_khz

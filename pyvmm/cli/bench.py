@@ -1,4 +1,4 @@
-"""``pyvmm bench exits|launch|disk|snapshot``: what exits, starts, requests to a disk and restores cost here.
+"""``pyvmm bench exits|launch|disk|net|snapshot``: what exits, starts, requests to a disk, frames and restores cost.
 
 The benchmarks are a package of their own: ``pyvmm_benchmarks`` where pyvmm is installed, the directory benchmarks/
 beside pyvmm/ in a checkout.
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 PACKAGE = "pyvmm_benchmarks"
+WHICH = ("exits", "launch", "disk", "net", "snapshot")
 
 USAGE = """\
-usage: pyvmm bench exits|launch|disk|snapshot [OPTIONS]
+usage: pyvmm bench exits|launch|disk|net|snapshot [OPTIONS]
 
   exits     what a VM exit costs: pyvmm, a loop in C, loops in Python, other VMMs
   launch    from the shell to the guest, and in one process: pyvmm and other VMMs
   disk      what a request to a disk on virtio takes: pyvmm and QEMU
+  net       what a frame of a network card on virtio takes: pyvmm and QEMU
   snapshot  to go on from a snapshot, to fork, to save what runs: pyvmm and the same in C
 
 `pyvmm bench exits --help` lists the options. Exit status: 0, 1 a regression (--compare), 2 wrong use or host error."""
@@ -35,8 +37,9 @@ def bench(args: list[str]) -> int:
     if which in ("--help", "-h"):
         print(USAGE)
         return 0
-    if which not in ("exits", "launch", "disk", "snapshot"):
-        raise ConfigError(f"there is no benchmark {which!r}: say `pyvmm bench exits`, `launch`, `disk` or `snapshot`")
+    if which not in WHICH:
+        which_there_are = "`pyvmm bench exits`, `launch`, `disk`, `net` or `snapshot`"
+        raise ConfigError(f"there is no benchmark {which!r}: say {which_there_are}")
     load()
     # The command has it off, for the way to a guest's first instruction; a benchmark runs for minutes.
     gc.enable()

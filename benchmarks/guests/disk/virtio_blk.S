@@ -60,39 +60,10 @@
         .set    NEXT,           1               # flags of a descriptor (2.7.5)
         .set    WRITABLE,       2
 
-        # PCI: configuration mechanism 1, and where the function's regions go
-        .set    PCI_ADDRESS,    0xcf8
-        .set    PCI_DATA,       0xcfc
-        .set    PCI_MEMORY,     0xfe000000
-        .set    PCI_PORTS,      0xc000
+        .include "virtio_pci.inc"
         .set    TRANSITIONAL,   0x10011af4      # 4.1.2
         .set    MODERN,         0x10421af4
-        .set    CAP_MSIX,       0x11
-        .set    CAP_VENDOR,     0x09
-
-        # struct virtio_pci_common_cfg (4.1.4.3)
-        .set    DEVICE_SELECT,  0x00
-        .set    DEVICE_FEATURE, 0x04
-        .set    DRIVER_SELECT,  0x08
-        .set    DRIVER_FEATURE, 0x0c
-        .set    CONFIG_VECTOR,  0x10
-        .set    DEVICE_STATUS,  0x14
-        .set    QUEUE_SELECT,   0x16
-        .set    SIZE,           0x18
-        .set    QUEUE_VECTOR,   0x1a
-        .set    QUEUE_ENABLE,   0x1c
-        .set    NOTIFY_OFF,     0x1e
-        .set    QUEUE_DESC,     0x20
-        .set    QUEUE_DRIVER,   0x28
-        .set    QUEUE_DEVICE,   0x30
         .set    F_FLUSH,        1 << 9
-        .set    F_EVENT_IDX,    1 << 29
-        .set    F_VERSION_1,    1               # of the upper half
-
-        .set    APIC,           0xfee00000
-        .set    APIC_EOI,       0xb0
-        .set    APIC_SPURIOUS,  0xf0
-        .set    VECTOR,         0x40
 
         # The request of slot EBX into the available ring. Clobbers EAX, EDX.
         .macro  make_available
@@ -292,163 +263,7 @@ lay_out:
 
 # -- set-up ----------------------------------------------------------------------------------------------------------
 
-# EAX = configuration dword at offset ECX of the function. Clobbers EDX.
-pci_read:
-        mov     function, %eax
-        or      %ecx, %eax
-        mov     $PCI_ADDRESS, %edx
-        outl    %eax, %dx
-        mov     $PCI_DATA, %edx
-        inl     %dx, %eax
-        ret
-
-# The same, written from ESI. Clobbers EAX, EDX.
-pci_write:
-        mov     function, %eax
-        or      %ecx, %eax
-        mov     $PCI_ADDRESS, %edx
-        outl    %eax, %dx
-        mov     %esi, %eax
-        mov     $PCI_DATA, %edx
-        outl    %eax, %dx
-        ret
-
-find_function:
-        movl    $0x80000000, function           # bus 0, function 0 of each slot
-        xor     %ecx, %ecx
-1:      call    pci_read
-        cmp     $TRANSITIONAL, %eax
-        je      2f
-        cmp     $MODERN, %eax
-        je      2f
-        addl    $0x800, function
-        cmpl    $0x80010000, function
-        jb      1b
-        jmp     failed
-2:      ret
-
-# A place for each region, aligned to its size (PCI 3.0, 6.2.5.1), then decode memory and ports, and be a master.
-give_addresses:
-        mov     $PCI_MEMORY, %r8d
-        mov     $PCI_PORTS, %r9d
-        mov     $0x10, %ecx
-1:      mov     $0xffffffff, %esi
-        call    pci_write
-        call    pci_read
-        test    %eax, %eax
-        jz      4f
-        mov     %eax, %ebx                      # what it says of itself is in the low bits
-        test    $1, %bl
-        jnz     3f
-        and     $~0xf, %eax
-        neg     %eax                            # its size
-        mov     %eax, %esi
-        dec     %esi
-        add     %esi, %r8d
-        not     %esi
-        and     %r8d, %esi
-        lea     (%rsi, %rax), %r8d
-        mov     %esi, bars - 0x10(%rcx)
-        call    pci_write
-        and     $6, %bl
-        cmp     $4, %bl
-        jne     4f
-        add     $4, %ecx                        # the upper half of 64 bits
-        xor     %esi, %esi
-        call    pci_write
-        jmp     4f
-3:      mov     %r9d, %esi
-        add     $0x100, %r9d
-        mov     %esi, bars - 0x10(%rcx)
-        call    pci_write
-4:      add     $4, %ecx
-        cmp     $0x24, %ecx
-        jbe     1b
-        mov     $4, %ecx
-        mov     $7, %esi
-        jmp     pci_write
-
-# Where common configuration and doorbells are (4.1.4), and the MSI-X table.
-read_capabilities:
-        mov     $0x34, %ecx
-        call    pci_read
-        movzbl  %al, %ebp
-1:      test    %ebp, %ebp
-        jz      9f
-        mov     %ebp, %ecx
-        call    pci_read
-        mov     %eax, %ebx                      # id, next, length, type; or id, next, control
-        cmp     $CAP_MSIX, %bl
-        je      5f
-        cmp     $CAP_VENDOR, %bl
-        jne     8f
-        lea     4(%rbp), %ecx
-        call    pci_read
-        movzbl  %al, %edi                       # BAR
-        lea     8(%rbp), %ecx
-        call    pci_read
-        cmp     $5, %edi
-        ja      8f
-        mov     bars(, %rdi, 4), %edi
-        add     %eax, %edi
-        mov     %ebx, %eax
-        shr     $24, %eax
-        cmp     $1, %eax
-        jne     2f
-        mov     %rdi, common
-        jmp     8f
-2:      cmp     $2, %eax
-        jne     8f
-        mov     %rdi, doorbell
-        lea     16(%rbp), %ecx
-        call    pci_read
-        mov     %eax, multiplier
-        jmp     8f
-5:      lea     4(%rbp), %ecx
-        call    pci_read
-        mov     %eax, %edi
-        and     $7, %eax
-        and     $~7, %edi
-        add     bars(, %rax, 4), %edi
-        mov     %rdi, table
-        mov     %ebp, %ecx
-        mov     %ebx, %esi
-        or      $0x80000000, %esi               # MSI-X enable
-        call    pci_write
-8:      movzbl  %bh, %ebp
-        jmp     1b
-9:      cmpq    $0, common
-        je      failed
-        cmpq    $0, doorbell
-        je      failed
-        cmpq    $0, table
-        je      failed
-        ret
-
-# One gate (SDM vol. 3, 6.14.1), the local APIC on (11.4.3), the 8259s silent, vector 0 of the function to it (11.11).
-take_interrupts:
-        mov     $on_interrupt, %eax
-        mov     $IDT + VECTOR * 16, %edi
-        mov     %ax, (%rdi)
-        mov     %cs, 2(%rdi)
-        movw    $0x8e00, 4(%rdi)
-        shr     $16, %eax
-        mov     %ax, 6(%rdi)
-        movq    $0, 8(%rdi)
-        movw    $0xfff, -16(%rsp)
-        movq    $IDT, -14(%rsp)
-        lidt    -16(%rsp)
-        mov     $0xff, %al
-        outb    %al, $0x21
-        outb    %al, $0xa1
-        mov     $APIC, %edi
-        movl    $0x1ff, APIC_SPURIOUS(%rdi)
-        mov     table, %rdi
-        movl    $APIC, (%rdi)
-        movl    $0, 4(%rdi)
-        movl    $VECTOR, 8(%rdi)
-        movl    $0, 12(%rdi)
-        ret
+        .include "virtio_pci_code.inc"
 
 # 3.1.1, with one queue.
 start_device:
@@ -489,21 +304,6 @@ start_device:
         movb    $0xf, DEVICE_STATUS(%rdi)       # DRIVER_OK
         ret
 
-on_interrupt:
-        incl    BOX_IRQS
-        push    %rax
-        mov     $APIC, %eax
-        movl    $0, APIC_EOI(%rax)
-        pop     %rax
-        iretq
-
         .balign 8
 started:        .quad 0
-common:         .quad 0
-doorbell:       .quad 0
-table:          .quad 0
-multiplier:     .long 0
-function:       .long 0
-bars:           .fill 6, 4, 0
-
         .include "tables.inc"

@@ -16,9 +16,12 @@ cdef class Lane:
     cdef vq_chain *hand
     cdef uint32_t hand_room, hand_first, hand_count
     cdef bint calls                 # the driver wants an interrupt, and it is not by an eventfd
+    cdef uint32_t unshown_frames    # that were pushed, and the driver does not see it yet
+    cdef uint64_t unshown_bytes
     cdef vq_chain *in_hand(self, uint32_t n) noexcept nogil
     cdef int take(self, uint32_t most) noexcept nogil
     cdef void give_back(self, uint32_t count) noexcept nogil
+    cdef void moved(self, uint64_t size) noexcept nogil
     cdef void show(self) noexcept nogil
     cdef int turn(self, bint link_up) noexcept nogil
 

@@ -1,9 +1,9 @@
 """TxLane and RxLane: the frames of one queue, between its ring and its port (OASIS virtio 1.2, 5.1.6).
 
 Compiled, because nothing is decided here that a reader would want to change, and every frame comes by: a turn takes what
-is there, many frames, without the GIL; one look at the ring, one interrupt. What a lane can't get rid of stays in its
-hand, chains that were taken and not given back: frames that the host has no room for, and buffers that no frame has come
-for. It is called with the queue's lock held. A turn ends with what is the matter:
+is there, many frames, without the GIL. What is done the driver sees soon, after some frames or a large one, so that it goes
+on while the lane does. What a lane can't get rid of stays in its hand, chains that were taken and not given back: frames
+that the host has no room for, and buffers that no frame has come for. It is called with the queue's lock held. A turn ends with what is the matter:
 
     DONE     nothing more for now
     MORE     the turn is over and there may be more: others first
@@ -31,6 +31,10 @@ cdef extern from "<errno.h>" nogil:
 cdef enum:
     FRAMES_A_TURN = 256
     CHAINS_A_LOOK = 64
+    # After so much the driver sees what is done. A segment of 64 KiB takes as long as a wake-up; of small frames each costs
+    # less than it takes to show it, and to interrupt a driver that wants that.
+    FRAMES_A_SHOW = 8
+    BYTES_A_SHOW = 16 << 10
     MOST_PARTS = 1024               # UIO_MAXIOV, and the longest chain
     MOST_FRAME = 65536 + 4096       # as net/port.pyx has it
 
@@ -160,8 +164,17 @@ cdef class Lane:
         self.hand_first = (self.hand_first + count) & (self.hand_room - 1)
         self.hand_count -= count
 
+    cdef void moved(self, uint64_t size) noexcept nogil:
+        """A frame of so many bytes was pushed."""
+        self.unshown_frames += 1
+        self.unshown_bytes += size
+        if self.unshown_frames >= FRAMES_A_SHOW or self.unshown_bytes >= BYTES_A_SHOW:
+            self.show()
+
     cdef void show(self) noexcept nogil:
         """The driver sees what was pushed."""
+        self.unshown_frames = 0
+        self.unshown_bytes = 0
         if self.queue.vq_flush():
             if self.queue.call_fd >= 0:
                 self.queue.vq_call()
@@ -254,6 +267,7 @@ cdef class TxLane(Lane):
     cdef int turn(self, bint link_up) noexcept nogil:
         cdef int outcome = _MORE
         cdef int got
+        cdef uint64_t size
         cdef uint32_t n
         for n in range(FRAMES_A_TURN):
             if self.hand_count == 0:
@@ -271,7 +285,9 @@ cdef class TxLane(Lane):
             if self.queue.vq_push(self.in_hand(0), 0) < 0:
                 outcome = NO_MEMORY
                 break
+            size = self.in_hand(0).readable_bytes
             self.give_back(1)
+            self.moved(size)
         self.port.flush_frames()
         self.show()
         return outcome
@@ -446,6 +462,7 @@ cdef class RxLane(Lane):
         cdef uint8_t head[NEW_HEADER + HEAD]
         cdef uint32_t used = 0
         cdef uint64_t left = size
+        cdef uint64_t part
         cdef vq_seg piece
         cdef int n, done
         # One that is too short for its addresses is passed on as QEMU does it, drivers look for that.
@@ -474,12 +491,14 @@ cdef class RxLane(Lane):
             copy_in(self.parts, self.part_count, 0, head, self.header_bytes)
         elif self.header_bytes == NEW_HEADER:
             copy_in(self.parts, self.part_count, OLD_HEADER, head + OLD_HEADER, 2)
+        left = size
         for n in range(<int>used):
-            left = min(size, self.in_hand(n).writable_bytes)
-            if self.queue.vq_push(self.in_hand(n), left) < 0:
+            part = min(left, self.in_hand(n).writable_bytes)
+            if self.queue.vq_push(self.in_hand(n), part) < 0:
                 return -1
-            size -= left
+            left -= part
         self.give_back(used)
+        self.moved(size)
         return 0
 
     cdef bint passes(self, const uint8_t *head) noexcept nogil:
