@@ -19,8 +19,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "block"))
 
 from blk_bench import IOERR, LIMIT_S, OK, SECTOR, BlkBench, header
-from block_drives import TestLoop, wait_until
+from block_drives import TestLoop
 from nbd_server import READ, WRITE, Answer, Asked, Client, NbdServer
+from waiting import wait_for
 
 from pyvmm.block import BlockBackend, DriveOptions, open_drive
 from pyvmm.devices.virtio import blk
@@ -118,7 +119,7 @@ def test_what_the_server_fails_has_the_drives_policy(serve: Serve, on: Open) -> 
     bench = BlkBench(on(server, on_error=lambda drive, *what: stops.append(what)))
     number = bench.add([header(blk.T_OUT, 3), b"x" * SECTOR], [1])
     bench.serve()
-    wait_until(lambda: bench.backend.stalled == 1)
+    wait_for(lambda: bench.backend.stalled == 1)
     assert stops == [("write", 28, "stop")]
     assert number not in bench.used()
     server.answer = server.tell_the_truth
@@ -162,7 +163,7 @@ def test_without_a_policy_to_wait_a_lost_server_is_an_error(serve: Serve, on: Op
     bench = BlkBench(on(server, rerror="report"))
     assert bench.read(8, 8) == IOERR
     server.answer = server.tell_the_truth
-    wait_until(lambda: bench.read(8, 8) == server.data[8 * SECTOR : 16 * SECTOR])
+    wait_for(lambda: bench.read(8, 8) == server.data[8 * SECTOR : 16 * SECTOR])
 
 
 def test_one_that_says_nothing_is_lost_to_the_lane_too(serve: Serve, on: Open) -> None:
@@ -203,7 +204,7 @@ def test_a_reset_waits_and_what_comes_then_is_nobodys(serve: Serve, on: Open) ->
 
     thread = threading.Thread(target=reset)
     thread.start()
-    wait_until(lambda: not bench.disk.live)
+    wait_for(lambda: not bench.disk.live)
     assert not done.is_set()
     slow.go.set()
     thread.join(LIMIT_S)
@@ -235,7 +236,7 @@ def test_a_state_is_saved_when_the_lane_is_at_rest(serve: Serve, on: Open) -> No
     bench = BlkBench(on(server))
     bench.add([header(blk.T_OUT, 3), b"x" * SECTOR], [1])
     bench.serve()
-    wait_until(lambda: bench.backend.stalled == 1)
+    wait_for(lambda: bench.backend.stalled == 1)
     bench.backend.drain()
     assert [len(each) for each in bench.disk.save()["asked"]] == [1]
     server.answer = server.tell_the_truth
@@ -271,7 +272,7 @@ def test_a_disk_that_nobody_has_is_freed(serve: Serve, on: Open) -> None:
         gc.collect()
         return gone() is None
 
-    wait_until(freed)
+    wait_for(freed)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
