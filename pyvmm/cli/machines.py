@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HELP = Option("--help -h", "", "this")
 STATUS_REFUSED = 1  # by the machine
+GREETING_LIMIT_S = 10.0  # for a process that runs at all
 LIST_LIMIT_S = 2.0  # for one that does not answer
 ASKED = ("query-status", "query-cpus-fast", "query-memory-size-summary")
 
@@ -43,13 +44,17 @@ Save a running machine to a file that `pyvmm run --restore FILE` goes on from; i
 SAVE_OPTIONS = (Option("--base", "FILE", "write only what differs from this snapshot of it, which is needed too"), HELP)
 
 
-def connected(name: str, limit_s: float | None = None) -> QmpClient:
-    """To a running machine of that name. ConfigError where there is none, or it does not listen."""
-    path = Registry().find(name)
+def connected(name: str) -> QmpClient:
+    """To a running machine of that name. ConfigError where there is none, or it does not answer."""
+    client = None
     try:
-        return QmpClient(path) if limit_s is None else QmpClient(path, limit_s)
+        client = QmpClient(Registry().find(name), GREETING_LIMIT_S)
+        client.greet()
     except NoAnswer as error:
+        if client is not None:
+            client.close()
         raise ConfigError(f"machine {name}: {error}") from None
+    return client
 
 
 # -- list --------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ OPTIONS = (
 )
 COMMANDS = ("query-status", "query-exits", "query-threads", "query-blockstats", "query-netstats")
 LIMIT_S = 2.0
+LEAST_S = 0.02  # for one to which others have left no time
 NS = 1e9
 MOST_LINES = 10
 COLUMNS, ROWS = 80, 24
@@ -167,7 +168,9 @@ def size(bytes_a_second: float) -> str:
 
 
 class Machines:
-    """Those that are looked at. One that does not answer in LIMIT_S is left out of that look, and asked anew."""
+    """Those that are looked at. A look waits LIMIT_S for all of them together: who does not answer by then is left out
+    of that one, and asked anew.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -180,10 +183,11 @@ class Machines:
     def look(self, most: int) -> list[str]:
         """Lines of all that were there the last time too."""
         lines: list[str] = []
-        running = self._registry.names()
+        running = self._registry.names(self._before)
         wanted = [name for name in self._names if name in running] if self._names else running
         asked = [name for name in wanted if self._ask(name)]
-        samples = {name: sample for name in asked if (sample := self._answer(name)) is not None}
+        end_s = time.monotonic() + LIMIT_S
+        samples = {name: sample for name in asked if (sample := self._answer(name, end_s)) is not None}
         for name in wanted:
             if name not in samples:
                 lines += [f"{name}: silent", ""]
@@ -204,13 +208,19 @@ class Machines:
             return False
         return True
 
-    def _answer(self, name: str) -> Sample | None:
+    def _answer(self, name: str, end_s: float) -> Sample | None:
+        client, answers = self._clients[name], []
         try:
-            answers = [self._clients[name].receive() for _ in COMMANDS]
+            for _ in COMMANDS:
+                client.limit_s = max(LEAST_S, end_s - time.monotonic())
+                answers.append(client.receive())
+            return Sample(time.monotonic(), answers)
         except (NoAnswer, QmpRefused):
-            self._drop(name)
-            return None
-        return Sample(time.monotonic(), answers)
+            pass
+        except (LookupError, TypeError, AttributeError):
+            pass  # another version of pyvmm, which tells of something else
+        self._drop(name)
+        return None
 
     def _uptime_s(self, name: str) -> int:
         try:

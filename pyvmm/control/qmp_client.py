@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+from time import monotonic
 
 from pyvmm.control.registry import pid_of
 from pyvmm.errors import VmmError, describe
@@ -34,8 +35,8 @@ class NoAnswer(VmmError):
 
 
 class QmpClient:
-    """Connected to the socket at ``path``. Each wait lasts ``limit_s`` seconds at most; NoAnswer then, and where the
-    machine hangs up. ``pid`` is the process that listens there.
+    """Connected to the socket at ``path``. An answer is waited for ``limit_s`` seconds at most; NoAnswer then, and where
+    the machine hangs up. The attribute may be None: as long as it takes. ``pid`` is the process that listens there.
     """
 
     def __init__(self, path: str, limit_s: float = LIMIT_S) -> None:
@@ -63,12 +64,16 @@ class QmpClient:
 
     def receive(self) -> Any:
         """What the next command returns that has not been answered. QmpRefused."""
+        self.greet()
+        return self._answer()
+
+    def greet(self) -> None:
+        """Wait for the greeting, which a process that runs at all says at once, and negotiate."""
         if not self._greeted:
-            if "QMP" not in self._read():
+            if "QMP" not in self._read(self._end_s()):
                 raise NoAnswer("what listens there does not speak QMP")
             self._greeted = True
             self._answer()  # of the negotiation
-        return self._answer()
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """What ``command`` returns, with nothing else under way. Underscores in names of arguments are dashes."""
@@ -76,17 +81,23 @@ class QmpClient:
         return self.receive()
 
     def _answer(self) -> Any:
-        while "event" in (message := self._read()):
+        end_s = self._end_s()
+        while "event" in (message := self._read(end_s)):
             pass
         if "return" in message:
             return message["return"]
         raise QmpRefused(message.get("error", {}))
 
-    def _read(self) -> dict[str, Any]:
-        self._socket.settimeout(self.limit_s)
+    def _end_s(self) -> float | None:
+        return None if self.limit_s is None else monotonic() + self.limit_s
+
+    def _read(self, end_s: float | None) -> dict[str, Any]:
+        self._socket.settimeout(None if end_s is None else max(0.001, end_s - monotonic()))
         try:
             line = self._lines.readline(ANSWER_MOST_BYTES)
             message = json.loads(line) if line.endswith(b"\n") else None
+        except TimeoutError:
+            raise NoAnswer("it does not answer: its process may be stopped, kill -CONT has it go on") from None
         except (OSError, ValueError, RecursionError) as error:
             raise NoAnswer(describe(error)) from None
         if not isinstance(message, dict):

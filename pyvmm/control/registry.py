@@ -15,6 +15,7 @@ import os
 import stat
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_STREAM, SOL_SOCKET, socket
 from _struct import unpack
+from time import monotonic, sleep
 
 from pyvmm.config import is_machine_name
 from pyvmm.errors import ConfigError, remedy
@@ -22,11 +23,12 @@ from pyvmm.unix_socket import UnixListener, check_path, remove_stale
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping
 
 BACKLOG = 512  # a Unix socket refuses who comes beyond it, and does not wait
 FOLDER = "pyvmm"
 QMP, CONSOLE = ".qmp", ".console"
+LOCK_LIMIT_S, LOOK_AGAIN_S = 10.0, 0.005  # whoever has the lock has it for milliseconds
 
 
 class Registry:
@@ -63,15 +65,15 @@ class Registry:
                 qmp.close()
                 raise
 
-    def names(self) -> list[str]:
+    def names(self, known: Container[str] = ()) -> list[str]:
         """Of the machines that are running, in order. What others have left is taken away; what no machine can be
-        called is none, whoever listens there.
+        called is none, whoever listens there. Of those in ``known`` somebody knows it, and they are not connected to.
         """
         if not there(self.path):
             return []
         with Locked(self.path):
             names = [entry.removesuffix(QMP) for entry in os.listdir(self.path) if entry.endswith(QMP)]
-            return sorted(name for name in names if is_machine_name(name) and self._running(name))
+            return sorted(each for each in names if is_machine_name(each) and (each in known or self._running(each)))
 
     def _running(self, name: str) -> bool:
         if listening_pid(self.qmp_path(name)) is not None:
@@ -99,9 +101,24 @@ class Locked:
     def __enter__(self) -> None:
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._lock(monotonic() + LOCK_LIMIT_S)
         except OSError as error:
+            if self._fd >= 0:
+                os.close(self._fd)
             raise ConfigError(f"{self._path}: {remedy(error, 'set XDG_RUNTIME_DIR to a folder of yours')}") from None
+
+    def _lock(self, end_s: float) -> None:
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if monotonic() > end_s:
+                    os.close(self._fd)
+                    raise ConfigError(
+                        f"{self._path} is locked by a pyvmm that was stopped meanwhile: `fuser {self._path}` finds it"
+                    ) from None
+                sleep(LOOK_AGAIN_S)
 
     def __exit__(self, *exc: object) -> None:
         os.close(self._fd)

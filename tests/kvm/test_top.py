@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 from console import Console
 from guests import TIMEOUT_S
 
-from pyvmm import Machine
+from pyvmm import ConfigError, Machine
+from pyvmm.cli.machines import connected
+from pyvmm.cli.top import Machines
 from pyvmm.control.qmp_client import QmpClient
 from pyvmm.control.registry import Registry
 
@@ -88,6 +91,51 @@ def test_machines_come_and_go(machine: Machine) -> None:
     assert top("--once").stdout == "no machine with a name is running\n\n"
     gone = top("--once", "web")
     assert gone.returncode == 2 and "no machine called 'web' is running" in gone.stderr
+
+
+def test_a_machine_that_is_looked_at_is_connected_to_once(machine: Machine) -> None:
+    came: list[str] = []
+    machine.events.listen(lambda event: came.append(event.data["did"]), "client")
+    machines = Machines([])
+    machines.look(1)
+    (first,) = machines.look(1)[:1]
+    machine.events.flush()
+    before = came.count("came")
+    assert first.startswith("web: running")
+    for _ in range(5):
+        assert machines.look(1)[0].startswith("web: running")
+    machine.events.flush()
+    assert came.count("came") == before
+    machines.close()
+
+
+def test_one_that_is_stopped_holds_up_neither_others_nor_the_rest(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty listen and say nothing, as processes do that were stopped: they are waited for at the same time."""
+    silent = [each for n in range(20) for each in Registry().register(f"silent{n}")]
+    monkeypatch.setattr("pyvmm.cli.top.LIMIT_S", 1.0)
+    machines = Machines([])
+    begin = time.monotonic()
+    lines = machines.look(1) + machines.look(1)
+    assert time.monotonic() - begin < 20
+    assert lines.count("silent7: silent") == 2
+    assert any(line.startswith("web: running") for line in lines)
+    machines.close()
+    monkeypatch.setattr("pyvmm.cli.machines.GREETING_LIMIT_S", 0.2)
+    with pytest.raises(ConfigError, match=r"machine silent7: .*its process may be stopped"):
+        connected("silent7")
+    for each in silent:
+        each.close()
+
+
+def test_what_is_told_by_another_version_ends_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines([])
+    machines.look(1)
+    for told in ([{}], [None], 7):
+        monkeypatch.setattr(QmpClient, "receive", lambda client, told=told: told)
+        assert machines.look(1)[0] == "web: silent"
+    machines.close()
 
 
 @pytest.mark.parametrize("words", [("--interval", "0"), ("--batch", "0"), ("--all", "web"), ("--batch", "x")])

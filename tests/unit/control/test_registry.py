@@ -65,6 +65,32 @@ def test_what_a_killed_process_leaves_is_taken_away(registry: Registry) -> None:
         each.close()
 
 
+def test_one_that_was_stopped_with_the_folder_locked_is_not_waited_for(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qmp, console = registry.register("a")
+    monkeypatch.setattr(r, "LOCK_LIMIT_S", 0.05)
+    before = len(os.listdir("/proc/self/fd"))
+    with r.Locked(registry.path), pytest.raises(ConfigError, match="is locked by a pyvmm that was stopped"):
+        registry.names()
+    assert registry.names() == ["a"]
+    assert len(os.listdir("/proc/self/fd")) == before
+    qmp.close()
+    console.close()
+
+
+def test_what_is_known_is_not_connected_to(registry: Registry) -> None:
+    qmp, console = registry.register("a")
+    assert registry.names({"a"}) == ["a"]
+    with pytest.raises(BlockingIOError):
+        qmp.accept()
+    assert registry.names() == ["a"]
+    os.close(qmp.accept())
+    for each in (qmp, console):
+        each.close()
+    assert registry.names({"a"}) == []  # its socket is gone
+
+
 def test_a_socket_that_is_full_is_alive(registry: Registry, tmp_path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     registry.register("x")[1].close()  # the folder is there now
