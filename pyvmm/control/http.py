@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 REQUEST_MOST_BYTES = 8192
 LIMIT_NS = 5_000_000_000
 END = b"\r\n\r\n"
+BLANK_LINE = b"\r\n"
+METHODS = ("GET", "HEAD")
 
 
 class Response:
@@ -43,6 +45,7 @@ class HttpSession:
         if self._answered:
             return  # a body, or the next request: the answer has said that there will be none
         self._request += data
+        self._request = self._request.removeprefix(BLANK_LINE)  # some clients say one after a body (2.2)
         head, end, _ = self._request.partition(END)
         if len(head) > REQUEST_MOST_BYTES:
             self._answer(Response("431 Request Header Fields Too Large"))
@@ -62,19 +65,33 @@ class HttpSession:
                 self._answer(Response("400 Bad Request"))
                 return
             headers[name.lower()] = value.strip()
-        if len(words) != 3 or not words[2].startswith("HTTP/1.") or not words[1].startswith("/"):
+        path = path_of(words[1]) if len(words) == 3 else None
+        if path is None or not words[2].startswith("HTTP/1."):
             self._answer(Response("400 Bad Request"))
-        elif words[0] not in ("GET", "HEAD"):
+        elif words[0] not in METHODS:
             self._answer(Response("405 Method Not Allowed"))
         else:
-            self._answer(self._get(words[1].partition("?")[0], headers), with_body=words[0] == "GET")
+            self._answer(self._get(path, headers), with_body=words[0] == "GET")
 
     def _answer(self, response: Response, *, with_body: bool = True) -> None:
         self._answered = True
         self._request = b""
+        allowed = f"Allow: {', '.join(METHODS)}\r\n" if response.status.startswith("405") else ""  # RFC 9110, 15.5.6
         head = (
             f"HTTP/1.1 {response.status}\r\nContent-Type: {response.content_type}\r\n"
-            f"Content-Length: {len(response.body)}\r\nConnection: close\r\n\r\n"
+            f"Content-Length: {len(response.body)}\r\n{allowed}Connection: close\r\n\r\n"
         )
         self._peer.send(head.encode("latin-1") + (response.body if with_body else b""))
         self._peer.close()
+
+
+def path_of(target: str) -> str | None:
+    """Of a request's target, without its query: the origin's form or the absolute one, which a proxy is told and a
+    server takes as well (3.2); None: it is none.
+    """
+    if not target.startswith("/"):
+        scheme, separator, rest = target.partition("://")
+        if scheme.lower() != "http" or not separator or not rest:
+            return None
+        target = "/" + rest.partition("/")[2]
+    return target.partition("?")[0]

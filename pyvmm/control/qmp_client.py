@@ -35,7 +35,7 @@ class NoAnswer(VmmError):
 
 
 class QmpClient:
-    """Connected to the socket at ``path``. An answer is waited for ``limit_s`` seconds at most; NoAnswer then, and where
+    """Connected to the socket at ``path``. An answer is waited for ``limit_s`` seconds at most; NoAnswer then and where
     the machine hangs up. The attribute may be None: as long as it takes. ``pid`` is the process that listens there.
     """
 

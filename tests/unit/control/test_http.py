@@ -95,12 +95,35 @@ def test_a_head_has_no_body(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/metrics", b"/metrics "),
+        (b"http://h:9100/metrics?a=b", b"/metrics "),
+        (b"HTTP://h", b"/ "),
+        (b"//h/metrics", b"//h/metrics "),
+    ],
+)
+def test_forms_of_a_target(connect: Connect, target: bytes, path: bytes) -> None:
+    end = connect()
+    end.sendall(b"\r\nGET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert answer(end).partition(b"\r\n\r\n")[2] == path
+
+
+def test_who_asks_otherwise_is_told_how(connect: Connect) -> None:
+    end = connect()
+    end.sendall(GET.replace(b"GET", b"DELETE"))
+    assert b"\r\nAllow: GET, HEAD\r\n" in answer(end)
+
+
+@pytest.mark.parametrize(
     ("request_", "status"),
     [
         (b"POST / HTTP/1.1\r\n\r\n", b"405"),
         (b"GET /\r\n\r\n", b"400"),
         (b"GET / SPDY/1\r\n\r\n", b"400"),
-        (b"GET http://x/ HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET ftp://x/ HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET metrics HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET http:// HTTP/1.1\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nA: b\r\n folded: c\r\n\r\n", b"400"),
         (b"\x00\xff\xfe\r\n\r\n", b"400"),
