@@ -32,6 +32,8 @@ def attach(args: list[str]) -> int:
         return 0
     if len(words) > 2:
         raise ConfigError("pyvmm attach NAME [CONSOLE]: give a machine's name, and which of its consoles")
+    if any(not (word.isascii() and word.isprintable() and word.split() == [word]) for word in words[1:]):
+        raise ConfigError(f"there is no console {words[1]!r}: a name is one word")  # nor another line to the machine
     registry = Registry()
     registry.find(words[0])
     path = registry.console_path(words[0])
@@ -65,6 +67,9 @@ def say_line(path: str, line: str) -> tuple[str, socket.socket, bytes]:
             if not data:
                 raise ConfigError("the machine has ended")
             answer += data
+    except TimeoutError:
+        end.close()
+        raise ConfigError(f"{path}: no answer: its guest has not begun, or its process is stopped") from None
     except OSError as error:
         end.close()
         raise ConfigError(f"{path}: {describe(error)}: its guest may not have begun") from None

@@ -97,7 +97,7 @@ class QmpClient:
             line = self._lines.readline(ANSWER_MOST_BYTES)
             message = json.loads(line) if line.endswith(b"\n") else None
         except TimeoutError:
-            raise NoAnswer("it does not answer: its process may be stopped, kill -CONT has it go on") from None
+            raise NoAnswer("no answer: its guest has not begun, or its process is stopped") from None
         except (OSError, ValueError, RecursionError) as error:
             raise NoAnswer(describe(error)) from None
         if not isinstance(message, dict):

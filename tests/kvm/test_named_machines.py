@@ -180,3 +180,15 @@ def test_arguments_that_are_none() -> None:
     assert pyvmm("qmp", "web", "query-stats", "{x").stderr.startswith("pyvmm: {x: that is no JSON")
     assert pyvmm("qmp", "web").returncode == 2
     assert pyvmm("save", "web").returncode == 2
+
+
+@pytest.mark.parametrize("console", ["", "no such", "serial\nbreak", "a\x1b[2J", b"\xff", "hvc\u0661"])
+def test_what_no_console_can_be_called(place: Path, console: str | bytes) -> None:
+    """No second line is said to the machine, and nothing but a sentence comes of it."""
+    heard: list[bytes] = []
+    with Machine(flat=b"\xf4", memory_mib=2, name="web", serial=heard.append) as machine:
+        machine.register()
+        words: list[str | bytes] = [*COMMAND, "attach", "web", console]
+        wrong = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+        assert wrong.stderr.startswith("pyvmm: there is no console ")

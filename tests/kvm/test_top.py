@@ -123,7 +123,7 @@ def test_one_that_is_stopped_holds_up_neither_others_nor_the_rest(
     assert any(line.startswith("web: running") for line in lines)
     machines.close()
     monkeypatch.setattr("pyvmm.cli.machines.GREETING_LIMIT_S", 0.2)
-    with pytest.raises(ConfigError, match=r"machine silent7: .*its process may be stopped"):
+    with pytest.raises(ConfigError, match=r"machine silent7: .*its process is stopped"):
         connected("silent7")
     for each in silent:
         each.close()
