@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pyvmm.errors import StateError
+from pyvmm.light import Lock
 from pyvmm.run_control import STATUS_IO_ERROR, ExitStatus
 from pyvmm.run_state import RunState
 
@@ -23,6 +25,8 @@ class Drives:
         self.backends: dict[str, BlockBackend] = {}
         self.later = False
         """Images are another process's still: they are claimed when that has given them up."""
+        self._resizing = 0  # how many drives, which are ours so long
+        self._lock = Lock()  # of these two; nothing is waited for with it
         self.io_error = ""
         """What the last one was that stopped the machine."""
 
@@ -81,10 +85,28 @@ class Drives:
             self.later = False
 
     def give_up(self) -> None:
-        """Let another process have the images: nothing is in flight."""
-        self.later = True
+        """Let another process have the images: nothing is in flight. StateError where one is being resized."""
+        with self._lock:
+            if self._resizing:
+                raise StateError("a drive is being resized: wait until that is done")
+            self.later = True
         for backend in self.backends.values():
             backend.give_up()
+
+    def resize(self, backend: BlockBackend, size_bytes: int | None) -> bool:
+        """As BlockBackend.resize. StateError where the image may be another process's."""
+        with self._lock:
+            if self.later:
+                raise StateError(
+                    f"drive {backend.name} has no image any more: this machine was moved to another process, and has it"
+                    " again where it goes on"
+                )
+            self._resizing += 1
+        try:
+            return backend.resize(size_bytes)
+        finally:
+            with self._lock:
+                self._resizing -= 1
 
     def drop_stalled(self) -> None:
         """Forget what was put aside: the drive's controller has forgotten it."""

@@ -82,7 +82,7 @@ class Machine(MovingMachine):
         From any thread, while the guest runs. What lies behind the end of a smaller disk is lost: have the guest give
         it up before. A disk on virtio only: IDE has no word for it. ConfigError for a drive that there is none of, or
         that has its size for good: with size=, snapshot=on or read-only=on, on NBD, and to become smaller on a block
-        device. (QEMU's block_resize; OASIS virtio 1.2, 5.2.4.)
+        device. StateError once the machine has moved away. (QEMU's block_resize; OASIS virtio 1.2, 5.2.4.)
         """
         self._usable("block_resize")
         backend = self.backends.get(drive)
@@ -93,7 +93,7 @@ class Machine(MovingMachine):
             raise ConfigError(f"block_resize({drive!r}): a guest does not hear of it on IDE: give the drive if=virtio")
         if size_bytes is not None and not is_int(size_bytes):
             raise ConfigError(f"block_resize({drive!r}, {size_bytes!r}): give a number of bytes")
-        if backend.resize(size_bytes):
+        if self.drives.resize(backend, size_bytes):
             disk.resized()
         return backend.size_bytes
 

@@ -5,6 +5,7 @@ time, no traceback, and nothing has changed. Made of the table of commands itsel
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,4 +173,46 @@ def test_no_file_has_such_a_name(
                     asked.append(name)
     assert {"x-pyvmm-trace-start", "snapshot-save", "snapshot-load", "pmemsave", "dump-guest-memory"} <= set(asked)
     assert sorted(tmp_path.iterdir()) == files
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_has_moved_away_is_nothing_of_ours(
+    boot: Callable[..., Guest], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every command, with arguments that it takes, to a machine whose guest, and so whose images, another one has."""
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 16))
+    (tmp_path / "cd.iso").write_bytes(bytes(2048 * 10))
+    drives = [f"file={tmp_path}/disk.img,if=virtio,id=d,format=raw", f"file={tmp_path}/cd.iso,media=cdrom,id=cd"]
+    machine = boot("1: pause\n jmp 1b", machine="pc", drives=drives, balloon=0).machine
+    machine.serve_qmp(tmp_path / "qmp.sock")
+    machine.resume()
+    arrived: list[Machine] = []
+    other = threading.Thread(target=lambda: arrived.append(Machine.incoming(str(tmp_path / "move.sock"))))
+    other.start()
+    while not (tmp_path / "move.sock").exists():
+        assert other.is_alive()
+    machine.migrate_to(str(tmp_path / "move.sock"))
+    other.join()
+    said = {
+        "block_resize": {"device": "d", "size": 1 << 17},
+        "eject": {"id": "cd"},
+        "blockdev-change-medium": {"id": "cd", "filename": str(tmp_path / "cd.iso")},
+        "balloon": {"value": 1 << 20},
+    }
+    with arrived[0] as there, QmpPeer(tmp_path / "qmp.sock") as peer:
+        before, size_bytes = looks(there), (tmp_path / "disk.img").stat().st_size
+        for reset in (False, True):
+            for name in (name for name in COMMANDS if name not in ("quit", "qmp_capabilities", "system_reset")):
+                required = {name: str(tmp_path / "out") if name == "filename" else value
+                            for name, value in good(COMMANDS[name].arguments).items()}  # fmt: skip
+                answer = peer.ask(name, said.get(name, required))
+                assert "internal error" not in answer.get("error", {}).get("desc", ""), name
+                if name == "block_resize":
+                    assert "was moved to another process" in answer["error"]["desc"]
+                if name == "cont":
+                    assert ("in use by" if reset else "is required") in answer["error"]["desc"]
+                assert peer.ask("query-status")["return"]["running"] is False, name
+            peer.get("system_reset")
+        assert looks(there) == before
+        assert (tmp_path / "disk.img").stat().st_size == size_bytes
     assert "Traceback" not in capfd.readouterr().err
