@@ -175,6 +175,8 @@ class SavingMachine(RunningMachine):
                 if way.twin:
                     self.board.new_generation()
                 way.note(origin, config, rests=state.rests())
+            if served is not None:
+                served.check()  # a part may have found zeros in the place of its rings
             if way.prefetch:
                 control, regions = self.control, state.memory()
                 work = (served or origin).read_ahead_beside(regions, lambda: control.state is not RunState.CLOSED)

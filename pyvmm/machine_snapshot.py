@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         @property
         def memory_bytes(self) -> int: ...
         def image(self, name: str) -> Buffer | None: ...
+        def image_copy(self, name: str) -> bytes | None: ...
         def check_drives(self, names: Iterable[str]) -> None: ...
 
 STATES = (*RESUMABLE, *ALIVE)  # in which a machine can be saved
@@ -240,10 +241,7 @@ def images_of(config: Spec) -> dict[str, Buffer]:
 def given_images(origin: SpecSource, *, copied: bool) -> dict[str, Any]:
     """The same out of a snapshot, as Spec.from_plain wants them."""
 
-    def image(name: str) -> Buffer | None:
-        found = origin.image(name)
-        return bytes(found) if copied and found is not None else found
-
+    image: Callable[[str], Buffer | None] = origin.image_copy if copied else origin.image
     given: dict[str, Any] = {name: found for name in FILES if (found := image(name)) is not None}
     modules = origin.spec.get("modules")
     if isinstance(modules, list) and modules:

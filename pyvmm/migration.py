@@ -315,6 +315,10 @@ class Arrival:
     def image(self, name: str) -> bytearray | None:
         return self._images.get(name)
 
+    def image_copy(self, name: str) -> bytes | None:
+        found = self.image(name)
+        return None if found is None else bytes(found)
+
     @property
     def memory_bytes(self) -> int:
         """The guest's RAM, as its Spec has it; ``machine`` is compared with what is made of that."""

@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import Self
 
 from typing_extensions import disjoint_base
 
@@ -6,6 +7,7 @@ from pyvmm.guest_memory import RamRegion
 
 @disjoint_base
 class PageServer:
+    def __new__(cls, request: int) -> Self: ...
     def serve(self, region: RamRegion, pieces: Iterable[tuple[int, int, int, int]]) -> None: ...
     def start(self) -> None: ...
     def fetch(self, region: RamRegion, offset: int, size: int) -> bool: ...

@@ -1,6 +1,6 @@
 """PageServer: puts pages into memory when somebody touches them, by a thread of the kernel's kind that needs no GIL.
 
-    server = PageServer()
+    server = PageServer(KVM_RUN)
     server.serve(region, pieces)      # (offset in the region, size, descriptor, offset there) of what is no zero
     server.start()
 
@@ -9,8 +9,8 @@ GIL or the kernel in a system call, sleeps until this thread has read the file a
 Documentation/admin-guide/mm/userfaultfd.rst, UFFDIO_REGISTER_MODE_MISSING). So nothing here may wait for the GIL.
 
 Where a piece can't be read, ``failed_fd`` becomes readable and ``failure`` says why. From then on pages are zeros for
-those who must not be kept waiting, since they may hold the GIL; vCPUs sleep on until ``give_up``, before which its
-caller has seen to it that none of them goes on with what it finds.
+those who must not be kept waiting, since they may hold the GIL; who sleeps in the one ioctl that was named, vCPUs, does
+so until ``give_up``, before which its caller has seen to it that none of them goes on with what it finds.
 """
 
 from cpython.exc cimport PyErr_SetFromErrno
@@ -90,11 +90,11 @@ cdef extern from *:
         return !look[1].revents;
     }
 
-    /* Whether a thread of this process sleeps in an ioctl, which is KVM_RUN; -1 where that can't be told. Its system call
-       shows once it sleeps, which it may not do quite yet when its fault is known. */
-    static int ps_in_ioctl(uint32_t tid)
+    /* Whether a thread of this process sleeps in that ioctl; -1 where it can't be told. Its system call and the arguments
+       show once it sleeps, which it may not do quite yet when its fault is known. */
+    static int ps_in_ioctl(uint32_t tid, unsigned long request)
     {
-        char path[64], text[32];
+        char path[64], text[128], *at;
         for (int n = 0; n < 1000; n++) {
             ssize_t got;
             int fd;
@@ -107,8 +107,12 @@ cdef extern from *:
             if (got <= 0)
                 return -1;
             text[got] = 0;
-            if (strncmp(text, "running", 7))
-                return strtol(text, NULL, 10) == SYS_ioctl;
+            if (strncmp(text, "running", 7)) {
+                if (strtol(text, &at, 10) != SYS_ioctl)
+                    return 0;
+                strtoul(at, &at, 16);   /* the descriptor */
+                return (strtoul(at, NULL, 16) & 0xffffffff) == request;
+            }
             usleep(100);
         }
         return 0;
@@ -165,7 +169,7 @@ cdef extern from *:
     int ps_event() noexcept nogil
     void ps_signal(int fd) noexcept nogil
     bint ps_wait(int fd, int stop_fd) noexcept nogil
-    int ps_in_ioctl(uint32_t tid) noexcept nogil
+    int ps_in_ioctl(uint32_t tid, unsigned long request) noexcept nogil
     int ps_start(pthread_t *thread, ps_run run, void *argument) noexcept nogil
     int pthread_join(pthread_t thread, void **result) nogil
     int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes) nogil
@@ -217,6 +221,7 @@ cdef struct server_t:   # what the thread needs: no object
     uint64_t faults, copied, zeroed
     uint8_t *block
     bint told_by_proc       # whether /proc says what a thread sleeps in
+    unsigned long request   # the ioctl of those who may be kept waiting
     pthread_mutex_t lock    # held while ``fetch`` uses what ``close`` closes
 
 
@@ -342,7 +347,7 @@ cdef void answer(server_t *server, uint64_t address, uint32_t tid) noexcept nogi
 cdef void answer_failed(server_t *server, uint64_t address, uint32_t tid) noexcept nogil:
     """Of a vCPU, or of the kernel's threads for one, ``give_up`` is waited for, which wakes them once more; pairs with it.
     """
-    cdef bint waits = server.told_by_proc and ps_in_ioctl(tid) != 0
+    cdef bint waits = server.told_by_proc and ps_in_ioctl(tid, server.request) != 0
     if not waits or load_i32(&server.gave_up, SEQ_CST):
         put(server, <uint8_t *>address, NULL, PAGE)
 
@@ -359,7 +364,9 @@ cdef void *work(void *argument) noexcept nogil:
 
 
 cdef class PageServer:
-    """ConfigError where this kernel, or this user, can't."""
+    """``request``: the ioctl whose callers hold no GIL, and may be kept waiting after a failure. ConfigError where this
+    kernel, or this user, can't.
+    """
 
     cdef server_t server
     cdef list _held         # the regions
@@ -367,13 +374,14 @@ cdef class PageServer:
     cdef bint _runs
     cdef int _pid
 
-    def __cinit__(self):
+    def __cinit__(self, unsigned long request):
         cdef ps_api api
+        self.server.request = request
         self.server.fd = self.server.stop_fd = self.server.failed_fd = -1
         self._held = []
         pthread_mutex_init(&self.server.lock, NULL)
         self._pid = getpid()
-        self.server.told_by_proc = ps_in_ioctl(posix.getpid()) >= 0
+        self.server.told_by_proc = ps_in_ioctl(posix.getpid(), request) >= 0
         self.server.fd = ps_open()
         if self.server.fd < 0:
             raise ConfigError(_CANT.get(errno) or remedy(OSError(errno, posix.strerror(errno)), _OTHERWISE))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Piece = tuple[int, int, int, int]  # offset in memory, size, descriptor, offset in the file
 
 READ_AHEAD_BYTES = 4 << 20
+KVM_RUN = 0xAE80  # <linux/kvm.h>: the ioctl in which a vCPU's thread holds no GIL
 
 
 def check(config: Spec) -> None:
@@ -44,7 +45,7 @@ class ServedMemory(Origin):
     """
 
     def __init__(self, source: Snapshot) -> None:
-        self._server = PageServer()
+        self._server = PageServer(KVM_RUN)
         super().__init__(None)  # it is no mapping of anything
         self._source = source.hold()
         self._whole = False
@@ -77,6 +78,11 @@ class ServedMemory(Origin):
         loop.add_reader(fd, failed)
         self._server.start()
 
+    def check(self) -> None:
+        """HostError or StateError where something could not be read by now."""
+        if self._server.failure is not None:
+            raise self._error()
+
     def _error(self) -> HostError | StateError:
         assert self._server.failure is not None
         errno, fd, where = self._server.failure
@@ -98,8 +104,10 @@ class ServedMemory(Origin):
         """All of it is read: it is memory like any other's then. HostError and StateError where it can't be."""
         if self._whole:
             return
-        if self._server.failure is not None or not self._server.complete():
-            raise self._error() if self._server.failure is not None else StateError("the machine is closed")
+        self.check()
+        if not self._server.complete():
+            self.check()
+            raise StateError("the machine is closed")
         self._whole = True
         self._source.close()
 

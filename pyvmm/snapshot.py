@@ -28,7 +28,7 @@ from pyvmm.light import Lock
 from pyvmm.machine_state import FORMAT
 from pyvmm.origin import Origin
 from pyvmm.snapshot_file import SnapshotFile, Writer
-from pyvmm.snapshot_piece import SnapshotPiece, listed, piece_sums, run_sums, whole_pages, write_piece
+from pyvmm.snapshot_piece import SnapshotPiece, listed, piece_sums, read_into, run_sums, whole_pages, write_piece
 from pyvmm.state import Known, check_names, known, shown, value_of
 
 TYPE_CHECKING = False
@@ -240,6 +240,16 @@ class Snapshot:
         region = RamRegion(0, whole_pages(size), name=name, source=(self._file.fd, offset))
         return memoryview(region)[:size].toreadonly()
 
+    def image_copy(self, name: str) -> bytes | None:
+        """The same, read: a file that has become shorter meanwhile is a StateError, where a mapping would be a SIGBUS.
+        """
+        if name not in self._images:
+            return None
+        offset, size, _crc = self._images[name]
+        found = bytearray(size)
+        read_into(self._file, memoryview(found), offset)
+        return bytes(found)
+
     def _open_base(self, entry: object, above: Sequence[bytes]) -> None:
         """The base, where it was when this was written, or else beside this one."""
         check_names(entry, ("id", "path"))
@@ -326,7 +336,7 @@ class Snapshot:
         for piece in self.pieces.values():
             piece.check()
         for name, (_offset, _size, crc) in self._images.items():
-            image = self.image(name)
+            image = self.image_copy(name)
             if image is None or crc32(image) != crc:
                 raise StateError(f"snapshot {self.path} is damaged: its {name} has been changed")
 

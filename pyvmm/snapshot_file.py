@@ -294,9 +294,12 @@ class SnapshotFile:
 
     def data(self, offset: int, size: int) -> Iterable[tuple[int, int]]:
         """(offset, size) of what is no hole between these two, cut to whole pages; all of it where the file system
-        does not tell.
+        does not tell. StateError where the file has become shorter: what is missing is no hole.
         """
-        return file_data(self.fd, offset, size)
+        found = file_data(self.fd, offset, size)
+        if posix.fstat(self.fd).st_size < self.size_bytes:
+            raise self._damaged("it was cut off")
+        return found
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -237,6 +237,69 @@ def test_a_paused_machine_whose_memory_is_looked_at(saved: Guest, tmp_path: Path
         assert device.writes == []
 
 
+class Looks(pyvmm.Device):
+    """One that looks at memory when its state has been loaded, as a virtio device does at its rings."""
+
+    def __init__(self, m: Machine, before: Callable[[], object] = lambda: None) -> None:
+        self.memory = m.memory
+        self.before = before
+        self.found = b""
+
+    def after_load(self) -> None:
+        self.before()
+        self.found = self.memory.read(FAR, 2)
+
+
+def test_a_device_that_finds_its_memory_gone(saved: Guest, tmp_path: Path) -> None:
+    """Then there is no machine: it would go on from what never was."""
+    made: list[Looks] = []
+
+    def prepare(m: Machine, before: Callable[[], object] = lambda: None) -> None:
+        made.append(Looks(m, before))
+        m.board.add("looks", made[-1])
+
+    prepare(saved.machine)
+    saved.machine.save(tmp_path / "a")
+    before = len(os.listdir("/proc/self/fd"))
+    with Machine.restore(tmp_path / "a", userfaultfd=True, prepare=prepare):
+        assert made[-1].found == (FAR >> 12).to_bytes(2, "little")
+    with pytest.raises(StateError, match=CUT_OFF):
+        Machine.restore(
+            tmp_path / "a", userfaultfd=True, prepare=lambda m: prepare(m, lambda: truncated(tmp_path / "a"))
+        )
+    assert made[-1].found == bytes(2)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_cut_off_meanwhile_has_no_holes(saved: Guest, tmp_path: Path) -> None:
+    """What is missing would be taken for zeros, by a restore that reads all of it too."""
+    before = len(os.listdir("/proc/self/fd"))
+    for way in ({"userfaultfd": True}, {"eager": True}):
+        saved.machine.save(tmp_path / "a")
+        with pytest.raises(StateError, match=r"a is damaged: it was cut off$"):
+            Machine.restore(tmp_path / "a", prepare=lambda m: truncated(tmp_path / "a"), **way)  # type: ignore[arg-type]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_image_that_is_gone(saved: Guest, tmp_path: Path) -> None:
+    """Those that are in the file are read, also where they are checked: a mapping would be a SIGBUS."""
+    before = len(os.listdir("/proc/self/fd"))
+    for way in ({"userfaultfd": True}, {"eager": True}, {}):
+        saved.machine.save(tmp_path / "a")
+        with Snapshot(tmp_path / "a") as origin:
+            truncated(tmp_path / "a")
+            with pytest.raises(StateError, match="a is damaged: it was cut off"):
+                Machine.restore(origin, **way)  # type: ignore[arg-type]
+    saved.machine.save(tmp_path / "a")
+    with Snapshot(tmp_path / "a") as origin:
+        offset, size, _crc = origin._images["flat"]
+        with open(tmp_path / "a", "r+b") as file:
+            file.truncate(offset + size - 1)
+        with pytest.raises(StateError, match="a is damaged: it was cut off"):
+            origin.check()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # -- what it does not do -----------------------------------------------------------------------------------------------
 
 

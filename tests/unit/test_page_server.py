@@ -25,6 +25,7 @@ PAGE = 4096
 BLOCK = 16 * PAGE
 SIZE = 64 * BLOCK
 WAIT_S = 60.0
+FIONREAD = 0x541B  # <asm-generic/ioctls.h>: writes an int
 
 
 def page(n: int) -> bytes:
@@ -41,7 +42,7 @@ def file(tmp_path: Path) -> int:
 
 def served(pieces: list[tuple[int, int, int, int]], size: int = SIZE) -> tuple[PageServer, RamRegion, memoryview]:
     region = RamRegion(0, size)
-    server = PageServer()
+    server = PageServer(FIONREAD)
     server.serve(region, pieces)
     server.start()
     return server, region, memoryview(region)
@@ -213,11 +214,11 @@ def test_a_thread_in_an_ioctl_waits_until_it_is_given_up(file: int) -> None:
     def call() -> None:
         import ctypes
 
-        # FIONREAD writes an int there; by ctypes the GIL is given away, as KVM_RUN's caller does.
-        ctypes.CDLL(None).ioctl(heard, 0x541B, ctypes.byref(ctypes.c_char.from_buffer(view, 20 * BLOCK)))
+        # By ctypes the GIL is given away, as KVM_RUN's caller does.
+        ctypes.CDLL(None).ioctl(heard, FIONREAD, ctypes.byref(ctypes.c_char.from_buffer(view, 20 * BLOCK)))
         over.set()
 
-    assert fcntl.ioctl(heard, 0x541B, bytes(4)) == b"\1\0\0\0"
+    assert fcntl.ioctl(heard, FIONREAD, bytes(4)) == b"\1\0\0\0"
     thread = threading.Thread(target=call)
     thread.start()
     assert select.select([server.failed_fd], [], [], WAIT_S)[0]
@@ -232,6 +233,23 @@ def test_a_thread_in_an_ioctl_waits_until_it_is_given_up(file: int) -> None:
         os.close(fd)
 
 
+def test_another_ioctl_is_not_kept_waiting(file: int) -> None:
+    """It may be one that holds the GIL, as most of KVM's do."""
+    import ctypes
+
+    server, _region, view = served([(0, SIZE, file, 0)])
+    os.ftruncate(file, 0)
+    tiocgwinsz, terminal = 0x5413, os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+    # PyDLL's functions keep the GIL.
+    to = ctypes.byref(ctypes.c_char.from_buffer(view, 20 * BLOCK))
+    assert ctypes.PyDLL(None).ioctl(terminal, tiocgwinsz, to) == 0
+    assert server.failure is not None
+    del to
+    server.close()
+    os.close(terminal)
+    os.close(file)
+
+
 def test_pieces_that_can_t_be(file: int) -> None:
     for pieces in (
         [(0, PAGE, file, 0), (0, PAGE, file, 0)],
@@ -240,11 +258,11 @@ def test_pieces_that_can_t_be(file: int) -> None:
         [(1, PAGE, file, 0)],
         [(0, 0, file, 0)],
     ):
-        server = PageServer()
+        server = PageServer(FIONREAD)
         with pytest.raises(StateError, match="not in order, or not in ram"):
             server.serve(RamRegion(0, SIZE), pieces)
         server.close()
-    server = PageServer()
+    server = PageServer(FIONREAD)
     for region in (RamRegion(0, SIZE, shared=True), RamRegion(0, SIZE, source=(file, 0))):
         with pytest.raises(ConfigError, match="behind, or that is shared"):
             server.serve(region, [])
@@ -295,7 +313,7 @@ os.setuid(65534)
 from pyvmm.errors import ConfigError
 from pyvmm.page_server import PageServer
 try:
-    PageServer().close()
+    PageServer(0).close()
     print("taken")
 except ConfigError as error:
     print(error)
