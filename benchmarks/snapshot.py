@@ -4,6 +4,8 @@
               (restore_floor.c)
     fork      a hundred machines of one that stands, until each has executed an instruction; beside a hundred in C
     live      how long a guest stands that is saved while it writes to 50 MB of pages a second
+    inputs    one input tried on a machine of its own, as a fuzzer does it: from the snapshot to the guest's end and
+              closed; beside QEMU's loadvm, again and again in one process
     shell     `pyvmm run --restore`, to the end of the process, beside a Python that starts and ends; and QEMU's
               -loadvm of as much memory, where QEMU is there
 
@@ -22,10 +24,10 @@ from typing import NamedTuple
 from pyvmm import Machine, Snapshot
 from pyvmm.cli.options import Option, parse, usage
 from pyvmm.errors import ConfigError
-from pyvmm_benchmarks import cycles, environment, sampling, stopwatch
+from pyvmm_benchmarks import cycles, environment, inputs_guest, sampling, stopwatch
 from pyvmm_benchmarks.contenders import c_floor
 from pyvmm_benchmarks.contenders.launch_pyvmm import shell_command
-from pyvmm_benchmarks.contenders.snapshot_qemu import QemuLoadvm
+from pyvmm_benchmarks.contenders.snapshot_qemu import LoadvmAgain, QemuLoadvm
 from pyvmm_benchmarks.launch import chosen
 from pyvmm_benchmarks.report import TOLERANCE, Case, Report, Result, case_lines, print_comparison
 
@@ -34,11 +36,13 @@ MS_PER_NS = 1e-6
 KIB_PER_MIB = 1024
 SOURCE = Path(__file__).with_name("contenders") / "restore_floor.c"
 RESTORE_CHILD, LIVE_CHILD = SOURCE.with_name("restore_child.py"), SOURCE.with_name("live_child.py")
+INPUTS_CHILD = SOURCE.with_name("inputs_child.py")
 MEMORY_DIRECTORY = "/dev/shm"
-PARTS = ("restore", "fork", "live", "shell")
+PARTS = ("restore", "fork", "live", "inputs", "shell")
 # Where the guest's working set is, in a snapshot that has one.
 TOUCHED_AT, TOUCHED_MIB = 64 * MIB, 128
 FORKS = 100
+INPUTS, INPUTS_MIB = 50, 64
 LIVE_MIB, LIVE_MB_PER_S = 256, 50
 SHELL_LIMIT_S = 60.0
 QEMU_MACHINES = ("pc", "microvm")
@@ -134,6 +138,7 @@ class Bench:
             "restore": self._restore,
             "fork": self._fork,
             "live": self._live,
+            "inputs": self._inputs,
             "shell": self._shell,
         }
         return parts[name]()
@@ -213,6 +218,37 @@ class Bench:
             result = Result("pyvmm", values, samples, ours=True)
             made.append(Case(name, f"{title}: {what}", "ms", [result], reference=""))
         return made
+
+    def _inputs(self) -> list[Case]:
+        path = self.directory / "inputs"
+        with Machine(flat=inputs_guest.END, flat_mode="real16", memory_mib=INPUTS_MIB) as machine:
+            machine.save(path)
+        child = cycles.Maker([sys.executable, "-P", str(INPUTS_CHILD), str(path), str(INPUTS)])
+        turns: dict[str, Callable[[], float]] = {"pyvmm": lambda: child.cycle()[0] / INPUTS * MS_PER_NS}
+        absent, started = [], []
+        try:
+            for machine_kind in QEMU_MACHINES:
+                qemu = LoadvmAgain(machine_kind)
+                try:
+                    if qemu.program is None:
+                        reason = f"not installed (Debian: qemu-system-x86; or name it in {qemu.variable})"
+                        absent.append(Result(qemu.name, reason=reason))
+                        continue
+                    started.append(qemu)
+                    qemu.start(self.directory, INPUTS_MIB)
+                    turns[qemu.name] = lambda qemu=qemu: qemu.attempts(INPUTS) / INPUTS * MS_PER_NS  # type: ignore[misc]
+                except (RuntimeError, OSError) as error:
+                    absent.append(Result(qemu.name, reason=str(error)))
+            for turn in turns.values():
+                turn()  # that does not count
+            values = sampling.rounds(turns, self.rounds)
+        finally:
+            child.close()
+            for qemu in started:
+                qemu.close()
+        results = [Result(name, [values[name]], values[name], ours=name == "pyvmm") for name in turns] + absent
+        title = f"an input tried on a machine of its own, {INPUTS_MIB} MiB, {INPUTS} in a row"
+        return [Case("inputs", title, "ms", results, reference=f"qemu-{QEMU_MACHINES[0]}")]
 
     def _shell(self) -> list[Case]:
         path = self.snapshot(KINDS[1])

@@ -28,3 +28,11 @@ def test_a_restore_and_a_live_save(tmp_path: Path) -> None:
     stood, save = (case.results[0].value for case in bench.part("live"))
     assert stood is not None and save is not None
     assert 0 < stood.value < save.value
+
+
+def test_inputs_beside_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "INPUTS", 3)
+    (case,) = snapshot.Bench(tmp_path, rounds=1, sets=1).part("inputs")
+    assert [result.name for result in case.results] == ["pyvmm", "qemu-pc", "qemu-microvm"]
+    assert all(result.reason or (result.value is not None and result.value.value > 0) for result in case.results)
+    assert not case.results[0].reason

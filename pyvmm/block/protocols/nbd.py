@@ -519,6 +519,8 @@ class Nbd(ProtocolDriver):
     def __del__(self) -> None:
         ends = getattr(self, "_ends", None)
         if ends is not None and ends.wake_fd >= 0:
+            if (line := getattr(self, "_line", None)) is not None:
+                line.end()  # a device may have it still
             ends.wake()  # the thread finds nobody, and ends
 
 

@@ -335,7 +335,7 @@ cdef class NbdLine(NbdRequests):
         cdef uint8_t *head = self.data + self.first
         cdef uint8_t *body = head + CHUNK_BYTES
         cdef int flags, kind, rc = FINE
-        cdef uint32_t length, fixed
+        cdef uint32_t length, fixed, most
         cdef uint64_t at
         cdef bint is_last
         cdef nbd_slot *slot
@@ -351,7 +351,8 @@ cdef class NbdLine(NbdRequests):
         if kind == OFFSET_DATA:
             if slot.command != NBD_READ or length <= 8:
                 return NO_DATA
-        elif fixed > (MOST_ERROR_BYTES if kind & ERROR_TYPES else HOLE_BYTES):
+        most = MOST_ERROR_BYTES if kind & ERROR_TYPES else HOLE_BYTES
+        if fixed > most:
             return TOO_LONG
         if there < CHUNK_BYTES + fixed:
             return NOT_WHOLE
