@@ -210,31 +210,31 @@ class SavingMachine(RunningMachine):
         for all, ``each(n)`` gives further ones for one of them; ``prepare`` as with ``restore``. Errors as from
         ``save`` and ``restore``; then there is none of them.
         """
-        from pyvmm.machine_snapshot import CollectorWaits, Way, freeze, of_twin, restored_spec, unshared
+        from pyvmm.machine_snapshot import CollectorWaits, Way, by_two, freeze, of_twin, restored_spec, unshared
         from pyvmm.origin import Origin
 
         if not is_int(count) or count < 1:
             raise ConfigError(f"fork({count!r}): give how many machines, 1 or more")
         state = self._all_state("fork")
-        made: list[Self] = []
         if self._chassis.origin is None:
             self._chassis.origin = self._chassis.closers.add(Origin(None))
         with self._chassis.saving:
             frozen = freeze(state, self.config, self._chassis.origin)
         with frozen, CollectorWaits():
-            try:
-                config = None
-                for n in range(count):
-                    if config is None or each is not None:
-                        own: MachineOptions = {**options, **(each(n) if each else {})}
-                        config = restored_spec(frozen, {**unshared(self.config, own), **own})
-                    way = Way(type(self.board), prepare)
-                    made.append(type(self).of_snapshot(frozen, of_twin(config, own), way))
-            except BaseException:
-                for machine in made:
-                    machine.close()
-                raise
-        return made
+            if count > 1:
+                frozen.is_for_many()
+            asked: list[tuple[Spec, MachineOptions]] = []
+            for n in range(1 if each is None else count):
+                own: MachineOptions = {**options, **(each(n) if each else {})}
+                asked.append((restored_spec(frozen, {**unshared(self.config, own), **own}), own))
+            way = Way(type(self.board), prepare)
+
+            def make(n: int) -> Any:
+                config, own = asked[0 if each is None else n]
+                return type(self).of_snapshot(frozen, of_twin(config, own), way)
+
+            made: list[Self] = by_two(count, make, alone=prepare is not None)
+            return made
 
 
 def serve(origin: Snapshot, config: Spec) -> ServedMemory:

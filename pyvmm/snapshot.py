@@ -275,6 +275,11 @@ class Snapshot:
             self._state["parts"] = known(self.parts)
         return self._state
 
+    def is_for_many(self) -> None:
+        """Several machines are going to come from it: ``state`` remembers what it is from the first one on."""
+        if self.state["parts"] is self.parts:
+            self.state["parts"] = known(self.parts)
+
     @property
     def as_it_was(self) -> Spec | None:
         """The Spec of a machine for which nothing is given anew, once there has been one."""
