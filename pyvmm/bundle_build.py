@@ -23,7 +23,7 @@ INDEX_VERSION = 2  # of marshal: without references, so that its length follows 
 NAMES_AHEAD = """
 device region address_space boards options images late x86 x86.layout memory_map places boards.board boards.isa
 boards.microvm consoles light run_state run_control drives clock event_loop events io_thread kvm kvm.exits exit_stats
-kvm.ioctl kvm.stats kvm.vcpu cpu_exec outcomes reset_count power chassis closers guest_memory cpu kvm.vm irq irqchip
+kvm.ioctl kvm.vcpu cpu_exec outcomes reset_count power chassis closers guest_memory cpu kvm.vm irq irqchip
 kvm.access kvm.system kvm_clock kvm_listener platform builder chardev cli.options cli.signals console_words config
 machine_base machine_running machine_saving machine_moving spec machine cli.run devices devices.debug_exit
 devices.serial terminal x86.image x86.boot x86.cpu_features x86.cpu_state x86.cpuid x86.flat

@@ -210,6 +210,6 @@ class Chassis:
 
     def on_own_thread(self) -> bool:
         """Whether the caller is one of the machine's threads, or a request: none of them may wait for the machine."""
-        own = self.loop.on_loop_thread() or any(thread.is_current for thread in self._background)
-        own = own or self.io_threads.inside
-        return own or self.control.inside()
+        if self._background and any(thread.is_current for thread in self._background):
+            return True
+        return self.loop.on_loop_thread() or self.io_threads.inside or self.control.inside()

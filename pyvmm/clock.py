@@ -241,6 +241,13 @@ class VirtualClock(Clock):
 
 def checked_times(state: dict[str, int]) -> tuple[int, int]:
     """Guest time and wall clock of a saved state. StateError where it is none."""
+    from pyvmm.state import once
+
+    times: tuple[int, int] = once(state, None, lambda: look_at_times(state))
+    return times
+
+
+def look_at_times(state: dict[str, int]) -> tuple[int, int]:
     from pyvmm.state import TIMES_NS, check_names, checked_number
 
     check_names(state, ("now_ns", "wall_ns"))

@@ -145,6 +145,13 @@ class KvmClock:
         return []  # before Linux 5.16
 
     def load(self, state: dict[str, Any]) -> None:
+        from pyvmm.state import once
+
+        loaded = once(state, len(self._cpus), lambda: self._checked(state))
+        self._clock_ns, self._tsc, self._tsc_khz, self._loaded_offsets, deadlines = loaded
+        self._deadlines = list(deadlines)
+
+    def _checked(self, state: dict[str, Any]) -> tuple[int, int, int, list[int], list[int]]:
         from pyvmm.state import check_length, check_names, value_of
 
         check_names(state, ("clock_ns", "tsc", "tsc_khz", "tsc_offsets", "deadlines"))
@@ -155,8 +162,7 @@ class KvmClock:
         deadlines = value_of(("list", 64, len(self._cpus)), state["deadlines"], "deadlines")
         if offsets:
             check_length(len(offsets), (len(self._cpus),), "tsc_offsets", "entries")
-        self._clock_ns, self._tsc, self._tsc_khz = clock_ns, count, khz
-        self._loaded_offsets, self._deadlines = offsets, deadlines
+        return clock_ns, count, khz, offsets, deadlines
 
     def pass_time(self, ns: int) -> None:
         """So much time has passed since what was loaded. Before ``after_load``."""

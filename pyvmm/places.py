@@ -79,6 +79,8 @@ class Places:
 
     def _behind(self, at: int) -> int:
         """Index of the first that ends behind ``at``. There are some dozens at most: a loop beats an import."""
+        if not self._ends or self._ends[-1] <= at:
+            return len(self._ends)
         for n, stop in enumerate(self._ends):
             if stop > at:
                 return n

@@ -11,6 +11,7 @@ from pyvmm.cpu_exec import CpuExec
 from pyvmm.errors import ConfigError, StateError
 from pyvmm.irqchip import KvmIrqchip
 from pyvmm.kvm.system import CAPABILITIES, Kvm
+from pyvmm.kvm.vcpu import pack_cpuid
 from pyvmm.kvm_clock import KvmClock, ways
 from pyvmm.kvm_listener import KvmListener
 from pyvmm.x86 import layout
@@ -192,8 +193,8 @@ class KvmPlatform(Platform):
         irqchip = self.irqchip
         for index in range(self._config.cpus):
             vcpu = self._vm.create_vcpu(index)
-            table = self._cpuid(index)
-            vcpu.cpuid = table
+            table, packed = self._cpuid(index)
+            vcpu.put_cpuid(packed)
             loop = CpuExec(vcpu, chassis.pio, chassis.mmio, user_irqchip=not irqchip.in_kernel)
             irqchip.attach(loop)
             self.cpus.append(Cpu(index, vcpu, loop, chassis.control, chassis.outcomes.cpu_stopped, table))
@@ -223,7 +224,7 @@ class KvmPlatform(Platform):
     def cpu_identity(self) -> tuple[int, int, str] | None:
         from pyvmm.x86 import cpuid
 
-        return cpuid.identity(self._cpuid(0))
+        return cpuid.identity(self._cpuid(0)[0])
 
     def cpu_features(self) -> list[str]:
         return features_of(self.cpus[0].cpuid)
@@ -231,9 +232,10 @@ class KvmPlatform(Platform):
     def hide(self, features: Iterable[str]) -> None:
         self._cpu = ",".join([self._cpu, *(f"-{name}" for name in features)])
         for cpu in self.cpus:
-            cpu.cpuid = cpu.vcpu.cpuid = self._cpuid(cpu.index)
+            cpu.cpuid, packed = self._cpuid(cpu.index)
+            cpu.vcpu.put_cpuid(packed)
 
-    def _cpuid(self, index: int) -> list[CpuidEntry]:
+    def _cpuid(self, index: int) -> tuple[list[CpuidEntry], bytes]:
         return cpuid_table(self._kvm, self._config, self._cpu, self.irqchip.in_kernel, index)
 
     def _vendor(self) -> str:
@@ -324,18 +326,19 @@ def check_limits(kvm: Kvm, cpus: int) -> None:
 
 # What cpuid.build made, by its arguments: it takes longer than making the vCPU. Nothing in it is of one machine.
 MOST_TABLES = 1024
-_cpuid_tables: dict[tuple[object, ...], list[CpuidEntry]] = {}
+_cpuid_tables: dict[tuple[object, ...], tuple[list[CpuidEntry], bytes]] = {}
 
 
-def cpuid_table(kvm: Kvm, config: Spec, cpu: str, irqchip: bool, index: int) -> list[CpuidEntry]:
+def cpuid_table(kvm: Kvm, config: Spec, cpu: str, irqchip: bool, index: int) -> tuple[list[CpuidEntry], bytes]:
+    """It, and as KVM takes it."""
     key = (kvm.device, cpu, config.cpus, irqchip, index)
-    if key not in _cpuid_tables:
+    if (known := _cpuid_tables.get(key)) is None:
         from pyvmm.x86 import cpuid
 
         if len(_cpuid_tables) >= MOST_TABLES:
             _cpuid_tables.clear()
         deadline = irqchip and bool(kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
-        _cpuid_tables[key] = cpuid.build(
+        made = cpuid.build(
             kvm.supported_cpuid(),
             spec=cpu,
             apic_id=index,
@@ -344,7 +347,8 @@ def cpuid_table(kvm: Kvm, config: Spec, cpu: str, irqchip: bool, index: int) -> 
             tsc_deadline=deadline,
             brand=[kvm.host_cpuid(function) for function in cpuid.BRAND_STRING],
         )
-    return _cpuid_tables[key]
+        known = _cpuid_tables[key] = made, pack_cpuid(made)
+    return known
 
 
 # The names of what a table shows, with the table: so that no other one can have its identity.

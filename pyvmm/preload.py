@@ -47,7 +47,6 @@ BUILDING = (
     "pyvmm.boards.pc_firmware",
     "pyvmm.boards.virtio",
     "pyvmm.boards.virtio_interfaces",
-    "pyvmm.chardev",
     "pyvmm.clock",
     "pyvmm.console_options",
     "pyvmm.devices.debug_exit",
@@ -111,6 +110,7 @@ BUILDING = (
 )
 # While it runs.
 RUNNING = (
+    "_struct",
     "ast",  # tracebacks, as tokenize and linecache
     "atexit",  # a terminal that is made raw
     "ctypes",  # discards, and writes of zeros
@@ -123,6 +123,7 @@ RUNNING = (
     "pyvmm.log",  # where somebody logs
     "mmap",
     "pyvmm.boards.pc_drives",  # another medium
+    "pyvmm.chardev",  # a board that comes late opens its consoles then
     "pyvmm.control.console",  # who asks for a machine by its name, as registry
     "pyvmm.control.metrics",
     "pyvmm.control.qmp.server",
@@ -146,6 +147,7 @@ RUNNING = (
     "pyvmm.exit_stats",
     "pyvmm.gsi_routes",  # MSIs and irqfds, as irqfd
     "pyvmm.irqfd",
+    "pyvmm.kvm.stats",
     "pyvmm.origin",  # forks, as snapshot, machine_snapshot
     "pyvmm.machine_snapshot",
     "pyvmm.machine_state",

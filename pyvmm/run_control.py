@@ -590,4 +590,7 @@ class RunControl:
         return self._on_cpu_thread() or self._acting == get_ident() or self._in_timer()
 
     def _on_cpu_thread(self) -> bool:
-        return any(cpu.on_own_thread for cpu in self.cpus)
+        for cpu in self.cpus:  # noqa: SIM110  asked at every turn: a generator would take as long as all of it
+            if cpu.on_own_thread:
+                return True
+        return False

@@ -15,10 +15,7 @@ from posix.unistd cimport close
 from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl
 
-import _struct
-
 from pyvmm.errors import ConfigError, KindError, KvmError, StateError
-from pyvmm.kvm.stats import KvmStats
 
 GUESTDBG_ENABLE = uapi.KVM_GUESTDBG_ENABLE
 GUESTDBG_SINGLESTEP = uapi.KVM_GUESTDBG_SINGLESTEP
@@ -27,7 +24,7 @@ GUESTDBG_USE_HW_BP = uapi.KVM_GUESTDBG_USE_HW_BP
 GUESTDBG_BLOCKIRQ = uapi.KVM_GUESTDBG_BLOCKIRQ
 
 # struct kvm_vcpu_events, in the kernel's order; the pad bytes between are reserved fields.
-_EVENTS = _struct.Struct("=4BI 4B 3Bx I I 4B B 26x B Q")
+_EVENTS = "=4BI 4B 3Bx I I 4B B 26x B Q"
 _EVENT_FIELDS = (
     "exception_injected", "exception_nr", "exception_has_error_code", "exception_pending", "exception_error_code",
     "interrupt_injected", "interrupt_nr", "interrupt_soft", "interrupt_shadow",
@@ -39,7 +36,22 @@ _EVENT_FIELDS = (
 
 def pack_events(events):
     """struct kvm_vcpu_events of all that ``Vcpu.events`` has. struct.error for a number that is too large."""
-    return _EVENTS.pack(*(events[name] for name in _EVENT_FIELDS))
+    import _struct
+
+    return _struct.pack(_EVENTS, *(events[name] for name in _EVENT_FIELDS))
+
+
+def pack_cpuid(entries):
+    """What ``Vcpu.put_cpuid`` takes, of such a list as ``Vcpu.cpuid`` has: struct kvm_cpuid2."""
+    cdef bytes packed = bytes(2 * sizeof(uint32_t) + len(entries) * sizeof(uapi.kvm_cpuid_entry2))
+    cdef uapi.kvm_cpuid2 *table = <uapi.kvm_cpuid2 *><char *>packed
+    cdef uapi.kvm_cpuid_entry2 *e = <uapi.kvm_cpuid_entry2 *>(<char *>packed + 2 * sizeof(uint32_t))
+    table.nent = len(entries)
+    for function, index, flags, eax, ebx, ecx, edx in entries:
+        e.function, e.index, e.flags = function, index, flags
+        e.eax, e.ebx, e.ecx, e.edx = eax, ebx, ecx, edx
+        e += 1
+    return packed
 
 
 cdef dict changed(str what, dict now, value):
@@ -276,11 +288,15 @@ cdef class Vcpu:
     @property
     def events(self):
         """KVM_GET_VCPU_EVENTS: pending and injected exceptions, interrupts, NMIs, SMIs, flat by name."""
+        import _struct
+
         raw = self._get(uapi.KVM_GET_VCPU_EVENTS, sizeof(uapi.kvm_vcpu_events), "KVM_GET_VCPU_EVENTS")
-        return dict(zip(_EVENT_FIELDS, _EVENTS.unpack(raw)))
+        return dict(zip(_EVENT_FIELDS, _struct.unpack(_EVENTS, raw)))
 
     @events.setter
     def events(self, value):
+        import _struct
+
         merged = changed("events", self.events, value)
         try:
             raw = pack_events(merged)
@@ -290,6 +306,8 @@ cdef class Vcpu:
 
     def get_nested_state(self, uint32_t size_bytes):
         """KVM_GET_NESTED_STATE: struct kvm_nested_state as bytes, at most the size that KVM_CAP_NESTED_STATE states."""
+        import _struct
+
         state = bytearray(max(size_bytes, 8))
         _struct.pack_into("=HHI", state, 0, 0, 0, size_bytes)
         checked(ioctl(self._open(), uapi.KVM_GET_NESTED_STATE, <uint8_t *>state), "KVM_GET_NESTED_STATE")
@@ -297,6 +315,8 @@ cdef class Vcpu:
 
     def set_nested_state(self, bytes state):
         """KVM_SET_NESTED_STATE with what get_nested_state gave."""
+        import _struct
+
         if len(state) < 8 or len(state) < _struct.unpack_from("=HHI", state)[2]:
             raise ValueError(f"nested state of {len(state)} bytes: it is cut off")
         checked(ioctl(self._open(), uapi.KVM_SET_NESTED_STATE, <const uint8_t *>state), "KVM_SET_NESTED_STATE")
@@ -384,21 +404,11 @@ cdef class Vcpu:
 
     @cpuid.setter
     def cpuid(self, entries):
-        cdef uapi.kvm_cpuid_entry2 *e
-        cdef uapi.kvm_cpuid2 *table = <uapi.kvm_cpuid2 *>calloc(
-            1, 2 * sizeof(uint32_t) + len(entries) * sizeof(uapi.kvm_cpuid_entry2))
-        if table == NULL:
-            raise MemoryError
-        try:
-            table.nent = len(entries)
-            e = <uapi.kvm_cpuid_entry2 *>(<char *>table + 2 * sizeof(uint32_t))
-            for function, index, flags, eax, ebx, ecx, edx in entries:
-                e.function, e.index, e.flags = function, index, flags
-                e.eax, e.ebx, e.ecx, e.edx = eax, ebx, ecx, edx
-                e += 1
-            checked(ioctl(self._open(), uapi.KVM_SET_CPUID2, table), "KVM_SET_CPUID2")
-        finally:
-            free(table)
+        self.put_cpuid(pack_cpuid(entries))
+
+    def put_cpuid(self, bytes packed not None):
+        """KVM_SET_CPUID2 of what pack_cpuid gave, before the first run: for many vCPUs that have the same."""
+        checked(ioctl(self._open(), uapi.KVM_SET_CPUID2, <const char *>packed), "KVM_SET_CPUID2")
 
     @property
     def tsc_khz(self):
@@ -486,4 +496,6 @@ cdef class Vcpu:
 
     def stats(self):
         """KVM_GET_STATS_FD: the kernel's own counters of this vCPU."""
+        from pyvmm.kvm.stats import KvmStats
+
         return KvmStats(checked(ioctl(self._open(), uapi.KVM_GET_STATS_FD, 0), "KVM_GET_STATS_FD"))

@@ -12,7 +12,7 @@ from pyvmm.kvm cimport uapi
 from pyvmm.kvm.ioctl cimport checked, ioctl
 from pyvmm.kvm.vcpu cimport Vcpu
 
-import struct
+import _struct
 
 from pyvmm.errors import ConfigError, KvmError
 from pyvmm.kvm.vcpu import pack_events
@@ -50,11 +50,11 @@ cdef class VcpuImage:
                 self._sregs = state["sregs"]
             self._debugregs = state["debugregs"]
             self._events = pack_events(state["events"])
-            self._msrs = b"".join([struct.pack("=IIQ", index, 0, value) for index, value in self.msrs.items()])
+            self._msrs = b"".join([_struct.pack("=IIQ", index, 0, value) for index, value in self.msrs.items()])
             if lapic:
                 self._mp_state.mp_state = state["mp_state"]
                 self._lapic = state["lapic"]
-        except (OverflowError, struct.error) as error:
+        except (OverflowError, _struct.error) as error:
             raise ConfigError(f"a register of a vCPU: a value has more bits than it: {error}") from None
         self._pack_xcrs(state["xcrs"])
         self._xsave = state["xsave"]
@@ -94,14 +94,14 @@ cdef class VcpuImage:
         cdef Py_ssize_t done
         while left:
             # struct kvm_msrs: nmsrs, pad, entries. KVM writes nothing back.
-            table = struct.pack("=II", len(left) // MSR_BYTES, 0) + left
+            table = _struct.pack("=II", len(left) // MSR_BYTES, 0) + left
             try:
                 done = checked(ioctl(fd, uapi.KVM_SET_MSRS, <const uint8_t *>(<bytes>table)), "KVM_SET_MSRS")
             except KvmError:
                 done = 0
             if done * MSR_BYTES >= len(left):
                 break
-            refused.append(struct.unpack_from("=I", left, done * MSR_BYTES)[0])
+            refused.append(_struct.unpack_from("=I", left, done * MSR_BYTES)[0])
             left = left[(done + 1) * MSR_BYTES:]
         return refused
 

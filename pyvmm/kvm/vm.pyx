@@ -14,7 +14,6 @@ from pyvmm.kvm.ioctl cimport checked, ioctl, slow_ioctl
 from pyvmm.kvm.last_close cimport last_close
 
 from pyvmm.errors import ConfigError, StateError
-from pyvmm.kvm.stats import KvmStats
 from pyvmm.kvm.vcpu import Vcpu
 
 MEM_LOG_DIRTY_PAGES = uapi.KVM_MEM_LOG_DIRTY_PAGES
@@ -287,4 +286,6 @@ cdef class Vm:
 
     def stats(self):
         """KVM_GET_STATS_FD: the kernel's own counters of this VM."""
+        from pyvmm.kvm.stats import KvmStats
+
         return KvmStats(checked(ioctl(self._open(), uapi.KVM_GET_STATS_FD, 0), "KVM_GET_STATS_FD"))

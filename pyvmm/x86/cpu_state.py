@@ -7,8 +7,6 @@ reset), 3.4.5 (segment descriptors), 4.5 (4-level paging), 10.8.5 (what long mod
 
 from __future__ import annotations
 
-from _struct import pack
-
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
@@ -109,12 +107,16 @@ def flat_segments(long_mode: bool) -> tuple[State, State, State]:
 
 def gdt(long_mode: bool) -> bytes:
     """Two empty descriptors, code, data, TSS (16 bytes in long mode, the upper half zero)."""
+    from _struct import pack
+
     code, data, tss = flat_segments(long_mode)
     return pack("<6Q", 0, 0, descriptor(code), descriptor(data), descriptor(tss), 0)
 
 
 def identity_page_tables(gpa: int) -> bytes:
     """Six pages to be written at ``gpa``, which is then CR3: the first 4 GiB one-to-one in 2 MiB pages."""
+    from _struct import pack
+
     table = PRESENT | WRITABLE | ACCESSED
     page = table | DIRTY | LARGE
     pml4 = pack("<Q", gpa + layout.PAGE_BYTES | table)
