@@ -1,6 +1,7 @@
 """Stock Linux that works on two processors while it is saved, goes on from the snapshot, and is saved again. By hand:
 
     ci/lab run -- .venv/bin/python tests/boot/saved_under_load.py 50 microvm
+    ci/lab run -- .venv/bin/python tests/boot/saved_under_load.py 50 pc --transfers
 
 It computes checksums, writes to its disk with fsync, says a line each 10 ms on a virtio console and one each 250 ms on
 the serial port; with ``--transfers`` fio writes to another disk and verifies, and words go to the host and back by TCP
