@@ -62,9 +62,18 @@ WAITING_MAX = 1000
 
 
 def logged(level: int) -> bool:
-    """Whether somebody wants to have events of that level in the log. Nobody who has not imported ``logging``."""
-    find = getattr(modules.get("logging"), "getLogger", None)  # not while it is being imported
-    return find is not None and bool(find("pyvmm").isEnabledFor(level))
+    """Whether somebody wants to have events of that level in the log. Nobody who has not imported ``logging``.
+
+    What Logger.isEnabledFor says, without the locks of logging: a signal's exception between two lines of its own leaves
+    them locked for ever, and this is asked wherever something happens.
+    """
+    root = getattr(modules.get("logging"), "root", None)  # there is none while it is being imported
+    if root is None:
+        return False
+    ours = root.manager.loggerDict.get("pyvmm")
+    if not isinstance(ours, type(root).__base__):
+        ours = root  # nobody has asked for ours yet: it would have root's level
+    return not ours.disabled and root.manager.disable < level >= ours.getEffectiveLevel()
 
 
 class Event:
