@@ -235,7 +235,6 @@ def use_the_folder(folder: Path, given: bytes, guest: Lines) -> None:
 
 
 @pytest.mark.lab
-@pytest.mark.slow
 @pytest.mark.parametrize(("machine", "ring"), [("microvm", "packed"), ("pc", "split")])
 def test_console_balloon_vsock_network_and_folder(
     tmp_path: Path, make_initrd: Callable[..., Path], vsock_peer: bytes, machine: str, ring: str
