@@ -67,11 +67,12 @@ def logged(level: int) -> bool:
     What Logger.isEnabledFor says, without the locks of logging: a signal's exception between two lines of its own leaves
     them locked for ever, and this is asked wherever something happens.
     """
-    root = getattr(modules.get("logging"), "root", None)  # there is none while it is being imported
-    if root is None:
+    logging = modules.get("logging")
+    root = getattr(logging, "root", None)  # there is none while it is being imported
+    if logging is None or root is None:
         return False
     ours = root.manager.loggerDict.get("pyvmm")
-    if not isinstance(ours, type(root).__base__):
+    if not isinstance(ours, logging.Logger):
         ours = root  # nobody has asked for ours yet: it would have root's level
     return not ours.disabled and root.manager.disable < level >= ours.getEffectiveLevel()
 
