@@ -180,9 +180,11 @@ class Target:
         return self._control.state in ALIVE
 
     def stop(self) -> Stop | None:
-        """Why it stands; None while it runs."""
+        """Why it stands; None while it runs, and where it was closed under its guest: that has not exited, and the
+        connection ends.
+        """
         state, status = self._control.state, self._control.status
-        if state in ALIVE:
+        if state in ALIVE or (state is RunState.CLOSED and status is None):
             return None
         if state in (RunState.SHUTDOWN, RunState.CLOSED):
             return Stop(0, None, status=0 if status is None else int(status) & 0xFF)
