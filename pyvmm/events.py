@@ -64,7 +64,7 @@ WAITING_MAX = 1000
 def logged(level: int) -> bool:
     """Whether somebody wants to have events of that level in the log. Nobody who has not imported ``logging``.
 
-    What Logger.isEnabledFor says, without the locks of logging: a signal's exception between two lines of its own leaves
+    What Logger.isEnabledFor says, without the locks of logging: a signal's exception between two of its lines leaves
     them locked for ever, and this is asked wherever something happens.
     """
     logging = modules.get("logging")

@@ -127,7 +127,7 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
     assert "there is no benchmark ''" in capsys.readouterr().err
     assert main(["bench", "disks"]) == 2
-    assert "say `pyvmm bench exits`, `launch`, `disk` or `snapshot`" in capsys.readouterr().err
+    assert "say `pyvmm bench exits`, `launch`, `disk`, `net` or `snapshot`" in capsys.readouterr().err
     assert main(["bench", "--help"]) == 0
     assert "usage: pyvmm bench exits|launch|disk" in capsys.readouterr().out
     assert main(["bench", "exits", "--help"]) == 0
