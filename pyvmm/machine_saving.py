@@ -210,7 +210,7 @@ class SavingMachine(RunningMachine):
         for all, ``each(n)`` gives further ones for one of them; ``prepare`` as with ``restore``. Errors as from
         ``save`` and ``restore``; then there is none of them.
         """
-        from pyvmm.machine_snapshot import CollectorWaits, Way, by_two, freeze, of_twin, restored_spec, unshared
+        from pyvmm.machine_snapshot import CollectorWaits, Way, freeze, of_twin, restored_spec, unshared
         from pyvmm.origin import Origin
 
         if not is_int(count) or count < 1:
@@ -228,13 +228,16 @@ class SavingMachine(RunningMachine):
                 own: MachineOptions = {**options, **(each(n) if each else {})}
                 asked.append((restored_spec(frozen, {**unshared(self.config, own), **own}), own))
             way = Way(type(self.board), prepare)
-
-            def make(n: int) -> Any:
-                config, own = asked[0 if each is None else n]
-                return type(self).of_snapshot(frozen, of_twin(config, own), way)
-
-            made: list[Self] = by_two(count, make, alone=prepare is not None)
-            return made
+            made: list[Self] = []
+            try:
+                for n in range(count):
+                    config, own = asked[0 if each is None else n]
+                    made.append(type(self).of_snapshot(frozen, of_twin(config, own), way))
+            except BaseException:
+                for machine in made:
+                    machine.close()
+                raise
+        return made
 
 
 def serve(origin: Snapshot, config: Spec) -> ServedMemory:

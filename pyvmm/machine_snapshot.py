@@ -7,8 +7,7 @@ import posix
 from time import time_ns
 
 from pyvmm.config import INTERNAL
-from pyvmm.errors import ConfigError, StateError, ThreadError, VmmError, describe
-from pyvmm.light import Lock, Thread
+from pyvmm.errors import ConfigError, StateError, VmmError, describe
 from pyvmm.run_control import ALIVE, RESUMABLE
 from pyvmm.snapshot import Saving, Snapshot, image_identity, sync_image
 from pyvmm.snapshot_file import MemoryWriter, SnapshotWriter
@@ -19,7 +18,7 @@ from pyvmm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from typing import Any, Protocol, TypeVar
+    from typing import Any, Protocol
 
     from typing_extensions import Buffer
 
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
     from pyvmm.machine_state import MachineState
     from pyvmm.net.options import NetOptions
     from pyvmm.origin import Origin
-
-    class Closable(Protocol):
-        def close(self) -> None: ...
-
-    Made = TypeVar("Made", bound=Closable)
 
     class SpecSource(Protocol):
         """A Snapshot, or what has come of a machine by a stream (migration.py)."""
@@ -208,50 +202,6 @@ class CollectorWaits:
     def __exit__(self, *exc: object) -> None:
         if self._ran:
             gc.enable()
-
-
-# Machines of one snapshot that are made first, one after the other: they find out what the others then know.
-MADE_FIRST = 2
-
-
-def by_two(count: int, make: Callable[[int], Made], *, alone: bool = False) -> list[Made]:
-    """``[make(n) for n in range(count)]``, the most of it on two threads, unless on this one ``alone``: half of what it
-    takes to make a machine is KVM's. Where one raises nobody goes on, and what was made is closed.
-    """
-    made: dict[int, Made] = {}
-    errors: list[BaseException] = []
-    numbers = iter(range(count))
-    lock = Lock()
-
-    def work(most: int = count) -> None:
-        try:
-            for _ in range(most):
-                with lock:
-                    n = None if errors else next(numbers, None)
-                if n is None:
-                    return
-                made[n] = make(n)
-        except BaseException as error:
-            errors.append(error)
-
-    other = Thread(work)
-    try:
-        work(MADE_FIRST)
-        if not alone and len(made) < count:
-            try:
-                other.start()
-            except ThreadError:
-                pass  # then it takes longer
-        work()
-        other.join()
-    except BaseException as error:  # a signal's, between two lines
-        errors.append(error)
-        other.join()
-    if errors:
-        for machine in made.values():
-            machine.close()
-        raise errors[0]
-    return [made[n] for n in range(count)]
 
 
 def snapshot_of(origin: Origin | None) -> Snapshot | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +15,6 @@ from test_state import spoil
 
 from pyvmm import ConfigError, Machine, RunState, Snapshot, StateError, VmmError
 from pyvmm.block.options import DriveOptions
-from pyvmm.machine_snapshot import MADE_FIRST, by_two
 from pyvmm.snapshot_file import SnapshotFile, SnapshotWriter
 
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -163,62 +161,3 @@ def test_a_snapshot_is_open_until_the_last_has_closed_it(images: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(StateError, match="is closed: open it again"):
         Machine.restore(snapshot)
-
-
-# -- many machines of one snapshot
-
-
-LIMIT_S = 60.0
-
-
-class Made:
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_many_are_made_by_two_threads_each_once_and_in_order() -> None:
-    both = threading.Barrier(2)
-    makers: dict[int, int] = {}
-
-    def make(number: int) -> Made:
-        if number >= MADE_FIRST:
-            both.wait(LIMIT_S)  # neither of the two gets any further by itself
-        assert number not in makers
-        makers[number] = threading.get_ident()
-        return Made(number)
-
-    made = by_two(MADE_FIRST + 8, make)
-    assert [each.number for each in made] == list(range(MADE_FIRST + 8))
-    me = threading.get_ident()
-    assert [makers[number] for number in range(MADE_FIRST)] == [me] * MADE_FIRST
-    assert [maker == me for maker in makers.values()].count(False) == 4
-
-
-def test_one_thread_where_that_is_asked_for() -> None:
-    makers: set[int] = set()
-
-    def make(number: int) -> Made:
-        makers.add(threading.get_ident())
-        return Made(number)
-
-    assert len(by_two(8, make, alone=True)) == 8
-    assert makers == {threading.get_ident()}
-
-
-@pytest.mark.parametrize("fails", [0, MADE_FIRST, MADE_FIRST + 5])
-def test_where_one_can_not_be_made_there_is_none(fails: int) -> None:
-    made: list[Made] = []
-
-    def make(number: int) -> Made:
-        if number == fails:
-            raise StateError("no room")
-        made.append(Made(number))
-        return made[-1]
-
-    with pytest.raises(StateError, match="no room"):
-        by_two(MADE_FIRST + 20, make)
-    assert all(each.closed for each in made)
