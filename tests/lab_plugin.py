@@ -37,6 +37,7 @@ INSIDE = "PYVMM_LAB" in os.environ
 SHARED_LAB = os.environ.get("PYVMM_LAB_AT")
 # On the lab's clock: the longest that a test there may say nothing.
 REPORT_LIMIT_S = 600.0
+LAST_WORDS_BYTES = 8000
 
 LARGEST_GUEST = 1 << 30  # RAM of the guests that tests start in the lab
 
@@ -84,6 +85,8 @@ class Worker:
             if "report" in line:
                 hook = item.config.hook
                 report = hook.pytest_report_from_serializable(config=item.config, data=line["report"])
+                if report.failed:
+                    report.sections.append(("What the process in the lab says (stacks, where it stood)", self._last_words()))
                 self._reports.setdefault(report.nodeid, []).append(report)
             elif "collection" in line:
                 self._collection += line["collection"]
@@ -108,8 +111,10 @@ class Worker:
         return line
 
     def _last_words(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode("utf-8", "replace")[-5000:]
+        file = self._errors.fileno()
+        # Not by seek: the process writes where that goes to.
+        size = os.fstat(file).st_size
+        return os.pread(file, LAST_WORDS_BYTES, max(0, size - LAST_WORDS_BYTES)).decode("utf-8", "replace")
 
     def close(self) -> None:
         self._process.kill()

@@ -1,8 +1,9 @@
 """Stock Linux guests with network cards on virtio, in a process and a network namespace of their own.
 
-    unshare --net python tests/boot/linux_net.py WHAT MACHINE RING
+    unshare --net python tests/boot/linux_net.py WHAT MACHINE RING [MIB]
 
-WHAT is a function here; what it finds wrong is an AssertionError.
+WHAT is between_two, with_the_host or beside_a_router; what it finds wrong is an AssertionError. MIB go each way, with
+sums at both ends: 1024 is a good hand's turn, ci/test sends less.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -25,7 +27,10 @@ import boot_assets  # noqa: E402
 import pyvmm  # noqa: E402
 
 BOOT_AND_RUN_S = 400.0
-MIB = 4
+A_MIB_S = 2.0  # at the very most
+MIB = 1 << 20
+PIECE_MIB = 4
+LITTLE_MIB = 4
 HEAD = """
 ip link set lo up
 n=0; while [ ! -e /sys/class/net/eth0 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
@@ -35,7 +40,8 @@ n=0; while [ ! -e /sys/class/net/eth0 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n 
 class Guest:
     """A machine whose /init ends with ``init``; ``said`` has what it said, by the first word of each line."""
 
-    def __init__(self, name: str, init: str, card: str, machine: str, ring: str) -> None:
+    def __init__(self, name: str, init: str, card: str, machine: str, ring: str, mib: int = 0) -> None:
+        self.limit_s = BOOT_AND_RUN_S + A_MIB_S * mib
         kernel = boot_assets.kernel("cloud")
         modules = kernel.modules("virtio_mmio", "virtio_pci", "virtio_net")
         self.directory = tempfile.TemporaryDirectory()
@@ -69,7 +75,7 @@ class Guest:
 
     def wait_for(self, word: str) -> None:
         with self._told:
-            assert self._told.wait_for(lambda: word in self.said, BOOT_AND_RUN_S), f"no {word}: {self.said}"
+            assert self._told.wait_for(lambda: word in self.said, self.limit_s), f"no {word}: {self.said}"
 
     @property
     def card(self) -> Any:
@@ -77,7 +83,7 @@ class Guest:
 
     def end(self) -> None:
         """It has powered itself off, and its card had no fault."""
-        assert self.machine.wait(BOOT_AND_RUN_S), f"{self.name} has not come to its end"
+        assert self.machine.wait(self.limit_s), f"{self.name} has not come to its end"
         assert self.machine.status == 0
         assert self.card.faults == 0
         stats = self.card.stats
@@ -118,22 +124,86 @@ echo "ERRORS $(grep eth0 /proc/net/dev | awk '{{print $4 + $5 + $12 + $13}}')"
 """
 
 
-def with_the_host(machine: str, ring: str) -> None:
-    """A tap with the host's address: each way, with sums."""
-    data, sums = os.urandom(MIB << 20), []
-    serve(5001, lambda end: end.sendall(data))
-    serve(5002, lambda end: received(end, sums))
-    init = "echo FEATURES $(cat /sys/class/net/eth0/device/features)" + EXCHANGE.format(me="10.0.0.2", peer="10.0.0.1")
-    guest = Guest("guest", init, "tap=tap0,address=10.0.0.1/24", machine, ring)
+# A piece of random bytes again and again, given at port 5001 and taken at 5002: {times} of them make what goes each way.
+STREAMS = """
+dd if=/dev/urandom of=/tmp/piece bs=1M count=%d 2> /dev/null
+stream() {{ n=0; while [ $n -lt {times} ]; do cat /tmp/piece; n=$((n + 1)); done; }}
+echo "SUM $(stream | md5sum)"
+""" % PIECE_MIB
+# Of one who asks {peer}, and of one who waits to be asked.
+ASKS = """
+echo "GOT $(nc {peer} 5001 < /dev/null | md5sum)"
+stream | nc {peer} 5002
+echo "ERRORS $(grep eth0 /proc/net/dev | awk '{{print $4 + $5 + $12 + $13}}')"
+"""
+ANSWERS = """
+(echo '#!/bin/sh'; echo 'n=0; while [ $n -lt {times} ]; do cat /tmp/piece; n=$((n + 1)); done') > /tmp/give
+(echo '#!/bin/sh'; echo 'md5sum > /tmp/taken') > /tmp/take
+chmod 755 /tmp/give /tmp/take
+nc -l -p 5001 -e /tmp/give & nc -l -p 5002 -e /tmp/take &
+echo READY; wait
+echo "GOT $(cat /tmp/taken)"
+"""
+ADDRESS = "ip addr add {me}/24 dev eth0; ip link set eth0 up\n"
+
+
+def between_two(machine: str, ring: str, mib: str = str(LITTLE_MIB)) -> None:
+    """Two machines on a bridge."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as route:
+        route.link("add", ifname="br0", kind="bridge")
+        route.link("set", index=route.link_lookup(ifname="br0")[0], state="up")
+    times = int(mib) // PIECE_MIB
+    start = ADDRESS + STREAMS
+    answers = start.format(me="10.0.0.1", times=times) + ANSWERS.format(times=times)
+    asks = start.format(me="10.0.0.2", times=times) + ASKS.format(peer="10.0.0.1")
+    one = Guest("one", answers, "tap=tap1,bridge=br0", machine, ring, int(mib))
+    other = Guest("other", asks, "tap=tap2,bridge=br0", machine, ring, int(mib))
+    one.machine.resume()
+    one.wait_for("READY")
+    other.machine.resume()
+    other.end()
+    one.end()
+    assert one.said["SUM"] == other.said["GOT"]
+    assert other.said["SUM"] == one.said["GOT"]
+    assert other.said["ERRORS"] == "0"
+
+
+def with_the_host(machine: str, ring: str, mib: str = str(LITTLE_MIB)) -> None:
+    """A tap with the host's address."""
+    given, taken = give_and_take("0.0.0.0", int(mib))
+    init = "echo FEATURES $(cat /sys/class/net/eth0/device/features)\n" + ADDRESS + STREAMS + ASKS
+    init = init.format(me="10.0.0.2", peer="10.0.0.1", times=int(mib) // PIECE_MIB)
+    guest = Guest("guest", init, "tap=tap0,address=10.0.0.1/24", machine, ring, int(mib))
     guest.machine.resume()
     guest.end()
-    digest = hashlib.md5(data).hexdigest()
     features = guest.said["FEATURES"]
     assert [features[bit] for bit in (0, 1, 7, 11, 15, 17, 32, 34)] == [*"1111111", "1" if ring == "packed" else "0"]
-    assert guest.said["PING"] == "5 packets received"
-    assert guest.said["GOT"].split()[0] == digest
-    assert sums == [digest]
+    assert guest.said["GOT"].split()[0] == given
+    assert taken.get(timeout=BOOT_AND_RUN_S) == guest.said["SUM"].split()[0]
     assert guest.said["ERRORS"] == "0"
+
+
+def give_and_take(address: str, mib: int) -> tuple[str, SimpleQueue[str]]:
+    """The host's ends: the sum of what it gives, and where that of what it takes comes to."""
+    piece, sums = os.urandom(PIECE_MIB * MIB), SimpleQueue[str]()
+    times, total = mib // PIECE_MIB, hashlib.md5()
+    for _ in range(times):
+        total.update(piece)
+
+    def give(end: socket.socket) -> None:
+        for _ in range(times):
+            end.sendall(piece)
+
+    def take(end: socket.socket) -> None:
+        taken: list[str] = []
+        received(end, taken)
+        sums.put(taken[0])
+
+    serve(5001, give, address)
+    serve(5002, take, address)
+    return total.hexdigest(), sums
 
 
 # The host as passt's guest sees it: its address and its gateway's, which leads to the host's loopback.
@@ -160,7 +230,7 @@ echo LISTENING; wait
 """
 
 
-def beside_a_router(machine: str, ring: str) -> None:
+def beside_a_router(machine: str, ring: str, mib: str = "0") -> None:
     """A namespace with a default route, which passt wants; then as somebody who is not root."""
     from pyroute2 import IPRoute
 
@@ -171,14 +241,18 @@ def beside_a_router(machine: str, ring: str) -> None:
         route.addr("add", index=route.link_lookup(ifname="up0")[0], address=HOST_ADDRESS, prefixlen=24)
         route.route("add", dst="default", gateway=GATEWAY)
     user = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
-    os.execvp(user[0], [*user, sys.executable, __file__, "through_passt", machine, ring])
+    os.execvp(user[0], [*user, sys.executable, __file__, "through_passt", machine, ring, mib])
 
 
-def through_passt(machine: str, ring: str) -> None:
+def through_passt(machine: str, ring: str, mib: str) -> None:
     """Out to a server on the host's loopback, and in by a forwarded port."""
     assert os.geteuid() == 1000
     serve(ECHO_PORT, echo, "127.0.0.1")
-    guest = Guest("guest", THROUGH_PASST, f"passt,forward={FORWARDED_PORT}:80", machine, ring)
+    init = THROUGH_PASST
+    if int(mib):
+        given, taken = give_and_take("127.0.0.1", int(mib))
+        init += (STREAMS + ASKS).format(peer=GATEWAY, times=int(mib) // PIECE_MIB)
+    guest = Guest("guest", init, f"passt,forward={FORWARDED_PORT}:80", machine, ring, int(mib))
     guest.machine.resume()
     guest.wait_for("LISTENING")
     data = os.urandom(ECHO_BYTES)
@@ -193,6 +267,10 @@ def through_passt(machine: str, ring: str) -> None:
     guest.end()
     assert guest.said["LEASE"] == f"{HOST_ADDRESS} {GATEWAY}"
     assert guest.said["ECHO"] == str(ECHO_BYTES)
+    if int(mib):
+        assert guest.said["GOT"].split()[0] == given
+        assert taken.get(timeout=BOOT_AND_RUN_S) == guest.said["SUM"].split()[0]
+        assert guest.said["ERRORS"] == "0"
 
 
 def echo(end: socket.socket) -> None:

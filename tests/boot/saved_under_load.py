@@ -182,8 +182,11 @@ class Chain:
         return {"drives": [f"file={image},if=virtio,index={n},format=raw" for n, image in enumerate(self.images)]}
 
     def works(self, lines: int = 20) -> None:
-        """Until the guest has said so many lines more."""
-        self.said.wait_for("hvc0", rb"(?:\nc .*){%d}\n" % lines, len(self.said.all()["hvc0"]))
+        """Until the guest has said so many lines more. One that stands still shows where."""
+        try:
+            self.said.wait_for("hvc0", rb"(?:\nc .*){%d}\n" % lines, len(self.said.all()["hvc0"]))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.machine.dump()}\n{self.machine.exit_stats_table()}") from None
 
     def paused(self) -> object:
         """It stands, is saved, and ends."""

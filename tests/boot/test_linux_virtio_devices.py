@@ -42,7 +42,7 @@ stty -echo
 port=$(grep -l '^agent$' /sys/class/virtio-ports/*/name)
 echo "port: $(cat $port)"
 read word; echo "heard: $word"
-read word; echo "size: $(stty size)"
+read word; echo "size: $(stty size || dmesg | tail -5)"
 port=/dev/$(basename ${{port%/name}})
 (read word < $port; echo "agent got $word" > $port) &
 read word

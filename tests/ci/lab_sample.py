@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from console import Console
 
 # mov $0x3f8, %dx; mov $'!', %al; out %al, (%dx); jmp .: a guest that says that it is there, and never ends.
@@ -54,5 +55,6 @@ def test_there_after(shared: Path) -> None:
 
 
 @pytest.mark.lab
-def test_there_that_fails(shared: Path) -> None:
+def test_there_that_fails(shared: Path, pytestconfig: pytest.Config) -> None:
+    os.write(pytestconfig.stash[fault_handler_stderr_fd_key], b"where its threads stood")
     assert tries(shared, "fails") == 2, "a failure is no reason to try again"

@@ -55,4 +55,5 @@ def test_an_emulator_that_is_stopped_and_one_that_is_killed(tmp_path: Path) -> N
     assert re.search(r"1 failed, 4 passed", output), output
     assert "lab: 3 boots, 2 broke, 2 tests tried again" in output
     assert re.findall(r"lab: tried again \S*::(\S+): ", output) == ["test_here[SIGSTOP]", "test_here[SIGKILL]"]
+    assert "where its threads stood" in output  # what that process wrote past pytest, as faulthandler does
     assert not emulators(base)
