@@ -52,6 +52,6 @@ def test_every_case_fits_the_guest() -> None:
 
 
 def test_the_reference_is_a_contender() -> None:
-    names = [kind.name for kind in disk.kinds()]
-    assert names[0] == disk.REFERENCE
+    names = [kind.name for kind in disk.DiskBench().kinds()]
+    assert names[0] == disk.DiskBench().reference
     assert len(set(names)) == len(names)

@@ -62,6 +62,6 @@ def test_who_has_the_hosts_address() -> None:
 
 
 def test_the_reference_is_a_contender() -> None:
-    names = [kind.name for kind in net.kinds()]
-    assert names[0] == net.REFERENCE
+    names = [kind.name for kind in net.NetBench().kinds()]
+    assert names[0] == net.NetBench().reference
     assert len(set(names)) == len(names)
