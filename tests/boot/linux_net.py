@@ -52,7 +52,7 @@ class Guest:
         self._line = bytearray()
         self.machine = pyvmm.Machine(
             machine=machine,
-            kernel=kernel.bzimage,
+            kernel=kernel.vmlinux,
             initrd=initrd,
             append="console=ttyS0 panic=-1 quiet",
             memory_mib=192,

@@ -21,6 +21,7 @@ def test_what_wants_a_bios_is_told_so() -> None:
 
 
 @pytest.mark.lab
+@pytest.mark.after_consoles
 def test_ipxe_by_firmware(firmware: Path, vm: Machines, console: Dialog) -> None:
     """Its set-up code is real-mode code that calls the BIOS. Software KVM lacks the IRET of its shell."""
     vm(machine="pc", memory_mib=64, firmware=firmware, kernel=boot_assets.ipxe()).resume()
@@ -30,6 +31,7 @@ def test_ipxe_by_firmware(firmware: Path, vm: Machines, console: Dialog) -> None
 
 
 @pytest.mark.lab
+@pytest.mark.after_consoles
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_memtest_tests_with_all_processors(cpus: int, vm: Machines, console: Dialog) -> None:
     """Its own local APIC is off when it wakes the others. Software KVM lacks FWAIT, with which it begins."""

@@ -31,6 +31,7 @@ read word
 
 
 @pytest.mark.lab
+@pytest.mark.after_consoles
 def test_a_kernel_is_looked_into(
     cloud_kernel: Kernel, make_initrd: Callable[..., Path], tmp_path: Path
 ) -> None:
