@@ -124,12 +124,12 @@ echo "ERRORS $(grep eth0 /proc/net/dev | awk '{{print $4 + $5 + $12 + $13}}')"
 """
 
 
-# A piece of random bytes again and again, given at port 5001 and taken at 5002: {times} of them make what goes each way.
+# A piece of random bytes again and again, given at port 5001 and taken at 5002: {times} of them are what goes each way.
 STREAMS = """
-dd if=/dev/urandom of=/tmp/piece bs=1M count=%d 2> /dev/null
+dd if=/dev/urandom of=/tmp/piece bs=1M count={pieces} 2> /dev/null
 stream() {{ n=0; while [ $n -lt {times} ]; do cat /tmp/piece; n=$((n + 1)); done; }}
 echo "SUM $(stream | md5sum)"
-""" % PIECE_MIB
+""".replace("{pieces}", str(PIECE_MIB))
 # Of one who asks {peer}, and of one who waits to be asked.
 ASKS = """
 echo "GOT $(nc {peer} 5001 < /dev/null | md5sum)"
