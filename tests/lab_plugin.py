@@ -86,7 +86,7 @@ class Worker:
                 hook = item.config.hook
                 report = hook.pytest_report_from_serializable(config=item.config, data=line["report"])
                 if report.failed:
-                    report.sections.append(("What the process in the lab says (stacks, where it stood)", self._last_words()))
+                    report.sections.append(("Standard error of the process in the lab", self._last_words()))
                 self._reports.setdefault(report.nodeid, []).append(report)
             elif "collection" in line:
                 self._collection += line["collection"]
