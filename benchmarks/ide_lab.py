@@ -3,9 +3,10 @@
     ci/lab run -- .venv/bin/python benchmarks/ide_lab.py
 
 It needs a KVM that runs Linux: the nested lab, where this machine has none. Debian's generic kernel boots with
-the program guests/disk_io.c, which is told over the serial port to read or write: 1 MiB transfers in order, 4 KiB at
-random places (the same ones each time). Both machines are built alike: one vCPU, 256 MiB, cache=writeback,
-aio=threads. They take turns, A B B A; whose turn it is not stands still.
+the program guests/disk_io.c, which is told over the serial port to read or write: 1 MiB transfers in order, to memory
+in one piece and to memory in pieces of 4 KiB (two commands, of 128 pieces each), 4 KiB at random places (the same ones
+each time). Both machines are built alike: one vCPU, 256 MiB, cache=writeback, aio=threads. They take turns, A B B A;
+whose turn it is not stands still.
 
 In the lab `/` is a 9p share under a tmpfs, and neither is like the file systems images lie on: 9p would measure
 the host's server, and tmpfs refuses O_DIRECT and RWF_NOWAIT. So the images stand on ext4 on a RAM disk (brd),
@@ -38,7 +39,9 @@ MIB = 1 << 20
 # Name, request, bytes a transfer, transfers a turn, how many times QEMU's speed it should have.
 CASES = (
     ("read 1 MiB", "read", MIB, 24, 0.9),
+    ("  4 KiB pieces", "readpages", MIB, 24, 0.9),
     ("write 1 MiB", "write", MIB, 24, 0.9),
+    ("  4 KiB pieces", "writepages", MIB, 24, 0.9),
     ("random read 4 KiB", "random", 4096, 200, 0.8),
     ("random write 4 KiB", "randomwrite", 4096, 200, 0.8),
 )
@@ -48,7 +51,7 @@ RAM_DISK_MIB = 450
 # An emulated host loses an interrupt once in a while, whatever the VMM: then the set is begun anew, and it is said.
 TRIES = 3
 MEMORY_MIB = 256
-APPEND = "console=ttyS0 quiet panic=-1 nokaslr"
+APPEND = "console=ttyS0 quiet panic=-1 nokaslr hugepages=1"
 
 INIT = """\
 stty -F /dev/ttyS0 -echo raw

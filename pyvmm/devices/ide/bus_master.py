@@ -1,7 +1,7 @@
 """BusMaster: one channel's half of a bus master IDE function, the 8 ports that move data without the processor.
 
-"Programming Interface for Bus Master IDE Controller", revision 1.0 (registers: section 2; PRD tables: section 1), as in
-Intel's 82371SB (PIIX3). Where they are silent QEMU's behaviour: the direction bit is kept and otherwise ignored, the
+"Programming Interface for Bus Master IDE Controller", revision 1.0, section 2, as in Intel's 82371SB (PIIX3); PRD
+tables are prd_table.pyx's. Where they are silent QEMU's behaviour: the direction bit is kept and otherwise ignored, the
 command says which way the data goes; a table that is too short for the command moves nothing.
 
 How a transfer ended shows in the status register: (INTERRUPT, ACTIVE) is (1, 0) where the table had exactly the
@@ -15,9 +15,8 @@ the same: the disk would get zeros.
 
 from __future__ import annotations
 
-from struct import Struct
-
 from pyvmm.device import Device
+from pyvmm.devices.ide.prd_table import pieces_of
 from pyvmm.devices.ide.registers import (
     BM_ACTIVE,
     BM_COMMAND,
@@ -46,12 +45,9 @@ if TYPE_CHECKING:
         def begin(self) -> None: ...
         def stop(self) -> None: ...
 
-PRD = Struct("<II")  # physical address, bit 0 ignored; byte count, bit 0 ignored, 0 is 64 KiB; bit 31 ends the table
-PRD_BYTES_MASK = 0xFFFE
+PRD_BYTES = 8
 PRD_LONGEST_BYTES = 0x10000
-PRD_LAST = 0x8000_0000
-PAGE_BYTES = 4096
-TABLE_BOUNDARY_BYTES = 0x10000  # a table lies inside one such block; what goes on past it has no end
+TABLE_BOUNDARY_BYTES = 0x10000  # a table lies inside one such block
 
 
 class BusMaster(Device):
@@ -161,8 +157,8 @@ class BusMaster(Device):
             return self._nowhere(size)
         view = self._memory.view
         try:
-            pieces, left, more = self._walk(size)
-            if not left:
+            pieces, missing_bytes, more = pieces_of(self._memory, self.prd_table, size)
+            if not missing_bytes:
                 return [view(address, length, write) for address, length in pieces], more
         except BusError:
             self.status |= BM_ERROR
@@ -171,41 +167,12 @@ class BusMaster(Device):
 
     def _nowhere(self, size: int) -> tuple[list[memoryview], bool] | None:
         """As gather(), of a table of zeros from here to its boundary: memory that nobody looks at."""
-        entries = (TABLE_BOUNDARY_BYTES - self.prd_table % TABLE_BOUNDARY_BYTES) // PRD.size
+        entries = (TABLE_BOUNDARY_BYTES - self.prd_table % TABLE_BOUNDARY_BYTES) // PRD_BYTES
         if size > entries * PRD_LONGEST_BYTES:
             self.status &= ~BM_ACTIVE
             return None
         lost = memoryview(bytearray(min(size, PRD_LONGEST_BYTES)))
         return [lost[: min(len(lost), size - at)] for at in range(0, size, len(lost))], True
-
-    def _walk(self, size: int) -> tuple[list[tuple[int, int]], int, bool]:
-        """The (address, length) that the table gives for ``size`` bytes, neighbours joined; how many it does not have;
-        whether there is more in it."""
-        pieces: list[tuple[int, int]] = []
-        start = end = -1  # of the piece that may still grow
-        at = self.prd_table
-        boundary = (at | TABLE_BOUNDARY_BYTES - 1) + 1
-        while at + PRD.size <= boundary:
-            # RAM comes in pages, so what is left of this one is all there or not at all. Tables are aligned to 4 bytes
-            # only: an entry may begin on one page and end on the next.
-            entries_bytes = PAGE_BYTES - at % PAGE_BYTES & -PRD.size or PRD.size
-            entries = bytes(self._memory.view(at, entries_bytes, False))
-            at += entries_bytes
-            for address, count in PRD.iter_unpack(entries):
-                address &= ~1
-                length = count & PRD_BYTES_MASK or PRD_LONGEST_BYTES
-                more = length > size or not count & PRD_LAST
-                length = min(length, size)
-                if address != end:
-                    if end > start:
-                        pieces.append((start, end - start))
-                    start = address
-                end = address + length
-                size -= length
-                if not size or count & PRD_LAST:
-                    pieces.append((start, end - start))
-                    return pieces, size, more
-        return pieces, size, False
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

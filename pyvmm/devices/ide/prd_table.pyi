@@ -1,0 +1,3 @@
+from pyvmm.guest_memory import GuestMemory
+
+def pieces_of(memory: GuestMemory, table: int, size: int) -> tuple[list[tuple[int, int]], int, bool]: ...
