@@ -9,6 +9,7 @@ from pyvmm.run_control import timeout_or_none
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from os import PathLike
     from typing import Any, Self
 
     from typing_extensions import Unpack
@@ -23,7 +24,7 @@ class MovingMachine(SavingMachine):
 
     _departure: Departure | None = None
 
-    def migrate_to(self, address: str) -> Migrated:
+    def migrate_to(self, address: str | PathLike[str]) -> Migrated:
         """Have the guest go on in another process, which waits for it at ``address``: the path of a Unix socket, or
         tcp:HOST:PORT, where ``Machine.incoming`` or ``pyvmm run --incoming`` listens.
 
@@ -35,8 +36,9 @@ class MovingMachine(SavingMachine):
         Its drives' images have to be at the same paths there. StateError for what can't be saved, and where the other
         side refuses: its processors lack a feature, its version is another one.
         """
-        from pyvmm.migration import Departure
+        from pyvmm.migration import Departure, address_of
 
+        address = address_of(address)
         state = self._all_state("migrate_to")
         with self._chassis.saving:
             self._departure = Departure(state, self.config, self._chassis.origin)
@@ -62,7 +64,7 @@ class MovingMachine(SavingMachine):
     @classmethod
     def incoming(
         cls,
-        address: str,
+        address: str | PathLike[str],
         *,
         timeout_s: float | None = None,
         board: type[Board] | None = None,
@@ -79,9 +81,10 @@ class MovingMachine(SavingMachine):
         TimeoutError where nobody has come within ``timeout_s`` seconds. ConfigError, StateError, HostError and KvmError
         in one sentence; then the guest goes on where it was, and nothing has been started here.
         """
-        from pyvmm.migration import Arrival, Listener
+        from pyvmm.migration import Arrival, Listener, address_of
         from pyvmm.migration_stream import MigrationStream
 
+        address = address_of(address)
         limit_s = timeout_or_none(timeout_s)
         with Listener(address) as listener:
             if ready is not None:

@@ -6,6 +6,7 @@ source stands until the destination says that it goes on there, and the destinat
 
 from __future__ import annotations
 
+from posix import fspath
 from time import monotonic, monotonic_ns
 
 from pyvmm import migration_stream as ms
@@ -24,6 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Sequence
+    from os import PathLike
     from typing import Any, Self
 
     from typing_extensions import Buffer
@@ -57,6 +59,11 @@ class Migrated:
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+def address_of(given: str | PathLike[str]) -> str:
+    """As a str: a path object is that of a Unix socket, whatever its name."""
+    return f"unix:{fspath(given)}" if hasattr(type(given), "__fspath__") else given  # type: ignore[return-value]
 
 
 def parsed(address: str) -> tuple[str, int] | str:

@@ -47,7 +47,7 @@ def is_consistent(m: Machine) -> int:
 class Destination:
     """``Machine.incoming`` on a thread of its own."""
 
-    def __init__(self, address: str, **options: Any) -> None:
+    def __init__(self, address: str | Path, **options: Any) -> None:
         self.machine: Machine | None = None
         self.error: BaseException | None = None
         self.address = ""
@@ -56,7 +56,7 @@ class Destination:
         self._thread.start()
         assert self._ready.wait(TIMEOUT_S)
 
-    def _wait(self, address: str, options: Any) -> None:
+    def _wait(self, address: str | Path, options: Any) -> None:
         try:
             self.machine = Machine.incoming(address, timeout_s=TIMEOUT_S, ready=self._is_ready, **options)
         except BaseException as error:
@@ -88,7 +88,7 @@ def running(boot: Callable[..., Guest]) -> Iterator[Guest]:
 
 @pytest.mark.parametrize("address", ["unix", "tcp:127.0.0.1:0"])
 def test_a_guest_that_writes_goes_on_there(running: Guest, tmp_path: Path, address: str) -> None:
-    there = Destination(str(tmp_path / "socket") if address == "unix" else address)
+    there = Destination(tmp_path / "socket" if address == "unix" else address)
     moved = running.machine.migrate_to(there.address)
     assert moved.sent_bytes > 8 * MIB
     assert 0 < moved.stood_ns <= moved.took_ns
@@ -134,7 +134,7 @@ def test_between_two_commands(running: Guest, tmp_path: Path) -> None:
         assert other.stderr.readline() == f"waiting for a machine at {socket}\n"
         running.machine.pause()
         running.machine.memory.write(running.program.symbols["end"], b"\1")
-        running.machine.migrate_to(str(socket))
+        running.machine.migrate_to(socket)
         assert other.wait(TIMEOUT_S) == PASSED
     assert running.machine.status == 0
 
