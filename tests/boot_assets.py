@@ -56,6 +56,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Tests run side by side: a reader sees no file or the whole one."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
+        os.fchmod(file.fileno(), 0o644)  # as packages have theirs: whoever runs a guest may read them
     Path(file.name).replace(path)
 
 

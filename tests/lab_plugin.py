@@ -1,7 +1,8 @@
 """Which tests run where, and how those that need a complete KVM get to the nested lab.
 
 The marker `lab` says that a test needs a complete KVM. Where this machine has no KVM for us at all, ci/test sets
-PYVMM_KVM_TESTS=lab, and every test of tests/kvm and tests/boot carries that marker. There are two ways:
+PYVMM_KVM_TESTS=lab, and every test of tests/kvm and tests/boot carries that marker; and one marked `userfaultfd` does
+where this user may not have the kernel's faults served. There are two ways:
 
 - a test with the fixture `guest_console` runs here, and what it starts on a console runs in the lab;
 - any other runs there, in a process that serves the whole session (lab_worker.py), and its reports come here.
@@ -14,6 +15,7 @@ all this is out of the way.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,21 @@ SHARED_LAB = os.environ.get("PYVMM_LAB_AT")
 REPORT_LIMIT_S = 600.0
 LAST_WORDS_BYTES = 8000
 
+SYS_USERFAULTFD = 323  # <asm/unistd_64.h>
 LARGEST_GUEST = 1 << 30  # RAM of the guests that tests start in the lab
 
 SESSION = pytest.StashKey["LabSession"]()
 
 
+Reports = dict[str, list[pytest.TestReport]]  # by node id
+
+
 class WorkerEndedError(Exception):
     """The process in the lab ended, or says nothing any more."""
+
+
+def is_over(reports: Sequence[pytest.TestReport]) -> bool:
+    return any(report.when == "teardown" for report in reports)
 
 
 class Worker:
@@ -60,7 +70,7 @@ class Worker:
             cwd=TESTS.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
         self._data = b""
-        self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._reports: Reports = {}
         self._collection = ""
         self._asked: set[str] = set()
         self._lists = 0  # that it was given and has not come to the end of
@@ -80,21 +90,35 @@ class Worker:
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """Those of a test that it was asked for. Raises WorkerEndedError."""
-        while not any(report.when == "teardown" for report in self._reports.get(item.nodeid, ())):
-            line = json.loads(self._line())
-            if "report" in line:
-                hook = item.config.hook
-                report = hook.pytest_report_from_serializable(config=item.config, data=line["report"])
-                if report.failed:
-                    report.sections.append(("Standard error of the process in the lab", self._last_words()))
-                self._reports.setdefault(report.nodeid, []).append(report)
-            elif "collection" in line:
-                self._collection += line["collection"]
-            else:
-                self._lists -= 1
-                if not self._lists:
-                    raise WorkerEndedError(self._collection or f"its pytest ended with {line['over']} before it")
+        while not is_over(self._reports.get(item.nodeid, ())):
+            self._hear(item.config)
         return self._reports.pop(item.nodeid)
+
+    def told(self) -> Reports:
+        """Those of tests that are over and that nobody has asked for: it is ahead of the pytest outside."""
+        return {nodeid: reports for nodeid, reports in self._reports.items() if is_over(reports)}
+
+    def told_to_its_end(self, config: pytest.Config) -> Reports:
+        """The same, of one whose lab broke: what it said before that may not have been heard yet."""
+        try:
+            while True:
+                self._hear(config)
+        except WorkerEndedError:
+            return self.told()
+
+    def _hear(self, config: pytest.Config) -> None:
+        line = json.loads(self._line())
+        if "report" in line:
+            report = config.hook.pytest_report_from_serializable(config=config, data=line["report"])
+            if report.failed:
+                report.sections.append(("Standard error of the process in the lab", self._last_words()))
+            self._reports.setdefault(report.nodeid, []).append(report)
+        elif "collection" in line:
+            self._collection += line["collection"]
+        else:
+            self._lists -= 1
+            if not self._lists:
+                raise WorkerEndedError(self._collection or f"its pytest ended with {line['over']} before it")
 
     def _line(self) -> bytes:
         assert self._process.stdout is not None
@@ -131,6 +155,7 @@ class LabSession:
         self._config = config
         self._lab: Lab | None = None
         self._worker: Worker | None = None
+        self._told: Reports = {}  # by workers that ended, of tests whose turn has not come
         self.tried_again: list[str] = []
 
     @property
@@ -172,14 +197,20 @@ class LabSession:
 
     def _there(self, item: pytest.Item, boot: int) -> list[pytest.TestReport]:
         if self._worker is not None and self._worker.boot != boot:
-            self._end_worker()  # it went with the boot that broke
+            # It went with the boot that broke. The tests that it had done by then are not hit by that.
+            self._told |= self._worker.told_to_its_end(item.config)
+            self._end_worker()
+        if item.nodeid in self._told:
+            return self._told.pop(item.nodeid)
         try:
             if self._worker is None:
                 self._worker = Worker(self.lab, boot)
             if not self._worker.was_asked(item.nodeid):
-                self._worker.ask(rest_of_session(item))
+                self._worker.ask([nodeid for nodeid in rest_of_session(item) if nodeid not in self._told])
             return self._worker.reports(item)
         except WorkerEndedError as error:
+            if self._worker is not None:
+                self._told |= self._worker.told()
             self._end_worker()
             return [failure(item, f"the process in the lab that ran this: {error}")]
 
@@ -214,6 +245,14 @@ def runs_here(item: pytest.Item) -> bool:
     return "guest_console" in getattr(item, "fixturenames", ())
 
 
+def may_serve_faults() -> bool:
+    """Whether this user may have faults of the kernel's served by userfaultfd(2): as page_server.pyx asks for it."""
+    fd = ctypes.CDLL(None).syscall(SYS_USERFAULTFD, os.O_CLOEXEC)
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0 or os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
+
+
 def rest_of_session(item: pytest.Item) -> list[str]:
     """The tests from this one on that go to the lab's process: each list costs it ten seconds before its first test."""
     items = item.session.items
@@ -239,7 +278,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest itself selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     all_kvm_tests = os.environ.get("PYVMM_KVM_TESTS") == "lab"
+    may = any(item.get_closest_marker("userfaultfd") for item in items) and may_serve_faults()
     for item in items:
+        if item.get_closest_marker("userfaultfd") and not may:
+            item.add_marker("lab")
         if all_kvm_tests and any(item.path.is_relative_to(directory) for directory in NEEDS_KVM):
             item.add_marker("lab")
         if item.get_closest_marker("lab"):

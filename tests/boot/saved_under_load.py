@@ -62,6 +62,7 @@ COMPLAINTS = "soft lockup|stalls|watchdog|timed out|hung_task|I/O error|EXT4-fs 
 
 INIT = f"""\
 n=0; while [ ! -c /dev/hvc0 -o ! -b /dev/vda ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
+[ $n -lt 600 ] || dmesg | tail -40 # a module that did not come says why
 exec 3<> /dev/hvc0 # its modes are lost where nobody has it open
 stty -F /dev/hvc0 raw -echo
 mount -t ext4 /dev/vda /mnt; dmesg -c > /dev/null

@@ -42,7 +42,9 @@ stty -echo
 port=$(grep -l '^agent$' /sys/class/virtio-ports/*/name)
 echo "port: $(cat $port)"
 read word; echo "heard: $word"
-read word; echo "size: $(stty size || dmesg | tail -5)"
+read word
+n=0; until stty size > /dev/null 2>&1 || [ $n -ge 600 ]; do sleep 0.1; n=$((n + 1)); done # the kernel sets it later
+echo "size: $(stty size)"
 port=/dev/$(basename ${{port%/name}})
 (read word < $port; echo "agent got $word" > $port) &
 read word

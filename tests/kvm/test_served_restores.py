@@ -18,6 +18,7 @@ from pyvmm import ConfigError, Machine, RunState, Snapshot, StateError
 from pyvmm.cli.restored import ways_of
 from pyvmm.errors import HostError
 
+pytestmark = pytest.mark.userfaultfd
 MIB = 1 << 20
 FAR = 0x200_0000
 # Adds up what is at FAR, tells a device of the sum, and ends.

@@ -21,6 +21,7 @@ from pyvmm.guest_memory import RamRegion
 from pyvmm.page_server import PageServer
 from pyvmm.served_memory import topmost
 
+pytestmark = pytest.mark.userfaultfd
 PAGE = 4096
 BLOCK = 16 * PAGE
 SIZE = 64 * BLOCK
