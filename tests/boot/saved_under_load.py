@@ -58,7 +58,8 @@ MODULES = (
     *("vsock", "vmw_vsock_virtio_transport", "crc32c_generic", "ext4"),
 )
 # The kernel's own words for time that went wrong, a processor that did nothing for too long, or a disk that did.
-COMPLAINTS = "soft lockup|stalls|watchdog|timed out|hung_task|I/O error|EXT4-fs (error|warning)|BUG|WARNING|blocked for"
+COMPLAINTS = "soft lockup|stalls|watchdog:|watchdog on|timed out|hung_task|I/O error|EXT4-fs (error|warning)|"
+COMPLAINTS += "BUG|WARNING|blocked for"
 
 INIT = f"""\
 n=0; while [ ! -c /dev/hvc0 -o ! -b /dev/vda ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
