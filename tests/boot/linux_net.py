@@ -151,6 +151,8 @@ def between_two(machine: str, ring: str, mib: str = str(LITTLE_MIB)) -> None:
     """Two machines on a bridge."""
     from pyroute2 import IPRoute
 
+    if "PYVMM_LAB" in os.environ:
+        load_into_the_lab("bridge")
     with IPRoute() as route:
         route.link("add", ifname="br0", kind="bridge")
         route.link("set", index=route.link_lookup(ifname="br0")[0], state="up")
@@ -168,6 +170,16 @@ def between_two(machine: str, ring: str, mib: str = str(LITTLE_MIB)) -> None:
     assert one.said["SUM"] == other.said["GOT"]
     assert other.said["SUM"] == one.said["GOT"]
     assert other.said["ERRORS"] == "0"
+
+
+def load_into_the_lab(*names: str) -> None:
+    """Modules of its kernel, with those that they need."""
+    with tempfile.TemporaryDirectory() as directory:
+        plain = Path(directory, "module.ko")
+        for module in boot_assets.kernel("generic").modules(*names):
+            plain.write_bytes(boot_assets.module_bytes(module))
+            # One that is there already is refused, and no matter.
+            subprocess.run([boot_assets.busybox(), "insmod", plain], stderr=subprocess.DEVNULL, check=False)
 
 
 def with_the_host(machine: str, ring: str, mib: str = str(LITTLE_MIB)) -> None:
