@@ -130,15 +130,17 @@ dd if=/dev/urandom of=/tmp/piece bs=1M count={pieces} 2> /dev/null
 stream() {{ n=0; while [ $n -lt {times} ]; do cat /tmp/piece; n=$((n + 1)); done; }}
 echo "SUM $(stream | md5sum)"
 """.replace("{pieces}", str(PIECE_MIB))
-# Of one who asks {peer}, and of one who waits to be asked.
+# Of one who asks {peer}, and of one who waits to be asked, who ends both connections (see THROUGH_PASST).
 ASKS = """
-echo "GOT $(nc {peer} 5001 < /dev/null | md5sum)"
-stream | nc {peer} 5002
+[ -p /tmp/pipe ] || mkfifo /tmp/pipe; exec 3<> /tmp/pipe
+echo "GOT $(nc {peer} 5001 < /tmp/pipe | md5sum)"
+stream > /tmp/pipe &
+nc {peer} 5002 < /tmp/pipe; wait
 echo "ERRORS $(grep eth0 /proc/net/dev | awk '{{print $4 + $5 + $12 + $13}}')"
 """
 ANSWERS = """
 (echo '#!/bin/sh'; echo 'n=0; while [ $n -lt {times} ]; do cat /tmp/piece; n=$((n + 1)); done') > /tmp/give
-(echo '#!/bin/sh'; echo 'md5sum > /tmp/taken') > /tmp/take
+(echo '#!/bin/sh'; echo 'head -c {size} | md5sum > /tmp/taken') > /tmp/take
 chmod 755 /tmp/give /tmp/take
 nc -l -p 5001 -e /tmp/give & nc -l -p 5002 -e /tmp/take &
 echo READY; wait
@@ -158,7 +160,7 @@ def between_two(machine: str, ring: str, mib: str = str(LITTLE_MIB)) -> None:
         route.link("set", index=route.link_lookup(ifname="br0")[0], state="up")
     times = int(mib) // PIECE_MIB
     start = ADDRESS + STREAMS
-    answers = start.format(me="10.0.0.1", times=times) + ANSWERS.format(times=times)
+    answers = start.format(me="10.0.0.1", times=times) + ANSWERS.format(times=times, size=int(mib) * MIB)
     asks = start.format(me="10.0.0.2", times=times) + ASKS.format(peer="10.0.0.1")
     one = Guest("one", answers, "tap=tap1,bridge=br0", machine, ring, int(mib))
     other = Guest("other", asks, "tap=tap2,bridge=br0", machine, ring, int(mib))
@@ -209,9 +211,11 @@ def give_and_take(address: str, mib: int) -> tuple[str, SimpleQueue[str]]:
             end.sendall(piece)
 
     def take(end: socket.socket) -> None:
-        taken: list[str] = []
-        received(end, taken)
-        sums.put(taken[0])
+        taken, left = hashlib.md5(), mib * MIB
+        while left and (data := end.recv(min(left, MIB))):
+            taken.update(data)
+            left -= len(data)
+        sums.put(taken.hexdigest())
 
     serve(5001, give, address)
     serve(5002, take, address)
