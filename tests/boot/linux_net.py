@@ -298,6 +298,7 @@ def echo(end: socket.socket) -> None:
 
 def run(what: str, machine: str, ring: str) -> None:
     """In a namespace of its own."""
+    assert boot_assets.kernel("cloud").vmlinux  # who is not root can't make it where somebody else's files are
     command = ["unshare", "--net", sys.executable, __file__, what, machine, ring]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
